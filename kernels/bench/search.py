@@ -1,0 +1,207 @@
+"""Measure tiles of the attention and L-step kernels on the GPU at hand and print the best.
+
+    python kernels/bench/search.py --shape 21x1560x12x128 --json tiles.json
+
+Compiles the candidates in parallel processes first, then times each one (median of CUDA-event
+timings) after comparing its output with the table's own tile. Nothing here runs in the product:
+what it finds is written into `vmonarch_kernels/configs.py` by hand.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_kernels import launch
+from vmonarch_kernels.configs import AttendConfig, LStepConfig, shared_memory_bytes
+from vmonarch_kernels.structure import split_frames
+
+KINDS = ("r", "rv", "first", "band")
+
+
+def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch._Call:
+    frames, positions, heads, dim = shape
+    torch.manual_seed(0)
+    size = (1, frames * positions, heads, dim)
+    q, k, v = (torch.randn(size, device="cuda", dtype=dtype) for _ in range(3))
+    limit = launch.shared_memory_limit(q.device)
+    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, limit)
+
+
+def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
+    """(launch, outputs, units of N P D heads floating-point operations) of one kind of call."""
+    frames = call.sizes[1]
+    rk, c_l, out, lse = call.like_q(), call.statistic(), call.like_q(), call.statistic()
+    if kind == "r":
+        return lambda: launch._r_step(call, call.q, rk, c_l, None), [rk, c_l], 4
+    if kind == "rv":
+        return lambda: launch._r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
+    if kind == "first":
+        return lambda: launch._attend_first_frame(call, out, lse), [out[:, 0]], 4
+    run = lambda: launch._attend(  # noqa: E731
+        call, call.q, rk=None, c_l=None, out=out, lse=lse, query_frames=(0, frames), window=(1, 3)
+    )
+    return run, [out, lse], 12
+
+
+def median_ms(run: Callable[[], None], repeats: int = 15) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def use_attend(config: AttendConfig) -> None:
+    launch.attend_config = lambda *_, **__: config  # type: ignore[assignment]
+
+
+def use_l_step(config: LStepConfig) -> None:
+    launch.l_step_config = lambda *_, **__: config  # type: ignore[assignment]
+
+
+def try_attend(shape: tuple[int, int, int, int], kind: str, fields: dict[str, Any]) -> str:
+    """Compile and run once in a worker process; the compiled kernel stays in Triton's disk cache."""
+    use_attend(AttendConfig(**fields))
+    run, _, _ = attend_runner(make_call(shape, torch.bfloat16), kind)
+    run()
+    torch.cuda.synchronize()
+    return "ok"
+
+
+def candidates(dim: int, limit: int, kind: str, quick: bool) -> list[AttendConfig]:
+    found = []
+    for block_m, warps in ((64, 4), (128, 4), (128, 8), (192, 12), (256, 8)):
+        for block_n in (64, 128):
+            for stages in (2, 3, 4):
+                for tma in (False, True):
+                    config = AttendConfig(block_m, block_n, warps, stages, tma)
+                    rows_per_warp = block_m // warps
+                    accumulators = 2 if kind == "rv" else 1
+                    if block_m & (block_m - 1) or rows_per_warp > 32:
+                        continue
+                    if rows_per_warp == 32 and accumulators * dim > 128:
+                        continue  # the accumulators alone would fill the registers
+                    if quick and (block_m, block_n, stages) == (64, 128, 4):
+                        continue
+                    if shared_memory_bytes(config, dim, 2, int(kind != "r")) <= limit:
+                        found.append(config)
+    return found
+
+
+def search_attend(shape: tuple[int, int, int, int], kind: str, quick: bool) -> list[dict[str, Any]]:
+    call = make_call(shape, torch.bfloat16)
+    run, outputs, units = attend_runner(call, kind)
+    table_ms = median_ms(run)
+    expected = [x.clone() for x in outputs]
+    frames, positions, heads, dim = shape
+    flops = units * frames * positions * positions * dim * heads
+    if kind == "first":
+        flops = 4 * frames * positions * positions * dim * heads
+    rows: list[dict[str, Any]] = [{"kind": kind, "config": "table", "ms": table_ms, "tflops": flops / table_ms / 1e9}]
+    for config in candidates(dim, call.shared_memory, kind, quick):
+        use_attend(config)
+        try:
+            run()
+            ok = all(
+                torch.allclose(a.float(), b.float(), atol=3e-2, rtol=3e-2)
+                for a, b in zip(outputs, expected, strict=True)
+            )
+            ms = median_ms(run) if ok else float("nan")
+            rows.append({"kind": kind, "config": asdict(config), "ms": ms, "tflops": flops / ms / 1e9, "right": ok})
+        except Exception as error:  # a tile that does not compile is a result of the search
+            rows.append({"kind": kind, "config": asdict(config), "ms": float("nan"), "error": str(error)[:200]})
+    launch.attend_config = ORIGINAL_ATTEND
+    return rows
+
+
+def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+    call = make_call(shape, torch.bfloat16)
+    frames = shape[0]
+    rk, y, out, c_l = call.like_q().normal_(), call.like_q().normal_(), call.like_q(), call.statistic().normal_()
+    rows = []
+    padded = max(16, 1 << (frames - 1).bit_length())
+    blocks = {min(padded, 128), 32, 64} if frames > 16 else {16}
+    for block in sorted(blocks):
+        for warps in (1, 2, 4, 8):
+            use_l_step(LStepConfig(block, block, warps))
+            for name, run in (
+                ("beta", lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l)),
+                ("out", lambda: launch._l_output(call, rk, c_l, y, None, None, out, False)),
+                ("out+L", lambda: launch._l_output(call, rk, c_l, y, None, None, out, True)),
+            ):
+                try:
+                    ms = median_ms(run)
+                    rows.append({"kind": name, "config": {"block": block, "warps": warps}, "ms": ms})
+                except Exception as error:
+                    rows.append(
+                        {
+                            "kind": name,
+                            "config": {"block": block, "warps": warps},
+                            "ms": float("nan"),
+                            "error": str(error)[:200],
+                        }
+                    )
+    launch.l_step_config = ORIGINAL_L
+    return rows
+
+
+ORIGINAL_ATTEND, ORIGINAL_L = launch.attend_config, launch.l_step_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="21x1560x12x128", help="frames x positions x heads x head dim")
+    parser.add_argument("--kinds", default=",".join((*KINDS, "l")))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--compile-seconds", type=float, default=120)
+    arguments = parser.parse_args()
+    shape = tuple(int(x) for x in arguments.shape.split("x"))
+    assert len(shape) == 4
+    kinds = arguments.kinds.split(",")
+    limit = launch.shared_memory_limit(torch.device("cuda"))
+    started = time.time()
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        small = (2, shape[1], 1, shape[3])
+        jobs = [
+            pool.submit(try_attend, small, kind, asdict(config))
+            for kind in kinds
+            if kind != "l"
+            for config in candidates(shape[3], limit, kind, True)
+        ]
+        for job in jobs:
+            try:
+                job.result(timeout=max(0.1, arguments.compile_seconds - (time.time() - started)))
+            except TimeoutError:
+                job.cancel()
+            except Exception as error:
+                print(f"worker: {error}"[:200], file=sys.stderr)
+    print(f"compiled in {time.time() - started:.0f} s", flush=True)
+    rows = []
+    for kind in kinds:
+        rows += search_l(shape) if kind == "l" else search_attend(shape, kind, True)
+        best = sorted((r for r in rows if r["ms"] == r["ms"]), key=lambda r: float(r["ms"]))
+        for row in [r for r in best if r["kind"] == kind or kind == "l"][:8]:
+            print(row["kind"], row["config"], f"{row['ms']:.3f} ms", f"{row.get('tflops', 0):.0f} TFLOP/s", flush=True)
+    if arguments.json:
+        props = torch.cuda.get_device_properties(0)
+        record = {"device": props.name, "torch": torch.__version__, "shape": shape, "rows": rows}
+        arguments.json.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

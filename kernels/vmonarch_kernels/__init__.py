@@ -1,0 +1,41 @@
+"""Monarch-structured attention for video tokens: one public call and its oracle.
+
+``monarch_attention`` implements VMonarch (arXiv 2601.22275) on (B, N, heads, D) tensors, with the
+exact band and the warm start that this project adds; ``../README.md`` holds the derivation.
+Importing this package does not import torch: names load on first use, so that
+``vmonarch_kernels.cost`` serves a command line that only counts.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmonarch_kernels.api import ImplUnavailable, monarch_attention, resolve_impl
+    from vmonarch_kernels.dense import dense_attention, dense_backends
+    from vmonarch_kernels.reference import Factors, monarch_factors
+
+_HOMES = {
+    "monarch_attention": "api",
+    "resolve_impl": "api",
+    "ImplUnavailable": "api",
+    "dense_attention": "dense",
+    "dense_backends": "dense",
+    "monarch_factors": "reference",
+    "Factors": "reference",
+}
+
+__all__ = [
+    "Factors",
+    "ImplUnavailable",
+    "dense_attention",
+    "dense_backends",
+    "monarch_attention",
+    "monarch_factors",
+    "resolve_impl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

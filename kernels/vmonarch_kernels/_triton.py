@@ -1,0 +1,402 @@
+"""Triton kernel bodies; `launch.py` holds their grids, `../README.md` the derivation.
+
+Names: p_ pointer, s_ stride, o_ offset, m_ mask. Every statistic is kept in base 2 inside a
+kernel (exp2 is one instruction) and in base e in memory.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
+    """[rows, BLOCK_D] from p + o_row * s_row; zero outside."""
+    p_tile = p + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
+    if MASK_ROWS and MASK_D:
+        return tl.load(p_tile, mask=(o_row < row_end)[:, None] & (o_d < d_end)[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(p_tile, mask=(o_row < row_end)[:, None], other=0.0)
+    elif MASK_D:
+        return tl.load(p_tile, mask=(o_d < d_end)[None, :], other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+@triton.jit
+def attend_kernel(
+    p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
+    p_k, s_kb, s_kn, s_kh,  # keys (B, N, H, D), or with TMA a (B, H, N, D) descriptor
+    p_v, s_vb, s_vn, s_vh,  # values (B, N, H, D)
+    p_rk, p_c,  # RK (B, T, P, H, D); c_l = sum R log R (B, H, T, P) float32
+    p_o, s_ob, s_ot, s_op, s_oh,  # out (B, T, P, H, D), or float32 partials with s_ot per split
+    p_lse, s_lb, s_lh, s_lt,  # log-sum-exp (B, H, T, P) float32, or per split
+    qk_scale,
+    frames, positions, heads, head_dim,
+    first_query_frame, band, width, split_keys,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_D: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr, WITH_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Attention of a block of one frame's queries over a window of key frames.
+
+    The R-step (window: the own frame, WITH_K), the exact band and the first frame (WITH_V,
+    WITH_LSE) are this one loop; SPLIT divides the window's keys over programs.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)  # query frame, or key split of frame 0
+    b = (tl.program_id(2) // heads).to(tl.int64)
+    h = (tl.program_id(2) % heads).to(tl.int64)
+
+    if SPLIT:
+        frame = 0
+        key_first = part * split_keys
+        key_end = tl.minimum(key_first + split_keys, width * positions)
+    else:
+        frame = part + first_query_frame
+        key_first = tl.minimum(tl.maximum(frame - band, 0), frames - width) * positions
+        key_end = key_first + width * positions
+
+    o_j = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    p_q += b * s_qb + h * s_qh
+    if not SPLIT:
+        p_q += frame.to(tl.int64) * s_qt
+    q = _load_rows(p_q, o_j, s_qp, o_d, positions, head_dim, True, MASK_D)
+    if not TMA:
+        p_k += b * s_kb + h * s_kh
+        p_v += b * s_vb + h * s_vh
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if WITH_K:
+        acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WITH_V:
+        acc_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    scale2 = qk_scale * LOG2E
+    if EVEN_KEYS:
+        full_end = key_end
+    else:
+        full_end = key_first + (key_end - key_first) // BLOCK_N * BLOCK_N
+    for start in tl.range(key_first, full_end, BLOCK_N, num_stages=STAGES):
+        o_key = start + tl.arange(0, BLOCK_N)
+        if TMA:
+            keys = p_k.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
+        weights = tl.math.exp2(scores * scale2 - new_top[:, None])
+        decay = tl.math.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+        weights = weights.to(keys.dtype)
+        if WITH_K:
+            acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
+        if WITH_V:
+            if TMA:
+                values = p_v.load([b.to(tl.int32), h.to(tl.int32), start, 0])
+                values = values.reshape(BLOCK_N, BLOCK_D)
+            else:
+                values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
+            acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
+    if not EVEN_KEYS:
+        o_key = full_end + tl.arange(0, BLOCK_N)
+        if TMA:
+            keys = p_k.load([b.to(tl.int32), h.to(tl.int32), full_end, 0])
+            keys = keys.reshape(BLOCK_N, BLOCK_D)
+        else:
+            keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale2
+        scores = tl.where((o_key < key_end)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.math.exp2(scores - new_top[:, None])
+        decay = tl.math.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+        weights = weights.to(keys.dtype)
+        if WITH_K:
+            acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
+        if WITH_V:
+            if TMA:
+                values = p_v.load([b.to(tl.int32), h.to(tl.int32), full_end, 0])
+                values = values.reshape(BLOCK_N, BLOCK_D)
+            else:
+                values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
+            acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
+
+    m_j = o_j < positions
+    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
+    norm = 1.0 / total
+    lse = (top + tl.math.log2(total)) * LN2
+    if WITH_K:
+        rk = (acc_k * norm[:, None]).to(p_rk.dtype.element_ty)
+        row = ((b * frames + frame) * positions + o_j) * heads + h
+        tl.store(p_rk + row[:, None] * head_dim + o_d[None, :], rk, mask=m_tile)
+        # From the rounded RK, the very values that the L-step multiplies, so that their rounding
+        # cancels in its logits.
+        c_l = tl.sum(q.to(tl.float32) * rk.to(tl.float32), 1) * qk_scale - lse
+        tl.store(p_c + ((b * heads + h) * frames + frame) * positions + o_j, c_l, mask=m_j)
+    if WITH_V:
+        p_o += b * s_ob + part.to(tl.int64) * s_ot + h * s_oh
+        if not SPLIT:
+            p_o += first_query_frame * s_ot
+        o = (acc_v * norm[:, None]).to(p_o.dtype.element_ty)
+        tl.store(p_o + o_j[:, None].to(tl.int64) * s_op + o_d[None, :], o, mask=m_tile)
+    if WITH_LSE:
+        p_lse += b * s_lb + h * s_lh + part.to(tl.int64) * s_lt
+        if not SPLIT:
+            p_lse += first_query_frame * s_lt
+        tl.store(p_lse + o_j, lse, mask=m_j)
+
+
+@triton.jit
+def merge_splits_kernel(
+    p_part, p_part_lse,  # float32 (S, B, H, P, D) and (S, B, H, P)
+    p_o, s_ob, s_op, s_oh,  # frame 0 of the output
+    p_lse, s_lb, s_lh,  # frame 0 of the log-sum-exp
+    batch, positions, heads, head_dim, splits,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Combine the key splits of the first frame by their log-sum-exps."""
+    o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    m_j = o_j < positions
+    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(splits):
+        row = (split * batch * heads + bh) * positions + o_j
+        lse = tl.load(p_part_lse + row, mask=m_j, other=0.0) * LOG2E
+        part = tl.load(p_part + row[:, None] * head_dim + o_d[None, :], mask=m_tile, other=0.0)
+        new_top = tl.maximum(top, lse)
+        decay, weight = tl.math.exp2(top - new_top), tl.math.exp2(lse - new_top)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + weight
+        top = new_top
+    o = (acc / total[:, None]).to(p_o.dtype.element_ty)
+    p_o += b * s_ob + h * s_oh
+    tl.store(p_o + o_j[:, None].to(tl.int64) * s_op + o_d[None, :], o, mask=m_tile)
+    if WITH_LSE:
+        lse = (top + tl.math.log2(total)) * LN2
+        tl.store(p_lse + b * s_lb + h * s_lh + o_j, lse, mask=m_j)
+
+
+@triton.jit
+def _exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME: tl.constexpr):
+    """[l, k] bool: key frames that a query frame sees exactly (structure.exact_pairs)."""
+    start = tl.minimum(tl.maximum(o_l - band, 0), frames - width)
+    inside = (o_k[None, :] >= start[:, None]) & (o_k[None, :] < (start + width)[:, None])
+    if FIRST_FRAME:
+        inside = inside | (o_l == 0)[:, None]
+    return inside
+
+
+@triton.jit
+def _l_logits(
+    q, rk, c_l, o_l, o_k, frames, band, width, qk_scale,
+    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 L logits [BLOCK_L, BLOCK_K]: s q RK - c_l, minus infinity for exact pairs."""
+    logits = tl.dot(q, tl.trans(rk), input_precision=PRECISION) * qk_scale - c_l[None, :]
+    valid = (o_k < frames)[None, :]
+    if BANDED:
+        valid = valid & ~_exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME)
+    return tl.where(valid, logits * LOG2E, float("-inf"))
+
+
+@triton.jit
+def l_output_kernel(
+    p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
+    p_rk, p_c, p_y,  # RK and RV (B, T, P, H, D), c_l (B, H, T, P)
+    p_exact, p_exact_lse,  # exact part (B, T, P, H, D) and its log-sum-exp (B, H, T, P)
+    p_o,  # out (B, T, P, H, D)
+    p_l,  # L (B, P, H, T, T)
+    qk_scale,
+    frames, positions, heads, head_dim, band, width, first_row,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Last L-step: o[l, j] = sum_k L y[k, j], the exact part being one more entry of the softmax.
+
+    One program: one position, one head, BLOCK_L query frames; key frames in tiles of BLOCK_K.
+    Rows before ``first_row`` are not written (another kernel owns them).
+    """
+    j = (tl.program_id(0) // heads).to(tl.int64)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < head_dim)[None, :]
+    m_l = (o_l < frames)[:, None] & m_d
+
+    p_q += b * s_qb + j * s_qp + h * s_qh
+    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+    row_l = ((b * frames + o_l) * positions + j) * heads + h
+    stat_l = ((b * heads + h) * frames + o_l) * positions + j
+    if BANDED:
+        top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+        total = tl.full([BLOCK_L], 1.0, tl.float32)
+        acc = tl.load(p_exact + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
+        acc = acc.to(tl.float32)
+    else:
+        top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_L], tl.float32)
+        acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+
+    for k_first in range(0, frames, BLOCK_K):
+        o_k = k_first + tl.arange(0, BLOCK_K)
+        m_k = (o_k < frames)[:, None] & m_d
+        row_k = ((b * frames + o_k) * positions + j) * heads + h
+        stat_k = ((b * heads + h) * frames + o_k) * positions + j
+        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+        y = tl.load(p_y + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+        logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        decay = tl.math.exp2(top - new_top)
+        weights = tl.math.exp2(logits - new_top[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(y.dtype), y, acc * decay[:, None], input_precision=PRECISION)
+        top = new_top
+
+    m_store = m_l & (o_l >= first_row)[:, None]
+    o = (acc / total[:, None]).to(p_o.dtype.element_ty)
+    tl.store(p_o + row_l[:, None] * head_dim + o_d[None, :], o, mask=m_store)
+
+    if STORE_L:
+        p_l += ((b * positions + j) * heads + h) * frames * frames
+        for k_first in range(0, frames, BLOCK_K):
+            o_k = k_first + tl.arange(0, BLOCK_K)
+            m_k = (o_k < frames)[:, None] & m_d
+            row_k = ((b * frames + o_k) * positions + j) * heads + h
+            stat_k = ((b * heads + h) * frames + o_k) * positions + j
+            rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+            c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+            logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+            entries = tl.math.exp2(logits - top[:, None]) / total[:, None]
+            tl.store(
+                p_l + o_l[:, None] * frames + o_k[None, :],
+                entries.to(p_l.dtype.element_ty),
+                mask=(o_l < frames)[:, None] & (o_k < frames)[None, :],
+            )
+
+
+@triton.jit
+def l_lse_kernel(
+    p_q, s_qb, s_qt, s_qp, s_qh,
+    p_rk, p_c, p_exact_lse,
+    p_row_lse,  # base-2 log-sum-exp of every L row (B, H, T, P) float32
+    qk_scale,
+    frames, positions, heads, head_dim, band, width,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Normalisers of L, needed apart when the key frames do not fit one tile."""
+    j = (tl.program_id(0) // heads).to(tl.int64)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < head_dim)[None, :]
+    m_l = (o_l < frames)[:, None] & m_d
+    p_q += b * s_qb + j * s_qp + h * s_qh
+    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+    stat_l = ((b * heads + h) * frames + o_l) * positions + j
+    if BANDED:
+        top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+        total = tl.full([BLOCK_L], 1.0, tl.float32)
+    else:
+        top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_L], tl.float32)
+    for k_first in range(0, frames, BLOCK_K):
+        o_k = k_first + tl.arange(0, BLOCK_K)
+        m_k = (o_k < frames)[:, None] & m_d
+        row_k = ((b * frames + o_k) * positions + j) * heads + h
+        stat_k = ((b * heads + h) * frames + o_k) * positions + j
+        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+        logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.math.exp2(top - new_top)
+        total += tl.sum(tl.math.exp2(logits - new_top[:, None]), 1)
+        top = new_top
+    tl.store(p_row_lse + stat_l, top + tl.math.log2(total), mask=o_l < frames)
+
+
+@triton.jit
+def next_beta_kernel(
+    p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
+    p_rk, p_c, p_exact_lse, p_row_lse,  # of the L-step; unused with FROM_L
+    p_l,  # L (B, P, H, T, T) of an earlier call; unused without FROM_L
+    p_beta,  # (B, T, P, H, D)
+    qk_scale, c_floor,
+    frames, positions, heads, head_dim, band, width,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """beta[k, j] = sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
+
+    One program: one position, one head, BLOCK_K key frames; query frames in tiles of BLOCK_L.
+    With ONE_TILE all key frames are in the tile and the rows of L are normalised here.
+    """
+    j = (tl.program_id(0) // heads).to(tl.int64)
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = (o_d < head_dim)[None, :]
+    m_k = (o_k < frames)[:, None] & m_d
+    row_k = ((b * frames + o_k) * positions + j) * heads + h
+    if FROM_L:
+        p_l += ((b * positions + j) * heads + h) * frames * frames
+    else:
+        stat_k = ((b * heads + h) * frames + o_k) * positions + j
+        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+
+    p_q += b * s_qb + j * s_qp + h * s_qh
+    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    c_r = tl.zeros([BLOCK_K], tl.float32)
+    for l_first in range(0, frames, BLOCK_L):
+        o_l = l_first + tl.arange(0, BLOCK_L)
+        m_l = (o_l < frames)[:, None] & m_d
+        q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+        if FROM_L:
+            m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
+            entries = tl.load(p_l + o_l[:, None] * frames + o_k[None, :], mask=m_lk, other=0.0)
+            entries = entries.to(tl.float32)
+        else:
+            logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+            stat_l = ((b * heads + h) * frames + o_l) * positions + j
+            if ONE_TILE:
+                if BANDED:
+                    exact = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+                    top = tl.maximum(tl.max(logits, 1), exact)
+                    entries = tl.math.exp2(logits - top[:, None])
+                    total = tl.sum(entries, 1) + tl.math.exp2(exact - top)
+                else:
+                    entries = tl.math.exp2(logits - tl.max(logits, 1)[:, None])
+                    total = tl.sum(entries, 1)
+                entries = entries / total[:, None]
+            else:
+                row_lse = tl.load(p_row_lse + stat_l, mask=o_l < frames, other=0.0)
+                entries = tl.math.exp2(logits - row_lse[:, None])
+            entries = tl.where((o_l < frames)[:, None], entries, 0.0)
+        c_r += tl.sum(entries, 0)
+        acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
+    beta = acc / tl.maximum(c_r, c_floor)[:, None]
+    tl.store(
+        p_beta + row_k[:, None] * head_dim + o_d[None, :],
+        beta.to(p_beta.dtype.element_ty),
+        mask=m_k,
+    )

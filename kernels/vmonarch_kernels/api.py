@@ -1,0 +1,279 @@
+"""The public call: validation, choice of implementation, one custom op for torch.compile."""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from vmonarch_kernels.cost import is_exact
+from vmonarch_kernels.dense import dense_attention
+from vmonarch_kernels.reference import monarch_factors
+from vmonarch_kernels.torch_impl import L_DTYPE, monarch_torch
+
+IMPLS = ("auto", "reference", "torch", "triton")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_FRAMES = 256
+
+
+class ImplUnavailable(ValueError):
+    """The implementation asked for cannot run here; the message says why."""
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run, or None when they can."""
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type!r} and Triton needs CUDA"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU has compute capability {major}.{minor} and the kernels need 8.0 or later"
+    if dtype not in _DTYPES:
+        return f"the dtype is {dtype} and the kernels take bfloat16, float16 or float32"
+    if not 16 <= head_dim <= 256:
+        return f"the head dimension is {head_dim} and the kernels take 16 to 256"
+    return None
+
+
+def resolve_impl(
+    impl: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> Literal["reference", "torch", "triton"]:
+    """The implementation that will run.
+
+    "auto" is "triton" on a CUDA GPU that can run the kernels and "torch" elsewhere (also where
+    Triton's interpreter is on: it is a debugger, not a way to compute). A named implementation is
+    returned unchanged. Raises ImplUnavailable when it cannot run, ValueError for an unknown name.
+    """
+    device = torch.device(device)
+    if impl == "auto":
+        on_gpu = device.type == "cuda" and _triton_obstacle(device, dtype, head_dim) is None
+        return "triton" if on_gpu else "torch"
+    if impl == "triton":
+        if obstacle := _triton_obstacle(device, dtype, head_dim):
+            raise ImplUnavailable(f"impl='triton' cannot run because {obstacle}.")
+        return "triton"
+    if impl == "torch":
+        return "torch"
+    if impl == "reference":
+        return "reference"
+    raise ValueError(f"impl is {impl!r}; valid are {', '.join(IMPLS)}.")
+
+
+@overload
+def monarch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    *,
+    num_steps: int = ...,
+    c_floor: float = ...,
+    first_frame: bool = ...,
+    band: int | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    l_prev: Tensor | None = ...,
+    return_l: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def monarch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    *,
+    num_steps: int = ...,
+    c_floor: float = ...,
+    first_frame: bool = ...,
+    band: int | None = ...,
+    scale: float | None = ...,
+    impl: str = ...,
+    l_prev: Tensor | None = ...,
+    return_l: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def monarch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    *,
+    num_steps: int = 2,
+    c_floor: float = 0.1,
+    first_frame: bool = True,
+    band: int | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    l_prev: Tensor | None = None,
+    return_l: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Monarch-structured self-attention of a video's tokens (VMonarch, arXiv 2601.22275).
+
+    Args:
+        q, k, v: (B, N, heads, D), any strides, one of bfloat16, float16, float32 (float64 for
+            "reference" and "torch" on a CPU); tokens in raster order of ``grid``.
+        grid: (T, H, W) latent frames and patches, T * H * W = N. T = 1 is dense attention.
+        num_steps: iterations of R-step and L-step, 1 or more (paper: 2).
+        c_floor: lower bound of c_r, in (0, 1] (paper: 0.1).
+        first_frame: frame 0's queries see every token exactly (paper, first-frame recomputation).
+        band: None, or w >= 0: every query frame sees its 2w + 1 nearest key frames exactly (ours).
+            All frames in the window (w >= T - 1 at the latest) is dense attention.
+        scale: factor of the scores; 1 / sqrt(D) when None.
+        impl: "auto", "reference", "torch" or "triton"; see ``resolve_impl``.
+        l_prev: L of an earlier call with the same shapes: a warm start (ours).
+        return_l: also return L for the next call's warm start.
+
+    Returns:
+        out (B, N, heads, D) in q's dtype, contiguous; with ``return_l`` also L, float8_e4m3fn
+        (B, H * W, heads, T, T), indexed [b, j, head, l, k].
+
+    Workspace: at most four tensors of q's size and dtype (beta, RK, RV and the exact part), plus
+    N * heads float32 statistics. No gradient.
+
+    Raises ValueError that names the argument, what came and what is valid; ImplUnavailable when a
+    named implementation cannot run here.
+    """
+    _check(q, k, v, grid, num_steps, c_floor, band, l_prev)
+    chosen = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, l_new = _monarch_op(
+        q,
+        k,
+        v,
+        l_prev,
+        list(grid),
+        num_steps,
+        c_floor,
+        first_frame,
+        band,
+        scale,
+        chosen,
+        return_l,
+    )
+    return (out, l_new) if return_l else out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    num_steps: int,
+    c_floor: float,
+    band: int | None,
+    l_prev: Tensor | None,
+) -> None:
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v are {shapes}; they must share one shape (B, N, heads, D).")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype.")
+    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != q.shape[1]:
+        raise ValueError(f"grid is {tuple(grid)} for {q.shape[1]} tokens; T * H * W must equal the tokens.")
+    if grid[0] > _MAX_FRAMES:
+        raise ValueError(f"grid has {grid[0]} latent frames; at most {_MAX_FRAMES} are supported.")
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; valid are integers from 1.")
+    if not 0 < c_floor <= 1:
+        raise ValueError(f"c_floor is {c_floor}; valid are numbers above 0 and up to 1.")
+    if band is not None and band < 0:
+        raise ValueError(f"band is {band}; valid are None and integers from 0.")
+    if l_prev is not None:
+        expected = _l_shape(q, grid[0])
+        if tuple(l_prev.shape) != expected or l_prev.dtype != L_DTYPE:
+            raise ValueError(
+                f"l_prev is {tuple(l_prev.shape)} {l_prev.dtype}; these tensors need {expected} {L_DTYPE}."
+            )
+
+
+def _l_shape(q: Tensor, frames: int) -> tuple[int, ...]:
+    return (q.shape[0], q.shape[1] // frames, q.shape[2], frames, frames)
+
+
+@torch.library.custom_op("vmonarch_kernels::monarch_attention", mutates_args=())
+def _monarch_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_prev: Tensor | None,
+    grid: list[int],
+    num_steps: int,
+    c_floor: float,
+    first_frame: bool,
+    band: int | None,
+    scale: float,
+    impl: str,
+    return_l: bool,
+) -> tuple[Tensor, Tensor]:
+    frames = grid[0]
+    l_new: Tensor | None = None
+    if impl == "reference":
+        out, l_new = _reference(q, k, v, l_prev, grid, num_steps, c_floor, first_frame, band, scale, return_l)
+    elif is_exact(frames, band):
+        out = dense_attention(q, k, v, scale=scale).contiguous()
+        if return_l:
+            l_new = torch.zeros(_l_shape(q, frames), dtype=L_DTYPE, device=q.device)
+    else:
+        if impl == "triton":
+            from vmonarch_kernels.launch import monarch_triton as run
+        else:
+            run = monarch_torch
+        out, l_new = run(q, k, v, l_prev, frames, num_steps, c_floor, first_frame, band, scale, return_l)
+    return out, q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
+
+
+@_monarch_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_prev: Tensor | None,
+    grid: list[int],
+    num_steps: int,
+    c_floor: float,
+    first_frame: bool,
+    band: int | None,
+    scale: float,
+    impl: str,
+    return_l: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = _l_shape(q, grid[0]) if return_l else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=L_DTYPE)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_prev: Tensor | None,
+    grid: list[int],
+    num_steps: int,
+    c_floor: float,
+    first_frame: bool,
+    band: int | None,
+    scale: float,
+    return_l: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The oracle in float32, or in float64 for float64 inputs."""
+    factors = monarch_factors(
+        q,
+        k,
+        v,
+        (grid[0], grid[1], grid[2]),
+        num_steps=num_steps,
+        c_floor=c_floor,
+        first_frame=first_frame,
+        band=band,
+        scale=scale,
+        l_prev=l_prev,
+        compute_dtype=torch.promote_types(q.dtype, torch.float32),
+    )
+    l_new = factors.L.permute(0, 4, 1, 2, 3).to(L_DTYPE).contiguous() if return_l else None
+    return factors.out.to(q.dtype), l_new

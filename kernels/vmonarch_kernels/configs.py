@@ -1,0 +1,79 @@
+"""Tile sizes by kind of kernel, head dimension, dtype and shared-memory limit: a table, no autotuning.
+
+The first call compiles what the table names and nothing else. `kernels/bench/search.py` measures
+the neighbours of an entry on the machine at hand and prints a better one where there is one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Tile of ``attend_kernel``: query rows, key rows, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class LStepConfig:
+    """Tile of the L-step kernels: query frames, key frames, warps."""
+
+    block_l: int
+    block_k: int
+    num_warps: int
+
+
+def shared_memory_bytes(config: AttendConfig, head_dim: int, itemsize: int, value_tiles: int) -> int:
+    """Shared memory of a tile: the queries once, keys and values once per pipeline stage."""
+    query_tile = config.block_m * head_dim * itemsize
+    key_tiles = config.num_stages * (1 + value_tiles) * config.block_n * head_dim * itemsize
+    return query_tile + key_tiles
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100)."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def attend_config(block_d: int, dtype: torch.dtype, limit: int, *, with_k: bool, with_v: bool) -> AttendConfig:
+    """Tile of the R-step (``with_k``), of R-step with values (both) or of plain attention.
+
+    Legal means: the accumulators stay in registers (block_m * block_d * accumulators <= 128
+    float32 per thread) and the tile fits ``limit``; stages, then key rows, shrink until it does.
+    """
+    accumulators = int(with_k) + int(with_v)
+    if dtype == torch.float32:
+        config = AttendConfig(32, 32, 4, 2) if block_d >= 128 else AttendConfig(64, 32, 4, 2)
+    elif block_d <= 64:
+        config = AttendConfig(128, 64, 4, 3) if accumulators == 1 else AttendConfig(64, 64, 4, 3)
+    elif block_d == 128:
+        config = AttendConfig(64, 64, 4, 3)
+    else:
+        config = AttendConfig(64, 32, 4 if accumulators == 1 else 8, 2)
+    value_tiles = int(with_v)
+    while shared_memory_bytes(config, block_d, dtype.itemsize, value_tiles) > limit:
+        stages, rows = config.num_stages, config.block_n
+        stages, rows = (stages - 1, rows) if stages > 1 else (1, rows // 2)
+        if rows < 16:
+            raise ValueError(f"no tile of head dimension {block_d} fits {limit} bytes of shared memory.")
+        config = AttendConfig(config.block_m, rows, config.num_warps, stages)
+    return config
+
+
+def l_step_config(frames: int, block_d: int, dtype: torch.dtype) -> LStepConfig:
+    """Tile of the L-step: one tile of all frames up to 32 (64 where registers allow), else 32 x 32."""
+    largest = 64 if block_d <= 128 and dtype != torch.float32 else 32
+    padded = max(16, 1 << (frames - 1).bit_length())
+    block = padded if padded <= largest else 32
+    warps = {16: 1, 32: 2, 64: 4}[block]
+    return LStepConfig(block, block, warps)

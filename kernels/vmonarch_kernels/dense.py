@@ -1,0 +1,91 @@
+"""Dense attention on (B, N, H, D) tensors: the baseline, and the exact parts with their log-sum-exp."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_CHUNK_ELEMENTS = 1 << 24  # scores held at once by the portable path: 64 MB in float32
+
+
+def dense_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the SDPA backends worth trying on a device, the expected fastest first."""
+    if device.type != "cuda":
+        return ("flash",) if device.type == "cpu" else ("math",)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return ("efficient",)
+    # cuDNN leads on Hopper and Blackwell; before them FlashAttention-2 does.
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return ("cudnn", "flash", "efficient") if hopper else ("flash", "cudnn", "efficient")
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """Softmax attention through torch's SDPA; (B, N, H, D) in and out, any float dtype.
+
+    ``backend``: "auto" lets the fastest backend of the device run and the next ones where it
+    cannot; "cudnn", "flash", "efficient" or "math" runs that one alone. RuntimeError of torch
+    when the named backend cannot take the tensors.
+    """
+    with _preference(q, backend):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
+
+
+@contextmanager
+def _preference(q: Tensor, backend: str) -> Iterator[None]:
+    if backend != "auto":
+        if backend not in _BACKENDS:
+            valid = ", ".join(_BACKENDS)
+            raise ValueError(f"backend is {backend!r}; valid are auto, {valid}")
+        with sdpa_kernel(_BACKENDS[backend]):
+            yield
+    elif q.device.type == "cuda":
+        order = [_BACKENDS[name] for name in dense_backends(q.device, q.dtype)]
+        with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
+            yield
+    else:
+        yield
+
+
+def attention_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention with its natural log-sum-exp: q (B, H, S, D), k and v (B, H, S', D), any strides.
+
+    Returns (out (B, H, S, D) in q's dtype, lse (B, H, S) float32 or wider). Uses the flash kernel
+    of the device where torch has one and a chunked eager path elsewhere; never holds S * S' scores.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+        return out, lse
+    if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+        if q.dtype in (torch.float16, torch.bfloat16):
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            out, lse, *_ = flash(q, k, v, 0.0, False, False, scale=scale)
+            return out, lse
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = efficient(q, k, v, None, True, 0.0, False, scale=scale)
+        return out, lse[..., : q.shape[2]]
+    return _chunked(q, k, v, scale)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1], dtype=wide)
+    keys, values = k.mT.to(wide), v.to(wide)
+    rows = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for first in range(0, q.shape[2], rows):
+        part = slice(first, first + rows)
+        scores = scale * (q[:, :, part].to(wide) @ keys)
+        lse[:, :, part] = torch.logsumexp(scores, dim=-1)
+        out[:, :, part] = (torch.softmax(scores, dim=-1) @ values).to(q.dtype)
+    return out, lse

@@ -1,0 +1,114 @@
+"""The oracle: every step of the algorithm written out, eager, in a precision of the caller's choice.
+
+Sources: VMonarch (arXiv 2601.22275), algorithm of section 3; the exact band and the warm start
+are this project's. The entropy is summed directly here, so that the identity which the fast
+implementations use is checked against an independent computation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vmonarch_kernels.cost import is_exact
+from vmonarch_kernels.structure import exact_pairs, split_frames
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Result of the reference with both Monarch factors.
+
+    ``out`` (B, N, H, D); ``L`` (B, H, T_l, T_k, P) sums to one over k together with ``L_exact``;
+    ``R`` (B, H, T_k, P_j, P_i) sums to one over i; ``L_exact`` (B, H, T_l, P) is the weight of the
+    exact pairs, zero without a band; ``c_l`` (B, H, T, P) is sum R log R of the last R-step.
+    """
+
+    out: Tensor
+    L: Tensor
+    R: Tensor
+    L_exact: Tensor
+    c_l: Tensor
+
+
+def softmax_attention(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain attention: (out (B, H, S, D), natural log-sum-exp of the scaled scores (B, H, S))."""
+    scores = scale * (q_BHSD @ k_BHSD.mT)
+    return torch.softmax(scores, dim=-1) @ v_BHSD, torch.logsumexp(scores, dim=-1)
+
+
+def monarch_factors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    *,
+    num_steps: int = 2,
+    c_floor: float = 0.1,
+    first_frame: bool = True,
+    band: int | None = None,
+    scale: float | None = None,
+    l_prev: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Factors:
+    """Steps 1-5 of the algorithm on (B, N, H, D) tensors, with L and R materialised.
+
+    Memory grows with N * P: for tests and pictures. ``compute_dtype`` is used for every
+    intermediate; bfloat16 gives the eager low-precision error that bounds a kernel's error.
+    ``out`` is returned in ``compute_dtype``. Other arguments as in ``monarch_attention``.
+    """
+    frames = grid[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_BHTPD, k_BHTPD, v_BHTPD = (split_frames(x, frames).permute(0, 3, 1, 2, 4).to(compute_dtype) for x in (q, k, v))
+    batch, heads, _, positions, _ = q_BHTPD.shape
+
+    exact = None
+    if band is not None or is_exact(frames, band):
+        exact = exact_pairs(frames, frames if band is None else band, first_frame, q.device)
+        o_exact, lse_exact = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
+
+    if l_prev is None:
+        alpha_r, c_r = q_BHTPD, torch.ones_like(q_BHTPD[..., 0])
+    else:
+        L = l_prev.to(compute_dtype).permute(0, 2, 3, 4, 1)  # (B, P, H, l, k) -> (B, H, l, k, P)
+        alpha_r, c_r = _gather_queries(L, q_BHTPD)
+
+    for _ in range(num_steps):
+        beta = scale * alpha_r / c_r.clamp_min(c_floor)[..., None]
+        R = torch.softmax(beta @ k_BHTPD.mT, dim=-1)
+        alpha_l = scale * (R @ k_BHTPD)
+        c_l = torch.special.xlogy(R, R).sum(-1)
+        logits = torch.einsum("bhljd,bhkjd->bhlkj", q_BHTPD, alpha_l) - c_l[:, :, None]
+        if exact is None:
+            L = torch.softmax(logits, dim=3)
+            L_exact = torch.zeros_like(q_BHTPD[..., 0])
+        else:
+            logits = logits.masked_fill(exact[:, :, None], float("-inf"))
+            merged = torch.softmax(torch.cat([logits, lse_exact[:, :, :, None]], dim=3), dim=3)
+            L, L_exact = merged[:, :, :, :-1], merged[:, :, :, -1]
+        alpha_r, c_r = _gather_queries(L, q_BHTPD)
+
+    out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD)
+    if exact is not None:
+        out = out + L_exact[..., None] * o_exact
+    elif first_frame:
+        out[:, :, 0], _ = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
+    out = out.permute(0, 2, 3, 1, 4).reshape(batch, frames * positions, heads, -1)
+    return Factors(out, L, R, L_exact, c_l)
+
+
+def _gather_queries(L: Tensor, q_BHTPD: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha_r[k, j] = sum_l L q[l, j] and c_r[k, j] = sum_l L."""
+    return torch.einsum("bhlkj,bhljd->bhkjd", L, q_BHTPD), L.sum(dim=2)
+
+
+def _exact_part(
+    q_BHTPD: Tensor, k_BHTPD: Tensor, v_BHTPD: Tensor, exact: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query frame over its exact key frames: (out, lse) per query."""
+    outs, lses = [], []
+    for frame, row in enumerate(exact):
+        keys, values = (x[:, :, row].flatten(2, 3) for x in (k_BHTPD, v_BHTPD))
+        out, lse = softmax_attention(q_BHTPD[:, :, frame], keys, values, scale)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs, dim=2), torch.stack(lses, dim=2)

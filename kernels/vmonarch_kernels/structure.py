@@ -1,0 +1,65 @@
+"""Which (query frame, key frame) pairs are exact, and the views every implementation shares.
+
+Shape legend of this package: B batch, N tokens = T frames x P positions, H heads, D head
+dimension; l query frames, k key frames, j query positions, i key positions.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vmonarch_kernels.cost import window_frames
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Query frames [first, first + count) and the key window of each: its start moves by ``stride``."""
+
+    first: int
+    count: int
+    key_first: int
+    stride: int
+
+
+def window_start(frame: int, frames: int, band: int) -> int:
+    """First key frame of a query frame's window, clamped so that every window is equally long."""
+    return min(max(frame - band, 0), frames - window_frames(frames, band))
+
+
+@lru_cache(maxsize=64)
+def band_groups(frames: int, band: int, first_frame: bool) -> tuple[FrameGroup, ...]:
+    """Split the query frames where the clamped window stops following them.
+
+    Within a group the window either stands still (stride 0: one attention with more queries) or
+    moves by one frame per query frame (stride 1: a batch over an overlapping view).
+    With ``first_frame`` frame 0 is left out, because it sees every key frame.
+    """
+    first = 1 if first_frame else 0
+    width = window_frames(frames, band)
+    moving_first, moving_last = max(band + 1, first), frames - width + band - 1
+    groups = [
+        FrameGroup(first, min(band + 1, frames) - first, 0, 0),
+        FrameGroup(moving_first, moving_last - moving_first + 1, moving_first - band, 1),
+    ]
+    tail = max(moving_first, moving_last + 1)
+    groups.append(FrameGroup(tail, frames - tail, frames - width, 0))
+    return tuple(group for group in groups if group.count > 0)
+
+
+def exact_pairs(frames: int, band: int, first_frame: bool, device: torch.device) -> Tensor:
+    """(T, T) bool, true where query frame l sees key frame k exactly (algorithm: the exact band)."""
+    width = window_frames(frames, band)
+    starts = torch.tensor([window_start(f, frames, band) for f in range(frames)], device=device)
+    k = torch.arange(frames, device=device)
+    pairs = (k >= starts[:, None]) & (k < starts[:, None] + width)
+    if first_frame:
+        pairs[0] = True
+    return pairs
+
+
+def split_frames(x_BNHD: Tensor, frames: int) -> Tensor:
+    """(B, N, H, D) -> (B, T, P, H, D), always a view."""
+    frames_split: Tensor = x_BNHD.unflatten(1, (frames, -1))
+    return frames_split

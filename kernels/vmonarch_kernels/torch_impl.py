@@ -1,0 +1,225 @@
+"""impl="torch": the algorithm through torch's own flash attention, on any device.
+
+Every R-step is an ordinary attention whose values are the keys; its log-sum-exp gives the entropy
+for free (the identity of ../README.md). L lives only for a chunk of positions at a time, so no
+tensor of N * N or N * P elements exists.
+"""
+
+import torch
+from torch import Tensor
+
+from vmonarch_kernels.cost import window_frames
+from vmonarch_kernels.dense import attention_lse
+from vmonarch_kernels.structure import band_groups, exact_pairs, split_frames
+
+L_DTYPE = torch.float8_e4m3fn
+_CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that they stay in cache
+
+
+def monarch_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    l_prev: Tensor | None,
+    frames: int,
+    num_steps: int,
+    c_floor: float,
+    first_frame: bool,
+    band: int | None,
+    scale: float,
+    return_l: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
+
+    The caller has handled the cases in which the structure is exact (one frame, full band).
+    """
+    q_BTPHD, k_BTPHD, v_BTPHD = (split_frames(x, frames) for x in (q, k, v))
+    out = torch.empty_like(q_BTPHD, memory_format=torch.contiguous_format)
+    exact = None
+    if band is not None:
+        exact = _exact_part(q_BTPHD, k_BTPHD, v_BTPHD, band, first_frame, scale)
+    if l_prev is None:
+        beta = q_BTPHD * scale
+    else:
+        beta = _warm_queries(l_prev, q_BTPHD, c_floor, scale)
+
+    l_new = None
+    for step in range(num_steps):
+        last = step == num_steps - 1
+        alpha, y, lse = _r_step(beta, k_BTPHD, v_BTPHD if last else None)
+        # sum R log R by the identity, from the very values that enter the products below, so that
+        # the rounding of alpha cancels in the L logits.
+        c_l = (beta * alpha).sum(-1, dtype=lse.dtype) - lse
+        if not last:
+            beta = torch.empty_like(beta)
+            _l_step(q_BTPHD, alpha, c_l, None, exact, scale, c_floor, beta, None)
+        else:
+            if return_l:
+                l_new = _empty_l(q_BTPHD)
+            _l_step(q_BTPHD, alpha, c_l, y, exact, scale, c_floor, out, l_new)
+    if first_frame and band is None:
+        out[:, 0] = _first_frame(q_BTPHD, k_BTPHD, v_BTPHD, scale)[0]
+    return out.flatten(1, 2), l_new
+
+
+def _empty_l(q_BTPHD: Tensor) -> Tensor:
+    batch, frames, positions, heads, _ = q_BTPHD.shape
+    return q_BTPHD.new_empty((batch, positions, heads, frames, frames), dtype=L_DTYPE)
+
+
+def _r_step(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """R K, R V (None without v), both (B, T, P, H, D), and the log-sum-exp (B, T, P, H) of R."""
+    if beta.device.type == "cpu" and beta.dtype in (torch.float32, torch.float64):
+        return _r_step_cpu(beta, k, v)
+    frames = beta.shape[1]
+    beta_, k_ = (x.flatten(0, 1).transpose(1, 2) for x in (beta, k))
+    alpha, lse = attention_lse(beta_, k_, k_, scale=1.0)
+    y = None
+    if v is not None:
+        y, _ = attention_lse(beta_, k_, v.flatten(0, 1).transpose(1, 2), scale=1.0)
+        y = y.transpose(1, 2).unflatten(0, (-1, frames))
+    return (
+        alpha.transpose(1, 2).unflatten(0, (-1, frames)),
+        y,
+        lse.transpose(1, 2).unflatten(0, (-1, frames)),
+    )
+
+
+def _r_step_cpu(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The R-step by batched products over a few rows of R at a time.
+
+    Faster here than torch's CPU flash kernel: a frame's keys fit the cache, so blocks of rows
+    need no online rescaling, and R serves K and V after one softmax.
+    """
+    batch, frames, positions, heads, _ = beta.shape
+    alpha = torch.empty_like(beta, memory_format=torch.contiguous_format)
+    y = None if v is None else torch.empty_like(alpha)
+    lse = beta.new_empty(beta.shape[:-1])
+    rows = min(positions, max(32, _CHUNK_ELEMENTS // (heads * positions)))
+    scores_buffer = beta.new_empty(heads * rows * positions)
+    for b in range(batch):
+        for frame in range(frames):
+            keys = k[b, frame].transpose(0, 1)
+            for first in range(0, positions, rows):
+                part = slice(first, min(first + rows, positions))
+                queries = beta[b, frame, part].transpose(0, 1)
+                count = queries.shape[1]
+                scores = scores_buffer[: heads * count * positions].view(heads, count, positions)
+                torch.bmm(queries, keys.mT, out=scores)
+                top = scores.amax(-1)
+                R = torch.softmax(scores, -1)
+                # log R = score - lse holds for every entry; the largest cannot underflow.
+                lse[b, frame, part] = (top - R.amax(-1).log()).T
+                alpha[b, frame, part] = torch.bmm(R, keys).transpose(0, 1)
+                if v is not None and y is not None:
+                    y[b, frame, part] = torch.bmm(R, v[b, frame].transpose(0, 1)).transpose(0, 1)
+    return alpha, y, lse
+
+
+def _first_frame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of frame 0 over all tokens (paper, first-frame recomputation)."""
+    keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
+    out, lse = attention_lse(q[:, 0].transpose(1, 2), keys, values, scale=scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _exact_part(
+    q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (B, T, P, H, D), lse (B, T, P, H), pairs (T, T)) of the exact band, no keys copied."""
+    batch, frames, positions, heads, dim = q.shape
+    width = window_frames(frames, band)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    if first_frame:
+        out[:, 0], lse[:, 0] = _first_frame(q, k, v, scale)
+    for group in band_groups(frames, band, first_frame):
+        rows = slice(group.first, group.first + group.count)
+        for b in range(batch):
+            queries = q[b, rows].transpose(1, 2)
+            if group.stride == 0:  # one window for the whole group: one attention, more queries
+                queries = q[b, rows].flatten(0, 1).transpose(0, 1)[None]
+            keys, values = (
+                torch.as_strided(
+                    x,
+                    (group.count if group.stride else 1, heads, width * positions, dim),
+                    (x.stride(1), x.stride(3), x.stride(2), x.stride(4)),
+                    x[b, group.key_first].storage_offset(),
+                )
+                for x in (k, v)
+            )
+            part, part_lse = attention_lse(queries, keys, values, scale=scale)
+            out[b, rows] = part.transpose(1, 2).reshape(group.count, positions, heads, dim)
+            lse[b, rows] = part_lse.transpose(1, 2).reshape(group.count, positions, heads)
+    return out, lse, exact_pairs(frames, band, first_frame, q.device)
+
+
+def _position_chunks(q_BTPHD: Tensor) -> list[slice]:
+    _, frames, positions, heads, _ = q_BTPHD.shape
+    size = max(1, _CHUNK_ELEMENTS // (frames * frames * heads))
+    return [slice(first, min(first + size, positions)) for first in range(0, positions, size)]
+
+
+def _by_position(x_TPHD: Tensor) -> Tensor:
+    """(T, P, H, D) -> (P * H, T, D) in float32 or wider: one small matrix per position and head.
+
+    For a contiguous input this is a view that batched BLAS takes without a copy.
+    """
+    wide = torch.promote_types(x_TPHD.dtype, torch.float32)
+    return x_TPHD.flatten(1, 2).transpose(0, 1).to(wide)
+
+
+def _l_step(
+    q: Tensor,
+    alpha: Tensor,
+    c_l: Tensor,
+    y: Tensor | None,
+    exact: tuple[Tensor, Tensor, Tensor] | None,
+    scale: float,
+    c_floor: float,
+    target: Tensor,
+    l_new: Tensor | None,
+) -> None:
+    """L = softmax over key frames; writes the next beta (y is None) or the output into ``target``."""
+    heads = q.shape[3]
+    for b in range(q.shape[0]):
+        for part in _position_chunks(q):
+            q_j = _by_position(q[b, :, part])
+            bias = -c_l[b, :, part].flatten(1).T[:, None].to(q_j.dtype)  # (P * H, 1, T_k)
+            logits = torch.baddbmm(bias, q_j, _by_position(alpha[b, :, part]).mT, alpha=scale)
+            weight = None
+            if exact is not None:
+                o_exact, lse_exact, pairs = exact
+                lse = lse_exact[b, :, part].flatten(1).T[:, :, None].to(q_j.dtype)
+                logits.masked_fill_(pairs, float("-inf"))
+                merged = torch.softmax(torch.cat([logits, lse], dim=-1), dim=-1)
+                L, weight = merged[..., :-1], merged[..., -1:]
+            else:
+                L = torch.softmax(logits, dim=-1)
+            if y is None:
+                result = _next_beta(L, q_j, c_floor, scale)
+            else:
+                result = L @ _by_position(y[b, :, part])
+                if weight is not None:
+                    result.addcmul_(weight, _by_position(o_exact[b, :, part]))
+            target[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, heads))
+            if l_new is not None:
+                l_new[b, part] = L.unflatten(0, (-1, heads)).to(L_DTYPE)
+
+
+def _next_beta(L: Tensor, q_j: Tensor, c_floor: float, scale: float) -> Tensor:
+    """beta[k] = s alpha_r / max(c_r, c_floor) of (P * H, T, T) L and (P * H, T, D) queries."""
+    c_r = L.sum(dim=1)[..., None]
+    return torch.bmm(L.mT, q_j).mul_(scale / c_r.clamp_min(c_floor))
+
+
+def _warm_queries(l_prev: Tensor, q: Tensor, c_floor: float, scale: float) -> Tensor:
+    """The first beta of a warm start, from the last call's L and this call's queries."""
+    beta = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for b in range(q.shape[0]):
+        for part in _position_chunks(q):
+            q_j = _by_position(q[b, :, part])
+            L = l_prev[b, part].flatten(0, 1).to(q_j.dtype)
+            result = _next_beta(L, q_j, c_floor, scale)
+            beta[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, q.shape[3]))
+    return beta

@@ -1,0 +1,1 @@
+"""The shipped presets, as package data (installed as vmonarch_presets)."""

@@ -1,0 +1,365 @@
+"""The commands as a user sees them: sentences, exit codes, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from vmonarch_cli import __version__, preflight
+from vmonarch_cli.app import app
+from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.presets import shipped_names
+
+WAN = ("-m", "wan2.1-1.3b", "-p", "a cat")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def fake_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` without a model; the memory of this machine does not matter."""
+    import vmonarch_cli.run
+
+    monkeypatch.setattr(vmonarch_cli.run, "generate", fakes.generate)
+    monkeypatch.setattr(preflight, "check_cpu_memory", lambda plan, dtype: None)
+
+
+def error(result: Result) -> str:
+    """The one line on stderr of a call that failed before anything was written."""
+    assert result.exit_code == 2
+    assert list(Path.cwd().iterdir()) == []
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+# Help, versions and lists
+
+
+def test_help_in_a_fresh_process_is_fast_and_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from vmonarch_cli.app import app\n"
+        "try:\n    app(['generate', '--help'])\n"
+        "except SystemExit as e:\n    assert e.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'numpy', 'imageio'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    best = 10.0
+    for _ in range(3):  # the machine may be busy: the best of three is the program's own time
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        best = min(best, time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+    assert "--num-inference-steps" in done.stdout
+    assert best < 1.0
+
+
+@pytest.mark.parametrize(
+    "module", ["plan", "presets", "report", "listings", "progress", "targets", "timing", "video", "models.registry"]
+)
+def test_modules_of_the_plan_import_no_torch(module: str) -> None:
+    code = f"import sys, vmonarch_cli.{module}; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 0
+    for name in ("generate", "models", "presets"):
+        assert name in result.stdout
+
+
+def test_version() -> None:
+    assert (call("--version").stdout, call("--version").exit_code) == (f"vmonarch {__version__}\n", 0)
+
+
+def test_presets_are_listed_and_shown() -> None:
+    listed = call("presets").stdout
+    assert all(name in listed for name in shipped_names())
+    shown = call("presets", "show", "balanced")
+    assert shown.exit_code == 0
+    for words in ("band", "latent frames", "num_steps", "iterations", "c_floor"):
+        assert words in shown.stdout
+
+
+def test_presets_check(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text("band = 1\n")
+    bad.write_text("band = 1.5\n")
+    assert call("presets", "check", str(good)).stdout == f"{good} is valid: preset 'good'\n"
+    result = call("presets", "check", str(bad))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {bad}: field 'band' takes a whole number from 0 to 4096, or \"none\", got 1.5\n"
+
+
+def test_models_are_listed() -> None:
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in call("models").stdout
+
+
+def test_completion_is_offered() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vmonarch_cli"],
+        env={**os.environ, "_VMONARCH_COMPLETE": "complete_bash", "COMP_WORDS": "vmonarch ge", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["generate"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ("generate",),
+            'error: a prompt is missing: say what the clip should show, as in --prompt "a red circle moves from left '
+            'to right on a blue background"',
+        ),
+        (("generate", "--steps", "many"), "error: --steps takes a whole number, got 'many'"),
+        (("generate", "--guidance-scale", "x"), "error: --guidance-scale takes a number, got 'x'"),
+        (
+            ("generate", *WAN, "--size", "830x480"),
+            "error: size 830x480 does not fit wan2.1-1.3b: width and height must be "
+            "multiples of 16 pixels, the nearest valid sizes are 832x480 and 816x480",
+        ),
+        (
+            ("generate", *WAN, "--preset", "papre"),
+            "error: there is no preset 'papre' (did you mean paper?): shipped are "
+            "paper, fast, balanced, quality, exact, dense, and a path to a .toml file works too",
+        ),
+        (
+            ("generate", *WAN, "--set", "band"),
+            "error: --set: 'band' is not of the form field=value; fields are attention, "
+            "num_steps, warm_start, c_floor, first_frame, band, dense_steps, dense_layers, impl",
+        ),
+        (
+            ("generate", *WAN, "-o", "/proc/x/y.mp4"),
+            "error: output folder /proc/x cannot be written (No such file or directory): choose another --output",
+        ),
+    ],
+)
+def test_one_sentence_and_exit_2(arguments: tuple[str, ...], expected: str) -> None:
+    assert error(call(*arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "words"),
+    [
+        (("genrate",), "error: No such command 'genrate'. ", "'generate'"),
+        (("generate", "--stepz", "3"), "error: No such option", "--steps"),
+        (("presets", "show"), "error: Missing argument ", "name"),
+    ],
+)
+def test_usage_errors_are_one_sentence_too(arguments: tuple[str, ...], start: str, words: str) -> None:
+    """Their wording is typer's and varies with its version; the form does not."""
+    message = error(call(*arguments))
+    assert message.startswith(start)
+    assert words in message.lower()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(fake_run: None) -> None:
+    assert error(call("generate", *WAN, "--device", "cuda")).startswith("error: device 'cuda' cannot be used: ")
+
+
+def test_an_implementation_that_cannot_run_says_why(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = error(call("generate", *WAN, "--impl", "triton", "--device", "cpu"))
+    assert "triton" in message
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.memory, "available_bytes", lambda: 10 * 2**30)
+    assert error(call("generate", "-m", "wan2.1-14b", "-p", "a cat", "--device", "cpu")) == (
+        "error: too little memory: wan2.1-14b at 1280x720 with 81 frames in float32 needs at least 86.0 GiB and 10.0 "
+        "GiB are free: choose a smaller model or size, or a narrower --dtype"
+    )
+
+
+def test_errors_as_json() -> None:
+    result = call("generate", *WAN, "--steps", "0", "--json")
+    assert result.exit_code == 2
+    sentence = "--steps takes a whole number from 1 to 1000, got 0"
+    assert json.loads(result.stdout) == {"error": sentence, "exit_code": 2}
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = call("generate", *WAN, "--steps", "0", "--debug")
+    assert type(result.exception).__name__ == "InputError"
+
+
+# Runs
+
+
+def test_a_run_prints_tables_and_the_path_last(fake_run: None) -> None:
+    result = call("generate", *WAN, "--steps", "4", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "outputs/a-cat-s0.mp4"
+    for words in ("Wan2.1-T2V-1.3B", "median", "end to end", "coverage", "first call"):
+        assert words in result.stdout
+    assert result.stderr == "loading the model\ndenoising (4 steps)\ndenoising: compiling kernels, once\ndecoding\n"
+
+
+def test_quiet_prints_only_paths(fake_run: None) -> None:
+    result = call("generate", *WAN, "--steps", "4", "--device", "cpu", "--quiet", "--num-videos", "2")
+    assert (result.stdout, result.stderr) == ("outputs/a-cat-s0.mp4\noutputs/a-cat-s1.mp4\n", "")
+
+
+def test_json_is_one_object(fake_run: None) -> None:
+    result = call("generate", *WAN, "--steps", "4", "--device", "cpu", "--json", "--num-videos", "2")
+    record = json.loads(result.stdout)
+    assert [clip["path"] for clip in record["clips"]] == ["outputs/a-cat-s0.mp4", "outputs/a-cat-s1.mp4"]
+    assert record["settings"]["steps"] == {"value": 4, "origin": "flag"}
+    assert result.stderr == ""
+
+
+def test_dry_run_writes_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("generate", *WAN, "--dry-run", "--preset", "balanced", "--set", "band=2", "--num-videos", "2")
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    for line in (
+        "preset.band 2 flag",
+        "preset.warm_start true preset",
+        "height 480 model default",
+        "seed 0 default",
+        "grid 21 x 30 x 52 = 32,760 tokens (latent frames x rows x columns)",
+        "file outputs/a-cat-s0.mp4",
+        "file outputs/a-cat-s1.mp4",
+    ):
+        assert line in lines
+    assert list(Path.cwd().iterdir()) == []
+    as_json = json.loads(call("generate", *WAN, "--dry-run", "--json").stdout)
+    assert (as_json["dry_run"], as_json["grid"], as_json["outputs"]) == (True, [21, 30, 52], ["outputs/a-cat-s0.mp4"])
+
+
+def test_a_clip_that_fails_exits_1(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NonFiniteError("latents stopped being finite in step 3 of 4, and no clip was written")
+
+    monkeypatch.setattr("vmonarch_cli.run.generate", fail)
+    result = call("generate", *WAN, "--device", "cpu", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr == "error: latents stopped being finite in step 3 of 4, and no clip was written\n"
+
+
+def test_an_unexpected_error_is_one_sentence_too(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes do not match\nand a page of detail")
+
+    monkeypatch.setattr("vmonarch_cli.run.generate", fail)
+    result = call("generate", *WAN, "--device", "cpu", "--quiet")
+    assert result.exit_code == 1
+    assert result.stderr == "error: unexpected RuntimeError: shapes do not match (--debug shows where)\n"
+
+
+def test_interrupt_exits_130_with_one_line(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmonarch_cli.run.generate", interrupt)
+    result = call("generate", *WAN, "--device", "cpu", "--quiet")
+    assert (result.exit_code, result.stderr) == (130, "interrupted: no clip was left half-written\n")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m vmonarch_cli presets show fast | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+# The demo model is what a run without --model uses
+
+
+@pytest.fixture
+def demo_weights(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any weights in the demo's place: what is tested here is what is said about them."""
+    monkeypatch.setattr("vmonarch_cli.models.registry.WEIGHTS", tiny_wan_folder)
+
+
+def test_the_demo_model_is_named_in_one_line(demo_weights: None) -> None:
+    result = call("generate", "-p", "a red circle moves from left to right", "--dry-run")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "note: no --model given: using the small demo model that comes with vmonarch; "
+        "--model wan2.1-1.3b downloads a real one, about 29 GB\n"
+    )
+    assert "demo" in result.stdout
+    assert call("generate", "-p", "a red circle", "-m", "demo", "--dry-run").stderr == ""
+
+
+def test_words_that_the_demo_does_not_know_are_named(demo_weights: None) -> None:
+    result = call("generate", "-p", "a red dragon juggles", "-m", "demo", "--dry-run", "--size", "64x64")
+    assert result.stderr == (
+        "warning: the demo model was not trained on 'dragon', 'juggles': those words will not show in the clip\n"
+        "warning: the demo model was trained at 96x96 with 49 frames only: 64x64 with 49 will look worse\n"
+    )
+
+
+def test_missing_demo_weights_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmonarch_cli.models.registry.WEIGHTS", tmp_path / "weights")
+    assert error(call("generate", "-p", "a red circle")) == (
+        f"error: the demo model's weights are missing from this installation ({tmp_path}/weights): install vmonarch "
+        "again, or name another model with --model"
+    )
+
+
+# The real thing, with random weights
+
+
+def test_generate_end_to_end_with_a_local_folder(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    import imageio.v3 as imageio
+
+    command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(tiny_wan_folder), "-p", "a red circle"]
+    command += ["--size", "64x48", "--num-frames", "17", "--steps", "3", "--fps", "12", "-o", f"{tmp_path}/x.mp4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "loading the model\ndenoising (3 steps)\ndecoding\n"
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/x.mp4"
+    assert "\x1b" not in done.stdout
+    assert imageio.imread(tmp_path / "x.mp4").shape == (17, 48, 64, 3)
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["settings"]["fps"] == {"value": 12, "origin": "flag"}
+    assert record["coverage"] == {"calls": 18, "structured": 18, "dense": {}}
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert (
+        again.stderr == f"error: {tmp_path}/x.mp4 exists already: pass --overwrite to replace it, or another --output\n"
+    )
+
+
+def test_a_real_interrupt_leaves_no_file(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(tiny_wan_folder), "-p", "a red circle"]
+    command += ["--size", "64x64", "--num-frames", "17", "--steps", "1000", "-o", f"{tmp_path}/x.mp4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("denoising"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert (process.returncode, rest.splitlines()[-1]) == (130, "interrupted: no clip was left half-written")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,55 @@
+"""The progress bar: it counts steps, names phases and stays off where it does not belong."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from rich.console import Console
+
+from vmonarch_cli.plan import GenerateRequest, Plan, resolve
+from vmonarch_cli.progress import RunProgress
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return resolve(GenerateRequest(prompt="a cat", model="wan2.1-1.3b", steps=3, output=f"{tmp_path}/x.mp4"))
+
+
+def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[Any]]:
+    stream = io.StringIO()
+    clips: list[Any] = []
+    bar = RunProgress(Console(file=stream, width=80, **console), lambda *clip: clips.append(clip), quiet=quiet)
+
+    def refresh(event: Any) -> None:
+        bar(event)
+        if bar._bar:
+            bar._bar.refresh()
+
+    with bar:
+        fakes.generate(plan, on_event=refresh)
+    return stream.getvalue(), clips
+
+
+def test_a_terminal_gets_a_bar_with_counts(plan: Plan) -> None:
+    text, clips = shown(plan, force_terminal=True, _environ={"TERM": "xterm"})
+    for words in ("loading the model", "denoising", "compiling kernels, once", "3/3", "decoding"):
+        assert words in text
+    decoding = [line for line in text.replace("\r", "\n").splitlines() if "decoding" in line]
+    assert decoding
+    assert not any("/3" in line for line in decoding)
+    assert [(clip.seed, load_s) for clip, load_s in clips] == [(0, 1.5)]
+
+
+def test_a_pipe_gets_one_plain_line_per_phase(plan: Plan) -> None:
+    text, _ = shown(plan)
+    assert text == "loading the model\ndenoising (3 steps)\ndenoising: compiling kernels, once\ndecoding\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet_is_silent(plan: Plan, terminal: bool) -> None:
+    text, clips = shown(plan, quiet=True, force_terminal=terminal)
+    assert (text, len(clips)) == ("", 1)

@@ -1,0 +1,39 @@
+"""Fixtures of the whole suite. Without a GPU the real Triton kernels run under the interpreter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton reads this when a kernel module is imported, so it must be set before any test imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test may reach a hub: what a test needs, it makes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Rich and typer size their output by these; a test that cares sets its own.
+for name in ("COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WanPipeline of random weights as a diffusers folder (safetensors); 64x64 and 17 frames take a second."""
+    from tiny_wan import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    tiny_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_two_stage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two transformers, as Wan 2.2 A14B has."""
+    from tiny_wan import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan-two-stage"
+    tiny_pipeline(two_stages=True).save_pretrained(folder, safe_serialization=True)
+    return folder

@@ -1,0 +1,79 @@
+"""The renderer, and the reader that must read what was rendered."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from vmonarch_cli.demo.clips import frame_times, render, signed_distance
+from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
+from vmonarch_cli.demo.specs import sample_spec
+from vmonarch_cli.demo.vocabulary import BACKGROUNDS, SHAPES
+
+
+def test_rendering_is_deterministic_and_in_range() -> None:
+    specs = [sample_spec("train", 0, i) for i in range(4)]
+    video = render(specs, frame_times(5), size=32)
+    assert video.shape == (4, 3, 5, 32, 32)
+    assert video.dtype == torch.float32
+    assert video.min() >= -1
+    assert video.max() <= 1
+    assert torch.equal(video, render(specs, frame_times(5), size=32))
+
+
+def test_a_clip_does_not_depend_on_its_batch() -> None:
+    specs = [sample_spec("train", 0, i) for i in range(6)]
+    together = render(specs, frame_times(3), size=32)
+    for i, spec in enumerate(specs):
+        assert torch.allclose(together[i], render([spec], frame_times(3), size=32)[0], atol=1e-6)
+
+
+def test_times_can_differ_between_clips() -> None:
+    specs = [sample_spec("train", 0, i) for i in range(2)]
+    video = render(specs, torch.tensor([[0.0, 0.5], [0.5, 1.0]]), size=32)
+    assert torch.allclose(video[0, :, 1], render(specs[:1], torch.tensor([0.5]), size=32)[0, :, 0], atol=1e-6)
+    assert torch.allclose(video[1, :, 1], render(specs[1:], torch.tensor([1.0]), size=32)[0, :, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_signed_distances(shape: str) -> None:
+    span = torch.linspace(-1.5, 1.5, 121)
+    y, x = torch.meshgrid(span, span, indexing="ij")
+    distance = signed_distance(shape, x, y, torch.ones(()))
+    assert distance.isfinite().all()
+    inside = distance < 0
+    reach = torch.hypot(x, y)[inside].max()
+    assert 0.9 < reach < 1.25
+    # A distance never changes faster than one moves (half a step of the grid for slack at corners).
+    assert distance.diff(dim=0).abs().max() < 1.5 * (span[1] - span[0])
+
+
+def test_a_shape_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="shape: got 'hexagon', valid are circle"):
+        signed_distance("hexagon", torch.zeros(1), torch.zeros(1), torch.ones(1))
+
+
+def test_the_reader_reads_rendered_clips() -> None:
+    count = 56
+    right: Counter[str] = Counter()
+    for start in range(0, count, 8):
+        specs = [sample_spec("heldout", 9, i) for i in range(start, start + 8)]
+        for spec, video in zip(specs, render(specs, frame_times(49), size=96), strict=True):
+            found = agreement(spec, read_clip(video))
+            right.update(name for name in ATTRIBUTES if getattr(found, name))
+    assert all(right[name] / count >= 0.98 for name in ATTRIBUTES), right
+
+
+def test_the_reader_sees_a_wrong_clip() -> None:
+    asked, shown = sample_spec("train", 0, 1), sample_spec("train", 0, 4)
+    found = agreement(asked, read_clip(render([shown], frame_times(13))[0]))
+    assert not (found.colour and found.background and found.motion and found.shape)
+
+
+def test_the_reader_finds_nothing_in_an_empty_clip() -> None:
+    colour = torch.tensor(BACKGROUNDS["navy"]).view(3, 1, 1, 1) * 2 - 1
+    reading = read_clip(colour.expand(3, 9, 96, 96))
+    assert reading.background == "navy"
+    assert reading.objects == ()

@@ -1,0 +1,118 @@
+"""Both training scripts on tiny models: they learn, stop, resume exactly, and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmonarch_cli.demo import score as scorer
+from vmonarch_cli.demo.card import main as write_card
+from vmonarch_cli.demo.train import main
+from vmonarch_cli.demo.train_dit import sigmas_for
+from vmonarch_cli.demo.train_vae import parse_phases
+from vmonarch_cli.demo.training import Clock, learning_rate
+
+VAE = [
+    "vae", "--preset", "tiny", "--size", "32", "--batch", "1", "--image-batch", "4", "--phases", "1:0.5,5:1",
+    "--no-compile", "--device", "cpu", "--max-steps", "4", "--eval-clips", "1", "--latent-clips", "2",
+]  # fmt: skip
+DIT = [
+    "dit", "--preset", "tiny", "--size", "32", "--batch", "2", "--bank", "4", "--encode-batch", "4", "--no-compile",
+    "--device", "cpu", "--max-steps", "4", "--refresh-every", "2", "--refresh", "1", "--sample-steps", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both parts trained for four steps without a break."""
+    out = tmp_path_factory.mktemp("whole")
+    main([*VAE, "--out", str(out)])
+    main([*DIT, "--vae", str(out / "vae"), "--out", str(out), "--samples", "1"])
+    return out
+
+
+def _assert_same_state(a: Path, b: Path, keys: list[str]) -> None:
+    first, second = (torch.load(p, weights_only=True) for p in (a, b))
+    assert first["step"] == second["step"]
+    for key in keys:
+        one, two = first[key], second[key]
+        for x, y in zip(*([one, two] if isinstance(one, list) else [[one], [two]]), strict=True):
+            for name in x:
+                torch.testing.assert_close(x[name], y[name], msg=lambda m, n=f"{key}.{name}": f"{n}: {m}")
+
+
+def test_the_autoencoder_resumes_exactly(trained: Path, tmp_path: Path) -> None:
+    main([*VAE, "--out", str(tmp_path), "--stop-after", "3"])
+    main([*VAE, "--out", str(tmp_path), "--resume"])
+    _assert_same_state(trained / "vae_checkpoint.pt", tmp_path / "vae_checkpoint.pt", ["model", "averaged"])
+
+
+def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
+    command = [*DIT, "--vae", str(trained / "vae"), "--samples", "0", "--out", str(tmp_path)]
+    main([*command, "--stop-after", "3"])
+    main([*command, "--resume"])
+    _assert_same_state(
+        trained / "dit_checkpoint.pt", tmp_path / "dit_checkpoint.pt", ["transformer", "text_encoder", "averaged"]
+    )
+
+
+def test_what_training_writes(trained: Path) -> None:
+    report = json.loads((trained / "vae_report.json").read_text())
+    assert report["steps"] == 4
+    config = json.loads((trained / "vae" / "config.json").read_text())
+    assert config["latents_mean"] == report["latents_mean"]
+    assert (config["scale_factor_spatial"], config["scale_factor_temporal"]) == (4, 4)
+    assert (trained / "vae_sheet.png").is_file()
+    assert (trained / "dit_sheet.png").is_file()
+    events = [json.loads(line)["event"] for line in (trained / "dit_log.jsonl").read_text().splitlines()]
+    assert events[-2:] == ["exported", "samples"]
+    assert (trained / "weights" / "model_index.json").is_file()
+
+
+def test_scoring_and_the_model_card(trained: Path) -> None:
+    used: list[str] = []
+
+    def swap(pipeline: object, preset: str) -> object:
+        used.append(preset)
+        return scorer.swap_attention(pipeline, "dense")
+
+    settings = scorer.Settings(prompts=2, steps=1, batch=2, size=32, num_frames=5)
+    result = scorer.score(
+        trained / "weights", settings, ["dense", "other"], device=torch.device("cpu"), reader_clips=2, vae_clips=1,
+        swap=swap,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert used == ["dense", "other"]
+    assert result["presets"]["other"]["against_first"]["latent_error_worst"] == 0
+    assert result["presets"]["other"]["against_first"]["ssim_worst"] == pytest.approx(1)
+    scorer.show(result)
+    (trained / "score.json").write_text(json.dumps(result))
+    write_card(
+        ["--reports", str(trained), "--score", str(trained / "score.json"), "--weights", str(trained / "weights")]
+    )
+    card = (trained / "weights" / "MODEL_CARD.md").read_text()
+    assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
+
+
+def test_the_schedule_spans_runs() -> None:
+    clock = Clock(run_seconds=1e9, total_seconds=200.0, reserve=0.0, before=100.0)
+    assert 0.5 <= clock.position(0) <= 1.0
+    assert learning_rate(1.0, 0.25, 1000) == 1.0
+    assert learning_rate(1.0, 0.75, 1000) == pytest.approx(0.505)
+    assert learning_rate(1.0, 1.0, 1000) == pytest.approx(0.01)
+    assert learning_rate(1.0, 0.0, 0) == pytest.approx(0.01)
+
+
+def test_noise_levels_lean_towards_noise() -> None:
+    for step in (0, 1):
+        sigma = sigmas_for(step, 4000, torch.Generator().manual_seed(0))
+        assert 0 <= sigma.min() < sigma.max() <= 1
+        assert 0.65 < sigma.median() < 0.85
+
+
+@pytest.mark.parametrize("text", ["1:0.5", "2:0.5,49:1", "1:0.9,49:0.5,5:1"])
+def test_phases_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--phases"):
+        parse_phases(text)

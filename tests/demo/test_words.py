@@ -1,0 +1,104 @@
+"""Vocabulary, specifications and captions: plain data, no torch."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+
+from vmonarch_cli.demo.captions import caption, plain_caption
+from vmonarch_cli.demo.specs import REACH, is_held_out, motions_of, sample_spec, spec_stream
+from vmonarch_cli.demo.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    MAX_TOKENS,
+    MOTIONS,
+    SHAPES,
+    tokens,
+    unknown_words,
+    vocabulary,
+)
+
+
+def test_prompts_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from vmonarch_cli.demo import captions, vocabulary; vocabulary.unknown_words('a');"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_words_are_named_once_in_order() -> None:
+    assert unknown_words("A purple DINOSAUR, riding a dinosaur to the left!") == ["dinosaur", "riding"]
+    assert unknown_words("a red circle moves from left to right on a white background") == []
+    assert unknown_words("") == []
+
+
+def test_captions_use_known_words_only_and_every_word_is_used() -> None:
+    rng = random.Random(0)
+    seen: set[str] = set()
+    for spec in islice(spec_stream("train", 0), 15_000):
+        words = tokens(caption(spec, rng))
+        assert len(words) < MAX_TOKENS
+        seen.update(words)
+    assert seen == set(vocabulary()[3:])
+
+
+def test_captions_vary_and_are_reproducible() -> None:
+    spec = sample_spec("train", 0, 1)
+    assert len({caption(spec, random.Random(i)) for i in range(50)}) > 30
+    assert caption(spec, random.Random(3)) == caption(spec, random.Random(3))
+
+
+def test_plain_captions_name_everything() -> None:
+    for spec in islice(spec_stream("heldout", 0), 50):
+        text = plain_caption(spec)
+        assert unknown_words(text) == []
+        assert len(tokens(text)) < MAX_TOKENS
+        assert text.endswith(f"{spec.background} background")
+        for item in spec.objects:
+            assert f"{item.colour} {item.shape}" in text
+
+
+def test_specs_depend_on_split_seed_and_index_alone() -> None:
+    assert sample_spec("train", 5, 17) == sample_spec("train", 5, 17)
+    assert sample_spec("train", 5, 17) != sample_spec("train", 5, 18)
+    assert sample_spec("train", 5, 17) != sample_spec("train", 6, 17)
+
+
+def test_training_never_shows_a_held_out_triple() -> None:
+    for spec in islice(spec_stream("train", 1), 2_000):
+        assert not any(is_held_out(*item.triple) for item in spec.objects)
+    for spec in islice(spec_stream("heldout", 1), 200):
+        assert any(is_held_out(*item.triple) for item in spec.objects)
+
+
+def test_held_out_triples_are_few_and_cover_every_name() -> None:
+    triples = [(s, c, m) for s in SHAPES for c in COLOURS for m in motions_of(s)]
+    held_out = [t for t in triples if is_held_out(*t)]
+    assert 0.05 < len(held_out) / len(triples) < 0.15
+    for position, names in enumerate((SHAPES, COLOURS, MOTIONS)):
+        assert {t[position] for t in held_out} == set(names)
+
+
+def test_sampling_covers_the_data() -> None:
+    specs = list(islice(spec_stream("train", 2), 3_000))
+    assert {s.background for s in specs} == set(BACKGROUNDS)
+    assert {item.motion for s in specs for item in s.objects} == set(MOTIONS)
+    assert {item.colour for s in specs for item in s.objects} == set(COLOURS)
+    pairs = [s for s in specs if len(s.objects) == 2]
+    assert 0.18 < len(pairs) / len(specs) < 0.27
+    assert all(a.colour != b.colour for a, b in (s.objects for s in pairs))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_straight_tracks_stay_in_the_frame(split: str) -> None:
+    for spec in islice(spec_stream(split, 3), 500):  # type: ignore[arg-type]
+        for item in spec.objects:
+            t = item.track
+            for x, y, r in ((t.x0, t.y0, t.r0), (t.x1, t.y1, t.r1)):
+                assert abs(x) + t.orbit + REACH * r < 1.06
+                assert abs(y) + t.orbit + abs(t.zigzag) + REACH * r < 1.06

@@ -1,0 +1,54 @@
+"""The one operator behind every swapped layer.
+
+torch.compile traces a transformer block once and reuses the graph for all of them only if nothing in Python differs
+between blocks. So the layer travels as data, a CPU tensor, and everything else (preset, counters, timers, warm
+state) is looked up from it at run time, out of the compiler's sight.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vmonarch_cli.attention.session import AttentionSession
+
+_SESSIONS: dict[int, AttentionSession] = {}
+_ids = itertools.count()
+
+
+def register(session: AttentionSession) -> int:
+    """Make a session known to the operator; returns the id that addresses carry."""
+    session_id = next(_ids)
+    _SESSIONS[session_id] = session
+    return session_id
+
+
+def unregister(session_id: int) -> None:
+    _SESSIONS.pop(session_id, None)
+
+
+def address(session_id: int, transformer: int, layer: int) -> torch.Tensor:
+    """Where a call comes from, as the operator takes it: int64 (3,) on the CPU, wherever the model lives."""
+    return torch.tensor([session_id, transformer, layer], dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("vmonarch::self_attention", mutates_args=())
+def self_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    """Self-attention as the session of ``layer`` (see ``address``) has it.
+
+    q, k, v: (B, N, heads, D) of any stride; returns (B, N, heads, D), contiguous, q's dtype.
+    Raises RuntimeError when the ``swapped`` block of the session has ended.
+    """
+    session_id, transformer, index = layer.tolist()
+    session = _SESSIONS.get(session_id)
+    if session is None:
+        raise RuntimeError("a swapped attention layer was called after its `with swapped(...)` block had ended")
+    return session.attend(q, k, v, transformer, index).contiguous()
+
+
+@self_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(q.shape)

@@ -1,0 +1,48 @@
+"""State of the warm start: the L factor of every call's predecessor, for one clip."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class CallKey(NamedTuple):
+    """Which self-attention call of a denoising step."""
+
+    transformer: int
+    layer: int
+    branch: int
+    """Guidance branch: how many forwards of this transformer the step had before."""
+
+
+class WarmState:
+    """L factors, float8_e4m3fn (B, P, heads, T, T), one per CallKey."""
+
+    def __init__(self) -> None:
+        self._factors: dict[CallKey, tuple[tuple[int, int, int], torch.Tensor]] = {}
+        self.peak_bytes = 0
+
+    def get(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
+        """The factor to start from, or None (cold) when there is none for q's (B, N, heads, D) shape and device."""
+        if key not in self._factors:
+            return None
+        kept_grid, factor = self._factors[key]
+        fits = kept_grid == grid and factor.device == q.device
+        return factor if fits and factor.shape[0] == q.shape[0] and factor.shape[2] == q.shape[2] else None
+
+    def put(self, key: CallKey, grid: tuple[int, int, int], factor: torch.Tensor) -> None:
+        self._factors[key] = (grid, factor)
+
+    def drop(self) -> None:
+        """Start cold from here on."""
+        self._factors.clear()
+
+    def note_peak(self) -> None:
+        """Update ``peak_bytes``; once per step is enough, a factor is replaced by one of its own size."""
+        held = sum(factor.numel() * factor.element_size() for _, factor in self._factors.values())
+        self.peak_bytes = max(self.peak_bytes, held)
+
+    def clear(self) -> None:
+        self.drop()
+        self.peak_bytes = 0

@@ -1,0 +1,1 @@
+"""The embedded text-to-video model: its data, its training, its weights and its scorer."""

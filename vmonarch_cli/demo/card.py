@@ -1,0 +1,168 @@
+"""Writes the model card from the reports of training and scoring, so that no figure in it is typed by hand.
+
+`python -m vmonarch_cli.demo.card --reports DIR --score FILE --weights DIR`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vmonarch_cli.demo.model import WEIGHTS_DIR
+from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
+
+_TEMPLATE = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+
+# The vmonarch demo model
+
+A text-to-video model of {total_millions:.1f} million parameters ({megabytes:.1f} MB in float16) that draws moving
+shapes: 49 frames of {size} x {size} pixels at 16 frames a second. It exists so that vmonarch can be tried, tested and
+measured without a download. It loads through `WanPipeline`, like the large models it stands in for.
+
+## Parts
+
+| part | class | parameters |
+| --- | --- | --- |
+| transformer | `WanTransformer3DModel`, {layers} layers, {heads} heads of {head_dim} | {transformer_millions:.2f} M |
+| autoencoder | `AutoencoderKLWan`, 4x in space and time, {z_dim} channels | {vae_millions:.2f} M |
+| text encoder | `UMT5EncoderModel`, {text_layers} layers of {d_model} | {text_millions:.2f} M |
+| tokenizer | word level, {words} tokens | |
+| scheduler | `UniPCMultistepScheduler` on flow sigmas, shift 3 | |
+
+Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The token grid is 13 x 12 x 12.
+
+## Data
+
+Clips rendered by `vmonarch_cli/demo/clips.py` while training; nothing was collected. One or two shapes
+({shapes}) in {colours}, {sizes}, {motions}; backgrounds {backgrounds}, {kinds}. Captions are built from about
+{words} words in many sentence patterns. One in eleven combinations of shape, colour and motion never occurs in
+training; the held-out prompts below each have one.
+
+## Training
+
+| part | steps | clips seen | wall clock | device |
+| --- | --- | --- | --- | --- |
+| autoencoder | {vae_steps:,} | {vae_clips:,} | {vae_seconds:.0f} s | {vae_device} |
+| the rest | {dit_steps:,} | {dit_clips:,} ({dit_distinct:,} distinct) | {dit_seconds:.0f} s | {dit_device} |
+
+Wall clock includes compilation and evaluation. The transformer's last flow-matching loss was {dit_loss:.4f}. To train
+again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `python -m vmonarch_cli.demo.train dit --vae DIR/vae
+--out DIR`.
+
+## Measured
+
+Autoencoder on {vae_eval_clips} held-out clips of 49 frames: {vae_psnr:.2f} dB PSNR, worst clip {vae_worst:.2f} dB;
+first, middle and last frame {vae_first:.2f}, {vae_middle:.2f} and {vae_last:.2f} dB.
+
+Share of clips that show what their prompt says, on {prompts} held-out prompts ({pairs} of them with two objects, which
+must both be right), {steps} steps, on {score_device}, read from the pixels by `vmonarch_cli/demo/reader.py`:
+
+| | colour | background | motion | shape |
+| --- | --- | --- | --- | --- |
+| generated clips | {generated} |
+| one object | {single} |
+| two objects | {pair} |
+| the reader itself, on {reader_clips} rendered clips | {reader} |
+
+## Limits
+
+- It knows the words of `vmonarch_cli/demo/vocabulary.py` and nothing else; the command line names the words it does
+  not know.
+- It was trained at 49 frames of {size} x {size} pixels only. Other sizes and lengths run but were not trained.
+- At most two objects, in separate places. Left unsaid, size and background are chosen at random.
+- It says nothing about how structured attention does on large models: attention here is over 1,872 tokens, and the
+  clips are simple.
+"""
+
+
+def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], vae_parameters: int) -> str:
+    """The card's text.
+
+    Args:
+        vae: `vae_report.json` of the training.
+        dit: `dit_report.json` of the training.
+        score: the scorer's JSON; its first preset and its reader and autoencoder parts are used.
+        vae_parameters: number of parameters of the autoencoder.
+
+    """
+    entry = next(iter(score["presets"].values()))
+    transformer, text = dit["transformer_parameters"], dit["text_encoder_parameters"]
+    return _TEMPLATE.format(
+        total_millions=(transformer + text + vae_parameters) / 1e6,
+        megabytes=dit["folder_megabytes"],
+        size=score["settings"]["size"],
+        layers=dit["transformer"]["num_layers"],
+        heads=dit["transformer"]["num_heads"],
+        head_dim=dit["transformer"]["head_dim"],
+        z_dim=dit["transformer"]["z_dim"],
+        text_layers=dit["text_encoder"]["num_layers"],
+        d_model=dit["text_encoder"]["d_model"],
+        transformer_millions=transformer / 1e6,
+        vae_millions=vae_parameters / 1e6,
+        text_millions=text / 1e6,
+        words=len(vocabulary()),
+        guidance=score["settings"]["guidance"],
+        shapes=", ".join(SHAPES),
+        colours=", ".join(COLOURS),
+        sizes=", ".join(SIZES),
+        motions=", ".join(MOTIONS),
+        backgrounds=", ".join(BACKGROUNDS),
+        kinds=", ".join(KINDS),
+        vae_steps=vae["steps"],
+        vae_clips=vae["clips"],
+        vae_seconds=vae["seconds"],
+        vae_device=vae["device"],
+        dit_steps=dit["steps"],
+        dit_clips=dit["clips"],
+        dit_distinct=dit["distinct_clips"],
+        dit_seconds=dit["seconds"],
+        dit_device=dit["device"],
+        dit_loss=dit["loss"],
+        vae_eval_clips=score["vae"]["clips"],
+        vae_psnr=score["vae"]["psnr"],
+        vae_worst=score["vae"]["psnr_worst_clip"],
+        vae_first=score["vae"]["psnr_first"],
+        vae_middle=score["vae"]["psnr_middle"],
+        vae_last=score["vae"]["psnr_last"],
+        prompts=entry["prompts"],
+        pairs=entry["pairs"],
+        steps=score["settings"]["steps"],
+        score_device=score["device"],
+        generated=_row(entry),
+        single=_row(entry["single"]),
+        pair=_row(entry["pair"]),
+        reader_clips=score["reader"]["clips"],
+        reader=_row(score["reader"]),
+    )
+
+
+def _row(shares: dict[str, Any]) -> str:
+    cells = [shares[name] for name in ("colour", "background", "motion", "shape")]
+    return " | ".join("-" if c is None else f"{100 * c:.1f} %" for c in cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the reports and write MODEL_CARD.md into the weights folder."""
+    parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.card", description=__doc__)
+    parser.add_argument("--reports", type=Path, required=True, help="folder of vae_report.json and dit_report.json")
+    parser.add_argument("--score", type=Path, required=True, help="the scorer's JSON")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
+    args = parser.parse_args(argv)
+    from safetensors import safe_open
+
+    with safe_open(args.weights / "vae" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
+        vae_parameters = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
+    reports = [json.loads((args.reports / f"{part}_report.json").read_text()) for part in ("vae", "dit")]
+    card = model_card(reports[0], reports[1], json.loads(args.score.read_text()), vae_parameters)
+    (args.weights / "MODEL_CARD.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()

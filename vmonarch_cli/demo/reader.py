@@ -1,0 +1,294 @@
+"""Reads what a clip shows: background colour, object colours, motions and shapes, from its pixels alone.
+
+- Background: the named colour nearest to the median of the frames' rims.
+- Objects: pixels far from every tone of the background, by their nearest object colour (hue weighs more than
+  lightness, since objects are lit). One or two colours that cover enough are the objects.
+- Motion: from centroid, area and silhouette over time, by rules.
+- Shape: the rendered template (over rotations) that the silhouette matches best, several frames voting.
+
+The reader knows nothing of the model; it is itself checked on rendered clips before it may judge generated ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmonarch_cli.demo.clips import signed_distance
+from vmonarch_cli.demo.specs import ClipSpec
+from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, SHAPES
+
+_FAR_FROM_BACKGROUND = 21.0  # CIE Lab distance
+_TEMPLATE = 32
+_ROTATIONS = 24
+_LEAST_PIXELS = 12.0
+_SECOND_SHARE = 0.10  # of the larger object's pixels; an object that grows is small for a while
+
+
+@dataclass(frozen=True)
+class ReadObject:
+    """One object as seen: names from the vocabulary, and its mean centroid in half frames."""
+
+    colour: str
+    motion: str
+    shape: str
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows; at most two objects, the one seen in most pixels first."""
+
+    background: str
+    objects: tuple[ReadObject, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Which attributes of a prompt a clip shows; an attribute of a pair counts only if right for both objects."""
+
+    colour: bool
+    background: bool
+    motion: bool
+    shape: bool
+
+
+ATTRIBUTES = ("colour", "background", "motion", "shape")
+
+
+def read_clip(video: Tensor) -> Reading:
+    """Read one clip (3, F, H, W) in [-1, 1]."""
+    lab = rgb_to_lab((video.float() + 1) / 2)
+    background = _read_background(lab)
+    masks = _object_masks(lab, background)
+    objects = []
+    for colour, mask in masks:
+        track = _Tracked.from_mask(mask)
+        if track is not None:
+            objects.append(ReadObject(colour, track.motion(), track.shape(), track.centre()))
+    return Reading(background, tuple(objects))
+
+
+def agreement(spec: ClipSpec, reading: Reading) -> Agreement:
+    """Compare a reading with what was asked for; objects are matched by colour."""
+    wanted = {o.colour: o for o in spec.objects}
+    seen = {o.colour: o for o in reading.objects}
+    if set(wanted) == set(seen):
+        pairs = [(wanted[c], seen[c]) for c in wanted]
+    else:
+        # With a wrong colour, motion and shape can still be right.
+        pairs = list(zip(spec.objects, reading.objects, strict=False)) if len(wanted) == len(seen) else []
+    return Agreement(
+        colour=set(wanted) == set(seen),
+        background=spec.background == reading.background,
+        motion=bool(pairs) and all(w.motion == s.motion for w, s in pairs),
+        shape=bool(pairs) and all(w.shape == s.shape for w, s in pairs),
+    )
+
+
+def rgb_to_lab(rgb: Tensor) -> Tensor:
+    """CIE Lab (D65) of sRGB values (3, ...) in [0, 1]."""
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
+    matrix = rgb.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    white = rgb.new_tensor([0.95047, 1.0, 1.08883])
+    xyz = torch.einsum("ij,j...->i...", matrix, linear) / white.view(3, *[1] * (rgb.dim() - 1))
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-8) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def _named_lab(colours: Sequence[tuple[float, float, float]], device: torch.device) -> Tensor:
+    """(n, 3)."""
+    return rgb_to_lab(torch.tensor(list(colours), device=device).T).T
+
+
+def _read_background(lab: Tensor) -> str:
+    rim = torch.cat([lab[:, :, :3].flatten(1), lab[:, :, -3:].flatten(1), lab[..., :3].flatten(1),
+                     lab[..., -3:].flatten(1)], dim=1)  # fmt: skip
+    median = rim.median(dim=1).values
+    named = _named_lab(list(BACKGROUNDS.values()), lab.device)
+    return list(BACKGROUNDS)[int((named - median).square().sum(1).argmin())]
+
+
+def _object_masks(lab: Tensor, background: str) -> list[tuple[str, Tensor]]:
+    """Masks (F, H, W) of the one or two object colours, the larger first."""
+    base = torch.tensor(BACKGROUNDS[background], device=lab.device)
+    # The tones of the patterns, plain and in shadow.
+    tones = [base, base * 0.88, base + (1 - base) * 0.09, base * 0.78, base * 0.95]
+    tones_lab = rgb_to_lab(torch.stack(tones, 1)).T
+    distance = torch.stack([(lab - t.view(3, 1, 1, 1)).square().sum(0) for t in tones_lab]).amin(0).sqrt()
+    rim = torch.cat([lab[:, :, :2].flatten(1), lab[:, :, -2:].flatten(1)], dim=1).median(dim=1).values
+    distance = torch.minimum(distance, (lab - rim.view(3, 1, 1, 1)).square().sum(0).sqrt())
+    foreground = distance > _FAR_FROM_BACKGROUND
+    weights = lab.new_tensor([0.5, 1.0, 1.0])
+    named = _named_lab(list(COLOURS.values()), lab.device) * weights
+    flat = (lab * weights.view(3, 1, 1, 1)).flatten(1)
+    nearest = torch.cdist(flat.T, named).argmin(1).view(foreground.shape)
+    # Outlines mix two colours: only pixels whose neighbours are foreground as well may vote.
+    inner = -F.max_pool2d(-foreground.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0.5
+    votes = torch.bincount(nearest[inner], minlength=len(COLOURS)).float()
+    order = votes.argsort(descending=True).tolist()
+    if votes[order[0]] == 0:
+        return []
+    chosen = [order[0]]
+    frames_with_second = ((nearest == order[1]) & inner).flatten(1).sum(1) > 3
+    if votes[order[1]] > _SECOND_SHARE * votes[order[0]] and frames_with_second.float().mean() > 0.8:
+        chosen.append(order[1])
+    which = torch.cdist(flat.T, named[chosen]).argmin(1).view(foreground.shape)
+    masks = [(list(COLOURS)[c], foreground & (which == i)) for i, c in enumerate(chosen)]
+    if len(chosen) == 2:
+        masks = [(name, _near(mask, inner & (nearest == c))) for (name, mask), c in zip(masks, chosen, strict=True)]
+    return [(name, mask.float()) for name, mask in masks]
+
+
+def _near(mask: Tensor, core: Tensor) -> Tensor:
+    """The part of a mask within two pixels of a core: drops the mixed outline of the other object."""
+    return mask & (F.max_pool2d(core.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0.5)
+
+
+@dataclass(frozen=True)
+class _Tracked:
+    """A silhouette over time: mask (F, H, W); x, y in half frames and area in pixels, each (F,)."""
+
+    mask: Tensor
+    x: Tensor
+    y: Tensor
+    area: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> _Tracked | None:
+        area = mask.flatten(1).sum(1)
+        visible = area > _LEAST_PIXELS
+        if int(visible.sum()) < max(4, mask.shape[0] // 2):
+            return None
+        mask, area = mask[visible], area[visible]
+        height, width = mask.shape[-2:]
+        columns = (torch.arange(width, device=mask.device) + 0.5) / width * 2 - 1
+        rows = (torch.arange(height, device=mask.device) + 0.5) / height * 2 - 1
+        x = (mask.sum(1) * columns).sum(1) / area
+        y = (mask.sum(2) * rows).sum(1) / area
+        return cls(mask, x, y, area)
+
+    def centre(self) -> tuple[float, float]:
+        return float(self.x.mean()), float(self.y.mean())
+
+    def motion(self) -> str:
+        """The motion, by rules on the centroid, then on area and silhouette if the centroid rests."""
+        x, y = _smooth(self.x), _smooth(self.y)
+        range_x, range_y = float(x.max() - x.min()), float(y.max() - y.min())
+        dx, dy = float(x[-3:].mean() - x[:3].mean()), float(y[-3:].mean() - y[:3].mean())
+        edge = max(len(self.area) // 8, 1)
+        growth = float(self.area[-edge:].mean() / self.area[:edge].mean())
+        if range_x < 0.22 and range_y < 0.22:
+            if growth > 1.7:
+                return "growing"
+            if growth < 1 / 1.7:
+                return "shrinking"
+            return "spinning" if self._turns() else "standing still"
+        if min(range_x, range_y) > 0.25 and _swept_turns(x, y) > 0.75:
+            return "circling"
+        turns_y = _reversals(y, 0.1)
+        if range_x > 0.3 and range_y > 0.18 and turns_y >= 2 and abs(dx) > 0.6 * range_x:
+            return "zigzagging"
+        if range_y > 0.2 and turns_y >= 2 and range_x < 0.6 * range_y:
+            return "bouncing"
+        if range_x > range_y:
+            return "left to right" if dx > 0 else "right to left"
+        return "falling" if dy > 0 else "rising"
+
+    def shape(self) -> str:
+        """The template that fits best, summed over nine frames."""
+        index = torch.linspace(0, len(self.area) - 1, 9, device=self.mask.device).round().long()
+        patches = self._normalised(index)
+        templates = _templates().to(patches.device)
+        scores = torch.einsum("nhw,srhw->nsr", patches, templates) / (
+            patches.flatten(1).norm(dim=1)[:, None, None] * templates.flatten(2).norm(dim=2)
+        )
+        # Large silhouettes are sharper and count more.
+        weights = self.area[index].sqrt()
+        best = (scores.amax(2) * weights[:, None]).sum(0).argmax()
+        return list(SHAPES)[int(best)]
+
+    def _normalised(self, index: Tensor) -> Tensor:
+        """Silhouettes (n, t, t) centred on their centroid and scaled to one area."""
+        height = self.mask.shape[-1]
+        scale = (self.area[index] / math.pi).sqrt() / height * 2
+        grid = _template_grid(self.mask.device)[None] * scale.view(-1, 1, 1, 1)
+        grid = grid + torch.stack([self.x[index], self.y[index]], 1).view(-1, 1, 1, 2)
+        return F.grid_sample(self.mask[index][:, None], grid, align_corners=False)[:, 0]
+
+    def _turns(self) -> bool:
+        """Whether the centred silhouette changes much over time, beyond the flicker of its outline."""
+        patches = self._normalised(torch.arange(len(self.area), device=self.mask.device))
+        flat = patches.flatten(1)
+        flat = flat / flat.norm(dim=1, keepdim=True)
+        similarity = flat @ flat.T
+        neighbours = similarity.diagonal(1).mean()
+        return bool(similarity.amin() < 0.955 and similarity.flatten().quantile(0.25) < neighbours - 0.012)
+
+
+def _smooth(values: Tensor) -> Tensor:
+    padded = torch.cat([values[:1], values, values[-1:]])
+    return (padded[:-2] + padded[1:-1] + padded[2:]) / 3
+
+
+def _reversals(values: Tensor, least: float) -> int:
+    """How often a series turns round by more than `least`."""
+    count, way = 0, 0
+    low = high = float(values[0])
+    for value in values.tolist():
+        low, high = min(low, value), max(high, value)
+        if way <= 0 and value - low > least:
+            count += way < 0
+            way, high = 1, value
+        elif way >= 0 and high - value > least:
+            count += way > 0
+            way, low = -1, value
+        if way > 0:
+            low = value if value > high - 1e-9 else low
+        elif way < 0:
+            high = value if value < low + 1e-9 else high
+    return count
+
+
+def _swept_turns(x: Tensor, y: Tensor) -> float:
+    """Turns that the centroid makes round the middle of its track, backward ones subtracted."""
+    cx, cy = (x.max() + x.min()) / 2, (y.max() + y.min()) / 2
+    angle = torch.atan2(y - cy, x - cx)
+    steps = torch.remainder(angle.diff() + math.pi, 2 * math.pi) - math.pi
+    return abs(float(steps.sum())) / (2 * math.pi)
+
+
+def _template_grid(device: torch.device) -> Tensor:
+    """(t, t, 2) points that span 2.1 radii of a disc of the same area either way."""
+    span = torch.linspace(-2.1, 2.1, _TEMPLATE, device=device)
+    v, u = torch.meshgrid(span, span, indexing="ij")
+    return torch.stack([u, v], dim=-1)
+
+
+@cache
+def _templates() -> Tensor:
+    """Silhouettes (shapes, rotations, t, t) centred on their centroid and scaled to one area."""
+    fine = torch.linspace(-1.5, 1.5, 301)
+    v, u = torch.meshgrid(fine, fine, indexing="ij")
+    rows = []
+    for shape in SHAPES:
+        filled = (signed_distance(shape, u, v, torch.ones(())) < 0).float()
+        area = filled.sum() * (3 / 300) ** 2
+        cx, cy = float((u * filled).sum() / filled.sum()), float((v * filled).sum() / filled.sum())
+        unit = float((area / math.pi).sqrt())
+        turned = []
+        for k in range(_ROTATIONS):
+            angle = 2 * math.pi * k / _ROTATIONS
+            grid = _template_grid(torch.device("cpu")) * unit
+            c, s = math.cos(angle), math.sin(angle)
+            du, dv = grid[..., 0] * c + grid[..., 1] * s + cx, grid[..., 1] * c - grid[..., 0] * s + cy
+            distance = signed_distance(shape, du, dv, torch.ones(()))
+            turned.append((0.5 - distance / 0.12).clamp(0, 1))
+        rows.append(torch.stack(turned))
+    return torch.stack(rows)

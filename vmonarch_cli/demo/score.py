@@ -1,0 +1,303 @@
+"""Scores the demo model: does a generated clip show what its prompt says, and how far are two presets apart?
+
+`python -m vmonarch_cli.demo.score --weights DIR --json FILE` checks the reader on rendered clips, measures the
+autoencoder on held-out clips, generates held-out prompts and reads the clips. `--preset` (repeatable) generates once
+per preset; every preset after the first is compared with the first, pair by pair, from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmonarch_cli.demo.model import WEIGHTS_DIR
+from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.vocabulary import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DENSE = "dense"
+_HELD_OUT_SEED = 2  # the prompts' own name space; 0 is the autoencoder's clips, 1 the training's samples
+_COMPARED_PROMPTS = 16
+_EQUAL_PSNR = 100.0  # stands for infinity, which JSON cannot say
+
+SwapAttention = Callable[[Any, str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate: `prompts` held-out prompts of clips of 49 frames of `size` x `size`, `batch` at a time."""
+
+    prompts: int = 64
+    steps: int = 20
+    guidance: float = 4.0
+    batch: int = 16
+    size: int = 96
+    num_frames: int = 49
+
+
+def swap_attention(pipeline: Any, preset: str) -> AbstractContextManager[Any]:
+    """Run the pipeline's self-attention as a preset says; the only tie between the scorer and the command line."""
+    if preset == DENSE:
+        return nullcontext()
+    from vmonarch_cli.attention import swapped
+    from vmonarch_cli.presets import load_preset
+
+    context: AbstractContextManager[Any] = swapped(pipeline, load_preset(preset))
+    return context
+
+
+def held_out_specs(count: int) -> list[ClipSpec]:
+    """The clips whose prompts are scored: each has a (shape, colour, motion) triple that training never shows."""
+    return [sample_spec("heldout", _HELD_OUT_SEED, i) for i in range(count)]
+
+
+def check_reader(count: int, device: Any, size: int = 96) -> dict[str, float]:
+    """Share of rendered training clips whose attributes are read right."""
+    from vmonarch_cli.demo.clips import render
+    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
+
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    for start in range(0, count, 8):
+        specs = [sample_spec("train", 3, i) for i in range(start, min(start + 8, count))]
+        for spec, video in zip(specs, render(specs, size=size, device=device), strict=True):
+            found = agreement(spec, read_clip(video))
+            for name in ATTRIBUTES:
+                right[name] += bool(getattr(found, name))
+    return {name: value / count for name, value in right.items()}
+
+
+def load(weights: Path, device: Any) -> Any:
+    """The pipeline as users run it: bfloat16 transformer and text encoder on a GPU, float32 otherwise."""
+    import torch
+    from diffusers import WanPipeline
+
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipeline = WanPipeline.from_pretrained(weights, dtype={"vae": torch.float32, "default": low}).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(
+    pipeline: Any,
+    specs: Sequence[ClipSpec],
+    settings: Settings,
+    preset: str = DENSE,
+    swap: SwapAttention = swap_attention,
+) -> tuple[Tensor, Tensor]:
+    """Final latents (N, z, T, h, w) and clips (N, 3, F, H, W) in [-1, 1] of the specs' prompts, both on the CPU.
+
+    Clip number i starts from noise of seed i, whatever the batch.
+    """
+    import torch
+
+    from vmonarch_cli.demo.captions import plain_caption
+    from vmonarch_cli.demo.whole_clip import decode_normalised
+
+    latents, clips = [], []
+    for start in range(0, len(specs), settings.batch):
+        rows = range(start, min(start + settings.batch, len(specs)))
+        with swap(pipeline, preset):
+            final = pipeline(
+                [plain_caption(specs[i]) for i in rows],
+                height=settings.size,
+                width=settings.size,
+                num_frames=settings.num_frames,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                max_sequence_length=MAX_TOKENS,
+                generator=[torch.Generator().manual_seed(i) for i in rows],
+                output_type="latent",
+            ).frames
+        for one in final.float().split(4):
+            with torch.no_grad():
+                clips.append(decode_normalised(pipeline.vae, one.to(pipeline.vae.dtype)).float().cpu())
+        latents.append(final.float().cpu())
+    return torch.cat(latents), torch.cat(clips)
+
+
+def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
+    """Share of clips that show each attribute of their prompt, for single objects and pairs, and every miss."""
+    from vmonarch_cli.demo.captions import plain_caption
+    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
+
+    rows, misses = [], []
+    for spec, clip in zip(specs, clips, strict=True):
+        reading = read_clip(clip)
+        found = asdict(agreement(spec, reading))
+        rows.append({**found, "pair": len(spec.objects) == 2})
+        if not all(found.values()):
+            wrong = [name for name, right in found.items() if not right]
+            misses.append({"prompt": plain_caption(spec), "wrong": wrong, "read": asdict(reading)})
+
+    def share(name: str, chosen: list[dict[str, Any]]) -> float | None:
+        return sum(r[name] for r in chosen) / len(chosen) if chosen else None
+
+    single = [r for r in rows if not r["pair"]]
+    pairs = [r for r in rows if r["pair"]]
+    return {
+        "prompts": len(rows),
+        "pairs": len(pairs),
+        **{name: share(name, rows) for name in ATTRIBUTES},
+        "single": {name: share(name, single) for name in ATTRIBUTES},
+        "pair": {name: share(name, pairs) for name in ATTRIBUTES},
+        "misses": misses,
+    }
+
+
+def compare(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], count: int = _COMPARED_PROMPTS
+) -> dict[str, float | int]:
+    """How far the second preset's clips are from the first's: medians and the worst over `count` prompts."""
+    from statistics import median
+
+    from vmonarch_cli.metrics import psnr, relative_error, ssim
+
+    count = min(count, len(first[0]))
+    psnrs = [min(_EQUAL_PSNR, psnr((second[1][i] + 1) / 2, (first[1][i] + 1) / 2)) for i in range(count)]
+    ssims = [ssim((second[1][i] + 1) / 2, (first[1][i] + 1) / 2) for i in range(count)]
+    errors = [relative_error(second[0][i], first[0][i]) for i in range(count)]
+    return {
+        "prompts": count,
+        "psnr_median": median(psnrs),
+        "psnr_worst": min(psnrs),
+        "ssim_median": median(ssims),
+        "ssim_worst": min(ssims),
+        "latent_error_median": median(errors),
+        "latent_error_worst": max(errors),
+    }
+
+
+def score(
+    weights: Path,
+    settings: Settings,
+    presets: Sequence[str] = (DENSE,),
+    *,
+    device: Any,
+    reader_clips: int = 120,
+    vae_clips: int = 16,
+    swap: SwapAttention = swap_attention,
+    sheet: Path | None = None,
+) -> dict[str, Any]:
+    """Everything the scorer measures, as plain data."""
+    from vmonarch_cli.demo.train_vae import score_vae
+    from vmonarch_cli.demo.training import device_name, save_sheet
+
+    result: dict[str, Any] = {"device": device_name(device), "settings": asdict(settings)}
+    if reader_clips:
+        result["reader"] = {"clips": reader_clips, **check_reader(reader_clips, device, settings.size)}
+    pipeline = load(weights, device)
+    if vae_clips:
+        result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, size=settings.size)[0]
+    specs = held_out_specs(settings.prompts)
+    result["presets"] = {}
+    reference: tuple[Tensor, Tensor] | None = None
+    for preset in presets:
+        start = time.monotonic()
+        generated = generate(pipeline, specs, settings, preset, swap)
+        seconds = time.monotonic() - start
+        entry = {**read_agreement(specs, generated[1]), "seconds": seconds}
+        if reference is None:
+            reference = generated
+            if sheet is not None:
+                save_sheet(sheet, list(generated[1]), columns=max(1, len(specs) // 16))
+        else:
+            entry["against_first"] = compare(reference, generated)
+        result["presets"][preset] = entry
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vmonarch_cli.demo.reader import ATTRIBUTES
+
+    console = Console()
+    table = Table(title="Agreement of clips with their prompts")
+    for column in ("", "clips", *ATTRIBUTES):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    if "reader" in result:
+        reader = result["reader"]
+        table.add_row("reader on rendered clips", str(reader["clips"]), *(percent(reader[a]) for a in ATTRIBUTES))
+    for name, entry in result["presets"].items():
+        table.add_row(name, str(entry["prompts"]), *(percent(entry[a]) for a in ATTRIBUTES))
+        singles = entry["prompts"] - entry["pairs"]
+        table.add_row("  one object", str(singles), *(percent(entry["single"][a]) for a in ATTRIBUTES))
+        table.add_row("  two objects", str(entry["pairs"]), *(percent(entry["pair"][a]) for a in ATTRIBUTES))
+    console.print(table)
+    if "vae" in result:
+        vae = result["vae"]
+        console.print(
+            f"Autoencoder on {vae['clips']} held-out clips: {vae['psnr']:.2f} dB (first, middle and last frame "
+            f"{vae['psnr_first']:.2f}, {vae['psnr_middle']:.2f}, {vae['psnr_last']:.2f})"
+        )
+    compared = {n: e["against_first"] for n, e in result["presets"].items() if "against_first" in e}
+    if compared:
+        first = next(iter(result["presets"]))
+        pairs = Table(title=f"Distance from {first}, same prompts and noise, median (worst)")
+        for column in ("preset", "PSNR dB", "SSIM", "latent error"):
+            pairs.add_column(column, justify="left" if column == "preset" else "right")
+        for name, c in compared.items():
+            pairs.add_row(
+                name,
+                f"{c['psnr_median']:.2f} ({c['psnr_worst']:.2f})",
+                f"{c['ssim_median']:.4f} ({c['ssim_worst']:.4f})",
+                f"{c['latent_error_median']:.4f} ({c['latent_error_worst']:.4f})",
+            )
+        console.print(pairs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of the scorer."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vmonarch_cli.demo.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = Settings()
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
+    parser.add_argument("--prompts", type=int, default=defaults.prompts)
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--guidance", type=float, default=defaults.guidance)
+    parser.add_argument("--batch", type=int, default=defaults.batch)
+    parser.add_argument("--size", type=int, default=defaults.size)
+    parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
+    parser.add_argument("--device")
+    parser.add_argument("--reader-clips", type=int, default=120, help="rendered clips to check the reader on; 0: none")
+    parser.add_argument("--vae-clips", type=int, default=16, help="held-out clips for the autoencoder; 0: none")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
+    args = parser.parse_args(argv)
+    from vmonarch_cli.demo.training import pick_device
+
+    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size)
+    result = score(
+        args.weights,
+        settings,
+        args.preset or (DENSE,),
+        device=pick_device(args.device),
+        reader_clips=args.reader_clips,
+        vae_clips=args.vae_clips,
+        sheet=args.sheet,
+    )
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""Trains the diffusion transformer and the text encoder together, by flow matching on cached latents.
+
+Run it with `python -m vmonarch_cli.demo.train dit --vae DIR/vae --out DIR --seconds 480`. Clips are rendered and
+encoded into a bank of latents on the GPU, which is refreshed a little every few steps; every use of a clip gets a new
+caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmonarch_cli.demo import training
+from vmonarch_cli.demo.captions import caption, plain_caption
+from vmonarch_cli.demo.clips import FPS, NUM_FRAMES, SIZE, render
+from vmonarch_cli.demo.model import (
+    DIT_PRESETS,
+    FLOW_SHIFT,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    config_dict,
+    encode_prompts,
+    export_pipeline,
+    latent_stats,
+)
+from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.train_vae import exported
+from vmonarch_cli.demo.vocabulary import MAX_TOKENS
+from vmonarch_cli.demo.whole_clip import encode_mean
+
+_EMPTY_CAPTION_SHARE = 0.1
+_REPORT_OF_VAE = "vae_report.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train dit`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and weights/")
+    parser.add_argument("--vae", type=Path, required=True, help="the vae folder that `train vae` exported")
+    parser.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of this run")
+    parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
+    parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
+    parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
+    parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
+    parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
+    parser.add_argument("--batch", type=int, default=64, help="clips a step")
+    parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
+    parser.add_argument("--bank-seconds", type=float, default=90.0, help="stop filling the bank after so long")
+    parser.add_argument("--encode-batch", type=int, default=16)
+    parser.add_argument("--refresh-every", type=int, default=8, help="steps between two refreshes of the bank")
+    parser.add_argument("--refresh", type=int, default=16, help="clips replaced at a refresh")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
+    parser.add_argument("--profile-steps", type=int, default=40, help="log every fifth of the first steps")
+    parser.add_argument("--samples", type=int, default=8, help="held-out prompts on the sheet at the end")
+    parser.add_argument("--sample-steps", type=int, default=20)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train until the time is up, then export a pipeline and draw samples with it; returns the report."""
+    device = training.pick_device(args.device)
+    training.tune_backend(device)
+    torch.manual_seed(args.seed)
+    log = training.JsonLog(args.out / "dit_log.jsonl")
+    trainer = _Trainer(args, device, log)
+    if args.resume:
+        trainer.load(args.out / "dit_checkpoint.pt")
+    trainer.bank.fill()
+    trainer.train()
+    return trainer.finish()
+
+
+def sigmas_for(step: int, count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels (count,) in (0, 1): logit-normal on even steps, uniform on odd ones, both shifted towards noise."""
+    if step % 2 == 0:
+        u = torch.sigmoid(torch.randn(count, generator=generator))
+    else:
+        u = torch.rand(count, generator=generator)
+    return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+
+
+class LatentBank:
+    """Normalised latents of rendered training clips, kept on the device in float16.
+
+    Args:
+        vae: the frozen autoencoder, float32, with measured latent statistics in its config.
+        capacity: clips to hold.
+
+    """
+
+    def __init__(
+        self, vae: Any, device: torch.device, log: training.JsonLog, *, capacity: int, batch: int, size: int, seed: int,
+        seconds: float,
+    ) -> None:  # fmt: skip
+        self.vae, self.device, self.log = vae, device, log
+        self.capacity, self.batch, self.size, self.seed, self.seconds = capacity, batch, size, seed, seconds
+        self.next_clip = 0
+        self._numbers = list(range(capacity))
+        self.specs: list[ClipSpec] = []
+        self._mean, self._std = latent_stats(vae, device)
+        self._layout = torch.contiguous_format
+        self._oldest = 0
+        side = size // 4
+        frames = (NUM_FRAMES - 1) // 4 + 1
+        self.latents = torch.empty(capacity, vae.config.z_dim, frames, side, side, dtype=torch.float16, device=device)
+
+    @torch.no_grad()
+    def encode(self, specs: list[ClipSpec]) -> Tensor:
+        """Normalised latents (B, z, T, h, w) of freshly rendered clips."""
+        video = render(specs, size=self.size, device=self.device).contiguous(memory_format=self._layout)
+        with training.autocast(self.device):
+            latents = encode_mean(self.vae, video)
+        normalised: Tensor = (latents.float() - self._mean) / self._std
+        return normalised
+
+    def restore(self, clips: int, next_clip: int) -> None:
+        """Make `fill` bring back the bank of an earlier run: clip n always lies in row n modulo the bank's size."""
+        self.next_clip = next_clip
+        self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.capacity))]
+
+    def fill(self) -> None:
+        """Fill the bank, or as much of it as the time allows."""
+        self._choose_layout()
+        start = last = time.monotonic()
+        while len(self.specs) < len(self._numbers) and time.monotonic() - start < self.seconds:
+            done = len(self.specs)
+            specs = [sample_spec("train", self.seed, n) for n in self._numbers[done : done + self.batch]]
+            self.latents[done : done + len(specs)] = self.encode(specs).to(torch.float16)
+            self.specs.extend(specs)
+            training.synchronize(self.device)
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                self.log.write("bank", clips=len(self.specs), clips_per_second=len(self.specs) / (last - start))
+        self.next_clip = max(self.next_clip, len(self.specs))
+        self._oldest = self.next_clip % len(self.specs)
+        sample = self.latents[: min(len(self.specs), 512)].float()
+        self.log.write(
+            "bank_full", clips=len(self.specs), took=time.monotonic() - start, mean=float(sample.mean()),
+            std=float(sample.std()), memory_gb=training.gpu_memory_gb(self.device),
+        )  # fmt: skip
+
+    def refresh(self, count: int) -> None:
+        """Replace the oldest clips by new ones."""
+        count = min(count, len(self.specs) - self._oldest)
+        if count <= 0:
+            return
+        specs = [sample_spec("train", self.seed, self.next_clip + i) for i in range(count)]
+        self.next_clip += count
+        self.latents[self._oldest : self._oldest + count] = self.encode(specs).to(torch.float16)
+        self.specs[self._oldest : self._oldest + count] = specs
+        self._oldest = (self._oldest + count) % len(self.specs)
+
+    def _choose_layout(self) -> None:
+        if self.device.type != "cuda":
+            return
+        specs = [sample_spec("train", self.seed + 1, i) for i in range(self.batch)]
+        seconds = {}
+        for channels_last in (False, True):
+            self._layout = training.set_layout(self.vae, channels_last=channels_last)
+            self.encode(specs)
+            training.synchronize(self.device)
+            start = time.monotonic()
+            self.encode(specs)
+            training.synchronize(self.device)
+            seconds[channels_last] = time.monotonic() - start
+        best = min(seconds, key=lambda choice: seconds[choice])
+        self._layout = training.set_layout(self.vae, channels_last=best)
+        self.log.write("bank_layout", channels_last=best, seconds=list(seconds.values()))
+
+
+class _Trainer:
+    def __init__(self, args: argparse.Namespace, device: torch.device, log: training.JsonLog) -> None:
+        self.args, self.device, self.log = args, device, log
+        vae = exported(args.vae, device).requires_grad_(False)
+        self.dit_config, self.text_config = DIT_PRESETS[args.preset]
+        self.transformer = build_transformer(self.dit_config).to(device).train()
+        self.text_encoder = build_text_encoder(self.text_config).to(device).train()
+        self.tokenizer = build_tokenizer()
+        if args.init is not None:
+            self._load_exported(args.init)
+        self.averaged = (copy.deepcopy(self.transformer).eval(), copy.deepcopy(self.text_encoder).eval())
+        live = (self.transformer, self.text_encoder)
+        self.parameters = [p for m in live for p in m.parameters()]
+        self.ema = training.Ema(live, self.averaged, args.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        )
+        self.bank = LatentBank(
+            vae, device, log, capacity=args.bank, batch=args.encode_batch, size=args.size, seed=args.seed,
+            seconds=args.bank_seconds,
+        )  # fmt: skip
+        self.clock = training.Clock(
+            args.seconds, args.total_seconds or args.seconds, args.reserve,
+            max_steps=args.max_steps, stop_after=args.stop_after,
+        )  # fmt: skip
+        self.step = 0
+        self.last_loss = float("nan")
+
+    def _load_exported(self, directory: Path) -> None:
+        from diffusers import WanTransformer3DModel
+        from transformers import UMT5EncoderModel
+
+        transformer = WanTransformer3DModel.from_pretrained(directory / "transformer").float()
+        text_encoder = UMT5EncoderModel.from_pretrained(directory / "text_encoder").float()
+        self.transformer.load_state_dict(transformer.state_dict())
+        self.text_encoder.load_state_dict(text_encoder.state_dict())
+
+    def train(self) -> None:
+        last_save = last_log = time.monotonic()
+        logged = first = self.step
+        running: list[Tensor] = []
+        if self.args.compile:
+            self._compile()
+        while not self.clock.over(self.step):
+            if self.step % self.args.refresh_every == 0 and self.step > first:
+                self.bank.refresh(self.args.refresh)
+            running.append(self.train_step())
+            if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
+                self.last_loss = float(torch.stack(running).mean())
+                running.clear()
+                now = time.monotonic()
+                steps = self.step - logged
+                self.log.write(
+                    "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
+                    lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / steps,
+                    clips_per_second=steps * self.args.batch / (now - last_log),
+                    memory_gb=training.gpu_memory_gb(self.device),
+                )  # fmt: skip
+                if not abs(self.last_loss) < float("inf"):
+                    raise FloatingPointError(f"training diverged at step {self.step}: loss {self.last_loss}")
+                last_log, logged = now, self.step
+            if time.monotonic() - last_save > self.args.checkpoint_every:
+                self.save()
+                last_save = time.monotonic()
+        if running:
+            self.last_loss = float(torch.stack(running).mean())
+        self.save()
+
+    def _compile(self) -> None:
+        """Compile the blocks and try them on one step; if that fails, say so and go on eagerly."""
+        self.transformer.compile_repeated_blocks(dynamic=False)
+        if not training.trial(self.log, "dit", self.device, lambda: self.loss().backward()):
+            for block in self.transformer.blocks:
+                block._compiled_call_impl = None
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self) -> Tensor:
+        """Flow-matching loss of this step's clips, captions, noise levels and noise, all fixed by the step."""
+        seed = self.args.seed * 1_000_003 + self.step
+        generator = torch.Generator().manual_seed(seed)
+        rng = random.Random(seed)
+        rows = [rng.randrange(len(self.bank.specs)) for _ in range(self.args.batch)]
+        prompts = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in rows]
+        clean = self.bank.latents[torch.tensor(rows, device=self.device)].float()
+        sigma = sigmas_for(self.step, len(rows), generator).to(self.device)
+        noise = torch.randn(clean.shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - mix) * clean + mix * noise
+        with training.autocast(self.device):
+            text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
+            velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
+        loss: Tensor = (velocity.float() - (noise - clean)).square().mean()
+        return loss
+
+    def train_step(self) -> Tensor:
+        """One step of flow matching; returns the loss (a scalar on the device)."""
+        for group in self.optimizer.param_groups:
+            position = self.clock.position(self.step)
+            group["lr"] = training.learning_rate(self.args.lr, position, self.step, warmup=200)
+        loss = self.loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.step)
+        return loss.detach()
+
+    def save(self) -> None:
+        training.save_checkpoint(
+            self.args.out / "dit_checkpoint.pt",
+            {
+                "preset": self.args.preset,
+                "transformer": self.transformer.state_dict(),
+                "text_encoder": self.text_encoder.state_dict(),
+                "averaged": [m.state_dict() for m in self.averaged],
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "next_clip": self.bank.next_clip,
+                "bank_clips": len(self.bank.specs),
+                "elapsed": self.clock.elapsed(),
+            },
+        )
+        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed())
+
+    def load(self, path: Path) -> None:
+        state = training.load_checkpoint(path, self.device)
+        if state["preset"] != self.args.preset:
+            raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
+        self.transformer.load_state_dict(state["transformer"])
+        self.text_encoder.load_state_dict(state["text_encoder"])
+        for module, values in zip(self.averaged, state["averaged"], strict=True):
+            module.load_state_dict(values)
+        self.optimizer.load_state_dict(state["optimizer"])
+        training.conform_optimizer(self.optimizer)
+        self.step = state["step"]
+        self.bank.restore(state["bank_clips"], state["next_clip"])
+        self.clock.before = state["elapsed"]
+        self.log.write("resumed", step=self.step, elapsed=self.clock.before)
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Any]:
+        """Export the averaged weights with the autoencoder as one pipeline, and draw samples as a user would."""
+        weights = self.args.out / "weights"
+        training.set_layout(self.bank.vae, channels_last=False)
+        transformer, text_encoder = (copy.deepcopy(m) for m in self.averaged)
+        export_pipeline(weights, copy.deepcopy(self.bank.vae), transformer, text_encoder, self.tokenizer)
+        summary: dict[str, Any] = {
+            "loss": self.last_loss,
+            "preset": self.args.preset,
+            "transformer": config_dict(self.dit_config),
+            "text_encoder": config_dict(self.text_config),
+            "transformer_parameters": sum(p.numel() for p in self.transformer.parameters()),
+            "text_encoder_parameters": sum(p.numel() for p in self.text_encoder.parameters()),
+            "steps": self.step,
+            "clips": self.step * self.args.batch,
+            "distinct_clips": self.bank.next_clip,
+            "seconds": self.clock.elapsed(),
+            "device": training.device_name(self.device),
+            "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
+        }
+        (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        report_of_vae = self.args.vae.parent / _REPORT_OF_VAE
+        if report_of_vae.is_file() and report_of_vae.resolve() != (self.args.out / _REPORT_OF_VAE).resolve():
+            shutil.copy(report_of_vae, self.args.out / _REPORT_OF_VAE)
+        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        if self.args.samples:
+            del self.optimizer, self.bank.latents
+            self._sample(weights)
+        return summary
+
+    def _sample(self, weights: Path) -> None:
+        from diffusers import WanPipeline
+
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        pipeline = WanPipeline.from_pretrained(weights, dtype=dtype).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        specs = [sample_spec("heldout", 1, i) for i in range(self.args.samples)]
+        prompts = [plain_caption(s) for s in specs]
+        start = time.monotonic()
+        frames = pipeline(
+            prompts, height=self.args.size, width=self.args.size, num_frames=NUM_FRAMES, guidance_scale=4.0,
+            num_inference_steps=self.args.sample_steps, max_sequence_length=MAX_TOKENS, output_type="pt",
+            generator=[torch.Generator(self.device).manual_seed(i) for i in range(len(specs))],
+        ).frames  # fmt: skip
+        clips = frames.float().permute(0, 2, 1, 3, 4) * 2 - 1
+        training.save_sheet(self.args.out / "dit_sheet.png", list(clips))
+        self.log.write("samples", prompts=prompts, took=time.monotonic() - start, frames_per_second=FPS)

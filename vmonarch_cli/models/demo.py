@@ -1,0 +1,29 @@
+"""The demo model that comes with the package; `vmonarch_cli/demo` trains it and holds its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmonarch_cli.models.base import Defaults, ModelEntry
+
+WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
+
+# Figures that the weights folder's own configs replace when it is there (see registry.find_model).
+DEMO = ModelEntry(
+    alias="demo",
+    title="vmonarch demo",
+    licence="Apache-2.0",
+    vae_spatial=4,
+    heads=4,
+    head_dim=64,
+    layers=8,
+    ffn_dim=1024,
+    max_sequence_length=32,
+    transformer_params=9_000_000,
+    text_encoder_params=500_000,
+    vae_params=4_200_000,
+    trained_only_at_default=True,
+    defaults=Defaults(
+        height=96, width=96, num_frames=49, fps=16, steps=20, guidance_scale=4.0, flow_shift=3.0, dense_every=1
+    ),
+)

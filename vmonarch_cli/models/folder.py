@@ -1,0 +1,146 @@
+"""A local diffusers folder, read without torch: configs become a `ModelEntry`, weights are checked for damage."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vmonarch_cli.errors import ModelError
+from vmonarch_cli.models.base import Defaults, ModelEntry
+
+SUPPORTED_PIPELINES = ("WanPipeline",)
+_COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+
+def read_folder(folder: Path, known: tuple[ModelEntry, ...]) -> ModelEntry:
+    """Describe the WanPipeline in `folder`; defaults come from the known model of the same architecture, if any.
+
+    Raises ModelError, in one sentence, when the folder is not such a pipeline, or a weights file is missing, not
+    safetensors, or damaged (header and file size are checked; the tensors themselves are not read).
+    """
+    index = _read_json(folder / "model_index.json", f"{folder} is not a diffusers model folder")
+    pipeline = index.get("_class_name")
+    if pipeline not in SUPPORTED_PIPELINES:
+        raise ModelError(
+            f"{folder} holds a {pipeline or 'pipeline of no named class'}, and supported are "
+            f"{', '.join(SUPPORTED_PIPELINES)}"
+        )
+    present = [name for name in _COMPONENTS if _is_component(index.get(name))]
+    for name in ("transformer", "text_encoder", "vae"):
+        if name not in present:
+            raise ModelError(f"{folder} is not a complete model: its model_index.json names no {name}")
+    params = {name: count_parameters(folder / name) for name in present}
+    config_file = folder / "transformer" / "config.json"
+    config = _read_json(config_file, f"{folder} is not a complete model")
+    vae = _read_json(folder / "vae" / "config.json", f"{folder} is not a complete model")
+    try:
+        figures: dict[str, Any] = {
+            "patch": tuple(config.get("patch_size", (1, 2, 2))),
+            "heads": config["num_attention_heads"],
+            "head_dim": config["attention_head_dim"],
+            "layers": config["num_layers"],
+            "ffn_dim": config["ffn_dim"],
+            "latent_channels": config.get("in_channels", 16),
+            "vae_temporal": vae.get("scale_factor_temporal") or 4,
+            "vae_spatial": vae.get("scale_factor_spatial") or 8,
+            "transformers": 2 if "transformer_2" in present else 1,
+            "boundary_ratio": index.get("boundary_ratio"),
+            "transformer_params": params["transformer"],
+            "text_encoder_params": params["text_encoder"],
+            "vae_params": params["vae"],
+        }
+        entry = ModelEntry(
+            alias=folder.resolve().name, title=folder.resolve().name, defaults=_defaults(figures, known), **figures
+        )
+    except KeyError as error:
+        raise ModelError(f"{config_file} has no {error}, which a Wan transformer needs") from None
+    except ValueError:
+        raise ModelError(f"{config_file} does not describe a Wan transformer") from None
+    return _with_own_shift(entry, folder)
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters in the safetensors files of one component, from their headers; ModelError when one is damaged."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        pickles = [p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind)]
+        if pickles:
+            raise ModelError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened: "
+                "convert them to safetensors"
+            )
+        raise ModelError(f"{folder} has no weights: a *.safetensors file belongs there")
+    _check_shards(folder, {path.name for path in files})
+    return sum(_count_in_file(path) for path in files)
+
+
+def _check_shards(folder: Path, present: set[str]) -> None:
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index, f"{index} is damaged").get("weight_map", {}).values())
+        missing = sorted(shards - present)
+        if missing:
+            raise ModelError(f"{folder} is incomplete: {missing[0]} is missing (of {len(shards)} weight files)")
+
+
+def _count_in_file(path: Path) -> int:
+    """Parameters of one safetensors file; its header must parse and the file must be as long as the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ModelError(f"weights file {path} is damaged: it is not a safetensors file; download it again")
+        raw = file.read(length)
+    try:
+        tensors = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        count: int = sum(math.prod(entry["shape"]) for entry in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ModelError(f"weights file {path} is damaged: its header does not parse; download it again") from None
+    if size != 8 + length + end:
+        raise ModelError(
+            f"weights file {path} is damaged: it has {size:,} bytes and its header describes {8 + length + end:,}; "
+            "download it again"
+        )
+    return count
+
+
+def _defaults(figures: dict[str, Any], known: tuple[ModelEntry, ...]) -> Defaults:
+    """Defaults of the known model with the same architecture, else those of the smallest Wan without its prompt."""
+    same = ("heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
+    for entry in known:
+        if all(getattr(entry, key) == figures[key] for key in same):
+            return entry.defaults
+    return known[0].defaults.model_copy(update={"negative_prompt": "", "flow_shift": None, "dense_every": 1})
+
+
+def _with_own_shift(entry: ModelEntry, folder: Path) -> ModelEntry:
+    """Take the flow shift from the folder's scheduler where no known model gives one."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if entry.defaults.flow_shift is not None or not path.is_file():
+        return entry
+    config = _read_json(path, f"{path} is damaged")
+    shift = config.get("flow_shift", config.get("shift"))
+    if not isinstance(shift, int | float) or shift <= 0:
+        return entry
+    return entry.model_copy(update={"defaults": entry.defaults.model_copy(update={"flow_shift": float(shift)})})
+
+
+def _is_component(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[1] is not None
+
+
+def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{otherwise}: {path.parent.name}/{path.name} is missing") from None
+    except OSError as error:
+        raise ModelError(f"{otherwise}: {path} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ModelError(f"{otherwise}: {path} is not valid JSON") from None
+    if not isinstance(table, dict):
+        raise ModelError(f"{otherwise}: {path} is not a JSON object")
+    return table

@@ -1,0 +1,62 @@
+"""Names to models: aliases, hub ids and local diffusers folders."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from vmonarch_cli.errors import ModelError
+from vmonarch_cli.models import wan
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.demo import DEMO, WEIGHTS
+from vmonarch_cli.models.folder import read_folder
+
+DEMO_ALIAS = DEMO.alias
+HOW_TO_GET_A_REAL_MODEL = f"--model {wan.WAN21_1_3B.alias} downloads a real one, about 29 GB"
+ENTRIES: tuple[ModelEntry, ...] = (DEMO, *wan.ENTRIES)
+
+
+def find_model(name: str) -> tuple[ModelEntry, str]:
+    """The entry of an alias, hub id or local folder, and where its weights are (a folder path or a hub id).
+
+    Raises ModelError with near matches for an unknown name, and with the reason for a folder that cannot be used.
+    """
+    for entry in ENTRIES:
+        if name.lower() in {known.lower() for known in _names(entry)}:
+            return _demo() if entry is DEMO else (entry, entry.hub_id or "")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return read_folder(folder, wan.ENTRIES), str(folder)
+    if folder.exists():
+        raise ModelError(f"{name} is a file, and a model is a diffusers folder, a hub id or one of {_aliases()}")
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"there is no folder {name}; a model is a diffusers folder, a hub id or one of {_aliases()}")
+    raise ModelError(f"there is no model '{name}'{_near(name)}: known are {_aliases()}, or a local diffusers folder")
+
+
+def _demo() -> tuple[ModelEntry, str]:
+    """The demo's entry, with the figures of the weights that are really there."""
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise ModelError(
+            f"the demo model's weights are missing from this installation ({WEIGHTS}): install vmonarch again, "
+            "or name another model with --model"
+        )
+    actual = read_folder(WEIGHTS, wan.ENTRIES)
+    own = {"alias", "title", "licence", "aliases", "max_sequence_length", "trained_only_at_default", "defaults"}
+    return actual.model_copy(update={key: getattr(DEMO, key) for key in own}), str(WEIGHTS)
+
+
+def _names(entry: ModelEntry) -> tuple[str, ...]:
+    return (entry.alias, *entry.aliases, *((entry.hub_id,) if entry.hub_id else ()))
+
+
+def _aliases() -> str:
+    return ", ".join(entry.alias for entry in ENTRIES)
+
+
+def _near(name: str) -> str:
+    """' (did you mean A or B?)' from aliases and from hub ids, shown as the short alias."""
+    owners = {known.lower().split("/")[-1]: entry.alias for entry in ENTRIES for known in _names(entry)}
+    close = difflib.get_close_matches(name.lower().split("/")[-1], owners, n=6, cutoff=0.7)
+    words = list(dict.fromkeys(owners[known] for known in close))[:3]
+    return f" (did you mean {' or '.join(words)}?)" if words else ""

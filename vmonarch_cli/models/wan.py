@@ -1,0 +1,90 @@
+"""Wan 2.1 and 2.2 text-to-video: figures from the published configs, defaults from the official examples."""
+
+from __future__ import annotations
+
+from vmonarch_cli.models.base import Defaults, ModelEntry
+
+# The negative prompt that Wan's own generate.py uses when none is given; the models were evaluated with it.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+_UMT5_XXL_PARAMS = 5_680_910_336
+_VAE_21_PARAMS = 126_892_531
+_VAE_22_PARAMS = 704_688_668
+
+WAN21_1_3B = ModelEntry(
+    alias="wan2.1-1.3b",
+    title="Wan2.1-T2V-1.3B",
+    hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
+    licence="Apache-2.0",
+    heads=12,
+    head_dim=128,
+    layers=30,
+    ffn_dim=8960,
+    transformer_params=1_418_996_800,
+    text_encoder_params=_UMT5_XXL_PARAMS,
+    vae_params=_VAE_21_PARAMS,
+    defaults=Defaults(
+        height=480,
+        width=832,
+        num_frames=81,
+        fps=16,
+        steps=50,
+        guidance_scale=5.0,
+        flow_shift=3.0,
+        negative_prompt=NEGATIVE_PROMPT,
+    ),
+)
+
+WAN21_14B = WAN21_1_3B.model_copy(
+    update={
+        "alias": "wan2.1-14b",
+        "title": "Wan2.1-T2V-14B",
+        "hub_id": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "aliases": ("wan2.1-t2v-14b", "wan-14b", "wan14b"),
+        "heads": 40,
+        "layers": 40,
+        "ffn_dim": 13824,
+        "transformer_params": 14_288_491_584,
+        "defaults": WAN21_1_3B.defaults.model_copy(update={"height": 720, "width": 1280, "flow_shift": 5.0}),
+    }
+)
+
+WAN22_5B = WAN21_1_3B.model_copy(
+    update={
+        "alias": "wan2.2-5b",
+        "title": "Wan2.2-TI2V-5B",
+        "hub_id": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        "aliases": ("wan2.2-ti2v-5b", "wan-5b", "wan5b"),
+        "vae_spatial": 16,
+        "latent_channels": 48,
+        "heads": 24,
+        "layers": 30,
+        "ffn_dim": 14336,
+        "transformer_params": 4_999_787_712,
+        "vae_params": _VAE_22_PARAMS,
+        "defaults": WAN21_1_3B.defaults.model_copy(
+            update={"height": 704, "width": 1280, "num_frames": 121, "fps": 24, "flow_shift": 5.0}
+        ),
+    }
+)
+
+WAN22_A14B = WAN21_14B.model_copy(
+    update={
+        "alias": "wan2.2-a14b",
+        "title": "Wan2.2-T2V-A14B",
+        "hub_id": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "aliases": ("wan2.2-t2v-a14b", "wan-a14b"),
+        "transformers": 2,
+        "boundary_ratio": 0.875,
+        "defaults": WAN21_14B.defaults.model_copy(
+            update={"steps": 40, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "flow_shift": 12.0}
+        ),
+    }
+)
+
+ENTRIES = (WAN21_1_3B, WAN21_14B, WAN22_5B, WAN22_A14B)

@@ -1,0 +1,220 @@
+"""What a run measured and tells: plain dataclasses, no torch, so that reports and records can read them.
+
+All times are seconds, all sizes bytes. A value that was not measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """One denoising step: every forward of every transformer between two scheduler steps.
+
+    ``step_s`` and ``attention_s`` contain neither the sampling of dense attention nor the first call
+    that compiles kernels; both are work that a run without measuring, or a second run, does not do.
+    """
+
+    index: int
+    """0-based step of the clip."""
+    total: int | None
+    """Steps of the clip, None when the caller did not say."""
+    sigma: float | None
+    """Noise level at the start of the step (the scheduler's sigma)."""
+    step_s: float
+    attention_s: float
+    """All self-attention calls of the step, structured and dense."""
+    calls: int
+    """Self-attention calls (layers x forwards)."""
+    structured_calls: int
+    """Of these, the ones that ran structured."""
+    dense_call_s: float | None = None
+    """One dense call on tensors of this step."""
+    dense_s: float | None = None
+    """What all calls of the step would take dense: the sample per structured call, plus the calls that ran dense."""
+    sampled_attention_s: float | None = None
+    """The structured call on the very tensors that dense_call_s was measured on."""
+    error: float | None = None
+    """Relative L2 error of that structured call's output against the dense one's."""
+    first_call_s: float | None = None
+    """First call of each kernel variant in this step (compilation included), outside the other times."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense attention time over this step's attention time."""
+        return None if self.dense_s is None or self.attention_s <= 0 else self.dense_s / self.attention_s
+
+    @property
+    def dense_step_s(self) -> float | None:
+        """The step's time with its attention replaced by dense attention (an estimate, not a run)."""
+        return None if self.dense_s is None else self.step_s - self.attention_s + self.dense_s
+
+    @property
+    def attention_share(self) -> float:
+        """Part of the step spent in self-attention, 0 to 1."""
+        return self.attention_s / self.step_s if self.step_s > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "speedup": self.speedup, "attention_share": self.attention_share}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the self-attention calls of a clip ran."""
+
+    structured: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of calls that ran dense for it."""
+
+    @property
+    def calls(self) -> int:
+        return self.structured + sum(self.dense.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"calls": self.calls, "structured": self.structured, "dense": dict(self.dense)}
+
+
+@dataclass(frozen=True)
+class ClipTiming:
+    """Where a clip's time went."""
+
+    steps: list[StepAttention]
+    text_encode_s: float
+    denoise_s: float
+    """The whole denoising loop less ``excluded_s``."""
+    decode_s: float
+    write_s: float
+    total_s: float
+    """Wall clock from the first to the last of it, sampling and compilation included; loading is not."""
+    excluded_s: float = 0.0
+    """Sampling of dense attention and first calls, in total_s but in no other figure."""
+    first_call_s: float | None = None
+    """Sum of the steps' first_call_s; None when no kernel was compiled."""
+    peak_memory_bytes: int | None = None
+    peak_memory_kind: str = ""
+    """What the peak counts: "device" memory allocated by torch, or the "process" resident size (never falls)."""
+    warm_state_bytes: int = 0
+    """Memory that the warm start kept between steps, at its largest."""
+
+    @property
+    def attention_s(self) -> float:
+        return sum(step.attention_s for step in self.steps)
+
+    @property
+    def attention_speedup(self) -> float | None:
+        """Median over the steps in which dense attention was sampled and some call ran structured."""
+        return _median([s.speedup for s in self.steps if s.structured_calls])
+
+    @property
+    def estimated_dense_denoise_s(self) -> float | None:
+        """Denoising time if every call were dense: measured time plus the sampled steps' median difference
+        per structured call, times the structured calls. An estimate; `vmonarch profile` runs both.
+        """
+        per_call = _median(
+            [
+                s.dense_call_s - s.sampled_attention_s
+                for s in self.steps
+                if s.dense_call_s is not None and s.sampled_attention_s is not None
+            ]
+        )
+        return None if per_call is None else self.denoise_s + per_call * sum(s.structured_calls for s in self.steps)
+
+    @property
+    def end_to_end_speedup(self) -> float | None:
+        """Text, denoising, decoding and writing: all dense (estimated) over as measured."""
+        dense = self.estimated_dense_denoise_s
+        rest = self.text_encode_s + self.decode_s + self.write_s
+        return None if dense is None or rest + self.denoise_s <= 0 else (rest + dense) / (rest + self.denoise_s)
+
+    @property
+    def error(self) -> float | None:
+        """Median relative L2 error of the sampled structured calls against dense attention."""
+        return _median([s.error for s in self.steps])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{key: value for key, value in self.__dict__.items() if key != "steps"},
+            "attention_s": self.attention_s,
+            "attention_speedup": self.attention_speedup,
+            "end_to_end_speedup": self.end_to_end_speedup,
+            "estimated_dense_denoise_s": self.estimated_dense_denoise_s,
+            "error": self.error,
+            "steps": [step.to_json() for step in self.steps],
+        }
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """A clip that was written."""
+
+    index: int
+    """0-based number of the clip within the plan."""
+    path: Path
+    record_path: Path
+    seed: int
+    impl: str
+    """Attention implementation that ran: "reference", "torch" or "triton", or "dense" for a dense preset."""
+    grid: tuple[int, int, int]
+    """Latent frames, token rows, token columns."""
+    coverage: Coverage
+    timing: ClipTiming
+    record: dict[str, Any]
+
+
+# Events: what `vmonarch_cli.run.generate` tells its `on_event` while it works.
+
+
+@dataclass(frozen=True)
+class ModelLoading:
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelLoaded:
+    source: str
+    seconds: float
+    device: str
+    """Name of the device, as in "NVIDIA H100 80GB HBM3" or "CPU (2 threads)"."""
+    dtype: str
+    impl: str
+
+
+@dataclass(frozen=True)
+class ClipStarted:
+    index: int
+    count: int
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class CompilingKernels:
+    """The first call of a kernel variant begins and may compile for some seconds."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    clip: int
+    step: StepAttention
+
+
+@dataclass(frozen=True)
+class Decoding:
+    clip: int
+
+
+@dataclass(frozen=True)
+class ClipDone:
+    result: ClipResult
+
+
+Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | ClipDone
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
