@@ -8,6 +8,7 @@ what it finds is written into `vmonarch_kernels/configs.py` by hand.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -82,27 +83,25 @@ def try_attend(shape: tuple[int, int, int, int], kind: str, fields: dict[str, An
     return "ok"
 
 
-def candidates(dim: int, limit: int, kind: str, quick: bool) -> list[AttendConfig]:
+# (query rows, warps) and (key rows, stages) worth crossing; larger tiles spill on every chip tried.
+QUERY_TILES = ((64, 4), (128, 4), (128, 8), (256, 8))
+KEY_TILES = ((64, 2), (64, 3), (64, 4), (128, 2), (128, 3))
+
+
+def candidates(dim: int, limit: int, kind: str) -> list[AttendConfig]:
+    """Tiles that fit shared memory and whose accumulators fit the registers, with and without TMA."""
+    accumulators = 2 if kind == "rv" else 1
     found = []
-    for block_m, warps in ((64, 4), (128, 4), (128, 8), (192, 12), (256, 8)):
-        for block_n in (64, 128):
-            for stages in (2, 3, 4):
-                for tma in (False, True):
-                    config = AttendConfig(block_m, block_n, warps, stages, tma)
-                    rows_per_warp = block_m // warps
-                    accumulators = 2 if kind == "rv" else 1
-                    if block_m & (block_m - 1) or rows_per_warp > 32:
-                        continue
-                    if rows_per_warp == 32 and accumulators * dim > 128:
-                        continue  # the accumulators alone would fill the registers
-                    if quick and (block_m, block_n, stages) == (64, 128, 4):
-                        continue
-                    if shared_memory_bytes(config, dim, 2, int(kind != "r")) <= limit:
-                        found.append(config)
+    for (block_m, warps), (block_n, stages), tma in itertools.product(QUERY_TILES, KEY_TILES, (False, True)):
+        config = AttendConfig(block_m, block_n, warps, stages, tma)
+        if block_m // warps == 32 and (accumulators * dim > 128 or block_n > 64):
+            continue
+        if shared_memory_bytes(config, dim, 2, int(kind != "r")) <= limit:
+            found.append(config)
     return found
 
 
-def search_attend(shape: tuple[int, int, int, int], kind: str, quick: bool) -> list[dict[str, Any]]:
+def search_attend(shape: tuple[int, int, int, int], kind: str) -> list[dict[str, Any]]:
     call = make_call(shape, torch.bfloat16)
     run, outputs, units = attend_runner(call, kind)
     table_ms = median_ms(run)
@@ -112,7 +111,7 @@ def search_attend(shape: tuple[int, int, int, int], kind: str, quick: bool) -> l
     if kind == "first":
         flops = 4 * frames * positions * positions * dim * heads
     rows: list[dict[str, Any]] = [{"kind": kind, "config": "table", "ms": table_ms, "tflops": flops / table_ms / 1e9}]
-    for config in candidates(dim, call.shared_memory, kind, quick):
+    for config in candidates(dim, call.shared_memory, kind):
         use_attend(config)
         try:
             run()
@@ -128,33 +127,43 @@ def search_attend(shape: tuple[int, int, int, int], kind: str, quick: bool) -> l
     return rows
 
 
+def l_candidates(frames: int) -> list[LStepConfig]:
+    padded = max(16, 1 << (frames - 1).bit_length())
+    blocks = {min(padded, 64), 32} if padded > 16 else {16}
+    return [LStepConfig(block, block, warps) for block in sorted(blocks) for warps in (1, 2, 4, 8)]
+
+
+def l_runners(call: launch._Call) -> dict[str, Callable[[], object]]:
+    rk, y, out = call.like_q().normal_(), call.like_q().normal_(), call.like_q()
+    c_l = call.statistic().normal_()
+    return {
+        "beta": lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l),
+        "out": lambda: launch._l_output(call, rk, c_l, y, None, None, out, False),
+        "out+L": lambda: launch._l_output(call, rk, c_l, y, None, None, out, True),
+    }
+
+
+def try_l(shape: tuple[int, int, int, int], fields: dict[str, Any]) -> str:
+    """As ``try_attend``, for the L-step kernels."""
+    use_l_step(LStepConfig(**fields))
+    for run in l_runners(make_call(shape, torch.bfloat16)).values():
+        run()
+    torch.cuda.synchronize()
+    return "ok"
+
+
 def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     call = make_call(shape, torch.bfloat16)
-    frames = shape[0]
-    rk, y, out, c_l = call.like_q().normal_(), call.like_q().normal_(), call.like_q(), call.statistic().normal_()
     rows = []
-    padded = max(16, 1 << (frames - 1).bit_length())
-    blocks = {min(padded, 128), 32, 64} if frames > 16 else {16}
-    for block in sorted(blocks):
-        for warps in (1, 2, 4, 8):
-            use_l_step(LStepConfig(block, block, warps))
-            for name, run in (
-                ("beta", lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l)),
-                ("out", lambda: launch._l_output(call, rk, c_l, y, None, None, out, False)),
-                ("out+L", lambda: launch._l_output(call, rk, c_l, y, None, None, out, True)),
-            ):
-                try:
-                    ms = median_ms(run)
-                    rows.append({"kind": name, "config": {"block": block, "warps": warps}, "ms": ms})
-                except Exception as error:
-                    rows.append(
-                        {
-                            "kind": name,
-                            "config": {"block": block, "warps": warps},
-                            "ms": float("nan"),
-                            "error": str(error)[:200],
-                        }
-                    )
+    for config in l_candidates(shape[0]):
+        use_l_step(config)
+        for name, run in l_runners(call).items():
+            row: dict[str, Any] = {"kind": name, "config": asdict(config), "ms": float("nan")}
+            try:
+                row["ms"] = median_ms(run)
+            except Exception as error:
+                row["error"] = str(error)[:200]
+            rows.append(row)
     launch.l_step_config = ORIGINAL_L
     return rows
 
@@ -176,13 +185,13 @@ def main() -> None:
     limit = launch.shared_memory_limit(torch.device("cuda"))
     started = time.time()
     with ProcessPoolExecutor(arguments.workers) as pool:
-        small = (2, shape[1], 1, shape[3])
         jobs = [
-            pool.submit(try_attend, small, kind, asdict(config))
+            pool.submit(try_attend, shape, kind, asdict(config))
             for kind in kinds
             if kind != "l"
-            for config in candidates(shape[3], limit, kind, True)
+            for config in candidates(shape[3], limit, kind)
         ]
+        jobs += [pool.submit(try_l, shape, asdict(config)) for config in l_candidates(shape[0]) if "l" in kinds]
         for job in jobs:
             try:
                 job.result(timeout=max(0.1, arguments.compile_seconds - (time.time() - started)))
@@ -193,10 +202,11 @@ def main() -> None:
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     rows = []
     for kind in kinds:
-        rows += search_l(shape) if kind == "l" else search_attend(shape, kind, True)
-        best = sorted((r for r in rows if r["ms"] == r["ms"]), key=lambda r: float(r["ms"]))
-        for row in [r for r in best if r["kind"] == kind or kind == "l"][:8]:
-            print(row["kind"], row["config"], f"{row['ms']:.3f} ms", f"{row.get('tflops', 0):.0f} TFLOP/s", flush=True)
+        found = search_l(shape) if kind == "l" else search_attend(shape, kind)
+        rows += found
+        for row in sorted((r for r in found if r["ms"] == r["ms"]), key=lambda r: float(r["ms"]))[:9]:
+            line = f"{row['ms']:.3f} ms {row.get('tflops', 0):.0f} TFLOP/s"
+            print(row["kind"], row["config"], line, flush=True)
     if arguments.json:
         props = torch.cuda.get_device_properties(0)
         record = {"device": props.name, "torch": torch.__version__, "shape": shape, "rows": rows}

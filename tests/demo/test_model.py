@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vmonarch_cli.demo import still_image
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     VAE_PRESETS,
@@ -50,6 +51,18 @@ def test_the_whole_clip_forward_equals_the_chunked_one(frames: int) -> None:
         torch.testing.assert_close(logvar, chunked.logvar, atol=1e-5, rtol=1e-5)
         raw = decode_raw(vae, latents)
         torch.testing.assert_close(raw.clamp(-1, 1), vae.decode(latents).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_single_images_equal_clips_of_one_frame() -> None:
+    torch.manual_seed(0)
+    vae = build_vae(VAE_PRESETS["tiny"]).eval()
+    with torch.no_grad():
+        images = torch.rand(2, 3, 32, 32) * 2 - 1
+        moments = still_image.encode_moments(vae, images)
+        torch.testing.assert_close(moments, encode_moments(vae, images[:, :, None])[:, :, 0], atol=1e-5, rtol=1e-5)
+        latents = torch.randn(2, 16, 8, 8)
+        recon = still_image.decode_raw(vae, latents)
+        torch.testing.assert_close(recon, decode_raw(vae, latents[:, :, None])[:, :, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_fresh_autoencoder_copies_the_newest_frame() -> None:

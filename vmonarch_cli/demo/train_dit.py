@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmonarch_cli.demo import training
 from vmonarch_cli.demo.captions import caption, plain_caption
@@ -114,7 +114,8 @@ class LatentBank:
         self._numbers = list(range(capacity))
         self.specs: list[ClipSpec] = []
         self._mean, self._std = latent_stats(vae, device)
-        self._layout = torch.contiguous_format
+        # A GPU's convolutions want channels last, a CPU's do not care.
+        self._layout = training.set_layout(vae, channels_last=device.type == "cuda")
         self._oldest = 0
         side = size // 4
         frames = (NUM_FRAMES - 1) // 4 + 1
@@ -136,7 +137,6 @@ class LatentBank:
 
     def fill(self) -> None:
         """Fill the bank, or as much of it as the time allows."""
-        self._choose_layout()
         start = last = time.monotonic()
         while len(self.specs) < len(self._numbers) and time.monotonic() - start < self.seconds:
             done = len(self.specs)
@@ -166,23 +166,6 @@ class LatentBank:
         self.specs[self._oldest : self._oldest + count] = specs
         self._oldest = (self._oldest + count) % len(self.specs)
 
-    def _choose_layout(self) -> None:
-        if self.device.type != "cuda":
-            return
-        specs = [sample_spec("train", self.seed + 1, i) for i in range(self.batch)]
-        seconds = {}
-        for channels_last in (False, True):
-            self._layout = training.set_layout(self.vae, channels_last=channels_last)
-            self.encode(specs)
-            training.synchronize(self.device)
-            start = time.monotonic()
-            self.encode(specs)
-            training.synchronize(self.device)
-            seconds[channels_last] = time.monotonic() - start
-        best = min(seconds, key=lambda choice: seconds[choice])
-        self._layout = training.set_layout(self.vae, channels_last=best)
-        self.log.write("bank_layout", channels_last=best, seconds=list(seconds.values()))
-
 
 class _Trainer:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: training.JsonLog) -> None:
@@ -201,6 +184,7 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
         )
+        self.guarded_step = training.GuardedStep(self.optimizer, max_norm=1.0)
         self.bank = LatentBank(
             vae, device, log, capacity=args.bank, batch=args.encode_batch, size=args.size, seed=args.seed,
             seconds=args.bank_seconds,
@@ -222,11 +206,12 @@ class _Trainer:
         self.text_encoder.load_state_dict(text_encoder.state_dict())
 
     def train(self) -> None:
+        if self.args.compile:
+            self._compile()
+        self.clock.start()
         last_save = last_log = time.monotonic()
         logged = first = self.step
         running: list[Tensor] = []
-        if self.args.compile:
-            self._compile()
         while not self.clock.over(self.step):
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self.bank.refresh(self.args.refresh)
@@ -240,9 +225,9 @@ class _Trainer:
                     "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
                     lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / steps,
                     clips_per_second=steps * self.args.batch / (now - last_log),
-                    memory_gb=training.gpu_memory_gb(self.device),
+                    memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
-                if not abs(self.last_loss) < float("inf"):
+                if self.guarded_step.skipped > 20:
                     raise FloatingPointError(f"training diverged at step {self.step}: loss {self.last_loss}")
                 last_log, logged = now, self.step
             if time.monotonic() - last_save > self.args.checkpoint_every:
@@ -286,8 +271,7 @@ class _Trainer:
         loss = self.loss()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        self.guarded_step()
         self.step += 1
         self.ema.update(self.step)
         return loss.detach()

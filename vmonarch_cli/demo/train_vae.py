@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmonarch_cli.demo import training
+from vmonarch_cli.demo import still_image, training
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE, frame_times, render
 from vmonarch_cli.demo.model import VAE_PRESETS, build_vae, config_dict, export_vae
 from vmonarch_cli.demo.specs import sample_spec
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(VAE_PRESETS), default="base24")
     parser.add_argument("--batch", type=int, default=4, help="clips of 49 frames a step; shorter ones in proportion")
-    parser.add_argument("--image-batch", type=int, default=256, help="images a step at most")
+    parser.add_argument("--image-batch", type=int, default=64, help="images a step at most")
     parser.add_argument(
         "--phases",
         type=parse_phases,
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto")
+    parser.add_argument("--memory-format", choices=("auto", "contiguous", "channels_last"), default="channels_last")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--eval-every", type=float, default=100.0, help="seconds, at a checkpoint")
     parser.add_argument("--eval-clips", type=int, default=16, help="held-out clips per evaluation")
@@ -110,7 +110,7 @@ class _Trainer:
         )
         self.step = 0
         self.phase_start = 0
-        self.skipped = 0  # steps without an update because the gradient was not finite
+        self.guarded_step = training.GuardedStep(self.optimizer, max_norm=0.5)
         self.clips_seen = 0
         total = args.total_seconds or args.seconds
         self.clock = training.Clock(
@@ -121,9 +121,16 @@ class _Trainer:
 
     def _forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, latent means and log-variances."""
-        mean, logvar = encode_moments(self.vae, video).chunk(2, dim=1)
+        single = video.shape[2] == 1
+        if single:
+            moments = still_image.encode_moments(self.vae, video[:, :, 0])[:, :, None]
+        else:
+            moments = encode_moments(self.vae, video)
+        mean, logvar = moments.chunk(2, dim=1)
         logvar = logvar.clamp(-20.0, 10.0)
         latents = mean + torch.exp(0.5 * logvar) * noise
+        if single:
+            return still_image.decode_raw(self.vae, latents[:, :, 0])[:, :, None], mean, logvar
         return decode_raw(self.vae, latents), mean, logvar
 
     def phase(self) -> Phase:
@@ -153,6 +160,7 @@ class _Trainer:
         return video, noise
 
     def train(self) -> None:
+        self.clock.start()
         last_save = last_log = last_eval = time.monotonic()
         steps_logged, clips_logged = self.step, self.clips_seen
         current, phase_start = None, self.step
@@ -173,9 +181,9 @@ class _Trainer:
                     "step", step=self.step, position=self.clock.position(self.step), frames=phase.frames,
                     **values, seconds_per_step=(now - last_log) / steps,
                     clips_per_second=(self.clips_seen - clips_logged) / (now - last_log),
-                    memory_gb=training.gpu_memory_gb(self.device), skipped=self.skipped,
+                    memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
-                if self.skipped > 20:
+                if self.guarded_step.skipped > 20:
                     raise FloatingPointError(f"training diverged at step {self.step}: {values}")
                 last_log, steps_logged, clips_logged = now, self.step, self.clips_seen
             if time.monotonic() - last_save > self.args.checkpoint_every:
@@ -191,12 +199,14 @@ class _Trainer:
         """Compile for a phase of clips; images are over before compiling for them would pay."""
         if not self.args.compile or phase.frames == 1:
             return
+        start = time.monotonic()
         self.forward = torch.compile(self._forward, dynamic=False)
         if not training.trial(
             self.log, f"vae, {phase.frames} frames", self.device, lambda: self._rehearse(phase.frames)
         ):
             self.forward = self._forward
         self.optimizer.zero_grad(set_to_none=True)
+        self.clock.exclude(time.monotonic() - start)
 
     def _rehearse(self, frames: int, count: int | None = None) -> None:
         """One forward and backward pass that changes nothing but gradients."""
@@ -221,11 +231,7 @@ class _Trainer:
         parts = losses(recon.float(), video, mean.float(), logvar.float(), polish=position >= self.args.polish)
         self.optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.vae.parameters(), 0.5)
-        if not torch.isfinite(norm):  # one bad batch must not end a training
-            self.skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.step()
+        self.guarded_step()
         self.step += 1
         self.ema.update(self.step)
         return {**{k: v.detach() for k, v in parts.items()}, "lr": lr}

@@ -21,16 +21,17 @@ _PROCESS_START = time.monotonic()
 class Clock:
     """Where a training stands between 0 (start) and 1 (end), across interrupted runs.
 
-    Either by wall-clock seconds (compilation and evaluation count, since the machine's time is what is limited) or,
+    Either by wall-clock seconds of training (set-up and compilation shorten the plan but do not move the schedule) or,
     with `max_steps`, by steps, which makes a run reproducible.
 
     Args:
         run_seconds: wall-clock seconds of this process, counted from its start.
         total_seconds: planned seconds of all runs together.
         reserve: seconds kept at the end of this process for evaluation and export.
-        before: seconds that earlier runs used.
+        before: seconds of training in earlier runs.
         max_steps: total steps of all runs, in place of seconds.
         stop_after: end this run after so many steps in all (an interruption, for tests).
+        idle: seconds of this process that were not training.
 
     """
 
@@ -40,16 +41,25 @@ class Clock:
     before: float = 0.0
     max_steps: int | None = None
     stop_after: int | None = None
+    idle: float = 0.0
+
+    def start(self) -> None:
+        """Training begins now: what came before in this process does not move the schedule."""
+        self.idle = time.monotonic() - _PROCESS_START
+
+    def exclude(self, seconds: float) -> None:
+        """Take seconds (of compilation) out of the schedule."""
+        self.idle += seconds
 
     def elapsed(self) -> float:
-        """Seconds of all runs so far."""
-        return self.before + time.monotonic() - _PROCESS_START
+        """Seconds of training in all runs so far."""
+        return self.before + time.monotonic() - _PROCESS_START - self.idle
 
     def position(self, step: int) -> float:
         """Progress of the whole training in [0, 1]."""
         if self.max_steps is not None:
             return min(step / self.max_steps, 1.0)
-        return min(self.elapsed() / max(self.total_seconds - self.reserve, 1e-6), 1.0)
+        return min(self.elapsed() / max(self.total_seconds - self.reserve - self.idle, 1e-6), 1.0)
 
     def over(self, step: int) -> bool:
         """Whether this run must stop now."""
@@ -176,6 +186,41 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that wall-clock times mean something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class GuardedStep:
+    """Optimiser steps on clipped gradients that leave everything as it was when the gradient is not finite.
+
+    One bad batch must not end a training. On a GPU the fused optimiser decides on the device, so nothing waits.
+
+    Args:
+        optimizer: its parameters are the ones whose gradients are clipped.
+        max_norm: largest norm of the whole gradient.
+
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        self._optimizer = optimizer
+        self._max_norm = max_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._skipped: Tensor | float = 0.0
+
+    def __call__(self) -> None:
+        """Clip and step."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        bad = (~torch.isfinite(norm)).float()
+        self._skipped = self._skipped + bad
+        if norm.device.type == "cuda":
+            # The fused optimiser reads this as gradient scaling does and skips its update where it is 1.
+            self._optimizer.found_inf = bad  # type: ignore[attr-defined]
+        elif bad:
+            self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step()
+
+    @property
+    def skipped(self) -> int:
+        """Steps without an update so far (waits for the device)."""
+        return int(self._skipped)
 
 
 def trial(log: JsonLog, name: str, device: torch.device, attempt: Callable[[], None]) -> bool:
