@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--compile-seconds", type=float, default=120)
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and time nothing")
     arguments = parser.parse_args()
     shape = tuple(int(x) for x in arguments.shape.split("x"))
     assert len(shape) == 4
@@ -200,6 +201,8 @@ def main() -> None:
             except Exception as error:
                 print(f"worker: {error}"[:200], file=sys.stderr)
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
+    if arguments.compile_only:
+        return
     rows = []
     for kind in kinds:
         found = search_l(shape) if kind == "l" else search_attend(shape, kind)
