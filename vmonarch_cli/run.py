@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vmonarch_cli import __version__, video
+from vmonarch_cli import video
 from vmonarch_cli.attention import AttentionSession, swapped
 from vmonarch_cli.errors import DeviceError, ModelError, NonFiniteError
 from vmonarch_cli.loading import device_name, load_pipeline, pick_device, pick_dtype
@@ -34,6 +32,7 @@ from vmonarch_cli.timing import (
     StepAttention,
     StepDone,
 )
+from vmonarch_cli.versions import installed_versions
 
 RECORD_SCHEMA = 1
 """Version of the JSON record's layout; raised when a reader of an older one would misread it."""
@@ -246,21 +245,9 @@ def _record(
         "impl": session.impl,
         "coverage": session.coverage().to_json(),
         "timing": timing.to_json(),
-        "versions": _versions(),
+        "versions": installed_versions(),
         "warnings": list(plan.warnings),
     }
-
-
-def _versions() -> dict[str, str | None]:
-    """Versions of what computes; None for what is not installed."""
-    found: dict[str, str | None] = {"vmonarch": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "diffusers", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    found["cuda"] = torch.version.cuda
-    return found
 
 
 def _peak_memory(device: torch.device) -> tuple[int, str]:

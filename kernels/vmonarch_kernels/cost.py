@@ -65,3 +65,36 @@ def warm_state_bytes(grid: Grid, heads: int, batch: int = 1) -> int:
     """Bytes of the stored L (one e4m3 byte per entry) of one layer and guidance branch."""
     frames, positions = grid[0], grid[1] * grid[2]
     return batch * heads * positions * frames * frames
+
+
+def dense_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1, itemsize: int = 2) -> int:
+    """Bytes that one dense call must move: q, k, v and the output once."""
+    return 4 * grid[0] * grid[1] * grid[2] * heads * head_dim * batch * itemsize
+
+
+def monarch_bytes(
+    grid: Grid,
+    heads: int,
+    head_dim: int,
+    batch: int = 1,
+    itemsize: int = 2,
+    *,
+    num_steps: int = 2,
+    first_frame: bool = True,
+    band: int | None = None,
+    warm: bool = False,
+    keep_l: bool = False,
+) -> int:
+    """Bytes that one structured call must move when every step reads each input and writes each output once.
+
+    In tensors of q's size: an R-step 3 (5 with V), an L-step 3 (the last 4, 5 with exact parts), the band 4, the
+    first frame 2, a warm start 2 and the stored L, which ``keep_l`` writes again. Float32 statistics are left out.
+    """
+    frames = grid[0]
+    if is_exact(frames, band):
+        return dense_bytes(grid, heads, head_dim, batch, itemsize)
+    tensors = 3 * num_steps + 2 + 3 * (num_steps - 1) + 4 + (2 if first_frame else 0) + (2 if warm else 0)
+    if band is not None:
+        tensors += 4 + 1
+    tensor = dense_bytes(grid, heads, head_dim, batch, itemsize) // 4
+    return tensors * tensor + (int(warm) + int(keep_l)) * warm_state_bytes(grid, heads, batch)

@@ -90,7 +90,7 @@ def test_sampling_covers_the_data() -> None:
     assert {item.motion for s in specs for item in s.objects} == set(MOTIONS)
     assert {item.colour for s in specs for item in s.objects} == set(COLOURS)
     pairs = [s for s in specs if len(s.objects) == 2]
-    assert 0.18 < len(pairs) / len(specs) < 0.27
+    assert 0.10 < len(pairs) / len(specs) < 0.20
     assert all(a.colour != b.colour for a, b in (s.objects for s in pairs))
 
 

@@ -24,6 +24,7 @@ def swapped(
     *,
     sample_dense_every: int = 0,
     on_first_call: Callable[[], None] | None = None,
+    session: AttentionSession | None = None,
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -32,17 +33,20 @@ def swapped(
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
+    session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
+        own. This is how several presets take turns on one model.
 
     Raises ModelError for a transformer of an unknown family, ValueError for one that is swapped already.
     """
     transformers, scheduler = _parts(target)
     layers = [_self_attentions(transformer) for transformer in transformers]
-    session = AttentionSession(
-        preset,
-        [len(found) for found in layers],
-        sample_dense_every=sample_dense_every,
-        on_first_call=on_first_call,
-    )
+    if session is None:
+        session = AttentionSession(
+            preset,
+            [len(found) for found in layers],
+            sample_dense_every=sample_dense_every,
+            on_first_call=on_first_call,
+        )
     session_id = op.register(session)
     with ExitStack() as undo:
         undo.callback(op.unregister, session_id)

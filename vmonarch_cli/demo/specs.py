@@ -20,11 +20,11 @@ from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, R
 
 Split = Literal["train", "heldout"]
 
-SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.19, 0.23), "medium": (0.28, 0.33), "large": (0.39, 0.45)}
+SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.25, 0.28), "medium": (0.33, 0.37), "large": (0.44, 0.50)}
 REACH = 1.22
 """Largest distance of any shape's outline from its centre, in radii."""
 
-PAIR_SHARE = 0.22
+PAIR_SHARE = 0.15
 _ROUND_SHAPES = frozenset({"circle", "ring"})
 # Motions of two objects that share the frame: they never leave their own half.
 _SIDE_BY_SIDE = ("rising", "falling", "bouncing", "spinning", "growing", "shrinking", "standing still")
@@ -141,7 +141,7 @@ def _draw(rng: random.Random, name: str) -> ClipSpec:
 
 def _draw_single(rng: random.Random, shape: str, colour: str, motion: str) -> ObjectSpec:
     if motion in ("growing", "shrinking"):
-        small, large = rng.uniform(0.15, 0.19), rng.uniform(0.42, 0.52)
+        small, large = rng.uniform(0.18, 0.22), rng.uniform(0.46, 0.54)
         r0, r1 = (small, large) if motion == "growing" else (large, small)
         x, y = rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25)
         track = Track(x, y, x, y, r0, r1, a0=_tilt(rng))
@@ -164,7 +164,7 @@ def _draw_pair(rng: random.Random, colours: list[str]) -> tuple[ObjectSpec, ...]
         motion = rng.choice([m for m in motions if m in motions_of(shape)])
         centre = (0.5 * sign, 0.0) if side_by_side else (0.0, 0.5 * sign)
         if motion in ("growing", "shrinking"):
-            small, large = rng.uniform(0.14, 0.17), rng.uniform(0.32, 0.37)
+            small, large = rng.uniform(0.16, 0.19), rng.uniform(0.33, 0.37)
             r0, r1 = (small, large) if motion == "growing" else (large, small)
             jitter = (0.0, rng.uniform(-0.3, 0.3)) if side_by_side else (rng.uniform(-0.3, 0.3), 0.0)
             x, y = centre[0] + jitter[0], centre[1] + jitter[1]
@@ -202,12 +202,12 @@ def _track(rng: random.Random, motion: str, r: float, centre: tuple[float, float
         case "bouncing":
             floor = cy + room_y
             height = rng.uniform(0.75, 1.0) * 2.0 * room_y
-            return Track(x, floor, x, floor, r, r, a0, bounce=height, bounces=rng.choice((2.0, 2.5, 3.0)))
+            return Track(x, floor, x, floor, r, r, a0, bounce=height, bounces=rng.choice((1.5, 2.0, 2.5)))
         case "circling":
             orbit = rng.uniform(0.7, 0.95) * min(room_x, room_y)
             free_x, free_y = room_x - orbit, room_y - orbit
             ox, oy = cx + rng.uniform(-free_x, free_x), cy + rng.uniform(-free_y, free_y)
-            turns = rng.choice((-1.0, 1.0)) * rng.uniform(1.1, 1.6)
+            turns = rng.choice((-1.0, 1.0)) * rng.uniform(1.0, 1.4)
             return Track(ox, oy, ox, oy, r, r, a0, orbit=orbit, orbit_turns=turns, orbit_phase=rng.random())
         case "spinning":
             turns = rng.choice((-1.0, 1.0)) * rng.uniform(0.9, 1.5)

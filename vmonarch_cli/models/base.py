@@ -31,7 +31,7 @@ class Defaults(BaseModel):
 class ModelEntry(BaseModel):
     """One model: where it is, what its transformer looks like, what it can make.
 
-    `layers`, `heads`, `head_dim` and `ffn_dim` describe one transformer; `transformers` says how many there are (two in
+    `layers`, `heads`, `head_dim`, `ffn_dim` and `text_dim` (width of the text encoder's output) describe one transformer; `transformers` says how many there are (two in
     Wan 2.2 A14B, of which each denoising step uses one). `vae_temporal` and `vae_spatial` are the VAE's compression
     factors, `patch` the transformer's patch (frames, height, width) in latent pixels. Parameter counts are of one
     transformer, the text encoder and the VAE.
@@ -55,6 +55,7 @@ class ModelEntry(BaseModel):
     head_dim: int
     layers: int
     ffn_dim: int
+    text_dim: int = 4096
     transformers: int = 1
     boundary_ratio: float | None = None
     max_sequence_length: int = 512

@@ -18,6 +18,7 @@ DEMO = ModelEntry(
     head_dim=64,
     layers=8,
     ffn_dim=1024,
+    text_dim=128,
     max_sequence_length=32,
     transformer_params=9_000_000,
     text_encoder_params=500_000,

@@ -43,6 +43,7 @@ def read_folder(folder: Path, known: tuple[ModelEntry, ...]) -> ModelEntry:
             "head_dim": config["attention_head_dim"],
             "layers": config["num_layers"],
             "ffn_dim": config["ffn_dim"],
+            "text_dim": config.get("text_dim", 4096),
             "latent_channels": config.get("in_channels", 16),
             "vae_temporal": vae.get("scale_factor_temporal") or 4,
             "vae_spatial": vae.get("scale_factor_spatial") or 8,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vmonarch_cli.models.base import Defaults, ModelEntry
 
 # The negative prompt that Wan's own generate.py uses when none is given; the models were evaluated with it.
@@ -88,3 +90,25 @@ WAN22_A14B = WAN21_14B.model_copy(
 )
 
 ENTRIES = (WAN21_1_3B, WAN21_14B, WAN22_5B, WAN22_A14B)
+
+
+def transformer_config(entry: ModelEntry) -> dict[str, Any]:
+    """Arguments of diffusers' WanTransformer3DModel that build one transformer of this entry, without its weights.
+
+    What no entry varies is as in the published configs: RMS norm of q and k across heads, a norm before cross-attention.
+    """
+    return {
+        "patch_size": entry.patch,
+        "num_attention_heads": entry.heads,
+        "attention_head_dim": entry.head_dim,
+        "in_channels": entry.latent_channels,
+        "out_channels": entry.latent_channels,
+        "text_dim": entry.text_dim,
+        "freq_dim": 256,
+        "ffn_dim": entry.ffn_dim,
+        "num_layers": entry.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    }
