@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vmonarch_kernels.api import ImplUnavailable, monarch_attention, resolve_impl
-    from vmonarch_kernels.dense import dense_attention, dense_backends
+    from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends
     from vmonarch_kernels.reference import Factors, monarch_factors
 
 _HOMES = {
     "monarch_attention": "api",
     "resolve_impl": "api",
     "ImplUnavailable": "api",
+    "attention_lse": "dense",
     "dense_attention": "dense",
     "dense_backends": "dense",
     "monarch_factors": "reference",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = [
     "Factors",
     "ImplUnavailable",
+    "attention_lse",
     "dense_attention",
     "dense_backends",
     "monarch_attention",

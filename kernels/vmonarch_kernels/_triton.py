@@ -222,7 +222,7 @@ def l_output_kernel(
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
+    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Last L-step: o[l, j] = sum_k L y[k, j], the exact part being one more entry of the softmax.
@@ -242,7 +242,7 @@ def l_output_kernel(
     q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
     row_l = ((b * frames + o_l) * positions + j) * heads + h
     stat_l = ((b * heads + h) * frames + o_l) * positions + j
-    if BANDED:
+    if HAS_EXACT:
         top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
         total = tl.full([BLOCK_L], 1.0, tl.float32)
         acc = tl.load(p_exact + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
@@ -298,7 +298,7 @@ def l_lse_kernel(
     qk_scale,
     frames, positions, heads, head_dim, band, width,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalisers of L, needed apart when the key frames do not fit one tile."""
     j = (tl.program_id(0) // heads).to(tl.int64)
@@ -311,7 +311,7 @@ def l_lse_kernel(
     p_q += b * s_qb + j * s_qp + h * s_qh
     q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
     stat_l = ((b * heads + h) * frames + o_l) * positions + j
-    if BANDED:
+    if HAS_EXACT:
         top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
         total = tl.full([BLOCK_L], 1.0, tl.float32)
     else:
@@ -341,7 +341,7 @@ def next_beta_kernel(
     qk_scale, c_floor,
     frames, positions, heads, head_dim, band, width,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
+    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
     ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """beta[k, j] = sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
@@ -379,7 +379,7 @@ def next_beta_kernel(
             logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
             stat_l = ((b * heads + h) * frames + o_l) * positions + j
             if ONE_TILE:
-                if BANDED:
+                if HAS_EXACT:
                     exact = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
                     top = tl.maximum(tl.max(logits, 1), exact)
                     entries = tl.math.exp2(logits - top[:, None])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels.cost import is_exact
-from vmonarch_kernels.dense import dense_attention
+from vmonarch_kernels.dense import attention_lse, dense_attention
 from vmonarch_kernels.reference import monarch_factors
+from vmonarch_kernels.structure import merge_exact
 from vmonarch_kernels.torch_impl import L_DTYPE, monarch_torch
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -77,6 +78,7 @@ def monarch_attention(
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
+    extra: tuple[Tensor, Tensor] | None = ...,
     return_l: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -95,6 +97,7 @@ def monarch_attention(
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
+    extra: tuple[Tensor, Tensor] | None = ...,
     return_l: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -112,6 +115,7 @@ def monarch_attention(
     scale: float | None = None,
     impl: str = "auto",
     l_prev: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     return_l: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Monarch-structured self-attention of a video's tokens (VMonarch, arXiv 2601.22275).
@@ -128,6 +132,9 @@ def monarch_attention(
         scale: factor of the scores; 1 / sqrt(D) when None.
         impl: "auto", "reference", "torch" or "triton"; see ``resolve_impl``.
         l_prev: L of an earlier call with the same shapes: a warm start (ours).
+        extra: (out (B, N, heads, D), lse (B, N, heads) float32, natural logarithm) of every query's
+            attention over keys outside the video, such as a prompt's; merged exactly (ours). Queries
+            without such keys have lse = -inf and finite out.
         return_l: also return L for the next call's warm start.
 
     Returns:
@@ -140,7 +147,7 @@ def monarch_attention(
     Raises ValueError that names the argument, what came and what is valid; ImplUnavailable when a
     named implementation cannot run here.
     """
-    _check(q, k, v, grid, num_steps, c_floor, band, l_prev)
+    _check(q, k, v, grid, num_steps, c_floor, band, l_prev, extra)
     chosen = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, l_new = _monarch_op(
@@ -148,6 +155,7 @@ def monarch_attention(
         k,
         v,
         l_prev,
+        *((None, None) if extra is None else extra),
         list(grid),
         num_steps,
         c_floor,
@@ -169,6 +177,7 @@ def _check(
     c_floor: float,
     band: int | None,
     l_prev: Tensor | None,
+    extra: tuple[Tensor, Tensor] | None,
 ) -> None:
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -191,6 +200,11 @@ def _check(
             raise ValueError(
                 f"l_prev is {tuple(l_prev.shape)} {l_prev.dtype}; these tensors need {expected} {L_DTYPE}."
             )
+    if extra is not None and (extra[0].shape != q.shape or extra[1].shape != q.shape[:3]):
+        raise ValueError(
+            f"extra is {tuple(extra[0].shape)} and {tuple(extra[1].shape)}; "
+            f"these tensors need {tuple(q.shape)} and {tuple(q.shape[:3])}."
+        )
 
 
 def _l_shape(q: Tensor, frames: int) -> tuple[int, ...]:
@@ -203,6 +217,8 @@ def _monarch_op(
     k: Tensor,
     v: Tensor,
     l_prev: Tensor | None,
+    extra_out: Tensor | None,
+    extra_lse: Tensor | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
@@ -213,11 +229,12 @@ def _monarch_op(
     return_l: bool,
 ) -> tuple[Tensor, Tensor]:
     frames = grid[0]
+    extra = None if extra_out is None or extra_lse is None else (extra_out, extra_lse)
     l_new: Tensor | None = None
     if impl == "reference":
-        out, l_new = _reference(q, k, v, l_prev, grid, num_steps, c_floor, first_frame, band, scale, return_l)
+        out, l_new = _reference(q, k, v, l_prev, extra, grid, num_steps, c_floor, first_frame, band, scale, return_l)
     elif is_exact(frames, band):
-        out = dense_attention(q, k, v, scale=scale).contiguous()
+        out = _dense(q, k, v, extra, scale)
         if return_l:
             l_new = torch.zeros(_l_shape(q, frames), dtype=L_DTYPE, device=q.device)
     else:
@@ -225,7 +242,7 @@ def _monarch_op(
             from vmonarch_kernels.launch import monarch_triton as run
         else:
             run = monarch_torch
-        out, l_new = run(q, k, v, l_prev, frames, num_steps, c_floor, first_frame, band, scale, return_l)
+        out, l_new = run(q, k, v, l_prev, extra, frames, num_steps, c_floor, first_frame, band, scale, return_l)
     return out, q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
 
 
@@ -235,6 +252,8 @@ def _(
     k: Tensor,
     v: Tensor,
     l_prev: Tensor | None,
+    extra_out: Tensor | None,
+    extra_lse: Tensor | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
@@ -248,11 +267,21 @@ def _(
     return q.new_empty(q.shape), q.new_empty(shape, dtype=L_DTYPE)
 
 
+def _dense(q: Tensor, k: Tensor, v: Tensor, extra: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
+    """What the structure is when it is exact."""
+    if extra is None:
+        return dense_attention(q, k, v, scale=scale).contiguous()
+    out, lse = attention_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    merged, _ = merge_exact(out.transpose(1, 2), lse.transpose(1, 2), *extra)
+    return merged.contiguous()
+
+
 def _reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     l_prev: Tensor | None,
+    extra: tuple[Tensor, Tensor] | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
@@ -273,6 +302,7 @@ def _reference(
         band=band,
         scale=scale,
         l_prev=l_prev,
+        extra=extra,
         compute_dtype=torch.promote_types(q.dtype, torch.float32),
     )
     l_new = factors.L.permute(0, 4, 1, 2, 3).to(L_DTYPE).contiguous() if return_l else None

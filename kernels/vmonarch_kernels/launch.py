@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vmonarch_kernels import _triton as kernels
 from vmonarch_kernels.configs import AttendConfig, attend_config, l_step_config, shared_memory_limit
 from vmonarch_kernels.cost import window_frames
-from vmonarch_kernels.structure import split_frames
+from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
 
 # Programs to aim at when the first frame's keys are split: several waves on the largest chips, so
@@ -67,6 +67,7 @@ def monarch_triton(
     k: Tensor,
     v: Tensor,
     l_prev: Tensor | None,
+    extra: tuple[Tensor, Tensor] | None,
     frames: int,
     num_steps: int,
     c_floor: float,
@@ -84,9 +85,13 @@ def monarch_triton(
     call = _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit)
     out = call.like_q()
     exact = exact_lse = None
+    if extra is not None:
+        exact = split_frames(extra[0], frames).contiguous()
+        exact_lse = split_frames(extra[1], frames).permute(0, 3, 1, 2).float().contiguous()  # (B, H, T, P)
     if band is not None:
-        exact, exact_lse = call.like_q(), call.statistic()
-        _attend_band(call, exact, exact_lse)
+        band_out, band_lse = call.like_q(), call.statistic()
+        _attend_band(call, band_out, band_lse)
+        exact, exact_lse = _merge(band_out, band_lse, exact, exact_lse)
 
     beta = call.q if l_prev is None else _next_beta(call, c_floor, l_prev=l_prev)
     rk, c_l = call.like_q(), call.statistic()
@@ -97,8 +102,19 @@ def monarch_triton(
     _r_step(call, beta, rk, c_l, y)
     l_new = _l_output(call, rk, c_l, y, exact, exact_lse, out, return_l)
     if first_frame and band is None:
-        _attend_first_frame(call, out, None)
+        first_lse = call.statistic() if extra is not None else None
+        _attend_first_frame(call, out, first_lse)
+        if first_lse is not None and exact is not None and exact_lse is not None:
+            out[:, :1], _ = _merge(out[:, :1], first_lse[:, :, :1], exact[:, :1], exact_lse[:, :, :1])
     return out.flatten(1, 2), l_new
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor | None, other_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``merge_exact`` of outs (B, T, P, H, D) and statistics (B, H, T, P); the first alone without another."""
+    if other is None or other_lse is None:
+        return out, lse
+    merged, merged_lse = merge_exact(out, lse.permute(0, 2, 3, 1), other, other_lse.permute(0, 2, 3, 1))
+    return merged.contiguous(), merged_lse.permute(0, 3, 1, 2).contiguous()
 
 
 def _r_step(call: _Call, beta: Tensor, rk: Tensor, c_l: Tensor, y: Tensor | None) -> None:
@@ -293,14 +309,14 @@ def _next_beta(
     batch, frames, positions, heads, dim = call.sizes
     config = l_step_config(frames, call.block_d, call.q.dtype)
     beta = call.like_q()
-    banded = exact_lse is not None
     one_tile = frames <= config.block_k
     row_lse = None
     shared = {
         "BLOCK_L": config.block_l,
         "BLOCK_K": config.block_k,
         "BLOCK_D": call.block_d,
-        "BANDED": banded,
+        "HAS_EXACT": exact_lse is not None,
+        "BANDED": call.band is not None,
         "FIRST_FRAME": call.first_frame,
         "PRECISION": call.precision,
         "num_warps": config.num_warps,
@@ -385,7 +401,8 @@ def _l_output(
         BLOCK_L=config.block_l,
         BLOCK_K=config.block_k,
         BLOCK_D=call.block_d,
-        BANDED=exact is not None,
+        HAS_EXACT=exact is not None,
+        BANDED=call.band is not None,
         FIRST_FRAME=call.first_frame,
         STORE_L=l_new is not None,
         PRECISION=call.precision,

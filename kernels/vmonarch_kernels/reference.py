@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels.cost import is_exact
-from vmonarch_kernels.structure import exact_pairs, split_frames
+from vmonarch_kernels.structure import exact_pairs, merge_exact, split_frames
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Factors:
 
     ``out`` (B, N, H, D); ``L`` (B, H, T_l, T_k, P) sums to one over k together with ``L_exact``;
     ``R`` (B, H, T_k, P_j, P_i) sums to one over i; ``L_exact`` (B, H, T_l, P) is the weight of the
-    exact pairs, zero without a band; ``c_l`` (B, H, T, P) is sum R log R of the last R-step.
+    exact entry, zero without a band and an extra part; ``c_l`` (B, H, T, P) is sum R log R of the last R-step.
     """
 
     out: Tensor
@@ -48,6 +48,7 @@ def monarch_factors(
     band: int | None = None,
     scale: float | None = None,
     l_prev: Tensor | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Factors:
     """Steps 1-5 of the algorithm on (B, N, H, D) tensors, with L and R materialised.
@@ -61,10 +62,16 @@ def monarch_factors(
     q_BHTPD, k_BHTPD, v_BHTPD = (split_frames(x, frames).permute(0, 3, 1, 2, 4).to(compute_dtype) for x in (q, k, v))
     batch, heads, _, positions, _ = q_BHTPD.shape
 
-    exact = None
+    # Every query's exact entry: the band and the extra part, either of which may be missing.
+    exact = torch.zeros(frames, frames, dtype=torch.bool, device=q.device)
+    o_exact, lse_exact = torch.zeros_like(q_BHTPD), torch.full_like(q_BHTPD[..., 0], float("-inf"))
+    if extra is not None:
+        o_extra, lse_extra = (split_frames(x, frames).transpose(2, 3).transpose(1, 2) for x in extra)
+        o_exact, lse_exact = o_extra.to(compute_dtype), lse_extra.to(compute_dtype)
     if band is not None or is_exact(frames, band):
         exact = exact_pairs(frames, frames if band is None else band, first_frame, q.device)
-        o_exact, lse_exact = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
+        o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
+        o_exact, lse_exact = merge_exact(o_band, lse_band, o_exact, lse_exact)
 
     if l_prev is None:
         alpha_r, c_r = q_BHTPD, torch.ones_like(q_BHTPD[..., 0])
@@ -78,20 +85,15 @@ def monarch_factors(
         alpha_l = scale * (R @ k_BHTPD)
         c_l = torch.special.xlogy(R, R).sum(-1)
         logits = torch.einsum("bhljd,bhkjd->bhlkj", q_BHTPD, alpha_l) - c_l[:, :, None]
-        if exact is None:
-            L = torch.softmax(logits, dim=3)
-            L_exact = torch.zeros_like(q_BHTPD[..., 0])
-        else:
-            logits = logits.masked_fill(exact[:, :, None], float("-inf"))
-            merged = torch.softmax(torch.cat([logits, lse_exact[:, :, :, None]], dim=3), dim=3)
-            L, L_exact = merged[:, :, :, :-1], merged[:, :, :, -1]
+        logits = logits.masked_fill(exact[:, :, None], float("-inf"))
+        merged = torch.softmax(torch.cat([logits, lse_exact[:, :, :, None]], dim=3), dim=3)
+        L, L_exact = merged[:, :, :, :-1], merged[:, :, :, -1]
         alpha_r, c_r = _gather_queries(L, q_BHTPD)
 
-    out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD)
-    if exact is not None:
-        out = out + L_exact[..., None] * o_exact
-    elif first_frame:
-        out[:, :, 0], _ = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
+    out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD) + L_exact[..., None] * o_exact
+    if first_frame and not exact.any():
+        first, lse = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
+        out[:, :, 0], _ = merge_exact(first, lse, o_exact[:, :, 0], lse_exact[:, :, 0])
     out = out.permute(0, 2, 3, 1, 4).reshape(batch, frames * positions, heads, -1)
     return Factors(out, L, R, L_exact, c_l)
 

@@ -59,6 +59,13 @@ def exact_pairs(frames: int, band: int, first_frame: bool, device: torch.device)
     return pairs
 
 
+def merge_exact(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets from its two parts; outs (..., D), lses (...)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((part - lse).exp()[..., None] for part in (lse_a, lse_b))
+    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
+
+
 def split_frames(x_BNHD: Tensor, frames: int) -> Tensor:
     """(B, N, H, D) -> (B, T, P, H, D), always a view."""
     frames_split: Tensor = x_BNHD.unflatten(1, (frames, -1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.dense import attention_lse
-from vmonarch_kernels.structure import band_groups, exact_pairs, split_frames
+from vmonarch_kernels.structure import band_groups, exact_pairs, merge_exact, split_frames
 
 L_DTYPE = torch.float8_e4m3fn
 _CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that they stay in cache
@@ -21,6 +21,7 @@ def monarch_torch(
     k: Tensor,
     v: Tensor,
     l_prev: Tensor | None,
+    extra: tuple[Tensor, Tensor] | None,
     frames: int,
     num_steps: int,
     c_floor: float,
@@ -35,9 +36,15 @@ def monarch_torch(
     """
     q_BTPHD, k_BTPHD, v_BTPHD = (split_frames(x, frames) for x in (q, k, v))
     out = torch.empty_like(q_BTPHD, memory_format=torch.contiguous_format)
-    exact = None
+    exact = pairs = None
+    if extra is not None:
+        extra = split_frames(extra[0], frames), split_frames(extra[1], frames)
+        exact = extra
     if band is not None:
-        exact = _exact_part(q_BTPHD, k_BTPHD, v_BTPHD, band, first_frame, scale)
+        exact = _exact_band(q_BTPHD, k_BTPHD, v_BTPHD, band, first_frame, scale)
+        pairs = exact_pairs(frames, band, first_frame, q.device)
+        if extra is not None:
+            exact = merge_exact(*exact, *extra)
     if l_prev is None:
         beta = q_BTPHD * scale
     else:
@@ -52,13 +59,16 @@ def monarch_torch(
         c_l = (beta * alpha).sum(-1, dtype=lse.dtype) - lse
         if not last:
             beta = torch.empty_like(beta)
-            _l_step(q_BTPHD, alpha, c_l, None, exact, scale, c_floor, beta, None)
+            _l_step(q_BTPHD, alpha, c_l, None, exact, pairs, scale, c_floor, beta, None)
         else:
             if return_l:
                 l_new = _empty_l(q_BTPHD)
-            _l_step(q_BTPHD, alpha, c_l, y, exact, scale, c_floor, out, l_new)
+            _l_step(q_BTPHD, alpha, c_l, y, exact, pairs, scale, c_floor, out, l_new)
     if first_frame and band is None:
-        out[:, 0] = _first_frame(q_BTPHD, k_BTPHD, v_BTPHD, scale)[0]
+        first, first_lse = _first_frame(q_BTPHD, k_BTPHD, v_BTPHD, scale)
+        if extra is not None:
+            first, _ = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
+        out[:, 0] = first
     return out.flatten(1, 2), l_new
 
 
@@ -123,10 +133,8 @@ def _first_frame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _exact_part(
-    q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, T, P, H, D), lse (B, T, P, H), pairs (T, T)) of the exact band, no keys copied."""
+def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out (B, T, P, H, D), lse (B, T, P, H)) of the exact band, no keys copied."""
     batch, frames, positions, heads, dim = q.shape
     width = window_frames(frames, band)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -151,7 +159,7 @@ def _exact_part(
             part, part_lse = attention_lse(queries, keys, values, scale=scale)
             out[b, rows] = part.transpose(1, 2).reshape(group.count, positions, heads, dim)
             lse[b, rows] = part_lse.transpose(1, 2).reshape(group.count, positions, heads)
-    return out, lse, exact_pairs(frames, band, first_frame, q.device)
+    return out, lse
 
 
 def _position_chunks(q_BTPHD: Tensor) -> list[slice]:
@@ -174,7 +182,8 @@ def _l_step(
     alpha: Tensor,
     c_l: Tensor,
     y: Tensor | None,
-    exact: tuple[Tensor, Tensor, Tensor] | None,
+    exact: tuple[Tensor, Tensor] | None,
+    pairs: Tensor | None,
     scale: float,
     c_floor: float,
     target: Tensor,
@@ -189,8 +198,9 @@ def _l_step(
             logits = torch.baddbmm(bias, q_j, _by_position(alpha[b, :, part]).mT, alpha=scale)
             weight = None
             if exact is not None:
-                o_exact, lse_exact, pairs = exact
+                o_exact, lse_exact = exact
                 weight = lse_exact[b, :, part].flatten(1).T[:, :, None].to(q_j.dtype)
+            if pairs is not None:
                 logits.masked_fill_(pairs, float("-inf"))
             L, weight = _softmax_short_rows(logits, weight)
             if y is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vmonarch_kernels import (
     ImplUnavailable,
+    attention_lse,
     dense_attention,
     monarch_attention,
     monarch_factors,
@@ -192,6 +193,51 @@ def test_a_wider_band_is_closer_to_dense(impl: str) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def text_part(q: Tensor, tokens: int = 5) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Keys and values of a prompt, and every query's exact attention over them."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (q.shape[0], tokens, *q.shape[2:])
+    k, v = (torch.randn(shape, generator=generator).to(q) for _ in range(2))
+    out, lse = attention_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=q.shape[-1] ** -0.5)
+    return k, v, (out.transpose(1, 2), lse.transpose(1, 2))
+
+
+@pytest.mark.parametrize("band", [4, None])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_an_extra_part_joins_the_softmax_exactly(impl: str, band: int | None) -> None:
+    """Where the video part is exact (a full band; frame 0), video and prompt together are dense attention."""
+    shape = Shape((5, 2, 3), batch=2)
+    q, k, v = inputs(shape, torch.float32)
+    text_k, text_v, extra = text_part(q)
+    dense = dense_attention(q, torch.cat([k, text_k], 1), torch.cat([v, text_v], 1))
+    rows = slice(None) if band is not None else slice(0, 6)
+    out = monarch_attention(q, k, v, shape.grid, impl=impl, band=band, extra=extra)
+    assert relative_error(out[:, rows], dense[:, rows]) < 1e-6
+    alone = monarch_attention(q, k, v, shape.grid, impl=impl, band=band)
+    assert relative_error(alone[:, rows], dense[:, rows]) > 1e-2
+
+
+@pytest.mark.parametrize("band", [None, 0, 1])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_extra_part_matches_the_reference(impl: str, band: int | None) -> None:
+    shape = Shape((6, 1, 4))
+    q, k, v = inputs(shape, torch.float32)
+    _, _, extra = text_part(q)
+    expected = monarch_factors(q, k, v, shape.grid, band=band, extra=extra).out
+    out = monarch_attention(q, k, v, shape.grid, impl=impl, band=band, extra=extra)
+    assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_an_empty_extra_part_changes_nothing(impl: str) -> None:
+    shape = Shape((4, 1, 3))
+    q, k, v = inputs(shape, torch.float32)
+    nothing = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), device=q.device)
+    for band in (None, 1):
+        out = monarch_attention(q, k, v, shape.grid, impl=impl, band=band, extra=nothing)
+        assert relative_error(out, monarch_attention(q, k, v, shape.grid, impl=impl, band=band)) < 1e-6
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_first_frame_is_exact(impl: str) -> None:
     shape = Shape((4, 3, 3), batch=2)
@@ -315,7 +361,7 @@ def test_custom_op_is_well_formed() -> None:
     q, k, v = inputs(shape, torch.float32)
     op = torch.ops.vmonarch_kernels.monarch_attention.default
     for band, return_l in itertools.product((None, 0), (False, True)):
-        args = (q, k, v, None, list(shape.grid), 2, 0.1, True, band, 0.25, "torch", return_l)
+        args = (q, k, v, None, None, None, list(shape.grid), 2, 0.1, True, band, 0.25, "torch", return_l)
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
