@@ -84,17 +84,20 @@ def try_attend(shape: tuple[int, int, int, int], kind: str, fields: dict[str, An
 
 
 # (query rows, warps) and (key rows, stages) worth crossing; larger tiles spill on every chip tried.
-QUERY_TILES = ((64, 4), (128, 4), (128, 8), (256, 8))
-KEY_TILES = ((64, 2), (64, 3), (64, 4), (128, 2), (128, 3))
+QUERY_TILES = ((64, 4), (128, 4), (128, 8))
+KEY_TILES = ((64, 2), (64, 3), (128, 2))
 
 
 def candidates(dim: int, limit: int, kind: str) -> list[AttendConfig]:
-    """Tiles that fit shared memory and whose accumulators fit the registers, with and without TMA."""
+    """Tiles that fit shared memory and whose accumulators fit the registers, and warp-specialised ones on Hopper."""
     accumulators = 2 if kind == "rv" else 1
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     found = []
-    for (block_m, warps), (block_n, stages), tma in itertools.product(QUERY_TILES, KEY_TILES, (False, True)):
-        config = AttendConfig(block_m, block_n, warps, stages, tma)
-        if block_m // warps == 32 and (accumulators * dim > 128 or block_n > 64):
+    for (block_m, warps), (block_n, stages), special in itertools.product(QUERY_TILES, KEY_TILES, (False, True)):
+        config = AttendConfig(block_m, block_n, warps, stages, special)
+        if special and (not hopper or (block_m, warps) != (128, 4)):
+            continue  # four warps become two consumer groups of 64 rows each
+        if not special and block_m // warps == 32 and (accumulators * dim > 128 or block_n > 64):
             continue
         if shared_memory_bytes(config, dim, 2, int(kind != "r")) <= limit:
             found.append(config)

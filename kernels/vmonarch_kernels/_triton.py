@@ -26,9 +26,36 @@ def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MA
 
 
 @triton.jit
+def _store_output(p_o, s_op, acc, total, o_j, o_d, positions, head_dim):
+    """Normalised rows of an attention, to p_o + o_j * s_op."""
+    m_tile = (o_j < positions)[:, None] & (o_d < head_dim)[None, :]
+    o = (acc * (1.0 / total)[:, None]).to(p_o.dtype.element_ty)
+    tl.store(p_o + o_j[:, None].to(tl.int64) * s_op + o_d[None, :], o, mask=m_tile)
+
+
+@triton.jit
+def _store_r_step(
+    p_q, s_qp, acc, total, lse, p_rk, p_c, b, h, frame, o_j, o_d,
+    qk_scale, frames, positions, heads, head_dim,
+):  # fmt: skip
+    """R K and c_l of a block of rows; p_q points at the frame's queries."""
+    m_j = o_j < positions
+    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
+    rk = (acc * (1.0 / total)[:, None]).to(p_rk.dtype.element_ty)
+    row = ((b * frames + frame) * positions + o_j) * heads + h
+    tl.store(p_rk + row[:, None] * head_dim + o_d[None, :], rk, mask=m_tile)
+    # The queries are read again: kept in registers through the loop they would spill its sums.
+    q = tl.load(p_q + o_j[:, None].to(tl.int64) * s_qp + o_d[None, :], mask=m_tile, other=0.0, volatile=True)
+    # From the rounded RK, the very values that the L-step multiplies, so that their rounding
+    # cancels in its logits.
+    c_l = tl.sum(q.to(tl.float32) * rk.to(tl.float32), 1) * qk_scale - lse
+    tl.store(p_c + ((b * heads + h) * frames + frame) * positions + o_j, c_l, mask=m_j)
+
+
+@triton.jit
 def attend_kernel(
     p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
-    p_k, s_kb, s_kn, s_kh,  # keys (B, N, H, D), or with TMA a (B, H, N, D) descriptor
+    p_k, s_kb, s_kn, s_kh,  # keys (B, N, H, D)
     p_v, s_vb, s_vn, s_vh,  # values (B, N, H, D)
     p_rk, p_c,  # RK (B, T, P, H, D); c_l = sum R log R (B, H, T, P) float32
     p_o, s_ob, s_ot, s_op, s_oh,  # out (B, T, P, H, D), or float32 partials with s_ot per split
@@ -39,7 +66,7 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_D: tl.constexpr, EVEN_KEYS: tl.constexpr,
     WITH_K: tl.constexpr, WITH_V: tl.constexpr, WITH_LSE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a block of one frame's queries over a window of key frames.
 
@@ -66,9 +93,8 @@ def attend_kernel(
     if not SPLIT:
         p_q += frame.to(tl.int64) * s_qt
     q = _load_rows(p_q, o_j, s_qp, o_d, positions, head_dim, True, MASK_D)
-    if not TMA:
-        p_k += b * s_kb + h * s_kh
-        p_v += b * s_vb + h * s_vh
+    p_k += b * s_kb + h * s_kh
+    p_v += b * s_vb + h * s_vh
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -84,10 +110,7 @@ def attend_kernel(
         full_end = key_first + (key_end - key_first) // BLOCK_N * BLOCK_N
     for start in tl.range(key_first, full_end, BLOCK_N, num_stages=STAGES):
         o_key = start + tl.arange(0, BLOCK_N)
-        if TMA:
-            keys = p_k.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BLOCK_N, BLOCK_D)
-        else:
-            keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
+        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
         weights = tl.math.exp2(scores * scale2 - new_top[:, None])
@@ -98,19 +121,11 @@ def attend_kernel(
         if WITH_K:
             acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
         if WITH_V:
-            if TMA:
-                values = p_v.load([b.to(tl.int32), h.to(tl.int32), start, 0])
-                values = values.reshape(BLOCK_N, BLOCK_D)
-            else:
-                values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
+            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
             acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
     if not EVEN_KEYS:
         o_key = full_end + tl.arange(0, BLOCK_N)
-        if TMA:
-            keys = p_k.load([b.to(tl.int32), h.to(tl.int32), full_end, 0])
-            keys = keys.reshape(BLOCK_N, BLOCK_D)
-        else:
-            keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
+        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale2
         scores = tl.where((o_key < key_end)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -122,36 +137,101 @@ def attend_kernel(
         if WITH_K:
             acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
         if WITH_V:
-            if TMA:
-                values = p_v.load([b.to(tl.int32), h.to(tl.int32), full_end, 0])
-                values = values.reshape(BLOCK_N, BLOCK_D)
-            else:
-                values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
+            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
             acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
 
-    m_j = o_j < positions
-    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
-    norm = 1.0 / total
     lse = (top + tl.math.log2(total)) * LN2
     if WITH_K:
-        rk = (acc_k * norm[:, None]).to(p_rk.dtype.element_ty)
-        row = ((b * frames + frame) * positions + o_j) * heads + h
-        tl.store(p_rk + row[:, None] * head_dim + o_d[None, :], rk, mask=m_tile)
-        # From the rounded RK, the very values that the L-step multiplies, so that their rounding
-        # cancels in its logits.
-        c_l = tl.sum(q.to(tl.float32) * rk.to(tl.float32), 1) * qk_scale - lse
-        tl.store(p_c + ((b * heads + h) * frames + frame) * positions + o_j, c_l, mask=m_j)
+        _store_r_step(
+            p_q, s_qp, acc_k, total, lse, p_rk, p_c, b, h, frame, o_j, o_d,
+            qk_scale, frames, positions, heads, head_dim,
+        )  # fmt: skip
     if WITH_V:
-        p_o += b * s_ob + part.to(tl.int64) * s_ot + h * s_oh
-        if not SPLIT:
-            p_o += first_query_frame * s_ot
-        o = (acc_v * norm[:, None]).to(p_o.dtype.element_ty)
-        tl.store(p_o + o_j[:, None].to(tl.int64) * s_op + o_d[None, :], o, mask=m_tile)
+        p_o += b * s_ob + (part + first_query_frame).to(tl.int64) * s_ot + h * s_oh
+        _store_output(p_o, s_op, acc_v, total, o_j, o_d, positions, head_dim)
     if WITH_LSE:
-        p_lse += b * s_lb + h * s_lh + part.to(tl.int64) * s_lt
-        if not SPLIT:
-            p_lse += first_query_frame * s_lt
-        tl.store(p_lse + o_j, lse, mask=m_j)
+        p_lse += b * s_lb + h * s_lh + (part + first_query_frame).to(tl.int64) * s_lt
+        tl.store(p_lse + o_j, lse, mask=o_j < positions)
+
+
+@triton.jit
+def attend_ws_kernel(
+    d_q, d_k, d_v,  # descriptors of (B * N, H * D) rows, tiles (BLOCK_M or BLOCK_N, BLOCK_D)
+    p_q, s_qb, s_qt, s_qp, s_qh,  # the same queries (B, T, P, H, D), read again at the end
+    p_rk, p_c,
+    p_o, s_ob, s_ot, s_op, s_oh,
+    p_lse, s_lb, s_lh, s_lt,
+    qk_scale,
+    frames, positions, heads,
+    first_query_frame, band, width, split_keys,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr, WITH_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``attend_kernel`` for Hopper: the copy engine brings tiles while two warp groups compute.
+
+    Everything that enters the loop comes through descriptors, and the last tile is masked inside it: the
+    compiler's warp specialisation takes neither plain loads nor a peeled iteration.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    b = (tl.program_id(2) // heads).to(tl.int64)
+    h = (tl.program_id(2) % heads).to(tl.int64)
+    if SPLIT:
+        frame = 0
+        key_first = part * split_keys
+        key_end = tl.minimum(key_first + split_keys, width * positions)
+    else:
+        frame = part + first_query_frame
+        key_first = tl.minimum(tl.maximum(frame - band, 0), frames - width) * positions
+        key_end = key_first + width * positions
+
+    o_j = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    column = (h * BLOCK_D).to(tl.int32)
+    row_b = (b * frames * positions).to(tl.int32)
+    q = d_q.load([row_b + frame * positions + block * BLOCK_M, column])
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if WITH_K:
+        acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WITH_V:
+        acc_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    scale2 = qk_scale * LOG2E
+    for start in tl.range(key_first, key_end, BLOCK_N, num_stages=STAGES, warp_specialize=True):
+        keys = d_k.load([row_b + start, column])
+        scores = tl.dot(q, tl.trans(keys)) * scale2
+        if not EVEN_KEYS:
+            o_key = start + tl.arange(0, BLOCK_N)
+            scores += tl.where(o_key < key_end, 0.0, float("-inf"))[None, :]
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.math.exp2(scores - new_top[:, None])
+        decay = tl.math.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+        weights = weights.to(keys.dtype)
+        if WITH_K:
+            acc_k = tl.dot(weights, keys, acc_k * decay[:, None])
+        if WITH_V:
+            values = d_v.load([row_b + start, column])
+            acc_v = tl.dot(weights, values, acc_v * decay[:, None])
+
+    p_q += b * s_qb + h * s_qh
+    if not SPLIT:
+        p_q += frame.to(tl.int64) * s_qt
+    lse = (top + tl.math.log2(total)) * LN2
+    if WITH_K:
+        _store_r_step(
+            p_q, s_qp, acc_k, total, lse, p_rk, p_c, b, h, frame, o_j, o_d,
+            qk_scale, frames, positions, heads, BLOCK_D,
+        )  # fmt: skip
+    if WITH_V:
+        p_o += b * s_ob + (part + first_query_frame).to(tl.int64) * s_ot + h * s_oh
+        _store_output(p_o, s_op, acc_v, total, o_j, o_d, positions, BLOCK_D)
+    if WITH_LSE:
+        p_lse += b * s_lb + h * s_lh + (part + first_query_frame).to(tl.int64) * s_lt
+        tl.store(p_lse + o_j, lse, mask=o_j < positions)
 
 
 @triton.jit

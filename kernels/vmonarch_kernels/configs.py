@@ -12,13 +12,16 @@ import torch
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Tile of ``attend_kernel``: query rows, key rows, warps, pipeline stages."""
+    """Tile of an attention kernel: query rows, key rows, warps, pipeline stages.
+
+    ``warp_specialized`` selects ``attend_ws_kernel`` where the tensors' layout allows it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    tma: bool = False
+    warp_specialized: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmonarch_kernels import _triton as kernels
-from vmonarch_kernels.configs import AttendConfig, attend_config, l_step_config, shared_memory_limit
+from vmonarch_kernels.configs import attend_config, l_step_config, shared_memory_limit
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
@@ -168,7 +168,6 @@ def _attend(
         with_k=rk is not None,
         with_v=out is not None,
     )
-    tma = config.tma and _tma_takes(call.k) and _tma_takes(call.v)
     band, width = window
     keys = split_keys if split else width * positions
     even = keys % config.block_n == 0 and (not split or (width * positions) % split_keys == 0)
@@ -182,56 +181,81 @@ def _attend(
         lse_strides = (lse.stride(0), lse.stride(1), lse.stride(2))
     parts = splits if split else query_frames[1] - query_frames[0]
     grid = (triton.cdiv(positions, config.block_m), parts, batch * heads)
-    kernels.attend_kernel[grid](
-        queries,
-        *queries.stride()[:4],
-        _descriptor(call.k, config, call.block_d) if tma else call.k,
-        *call.k.stride()[:3],
-        _descriptor(call.v, config, call.block_d) if tma else call.v,
-        *call.v.stride()[:3],
+    targets = (
         call.q if rk is None else rk,
         call.q if c_l is None else c_l,
         o,
         *o_strides,
         call.q if lse is None else lse,
         *lse_strides,
+    )
+    window_arguments = (query_frames[0], band, width, split_keys)
+    options = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": call.block_d,
+        "EVEN_KEYS": even,
+        "WITH_K": rk is not None,
+        "WITH_V": out is not None,
+        "WITH_LSE": lse is not None,
+        "SPLIT": split,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    rows = [_rows(x) for x in (queries.flatten(1, 2), call.k, call.v)]
+    if config.warp_specialized and call.block_d == dim and all(x is not None for x in rows):
+        blocks = (config.block_m, config.block_n, config.block_n)
+        descriptors = [
+            TensorDescriptor(x, x.shape, x.stride(), [block, dim])
+            for x, block in zip(rows, blocks, strict=True)
+            if x is not None
+        ]
+        kernels.attend_ws_kernel[grid](
+            *descriptors,
+            queries,
+            *queries.stride()[:4],
+            *targets,
+            call.scale,
+            frames,
+            positions,
+            heads,
+            *window_arguments,
+            **options,
+        )
+        return
+    kernels.attend_kernel[grid](
+        queries,
+        *queries.stride()[:4],
+        call.k,
+        *call.k.stride()[:3],
+        call.v,
+        *call.v.stride()[:3],
+        *targets,
         call.scale,
         frames,
         positions,
         heads,
         dim,
-        query_frames[0],
-        band,
-        width,
-        split_keys,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=call.block_d,
+        *window_arguments,
         MASK_D=call.block_d != dim,
-        EVEN_KEYS=even,
-        WITH_K=rk is not None,
-        WITH_V=out is not None,
-        WITH_LSE=lse is not None,
-        SPLIT=split,
         PRECISION=call.precision,
-        STAGES=config.num_stages,
-        TMA=tma,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options,
     )
 
 
-def _tma_takes(x_BNHD: Tensor) -> bool:
-    """Whether the copy engine can address the tensor: 16-byte aligned base and strides."""
-    item = x_BNHD.element_size()
-    aligned = all(stride * item % 16 == 0 for stride in x_BNHD.stride()[:3])
-    return aligned and x_BNHD.data_ptr() % 16 == 0
+def _rows(x_BNHD: Tensor) -> Tensor | None:
+    """The tensor as (B * N, H * D) rows for the copy engine, or None where its layout has none.
 
-
-def _descriptor(x_BNHD: Tensor, config: AttendConfig, block_d: int) -> TensorDescriptor:
-    """(B, H, N, D) view for the copy engine, one key tile of one head at a time."""
-    x = x_BNHD.transpose(1, 2)
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, config.block_n, block_d])
+    Heads must lie side by side, batches on end, base and rows on 16 bytes.
+    """
+    batch, tokens, heads, dim = x_BNHD.shape
+    side_by_side = x_BNHD.stride(3) == 1 and (heads == 1 or x_BNHD.stride(2) == dim)
+    on_end = batch == 1 or x_BNHD.stride(0) == tokens * x_BNHD.stride(1)
+    row_bytes = x_BNHD.stride(1) * x_BNHD.element_size()
+    if not (side_by_side and on_end) or row_bytes % 16 or x_BNHD.data_ptr() % 16:
+        return None
+    return x_BNHD.as_strided((batch * tokens, heads * dim), (x_BNHD.stride(1), 1))
 
 
 def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
