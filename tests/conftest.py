@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ if not torch.cuda.is_available():
 
 # No test may reach a hub: what a test needs, it makes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor may one write to the user's cache.
+os.environ["VMONARCH_CACHE"] = tempfile.mkdtemp(prefix="vmonarch-tests-")
 # Rich and typer size their output by these; a test that cares sets its own.
 for name in ("COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)

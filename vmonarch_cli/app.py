@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +14,18 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from vmonarch_cli import __version__
-from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, VmonarchError
-from vmonarch_cli.options import ATTENTION, MODEL, OUTPUT, SAMPLING, SHAPE, number_option, option, whole_option
+from vmonarch_cli import __version__, commands
+from vmonarch_cli.batch import commands as batch
+from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
+from vmonarch_cli.interrupts import Interrupted, stoppable
+from vmonarch_cli.options import OUTPUT, AsJson, Debug, Quiet, option, takes_request
 from vmonarch_cli.plan import GenerateRequest, Plan, resolve
 from vmonarch_cli.presets import load_preset, read_preset, shipped_names
+from vmonarch_cli.profile.commands import profile_app
 from vmonarch_cli.timing import ClipResult
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = (130, 143)
+MAX_ERRORS = 100
 
 
 class OneSentenceGroup(TyperGroup):
@@ -33,10 +40,18 @@ class OneSentenceGroup(TyperGroup):
             if "--debug" in arguments:
                 raise
             sentence, code = _explain(error)
-            _fail(sentence, code, as_json="--json" in arguments)
-        if code == EXIT_INTERRUPTED:
+            each = error.sentences if isinstance(error, InputErrors) else (sentence,)
+            _fail(sentence, code, _wants_json(arguments), each)
+        if code in EXIT_INTERRUPTED:
             print("interrupted: no clip was left half-written", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    """Whether stdout carries JSON: `--json`, which under `profile` names a file unless it is -."""
+    if arguments[:1] == ["profile"]:
+        return "--json=-" in arguments or ("--json", "-") in itertools.pairwise(arguments)
+    return "--json" in arguments
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -51,11 +66,14 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)", EXIT_CLIP_FAILED
 
 
-def _fail(sentence: str, code: int, as_json: bool) -> None:
-    sentence = " ".join(sentence.split())
-    print(f"error: {sentence}", file=sys.stderr)
+def _fail(sentence: str, code: int, as_json: bool, each: Sequence[str]) -> None:
+    """One line per sentence; a file of thousands of wrong lines is cut."""
+    for line in each[:MAX_ERRORS]:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    if len(each) > MAX_ERRORS:
+        print(f"error: and {len(each) - MAX_ERRORS} more like these", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": sentence, "exit_code": code}, ensure_ascii=False))
+        print(json.dumps({"error": " ".join(sentence.split()), "exit_code": code}, ensure_ascii=False))
 
 
 app = typer.Typer(
@@ -67,6 +85,9 @@ app = typer.Typer(
 )
 presets_app = typer.Typer(help="List, show and check presets.", invoke_without_command=True)
 app.add_typer(presets_app, name="presets")
+models_app = typer.Typer(help="List and show the models that --model knows.", invoke_without_command=True)
+app.add_typer(models_app, name="models")
+app.add_typer(profile_app, name="profile")
 
 
 def main() -> None:
@@ -93,122 +114,78 @@ def root(
 
 
 @app.command()
+@takes_request()
 def generate(
-    prompt: Annotated[str | None, option("--prompt", "-p", panel=MODEL, help="What the clip should show.")] = None,
-    negative_prompt: Annotated[
-        str | None, option("--negative-prompt", panel=MODEL, help="What it should not show. Default: the model's own.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        option("--model", "-m", panel=MODEL, help="Alias, hub id or local diffusers folder. Default: the demo model."),
-    ] = None,
-    size: Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")] = None,
-    height: Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")] = None,
-    width: Annotated[int | None, whole_option("--width", panel=SHAPE, help="Width in pixels.")] = None,
-    num_frames: Annotated[int | None, whole_option("--num-frames", panel=SHAPE, help="Frames of the clip.")] = None,
-    fps: Annotated[int | None, whole_option("--fps", panel=SHAPE, help="Frames per second of the file.")] = None,
-    steps: Annotated[
-        int | None, whole_option("--steps", "--num-inference-steps", panel=SAMPLING, help="Denoising steps.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        number_option("--guidance-scale", panel=SAMPLING, help="How strongly the prompt steers; 1 is off."),
-    ] = None,
-    guidance_scale_2: Annotated[
-        float | None, number_option("--guidance-scale-2", panel=SAMPLING, help="The same for the second transformer.")
-    ] = None,
-    flow_shift: Annotated[
-        float | None,
-        number_option("--flow-shift", panel=SAMPLING, help="Timestep shift; higher spends steps on noise."),
-    ] = None,
-    seed: Annotated[
-        int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")
-    ] = None,
-    num_videos: Annotated[
-        int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
-    ] = None,
-    preset: Annotated[
-        str | None, option("--preset", panel=ATTENTION, help="Name or .toml file; `vmonarch presets` lists them.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        option("--set", panel=ATTENTION, metavar="FIELD=VALUE", help="Change a preset field (repeatable)."),
-    ] = None,
-    dense_steps: Annotated[
-        int | None, whole_option("--dense-steps", panel=ATTENTION, help="First denoising steps to run dense.")
-    ] = None,
-    dense_layers: Annotated[
-        int | None, whole_option("--dense-layers", panel=ATTENTION, help="First layers to run dense.")
-    ] = None,
-    impl: Annotated[
-        str | None, option("--impl", panel=ATTENTION, help="auto, reference, torch or triton; never falls back.")
-    ] = None,
-    dense_every: Annotated[
-        int | None,
-        whole_option("--dense-every", panel=ATTENTION, help="Time dense attention too on every n-th step; 0 is never."),
-    ] = None,
-    device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")] = None,
-    dtype: Annotated[str | None, option("--dtype", panel=OUTPUT, help="auto, float32, bfloat16 or float16.")] = None,
-    output: Annotated[
-        str | None,
-        option("--output", "-o", panel=OUTPUT, help="File (.mp4, .gif, .png for a folder of frames) or folder."),
-    ] = None,
-    overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
-    as_json: Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")] = False,
-    quiet: Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only the paths.")] = False,
+    request: GenerateRequest,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     dry_run: Annotated[
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
-    debug: Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")] = False,
+    debug: Debug = False,
+    prompts_file: batch.PromptsFile = None,
+    prompts_format: batch.PromptsFormat = None,
+    resume: batch.Resume = None,
+    retry_failed: batch.RetryFailed = False,
+    max_failures: batch.MaxFailures = None,
+    retry_dense: batch.RetryDense = True,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
-    plan = resolve(
-        GenerateRequest(
-            model=model,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            size=size,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            fps=fps,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            flow_shift=flow_shift,
-            seed=seed,
-            num_videos=num_videos,
-            preset=preset,
-            overrides=tuple(overrides or ()),
-            dense_steps=dense_steps,
-            dense_layers=dense_layers,
-            impl=impl,
-            dense_every=dense_every,
-            device=device,
-            dtype=dtype,
-            output=output,
-            overwrite=overwrite,
+    if prompts_file is not None:
+        flags = batch.BatchFlags(
+            prompts_file, prompts_format, resume, retry_failed, max_failures, retry_dense, request.overwrite
         )
-    )
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    for sentence in plan.notes if not (quiet or as_json) else ():
-        errors.print(f"note: {sentence}", style="dim", markup=False)
-    for sentence in plan.warnings:
-        errors.print(f"warning: {sentence}", style="yellow", markup=False)
+        batch.run_prompts_file(request, flags, dry_run=dry_run, as_json=as_json, quiet=quiet, debug=debug)
+        return
+    plan = resolve(request)
+    _show_notes(plan, silent=quiet or as_json)
     if dry_run:
         _show_dry_run(plan, as_json, quiet)
     else:
-        _run(plan, as_json, quiet)
+        _run(plan, as_json, quiet, retry_dense)
+
+
+@app.command("plan")
+@takes_request()
+def show_plan(
+    request: GenerateRequest,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    prompts_file: batch.PromptsFile = None,
+    prompts_format: batch.PromptsFormat = None,
+    resume: batch.Resume = None,
+    retry_failed: batch.RetryFailed = False,
+) -> None:
+    """Print what `generate` would do with the same flags: settings and their origins, tokens, FLOPs, memory, time.
+
+    No weight is loaded and nothing is written.
+    """
+    if prompts_file is not None:
+        flags = batch.BatchFlags(prompts_file, prompts_format, resume, retry_failed, overwrite=request.overwrite)
+        batch.run_prompts_file(request, flags, dry_run=True, as_json=as_json, quiet=quiet, debug=debug)
+        return
+    plan = resolve(request)
+    _show_notes(plan, silent=quiet or as_json)
+    _show_dry_run(plan, as_json, quiet)
+
+
+def _show_notes(plan: Plan, silent: bool) -> None:
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    for sentence in plan.notes if not silent else ():
+        errors.print(f"note: {sentence}", style="dim", markup=False)
+    for sentence in plan.warnings:
+        errors.print(f"warning: {sentence}", style="yellow", markup=False)
 
 
 def _show_dry_run(plan: Plan, as_json: bool, quiet: bool) -> None:
+    from vmonarch_cli.listings import dry_run, estimates
+
     if as_json:
-        print(json.dumps({"dry_run": True, **_plan_json(plan)}, ensure_ascii=False, indent=2))
+        print(json.dumps({"dry_run": True, **_plan_json(plan), **estimates(plan)}, ensure_ascii=False, indent=2))
     elif quiet:
         print(*plan.outputs, sep="\n")
     else:
-        from vmonarch_cli.listings import dry_run
-
         Console(highlight=False).print(dry_run(plan))
 
 
@@ -225,33 +202,56 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _run(plan: Plan, as_json: bool, quiet: bool) -> None:
+def _run(plan: Plan, as_json: bool, quiet: bool, retry_dense: bool) -> None:
     """Run a plan: the header first, a report per clip, the paths last."""
     from vmonarch_cli import report
     from vmonarch_cli.preflight import check_machine
     from vmonarch_cli.progress import RunProgress
+    from vmonarch_cli.timings import remember
 
-    silent = as_json or quiet
-    out = Console(highlight=False)
     machine = check_machine(plan)
+    from vmonarch_cli.distributed import is_main
+
+    as_json, silent = as_json and is_main(), as_json or quiet or not is_main()
+    out = Console(highlight=False)
     if not silent:
         out.print(report.header(plan, machine))
 
     def on_clip(result: ClipResult, load_s: float | None) -> None:
+        remember(result.record)
         if not silent:
             title = f"clip {result.index + 1} of {plan.num_videos}" if plan.num_videos > 1 else ""
             out.print(report.clip_report(result, load_s, title))
 
     from vmonarch_cli.run import generate as run_generate
 
-    with RunProgress(Console(stderr=True, highlight=False), on_clip, quiet=silent) as progress:
-        results = run_generate(plan, on_event=progress)
+    progress = RunProgress(Console(stderr=True, highlight=False), on_clip, quiet=silent)
+    try:
+        with stoppable() as interrupts, progress:
+            results = run_generate(plan, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress)
+    except BaseException as error:
+        _name_saved_latents(plan)
+        if isinstance(error, Interrupted):
+            raise typer.Exit(error.exit_code) from None
+        raise
     if as_json:
         clips = [{"path": str(result.path), **result.record} for result in results]
         print(json.dumps({**_plan_json(plan), "clips": clips}, ensure_ascii=False, indent=2))
     else:
         for result in results:  # by print, so that a long path is never wrapped
             print(result.path)
+
+
+def _name_saved_latents(plan: Plan) -> None:
+    """What a run that ended early has computed is not lost: say where it is."""
+    from vmonarch_cli.targets import latents_path
+
+    for path in map(latents_path, plan.outputs):
+        if path.is_file():
+            print(f"latents are saved: vmonarch decode {shlex.quote(str(path))}", file=sys.stderr)
+
+
+app.command("decode")(batch.decode_latents)
 
 
 @presets_app.callback()
@@ -278,10 +278,27 @@ def presets_check(file: Annotated[Path, typer.Argument(help="A preset file.")]) 
     print(f"{file} is valid: preset '{preset.name}'")
 
 
-@app.command()
-def models() -> None:
-    """List the models that --model knows by name."""
-    from vmonarch_cli.listings import models_table
-    from vmonarch_cli.models.registry import ENTRIES
+@models_app.callback()
+def models(context: typer.Context) -> None:
+    """List the models that --model knows by name; `show NAME` tells all about one."""
+    if context.invoked_subcommand is None:
+        from vmonarch_cli.model_listings import models_table
+        from vmonarch_cli.models.registry import ENTRIES
 
-    Console(highlight=False).print(models_table(ENTRIES))
+        Console(highlight=False).print(models_table(ENTRIES))
+
+
+@models_app.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Alias, hub id or local diffusers folder.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")] = None,
+) -> None:
+    """Show what is known about a model: its names, layout, defaults, valid shapes, cost and memory."""
+    from vmonarch_cli.model_listings import model_table
+    from vmonarch_cli.models.registry import find_model
+
+    Console(highlight=False).print(model_table(find_model(name, revision)[0]))
+
+
+for command in (commands.compare, commands.gallery, commands.rerun, commands.doctor):
+    app.command()(command)

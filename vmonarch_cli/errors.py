@@ -6,6 +6,8 @@ turns one into a message and an exit; everything else raises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_CLIP_FAILED = 1
 EXIT_BAD_INPUT = 2
 
@@ -24,6 +26,14 @@ class VmonarchError(Exception):
 
 class InputError(VmonarchError):
     """A flag or prompt that cannot be honoured."""
+
+
+class InputErrors(InputError):
+    """Everything that is wrong with a file, one sentence each."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        super().__init__("; ".join(sentences))
+        self.sentences = tuple(sentences)
 
 
 class PresetError(VmonarchError):

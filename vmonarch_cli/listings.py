@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli import memory
-from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.plan import Plan, count_flops, warm_bytes
+from vmonarch_cli.here import device_key
+from vmonarch_cli.plan import Plan, warm_bytes
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
-from vmonarch_cli.report import facts, flops_words
-from vmonarch_cli.wording import binary_size, flops
+from vmonarch_cli.report import facts, flops_words, seconds
+from vmonarch_cli.timings import expect, resolved_dtype
+from vmonarch_cli.wording import binary_size
 
 
 def presets_table(presets: Sequence[Preset]) -> Table:
@@ -41,26 +43,6 @@ def preset_table(preset: Preset) -> Group:
     return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), table)
 
 
-def models_table(models: Sequence[ModelEntry]) -> Table:
-    """What each model makes by default and what its self-attention costs, dense."""
-    table = _table("model", "by default", "tokens", "attention", "weights")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for model in models:
-        d = model.defaults
-        grid = model.grid(d.height, d.width, d.num_frames)
-        cost = count_flops(model, grid, Preset(name="dense", attention="dense"), 1, 2 if d.guidance_scale > 1 else 1)
-        table.add_row(
-            Text.assemble((model.alias, "bold"), "\n", (model.hub_id or "comes with vmonarch", "dim"), overflow="fold"),
-            f"{d.width}x{d.height}\n{d.num_frames} frames",
-            f"{grid[0] * grid[1] * grid[2]:,}",
-            flops(cost.dense),
-            binary_size(memory.weight_bytes(model, "bfloat16")),
-        )
-    table.caption = "attention: of one denoising step, dense; weights: in bfloat16"
-    return table
-
-
 def dry_run(plan: Plan) -> Group:
     """Every resolved setting with its origin, and what would be computed and written."""
     table = _table("setting", "value", "from")
@@ -71,8 +53,7 @@ def dry_run(plan: Plan) -> Group:
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
         table.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
-    dtype = "float32" if plan.dtype == "auto" else plan.dtype
-    need = memory.at_least(plan.model, plan.grid, plan.height, plan.width, plan.num_frames, dtype)
+    dtype, need = resolved_dtype(plan), memory_bytes(plan)
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         ("attention", flops_words(plan)),
@@ -80,10 +61,43 @@ def dry_run(plan: Plan) -> Group:
     ]
     if plan.preset.warm_start and plan.preset.attention != "dense":
         rows.append(("warm start", f"keeps up to {binary_size(warm_bytes(plan))} of L factors between steps"))
-    rows += [("file", str(path)) for path in plan.outputs[:10]]
+    rows.append(("time", _time_words(plan)))
+    rows += [("file", f"{path} (replaced)" if path.exists() else str(path)) for path in plan.outputs[:10]]
     if len(plan.outputs) > 10:
         rows.append(("", f"and {len(plan.outputs) - 10} more"))
     return Group(table, facts(rows))
+
+
+def estimates(plan: Plan) -> dict[str, Any]:
+    """The memory and time that a plan will need, for JSON; "time" is None without a recorded clip to go by."""
+    expected = expect(plan)
+    return {
+        "memory": {
+            "at_least_bytes": memory_bytes(plan),
+            "warm_state_bytes": warm_bytes(plan),
+            "dtype": resolved_dtype(plan),
+        },
+        "time": None if expected is None else {**expected.to_json(), "all_clips_s": expected.clip_s * plan.num_videos},
+        "replaced": [str(path) for path in plan.outputs if path.exists()],
+    }
+
+
+def memory_bytes(plan: Plan) -> int:
+    """Bytes that a run of this plan needs at the very least, with all weights loaded."""
+    return memory.at_least(plan.model, plan.grid, plan.height, plan.width, plan.num_frames, resolved_dtype(plan))
+
+
+def _time_words(plan: Plan) -> str:
+    expected = expect(plan)
+    if expected is None:
+        device = device_key(plan.device)
+        return f"no record of this model on {device} yet: `vmonarch profile model`, or a first clip, makes one"
+    words = f"about {seconds(expected.clip_s)} a clip"
+    if plan.num_videos > 1:
+        words += f", {seconds(expected.clip_s * plan.num_videos)} for {plan.num_videos}"
+    basis = "as a clip like this" if expected.exact else "estimated from another clip"
+    peak = f", peak {binary_size(expected.peak_memory_bytes)}" if expected.peak_memory_bytes else ""
+    return f"{words} ({basis} on {expected.device} took on {expected.recorded}{peak})"
 
 
 def _shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import warnings
@@ -10,18 +11,22 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli import memory
-from vmonarch_cli.errors import DeviceError, InputError, ModelError
-from vmonarch_cli.models import wan
+from vmonarch_cli import additions, distributed, memory, offload
+from vmonarch_cli.errors import DeviceError, InputError, ModelError, VmonarchError
+from vmonarch_cli.models import hub
 from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.setup import Setup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS_IN = ("transformer", "transformer_2", "text_encoder", "vae")
+_IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is the GPU where there is one. DeviceError for one that this machine lacks."""
     if name == "auto":
+        if distributed.world_size() > 1:
+            return distributed.own_device()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -60,34 +65,53 @@ def load_pipeline(
     dtype: torch.dtype,
     flow_shift: float | None = None,
     revision: str | None = None,
+    setup: Setup = Setup(offload="none"),  # noqa: B008 - frozen
+    offload_mode: str = "none",
+    image_pipeline: str | None = None,
 ) -> Any:
     """A diffusers pipeline from a local folder or a hub id, ready to run.
 
-    Transformers and text encoder are in ``dtype``, the VAE in float32. Only safetensors are read and no code from
-    the model runs. Raises ModelError in one sentence when something is missing, corrupt or too large.
+    Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``offload_mode`` is
+    what ``offload.choose`` decided; ``image_pipeline`` names the class to use the weights with when there is a first
+    frame. Only safetensors are read and no code from the model runs. Under torchrun the transformer is split.
+    Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     quiet_libraries()
     from diffusers import DiffusionPipeline
 
     folder = _local_folder(source, revision)
-    entry = read_folder(folder, wan.ENTRIES)
+    entry = read_folder(folder)
     need = memory.weight_bytes(entry, str(dtype).removeprefix("torch."))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_bytes()
-    if need > free:
+    on_card = device.type == "cuda" and offload_mode == "none"
+    free = torch.cuda.mem_get_info(device)[0] if on_card else memory.available_bytes()
+    if need > free and not (on_card and setup.quantize):
         raise ModelError(
-            f"the weights of {source} need {need / 1e9:.1f} GB in {dtype} and {device_name(device)} has "
+            f"the weights of {source} need {need / 1e9:.1f} GB in {dtype} and "
+            f"{device_name(device if on_card else torch.device('cpu'))} has "
             f"{free / 1e9:.1f} GB free: choose a smaller model, a narrower --dtype or another --device"
         )
-    dtypes = {"transformer": dtype, "transformer_2": dtype, "text_encoder": dtype, "default": torch.float32}
+    dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
+    if not entry.vae_float32:
+        dtypes["vae"] = dtype
+    quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
+    extra: dict[str, Any] = {}
+    if (config := additions.quantization_config(setup, quantized)) is not None:
+        extra["quantization_config"] = config
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipeline = DiffusionPipeline.from_pretrained(
-                str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True
+                str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
             )
-            _check_complete(pipeline, folder)
-            pipeline.to(device)
-    except ModelError:
+            if not extra:
+                _check_complete(pipeline, folder)
+            if image_pipeline is not None:
+                pipeline = _as_image_pipeline(pipeline, image_pipeline)
+            additions.prepare(pipeline, setup, dtype)
+            distributed.split(pipeline, device)
+            offload.place(pipeline, offload_mode, device)
+            additions.finish(pipeline, setup)
+    except VmonarchError:
         raise
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{source} does not fit the memory of {device_name(device)}: choose a smaller model") from None
@@ -130,13 +154,24 @@ def _local_folder(source: str, revision: str | None) -> Path:
         return folder
     from diffusers import DiffusionPipeline
 
+    hub.check_disk(source, revision)
     try:
         return Path(
             DiffusionPipeline.download(source, revision=revision, use_safetensors=True, trust_remote_code=False)
         )
     except Exception as error:
         # As above, and whatever the network stack raises.
-        raise ModelError(f"model {source} cannot be downloaded: {_one_sentence(error)}") from error
+        raise hub.explain(error, source, revision) from error
+
+
+def _as_image_pipeline(pipeline: Any, name: str) -> Any:
+    """The same components under the class that continues a first frame; what only that class has stays empty."""
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in pipeline.config.items() if key in known and key not in pipeline.components}
+    return kind(**{key: part for key, part in pipeline.components.items() if key in known}, **settings)
 
 
 def _check_complete(pipeline: Any, folder: Path) -> None:
@@ -152,6 +187,11 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
             with safe_open(path, framework="pt") as file:
                 stored |= set(file.keys())
         state = module.state_dict()
+        if not stored <= state.keys():
+            # transformers renamed them while loading, so only their number can be compared.
+            if len({tensor.data_ptr() for tensor in state.values()}) > len(stored):
+                raise ModelError(f"{folder / name} lacks some of its weights: download the model again")
+            continue
         # A tied weight is stored under one of its names only.
         loaded = {tensor.data_ptr() for key, tensor in state.items() if key in stored}
         missing = sorted(key for key, tensor in state.items() if key not in stored and tensor.data_ptr() not in loaded)

@@ -8,12 +8,13 @@ from pathlib import Path
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
 
 
 def weight_bytes(model: ModelEntry, dtype: str) -> int:
-    """Bytes of all weights: transformers and text encoder in `dtype`, the VAE in float32."""
+    """Bytes of all weights: all in `dtype`, but the VAE in float32 where the family needs it."""
     wide = model.transformer_params * model.transformers + model.text_encoder_params
-    return wide * _BYTES[dtype] + model.vae_params * 4
+    return wide * _BYTES[dtype] + model.vae_params * (4 if model.vae_float32 else _BYTES[dtype])
 
 
 def activation_bytes(model: ModelEntry, grid: Grid, dtype: str) -> int:
@@ -31,6 +32,38 @@ def at_least(model: ModelEntry, grid: Grid, height: int, width: int, num_frames:
     """Bytes below which a run that keeps all weights in memory cannot succeed."""
     working = max(activation_bytes(model, grid, dtype), decode_bytes(height, width, num_frames))
     return weight_bytes(model, dtype) + working
+
+
+def peaks(
+    model: ModelEntry,
+    grid: Grid,
+    height: int,
+    width: int,
+    num_frames: int,
+    dtype: str,
+    *,
+    quantize: str | None = None,
+    vae_tiling: bool = False,
+) -> dict[str, int]:
+    """Estimated peak bytes on the device in each offload mode, the fastest mode first.
+
+    A step's working set is taken as twice the lower bound of `activation_bytes`, decoding as 40 float32 channels of
+    one group of frames at full size (a sixth of it in tiles) beside the frames.
+    """
+    width_of = _BYTES[dtype]
+    transformer = model.transformer_params * (1 if quantize else width_of)
+    text = model.text_encoder_params * width_of
+    vae = model.vae_params * (4 if model.vae_float32 else width_of)
+    working = 2 * activation_bytes(model, grid, dtype) + model.transformer_params // model.layers * width_of
+    group = model.vae_temporal * height * width * 40 * (4 if model.vae_float32 else width_of)
+    decoding = decode_bytes(height, width, num_frames) + (group // 6 if vae_tiling else group)
+    layer = 4 * (transformer // model.layers)
+    return {
+        "none": transformer * model.transformers + text + vae + max(working, decoding) + _RESERVE,
+        "model": max(text, transformer + working, vae + decoding) + _RESERVE,
+        "group": max(text // 4, layer + working, vae + decoding) + _RESERVE,
+        "sequential": max(text // 12, layer // 4 + working, vae // 4 + decoding) + _RESERVE,
+    }
 
 
 def available_bytes() -> int:

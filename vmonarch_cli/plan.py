@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli import checks
+from vmonarch_cli import setup as setup_checks
 from vmonarch_cli.demo.vocabulary import unknown_words
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.presets import DEFAULT_PRESET, Preset, apply_overrides, load_preset, parse_assignment
+from vmonarch_cli.setup import Setup
 from vmonarch_cli.targets import check_rate, resolve_targets
 from vmonarch_kernels.cost import dense_flops, monarch_flops, warm_state_bytes
 
@@ -53,6 +55,14 @@ class GenerateRequest:
     dtype: str | None = None
     output: str | None = None
     overwrite: bool = False
+    revision: str | None = None
+    image: str | None = None
+    offload: str | None = None
+    vae_tiling: bool = False
+    quantize: str | None = None
+    loras: tuple[str, ...] = field(default=())
+    cache: str | None = None
+    compile: bool = False
 
 
 class Flops(BaseModel):
@@ -102,6 +112,9 @@ class Plan(BaseModel):
     grid: Grid
     tokens: int
     flops: Flops
+    revision: str | None = None
+    image: str | None = None
+    setup: Setup = Setup()
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -116,6 +129,8 @@ class Plan(BaseModel):
                 values[name] = self.preset.name
             elif name == "output":
                 values[name] = [str(path) for path in self.outputs]
+            elif name in Setup.model_fields:
+                values[name] = getattr(self.setup, name)
             elif name != "model":
                 values[name] = getattr(self, name)
         return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}
@@ -130,7 +145,8 @@ def resolve(request: GenerateRequest) -> Plan:
         origins[name] = otherwise if given is None else FLAG
         return default if given is None else given
 
-    model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT))
+    revision = take("revision", request.revision, None, DEFAULT)
+    model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
     defaults = model.defaults
     preset = _resolve_preset(request, origins)
 
@@ -184,11 +200,36 @@ def resolve(request: GenerateRequest) -> Plan:
         overwrite=request.overwrite,
         grid=grid,
         tokens=grid[0] * grid[1] * grid[2],
-        flops=count_flops(model, grid, preset, steps, branches=2 if guidance > 1 else 1),
+        flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
+        revision=revision,
+        image=take("image", setup_checks.check_image(model, request.image), None, DEFAULT),
+        setup=_resolve_setup(request, origins),
         origins={"prompt": FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=tuple(_warnings(model, prompt, (height, width, num_frames))),
     )
+
+
+def _resolve_setup(request: GenerateRequest, origins: dict[str, str]) -> Setup:
+    """What is done to the pipeline beside its attention."""
+    given = {
+        "offload": setup_checks.one_of("--offload", request.offload, setup_checks.OFFLOAD_MODES),
+        "vae_tiling": request.vae_tiling or None,
+        "quantize": setup_checks.one_of("--quantize", request.quantize, setup_checks.QUANTIZATIONS),
+        "loras": request.loras or None,
+        "cache": setup_checks.one_of("--cache", request.cache, setup_checks.CACHES),
+        "compile": request.compile or None,
+    }
+    for text in request.loras:
+        setup_checks.parse_lora(text)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
+    return Setup.model_validate(chosen)
+
+
+def branches_of(model: ModelEntry, guidance_scale: float) -> int:
+    """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts."""
+    return 2 if guidance_scale > 1 and not model.embedded_guidance else 1
 
 
 def _resolve_preset(request: GenerateRequest, origins: dict[str, str]) -> Preset:
@@ -251,7 +292,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
 def warm_bytes(plan: Plan) -> int:
     """Bytes of L factors that a warm start keeps: one byte per entry, per layer, guidance branch and transformer."""
     layers = max(0, plan.model.layers - plan.preset.dense_layers)
-    branches = 2 if plan.guidance_scale > 1 else 1
+    branches = branches_of(plan.model, plan.guidance_scale)
     return warm_state_bytes(plan.grid, plan.model.heads) * layers * branches * plan.model.transformers
 
 

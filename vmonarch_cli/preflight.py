@@ -19,17 +19,25 @@ class Machine:
     dtype: str
     impl: str
     """"reference", "torch" or "triton", or "dense" for a dense preset."""
+    memory: str = ""
+    """Where the weights will be and what that is expected to take; empty on a CPU."""
 
 
 def check_machine(plan: Plan) -> Machine:
     """Resolve "auto" for this machine; DeviceError or ModelError when the plan cannot run on it (imports torch)."""
+    from vmonarch_cli import distributed
     from vmonarch_cli.loading import device_name, pick_device, pick_dtype
+    from vmonarch_cli.run import offload_mode
 
     device = pick_device(plan.device)
     dtype = pick_dtype(plan.dtype, device)
     name = str(dtype).removeprefix("torch.")
+    distributed.check_tokens(plan.tokens)
+    placed = ""
     if device.type == "cpu":
         check_cpu_memory(plan, name)
+    else:
+        placed = offload_mode(plan, device, dtype)[1]
     impl = "dense"
     if plan.preset.attention != "dense":
         from vmonarch_kernels import ImplUnavailable, resolve_impl
@@ -38,7 +46,7 @@ def check_machine(plan: Plan) -> Machine:
             impl = resolve_impl(plan.preset.impl, device, dtype, plan.model.head_dim)
         except ImplUnavailable as error:
             raise DeviceError(str(error)) from None
-    return Machine(str(device), device_name(device), name, impl)
+    return Machine(str(device), device_name(device), name, impl, placed)
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:

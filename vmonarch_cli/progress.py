@@ -17,6 +17,7 @@ from vmonarch_cli.timing import (
     Event,
     ModelLoaded,
     ModelLoading,
+    Retrying,
     StepDone,
 )
 
@@ -79,6 +80,8 @@ class RunProgress:
                     self._bar.update(self._task, completed=done, description=self._clip, count=fraction)
             case Decoding():
                 self._phase("decoding")
+            case Retrying(sentence=sentence):
+                self._console.print(sentence, style="yellow", markup=False, highlight=False)
             case ClipDone(result=result):
                 if self._bar:
                     self._bar.stop()

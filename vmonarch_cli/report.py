@@ -39,6 +39,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl}"),
             ("attention", flops_words(plan)),
+            *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
 

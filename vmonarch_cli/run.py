@@ -5,20 +5,24 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from vmonarch_cli import video
+from vmonarch_cli import distributed, offload, video
 from vmonarch_cli.attention import AttentionSession, swapped
 from vmonarch_cli.errors import DeviceError, ModelError, NonFiniteError
-from vmonarch_cli.loading import device_name, load_pipeline, pick_device, pick_dtype
+from vmonarch_cli.ladder import decode_with_retries
+from vmonarch_cli.latents import Denoised, save_latents
+from vmonarch_cli.loading import device_name, load_pipeline, pick_device, pick_dtype, set_flow_shift
+from vmonarch_cli.pipelines import Embeddings, Frames, call, decode, encode, takes_callback
 from vmonarch_cli.plan import Plan
-from vmonarch_cli.targets import record_path
+from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.targets import latents_path, record_path
 from vmonarch_cli.timing import (
     ClipDone,
     ClipResult,
@@ -29,6 +33,7 @@ from vmonarch_cli.timing import (
     Event,
     ModelLoaded,
     ModelLoading,
+    Retrying,
     StepAttention,
     StepDone,
 )
@@ -38,52 +43,220 @@ RECORD_SCHEMA = 1
 """Version of the JSON record's layout; raised when a reader of an older one would misread it."""
 
 OnEvent = Callable[[Event], None]
-Frames = npt.NDArray[np.uint8]
-Embeddings = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def generate(plan: Plan, *, on_event: OnEvent = lambda event: None) -> list[ClipResult]:
+def generate(
+    plan: Plan,
+    *,
+    retry_dense: bool = True,
+    finishing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    on_event: OnEvent = lambda event: None,
+) -> list[ClipResult]:
     """Make every clip of a plan and its record; clip i has seed ``plan.seed + i`` and does not depend on the others.
 
+    Latents are saved beside the clip before they are decoded and removed when the clip is written. `finishing` is
+    around what an interrupt should not cut short.
     Raises DeviceError and ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not
     written, the clips before it are), OutputError when a file cannot be written.
     """
-    device = pick_device(plan.device)
-    dtype = pick_dtype(plan.dtype, device)
-    on_event(ModelLoading(plan.model_source))
-    began = time.perf_counter()
-    pipeline = load_pipeline(plan.model_source, device=device, dtype=dtype, flow_shift=plan.flow_shift)
-    with swapped(
-        pipeline,
-        plan.preset,
-        sample_dense_every=plan.dense_every,
-        on_first_call=lambda: on_event(CompilingKernels()),
-    ) as session:
-        try:
-            impl = session.resolve_impl(device, dtype, plan.model.head_dim)
-        except ValueError as error:  # ImplUnavailable, whose message is one sentence
-            raise DeviceError(str(error)) from None
-        loaded_s = time.perf_counter() - began
-        on_event(ModelLoaded(plan.model_source, loaded_s, device_name(device), _name(dtype), impl))
-        try:
-            return [_clip(pipeline, session, plan, device, index, on_event) for index in range(plan.num_videos)]
-        except torch.cuda.OutOfMemoryError:
-            raise ModelError(
-                f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
-                f"{device_name(device)}: choose a smaller size or fewer frames"
-            ) from None
+    maker = ClipMaker(plan, retry_dense=retry_dense, on_event=on_event)
+    results = []
+    for index in range(plan.num_videos):
+        path = latents_path(plan.outputs[index])
+        denoised = maker.denoise(plan, index)
+        if not distributed.is_main():
+            continue
+        with finishing():
+            denoised = maker.save(path, plan, index, denoised)
+        with finishing():
+            results.append(maker.finish(plan, index, denoised))
+            path.unlink(missing_ok=True)
+    return results
 
 
-def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float, max_tokens: int) -> Embeddings:
-    """Text embeddings (1, max_tokens, channels) of the prompt and, where guidance is used, of the negative prompt."""
-    with torch.no_grad():
-        positive, negative = pipeline.encode_prompt(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=guidance_scale > 1.0,
-            max_sequence_length=max_tokens,
+class ClipMaker:
+    """A loaded model, which makes clips one at a time; they share nothing but its weights and compiled kernels.
+
+    A plan given to `denoise` must name the model that was loaded. Attention sessions are kept per preset, so that
+    presets take turns without loading or compiling anything again.
+    """
+
+    def __init__(self, plan: Plan, *, retry_dense: bool = True, on_event: OnEvent = lambda event: None) -> None:
+        """Load the plan's model. retry_dense: make a clip whose latents are not finite once more, all dense."""
+        self._on_event = on_event
+        self._retry_dense = retry_dense
+        self._device = pick_device(plan.device)
+        self._dtype = pick_dtype(plan.dtype, self._device)
+        on_event(ModelLoading(plan.model_source))
+        began = time.perf_counter()
+        mode, self._offload_words = offload_mode(plan, self._device, self._dtype)
+        self._pipeline = load_pipeline(
+            plan.model_source,
+            device=self._device,
+            dtype=self._dtype,
+            revision=plan.revision,
+            setup=plan.setup,
+            offload_mode=mode,
+            image_pipeline=plan.model.image_pipeline if plan.image else None,
         )
-    return positive, negative
+        self._scheduler = self._pipeline.scheduler
+        self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
+        with self._swapped(plan, plan.preset) as session:
+            try:
+                impl = session.resolve_impl(self._device, self._dtype, plan.model.head_dim)
+            except ValueError as error:  # ImplUnavailable, whose message is one sentence
+                raise DeviceError(str(error)) from None
+        loaded_s = time.perf_counter() - began
+        on_event(ModelLoaded(plan.model_source, loaded_s, device_name(self._device), _name(self._dtype), impl))
+
+    def denoise(self, plan: Plan, index: int) -> Denoised:
+        """Latents of clip `index` of the plan.
+
+        Raises NonFiniteError when they are not finite (in a retry as well), ModelError when memory runs out.
+        """
+        self._on_event(ClipStarted(index, plan.num_videos, plan.seed + index, plan.steps))
+        try:
+            return self._denoise(plan, plan.preset, index)
+        except NonFiniteError as error:
+            if not self._retry_dense or plan.preset.attention == "dense":
+                raise
+            retry = {"stage": "denoise", "reason": error.message, "with": "dense attention"}
+        self._on_event(Retrying(index, f"{retry['reason'].split(':')[0]}: trying once more with dense attention"))
+        try:
+            return replace(self._denoise(plan, load_preset("dense"), index), retries=(retry,))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error.message} (dense attention was tried as well)") from None
+
+    def save(
+        self, path: Path, plan: Plan, index: int, denoised: Denoised, *, key: str = "", work: Path | None = None
+    ) -> Denoised:
+        """Save latents before they are decoded; the same, with the time that this took."""
+        watch = _Stopwatch(self._device)
+        save_latents(path, plan, index, denoised, key=key, work=work)
+        return replace(denoised, save_s=watch.total())
+
+    def finish(
+        self,
+        plan: Plan,
+        index: int,
+        denoised: Denoised,
+        *,
+        overwrite: bool | None = None,
+        work: Path | None = None,
+        on_frames: Callable[[Frames], None] = lambda frames: None,
+    ) -> ClipResult:
+        """Decode (with less memory where it runs out), and write the clip and its record.
+
+        `overwrite`: the plan's own by default; `work`: see `video.write_clip`; `on_frames` gets the frames as decoded.
+        """
+        path = plan.outputs[index]
+        replaces = plan.overwrite if overwrite is None else overwrite
+        self._on_event(Decoding(index))
+        watch = _Stopwatch(self._device)
+        frames, retries = decode_with_retries(
+            lambda: decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames)),
+            self._pipeline,
+            self._device,
+            lambda sentence: self._on_event(Retrying(index, sentence)),
+        )
+        denoised = replace(denoised, retries=(*denoised.retries, *retries))
+        decode_s = watch.lap()
+        video.write_clip(frames, path, plan.fps, replaces, work)
+        write_s = watch.lap()
+        peak, kind = _peak_memory(self._device)
+        timing = _timing(denoised, decode_s, write_s, max(peak, denoised.peak_memory_bytes), kind)
+        record = _record(plan, denoised, timing, path, frames)
+        video.write_record(record_path(path), record, replaces, work)
+        on_frames(frames)
+        result = ClipResult(
+            index=index,
+            path=path,
+            record_path=record_path(path),
+            seed=denoised.seed,
+            impl=denoised.impl,
+            grid=denoised.grid,
+            coverage=denoised.coverage,
+            timing=timing,
+            record=record,
+        )
+        self._on_event(ClipDone(result))
+        return result
+
+    def _denoise(self, plan: Plan, preset: Preset, index: int) -> Denoised:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        watch = _Stopwatch(self._device)
+        seed = plan.seed + index
+        with self._swapped(plan, preset) as session:
+            try:
+                embeddings = encode(
+                    self._pipeline,
+                    plan.prompt,
+                    plan.negative_prompt,
+                    plan.guidance_scale,
+                    plan.model.max_sequence_length,
+                )
+                text_encode_s = watch.lap()
+                latents = denoise(
+                    self._pipeline,
+                    session,
+                    embeddings,
+                    height=plan.height,
+                    width=plan.width,
+                    num_frames=plan.num_frames,
+                    steps=plan.steps,
+                    guidance_scale=plan.guidance_scale,
+                    guidance_scale_2=plan.guidance_scale_2,
+                    seed=seed,
+                    fps=plan.fps,
+                    image=plan.image,
+                    on_step=lambda step: self._on_event(StepDone(index, step)),
+                )
+            except torch.OutOfMemoryError:
+                raise ModelError(
+                    f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
+                    f"{device_name(self._device)}: choose a smaller size or fewer frames"
+                ) from None
+            return Denoised(
+                latents=latents,
+                seed=seed,
+                impl=session.impl or "",
+                grid=session.grid or plan.grid,
+                coverage=session.coverage(),
+                steps=session.steps,
+                text_encode_s=text_encode_s,
+                denoise_s=watch.lap() - session.excluded_s,
+                excluded_s=session.excluded_s,
+                total_s=watch.total(),
+                peak_memory_bytes=_peak_memory(self._device)[0],
+                warm_state_bytes=session.warm_state_bytes,
+                skipped_calls=session.skipped_calls,
+                device={
+                    "type": str(self._device),
+                    "name": device_name(self._device),
+                    "threads": torch.get_num_threads(),
+                },
+                dtype=_name(self._dtype),
+            )
+
+    @contextmanager
+    def _swapped(self, plan: Plan, preset: Preset) -> Iterator[AttentionSession]:
+        """The model with the preset's attention and the plan's flow shift."""
+        self._pipeline.scheduler = self._scheduler
+        set_flow_shift(self._pipeline, plan.flow_shift)
+        key = (preset, plan.dense_every)
+        with swapped(
+            self._pipeline,
+            preset,
+            sample_dense_every=plan.dense_every,
+            on_first_call=lambda: self._on_event(CompilingKernels()),
+            session=self._sessions.get(key),
+        ) as session:
+            self._sessions[key] = session
+            try:
+                yield session
+            finally:
+                session.begin_clip()  # frees the warm state, which decoding may need the room of
 
 
 def denoise(
@@ -98,6 +271,8 @@ def denoise(
     guidance_scale: float,
     guidance_scale_2: float | None = None,
     seed: int,
+    fps: int | None = None,
+    image: str | None = None,
     on_step: Callable[[StepAttention], None] = lambda step: None,
 ) -> torch.Tensor:
     """Latents (1, C, F, h, w), float32, of one clip, as the pipeline's own loop makes them inside ``swapped``.
@@ -106,147 +281,101 @@ def denoise(
     Raises NonFiniteError, with the step's number, as soon as a latent is not finite.
     """
 
-    def after_step(_: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        if not torch.isfinite(tensors["latents"]).all():
+    def check(index: int, latents: torch.Tensor) -> None:
+        if not torch.isfinite(latents).all():
             raise NonFiniteError(
                 f"latents stopped being finite in step {index + 1} of {steps}, and no clip was written: "
                 "a wider --dtype or --preset dense may help"
             )
         on_step(session.steps[-1])
+
+    def after_step(_: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        check(index, tensors["latents"])
         return tensors
 
-    positive, negative = embeddings
-    result = pipeline(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        guidance_scale_2=guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        callback_on_step_end=after_step,
-    )
-    latents: torch.Tensor = result.frames
-    return latents
+    # A pipeline without callbacks is followed through its scheduler.
+    by_callback = takes_callback(pipeline)
+    session.on_sample = None if by_callback else lambda sample: check(len(session.steps) - 1, sample)
+    try:
+        return call(
+            pipeline,
+            embeddings,
+            (height, width, num_frames),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            fps=fps,
+            image=None if image is None else first_frame(image, height, width),
+            callback_on_step_end=after_step if by_callback else None,
+        )
+    finally:
+        session.on_sample = None
 
 
-@torch.no_grad()
-def decode(pipeline: Any, latents: torch.Tensor) -> Frames:
-    """Latents (1, C, F, h, w) -> frames (frames, height, width, 3), uint8; the end of WanPipeline.__call__.
+def first_frame(path: str, height: int, width: int) -> Any:
+    """The image as the clip's first frame: its middle, cut to the clip's proportions."""
+    from PIL import Image, ImageOps
 
-    Raises NonFiniteError when the decoder makes a value that is not finite.
-    """
-    vae = pipeline.vae
-    latents = latents.to(vae.device, vae.dtype)
-    mean = latents.new_tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = latents.new_tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    # The pipeline divides by the reciprocal; so that frames are the same to the bit, so does this.
-    clip = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
-    if not torch.isfinite(clip).all():
-        raise NonFiniteError("decoded frames are not finite, after the last step, and no clip was written")
-    values = pipeline.video_processor.postprocess_video(clip, output_type="np")[0]
-    frames: Frames = (values * 255).round().astype(np.uint8)
-    return frames
+    with Image.open(path) as image:
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height))
 
 
-def _clip(
-    pipeline: Any, session: AttentionSession, plan: Plan, device: torch.device, index: int, on_event: OnEvent
-) -> ClipResult:
-    seed = plan.seed + index
-    path = plan.outputs[index]
-    on_event(ClipStarted(index, plan.num_videos, seed, plan.steps))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    watch = _Stopwatch(device)
+def offload_mode(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(mode, one line) of where the weights will be; ModelError when the clip fits the memory in none."""
+    if device.type == "cpu":
+        return offload.choose(plan.setup.offload, {}, 0, device)
+    free = torch.cuda.mem_get_info(device)[0]
+    return offload.choose(plan.setup.offload, offload.peaks_of(plan, _name(dtype)), free, device)
 
-    embeddings = encode(
-        pipeline, plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length
-    )
-    text_encode_s = watch.lap()
-    latents = denoise(
-        pipeline,
-        session,
-        embeddings,
-        height=plan.height,
-        width=plan.width,
-        num_frames=plan.num_frames,
-        steps=plan.steps,
-        guidance_scale=plan.guidance_scale,
-        guidance_scale_2=plan.guidance_scale_2,
-        seed=seed,
-        on_step=lambda step: on_event(StepDone(index, step)),
-    )
-    denoise_s = watch.lap() - session.excluded_s
-    on_event(Decoding(index))
-    frames = decode(pipeline, latents)
-    decode_s = watch.lap()
-    video.write_clip(frames, path, plan.fps, plan.overwrite)
-    write_s = watch.lap()
 
-    first_calls = [step.first_call_s for step in session.steps if step.first_call_s is not None]
-    peak_bytes, peak_kind = _peak_memory(device)
-    timing = ClipTiming(
-        steps=session.steps,
-        text_encode_s=text_encode_s,
-        denoise_s=denoise_s,
+def _timing(denoised: Denoised, decode_s: float, write_s: float, peak: int, peak_kind: str) -> ClipTiming:
+    first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
+    return ClipTiming(
+        steps=denoised.steps,
+        text_encode_s=denoised.text_encode_s,
+        denoise_s=denoised.denoise_s,
         decode_s=decode_s,
-        write_s=write_s,
-        total_s=watch.total(),
-        excluded_s=session.excluded_s,
+        write_s=denoised.save_s + write_s,
+        total_s=denoised.total_s + denoised.save_s + decode_s + write_s,
+        excluded_s=denoised.excluded_s,
         first_call_s=sum(first_calls) if first_calls else None,
-        peak_memory_bytes=peak_bytes,
+        peak_memory_bytes=peak,
         peak_memory_kind=peak_kind,
-        warm_state_bytes=session.warm_state_bytes,
+        warm_state_bytes=denoised.warm_state_bytes,
     )
-    record = _record(plan, session, timing, device, seed, path, frames.shape)
-    video.write_record(record_path(path), record, plan.overwrite)
-    result = ClipResult(
-        index=index,
-        path=path,
-        record_path=record_path(path),
-        seed=seed,
-        impl=session.impl or "",
-        grid=session.grid or plan.grid,
-        coverage=session.coverage(),
-        timing=timing,
-        record=record,
-    )
-    on_event(ClipDone(result))
-    return result
 
 
-def _record(
-    plan: Plan,
-    session: AttentionSession,
-    timing: ClipTiming,
-    device: torch.device,
-    seed: int,
-    path: Path,
-    shape: tuple[int, ...],
-) -> dict[str, Any]:
+def _record(plan: Plan, denoised: Denoised, timing: ClipTiming, path: Path, frames: Frames) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures."""
     return {
         "schema": RECORD_SCHEMA,
         "prompt": plan.prompt,
-        "seed": seed,
+        "seed": denoised.seed,
         "clip": path.name,
-        "frames": {"count": shape[0], "height": shape[1], "width": shape[2], "fps": plan.fps},
+        "frames": {
+            "count": len(frames),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "fps": plan.fps,
+            "sha256": video.frames_hash(frames),
+        },
         "settings": plan.settings(),
         "preset": plan.preset.model_dump(),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
-        "grid": list(session.grid or plan.grid),
+        "grid": list(denoised.grid),
         "tokens": plan.tokens,
         "flops": plan.flops.model_dump(),
-        "device": {"type": str(device), "name": device_name(device), "threads": torch.get_num_threads()},
-        "dtype": _name(pick_dtype(plan.dtype, device)),
-        "impl": session.impl,
-        "coverage": session.coverage().to_json(),
+        "device": denoised.device,
+        "dtype": denoised.dtype,
+        "impl": denoised.impl,
+        "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
         "versions": installed_versions(),
         "warnings": list(plan.warnings),
+        "retries": list(denoised.retries),
+        "setup": plan.setup.model_dump(),
+        "skipped_calls": denoised.skipped_calls,
     }
 
 

@@ -12,6 +12,7 @@ from vmonarch_cli.errors import OutputError
 
 DEFAULT_FOLDER = "outputs"
 ENDINGS = (".mp4", ".gif", ".png")
+LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
 
 
@@ -31,6 +32,11 @@ def slug(prompt: str) -> str:
 def record_path(clip: Path) -> Path:
     """The JSON record beside a clip: the same name with the ending .json."""
     return clip.with_suffix(".json")
+
+
+def latents_path(clip: Path) -> Path:
+    """Where the latents of a clip are while it is not written: beside it, with an ending of their own."""
+    return clip.with_suffix(LATENTS_ENDING)
 
 
 def resolve_targets(output: str | None, prompt: str, seed: int, count: int, overwrite: bool) -> tuple[Path, ...]:

@@ -208,11 +208,19 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Retrying:
+    """A part of a clip went wrong and is tried in another way."""
+
+    clip: int
+    sentence: str
+
+
+@dataclass(frozen=True)
 class ClipDone:
     result: ClipResult
 
 
-Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | ClipDone
+Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | Retrying | ClipDone
 
 
 def _median(values: list[float | None]) -> float | None:

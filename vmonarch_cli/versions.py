@@ -20,3 +20,8 @@ def installed_versions() -> dict[str, str | None]:
             found[name] = None
     found["cuda"] = torch.version.cuda
     return found
+
+
+def caption_versions(versions: dict[str, str | None]) -> str:
+    """'vmonarch 0.1.0, torch 2.11.0, triton 3.6.0' of a record's versions, without what was not installed."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,47 @@ _TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 _BT709 = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={_TAGS}"]
 
 
-def write_clip(frames: NDArray[np.uint8], path: Path, fps: int, overwrite: bool = False) -> Path:
-    """Write uint8 frames (F, H, W, 3) to `path` by its ending; the folder is made. OutputError when it cannot be."""
+def write_clip(
+    frames: NDArray[np.uint8], path: Path, fps: int, overwrite: bool = False, work: Path | None = None
+) -> Path:
+    """Write uint8 frames (F, H, W, 3) to `path` by its ending; the folder is made. OutputError when it cannot be.
+
+    `work`: where the temporary file goes, a folder on the file system of `path`; beside `path` by default.
+    """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), at least one, got {frames.dtype} {frames.shape}")
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_pngs}
     write = writers.get(path.suffix.lower())
     if write is None:
         raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENDINGS)}")
-    with _atomic(path, overwrite) as temporary:
+    with atomic(path, overwrite, work) as temporary:
         write(np.ascontiguousarray(frames), temporary, fps)
     return path
 
 
-def write_record(path: Path, record: dict[str, Any], overwrite: bool = True) -> Path:
+def write_record(path: Path, record: dict[str, Any], overwrite: bool = True, work: Path | None = None) -> Path:
     """Write a record as UTF-8 JSON; a value that is not finite becomes null, a path its text."""
     text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False, allow_nan=False)
-    with _atomic(path, overwrite) as temporary:
+    with atomic(path, overwrite, work) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 
+def frames_hash(frames: NDArray[np.uint8]) -> str:
+    """SHA-256 of the frames' shape and pixels, before any lossy file: equal only if every pixel is."""
+    shape = "x".join(str(side) for side in frames.shape)
+    return hashlib.sha256(shape.encode() + b"\n" + np.ascontiguousarray(frames).tobytes()).hexdigest()
+
+
 @contextmanager
-def _atomic(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden temporary folder beside `path` to write into; on success its content takes the target's place."""
+def atomic(path: Path, overwrite: bool, work: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to, in a hidden folder in `work` (by default beside `path`); on success what was
+    written takes the target's place. OutputError when that cannot be done; then nothing is left.
+    """
     scratch: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.stem[:40]}.", suffix=".tmp", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.stem[:40]}.", suffix=".tmp", dir=work or path.parent))
         temporary = scratch / path.name
         yield temporary
         _publish(temporary, path, scratch, overwrite)
@@ -70,14 +84,16 @@ def _atomic(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, path: Path, scratch: Path, overwrite: bool) -> None:
-    if temporary.is_file():
-        _sync(temporary)
+    for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+        _sync(file)
     if not overwrite and path.exists():
         raise OutputError(f"{path} exists already: pass --overwrite to replace it, or another --output")
     if temporary.is_dir() and path.is_dir():
         # A folder that is not empty cannot be replaced by rename: move the old one away first.
         path.rename(scratch / "replaced")
     temporary.replace(path)
+    with suppress(OSError):  # some file systems cannot sync a folder; the rename is atomic all the same
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.registry import ENTRIES, find_model
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN22_5B
 
-KNOWN = "demo, wan2.1-1.3b, wan2.1-14b, wan2.2-5b, wan2.2-a14b"
+KNOWN = ", ".join(entry.alias for entry in ENTRIES)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "WAN2.1-1.3B", "wan-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
@@ -43,6 +43,24 @@ def test_defaults_are_those_of_the_models_own_examples() -> None:
         "wan2.1-14b": (720, 1280, 81, 16, 50, 5.0, None, 5.0, None),
         "wan2.2-5b": (704, 1280, 121, 24, 50, 5.0, None, 5.0, None),
         "wan2.2-a14b": (720, 1280, 81, 16, 40, 4.0, 3.0, 12.0, 0.875),
+        "wan2.1-i2v-480p": (480, 832, 81, 16, 50, 5.0, None, 3.0, None),
+        "wan2.1-i2v-720p": (720, 1280, 81, 16, 50, 5.0, None, 5.0, None),
+        "wan2.2-i2v-a14b": (720, 1280, 81, 16, 40, 3.5, 3.5, 5.0, 0.9),
+        "wan2.1-vace-1.3b": (480, 832, 81, 16, 50, 5.0, None, 3.0, None),
+        "wan2.1-vace-14b": (720, 1280, 81, 16, 50, 5.0, None, 5.0, None),
+        "skyreels-v2-t2v": (720, 1280, 121, 24, 50, 6.0, None, 8.0, None),
+        "skyreels-v2-i2v": (720, 1280, 121, 24, 50, 5.0, None, 5.0, None),
+        "hunyuan-video": (720, 1280, 129, 24, 50, 6.0, None, 7.0, None),
+        "hunyuan-video-1.5": (480, 832, 121, 24, 50, 6.0, None, 5.0, None),
+        "cogvideox-2b": (480, 720, 49, 8, 50, 6.0, None, None, None),
+        "cogvideox-5b": (480, 720, 49, 8, 50, 6.0, None, None, None),
+        "cogvideox-1.5": (768, 1360, 81, 16, 50, 6.0, None, None, None),
+        "ltx-video": (512, 704, 161, 24, 50, 3.0, None, None, None),
+        "ltx-2": (512, 768, 121, 24, 40, 4.0, None, None, None),
+        "mochi-1": (480, 848, 85, 30, 64, 4.5, None, None, None),
+        "allegro": (720, 1280, 88, 15, 100, 7.5, None, None, None),
+        "kandinsky-5-lite": (512, 768, 121, 24, 50, 5.0, None, None, None),
+        "motif-video-2b": (736, 1280, 121, 24, 50, 8.0, None, None, None),
     }
 
 
@@ -169,7 +187,10 @@ def _lost_shard(folder: Path) -> None:
         (_scramble, r"weights file .*vae/.*safetensors is damaged: it is not a safetensors file; download it again"),
         (_empty, r"weights file .*text_encoder/model\.safetensors is damaged: it is not a safetensors file"),
         (_pickle, r"transformer holds only pickled weights \(diffusion_pytorch_model\.bin\), which can run code"),
-        (_other_class, r"holds a FluxPipeline, and supported are WanPipeline"),
+        (
+            _other_class,
+            r"holds a FluxPipeline with a WanTransformer3DModel, whose attention is known but .* are WanPipeline",
+        ),
         (_no_index, r"is not a diffusers model folder: damaged/model_index\.json is missing"),
         (_bad_config, r"is not a complete model: .*transformer/config\.json is not valid JSON"),
         (_no_layers, r"transformer/config\.json has no 'num_layers', which a Wan transformer needs"),

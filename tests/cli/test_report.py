@@ -10,7 +10,7 @@ import fakes
 import pytest
 from rich.console import Console, RenderableType
 
-from vmonarch_cli import listings, report
+from vmonarch_cli import listings, model_listings, report
 from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.plan import GenerateRequest, Plan, resolve
 from vmonarch_cli.preflight import Machine
@@ -109,7 +109,7 @@ def test_nothing_is_cut_or_too_wide(make: Any, width: int) -> None:
         report.clip_report(fakes.result(plan), 1.5, "clip 1 of 2"),
         listings.presets_table([load_preset(name) for name in shipped_names()]),
         listings.preset_table(load_preset("fast")),
-        listings.models_table(ENTRIES),
+        model_listings.models_table(ENTRIES),
         listings.dry_run(plan),
     ]
     for renderable in shown:

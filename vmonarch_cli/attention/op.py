@@ -36,19 +36,40 @@ def address(session_id: int, transformer: int, layer: int) -> torch.Tensor:
 
 
 @torch.library.custom_op("vmonarch::self_attention", mutates_args=())
-def self_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def self_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: torch.Tensor,
+    text_tokens: int = 0,
+    text_first: bool = False,
+    text_mask: torch.Tensor | None = None,
+    clips: int = 1,
+) -> torch.Tensor:
     """Self-attention as the session of ``layer`` (see ``address``) has it.
 
-    q, k, v: (B, N, heads, D) of any stride; returns (B, N, heads, D), contiguous, q's dtype.
-    Raises RuntimeError when the ``swapped`` block of the session has ended.
+    q, k, v: (B, S, heads, D) of any stride; returns (B, S, heads, D), contiguous, q's dtype. The other arguments are
+    those of ``MonarchProcessor.attend``. Raises RuntimeError when the ``swapped`` block of the session has ended.
     """
     session_id, transformer, index = layer.tolist()
     session = _SESSIONS.get(session_id)
     if session is None:
         raise RuntimeError("a swapped attention layer was called after its `with swapped(...)` block had ended")
-    return session.attend(q, k, v, transformer, index).contiguous()
+    if text_tokens == 0 and clips == 1:
+        return session.attend(q, k, v, transformer, index).contiguous()
+    text = session.text(text_tokens, text_first, text_mask)
+    return session.attend_joint(q, k, v, transformer, index, text, clips).contiguous()
 
 
 @self_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: torch.Tensor,
+    text_tokens: int = 0,
+    text_first: bool = False,
+    text_mask: torch.Tensor | None = None,
+    clips: int = 1,
+) -> torch.Tensor:
     return q.new_empty(q.shape)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from vmonarch_cli.attention.clock import Clock, Mark
-from vmonarch_kernels import dense_attention
 
 REPEATS_GPU = 3
 """Timed dense calls on a GPU, of which the median counts; on a CPU, where one is long, a single call."""
@@ -32,8 +32,8 @@ class DenseSample:
         return float((difference / norm) ** 0.5) if norm > 0 else 0.0
 
 
-def sample_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, clock: Clock) -> DenseSample:
-    """Time dense attention on q, k, v and compare the structured ``out`` with it; all (B, N, heads, D).
+def sample_dense(dense_call: Callable[[], torch.Tensor], out: torch.Tensor, clock: Clock) -> DenseSample:
+    """Time a dense call and compare the structured ``out`` of the same tensors with its result, (B, S, heads, D).
 
     Nothing here waits for a GPU: a wait would leave it idle at the next layer and show up in the step's time.
     """
@@ -41,10 +41,10 @@ def sample_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.T
     dense = out
     for _ in range(REPEATS_GPU if clock.on_gpu else 1):
         start = clock.mark()
-        dense = dense_attention(q, k, v)
+        dense = dense_call()
         spans.append((start, clock.mark()))
-    squares = torch.zeros(2, dtype=torch.float32, device=q.device)
-    for head in range(q.shape[2]):  # one head at a time: a float32 copy of a long clip's output is gigabytes
+    squares = torch.zeros(2, dtype=torch.float32, device=out.device)
+    for head in range(out.shape[2]):  # one head at a time: a float32 copy of a long clip's output is gigabytes
         exact = dense[:, :, head].float()
         squares[0] += (out[:, :, head].float() - exact).square().sum()
         squares[1] += exact.square().sum()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.clock import Clock, Mark
+from vmonarch_cli.attention.joint import Rows, Text, dense_joint, text_entry, text_rows, valid_rows
 from vmonarch_cli.attention.sampling import DenseSample, sample_dense
 from vmonarch_cli.attention.warm import CallKey, WarmState
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage, StepAttention
-from vmonarch_kernels import dense_attention, monarch_attention, resolve_impl
+from vmonarch_kernels import monarch_attention, resolve_impl
 from vmonarch_kernels.cost import is_exact
 
 PRESET_IS_DENSE = "preset is dense"
@@ -36,6 +37,8 @@ class _Forward:
     transformer: int
     grid: tuple[int, int, int]
     branch: int
+    valid: dict[tuple[int, ...], list[Rows] | None] = field(default_factory=dict)
+    """Real text tokens by the mask's shape: all layers of a forward share one mask, and reading one waits."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class AttentionSession:
         """Index given to begin_step, until its first forward."""
         self._watching = False
         self._total: int | None = None
+        self.on_sample: Callable[[torch.Tensor], None] | None = None
+        """Told each step's new latents by a watched scheduler, for pipelines that call nobody back."""
+        self._skipped = 0
 
     # What callers read
 
@@ -124,6 +130,11 @@ class AttentionSession:
         """How the self-attention calls of the current clip ran."""
         return Coverage(self._structured, dict(self._dense))
 
+    @property
+    def skipped_calls(self) -> int:
+        """Self-attention calls of the current clip that a step cache, or the model itself, left out."""
+        return self._skipped
+
     def resolve_impl(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         """Decide the implementation before the first call; ImplUnavailable (a ValueError) when it cannot run."""
         if self.preset.attention == "dense":
@@ -141,7 +152,7 @@ class AttentionSession:
         self._warm.clear()
         self.steps = []
         self.excluded_s = 0.0
-        self._structured = 0
+        self._structured = self._skipped = 0
         self._dense.clear()
         self._step = self._begun = None
         self._total = total
@@ -164,6 +175,7 @@ class AttentionSession:
         self._step = self._begun = None
         self._warm.note_peak()
         self._used = set(step.forwards)
+        self._skipped += sum(self._layers[index] * count for index, count in step.forwards.items()) - len(step.calls)
         measured = _measure(step, stop, sigma)
         self.steps.append(measured)
         self.excluded_s += _total(step.excluded)
@@ -199,28 +211,54 @@ class AttentionSession:
 
     # The call itself
 
+    def text(self, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
+        """The text side of a call as the running forward has it; None for a call of video tokens alone."""
+        if tokens == 0:
+            return None
+        if mask is None or self._step is None:
+            return Text(tokens, first, valid_rows(mask))
+        known = self._step.forward.valid
+        if mask.shape not in known:
+            known[mask.shape] = valid_rows(mask)
+        return Text(tokens, first, known[mask.shape])
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, transformer: int, layer: int) -> torch.Tensor:
-        """One self-attention call: q, k, v (B, N, heads, D) -> (B, N, heads, D)."""
+        """One self-attention call of video tokens alone: q, k, v (B, N, heads, D) -> (B, N, heads, D)."""
+        return self.attend_joint(q, k, v, transformer, layer, text=None, clips=1)
+
+    def attend_joint(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        transformer: int,
+        layer: int,
+        text: Text | None,
+        clips: int,
+    ) -> torch.Tensor:
+        """The general call: S tokens are those of ``clips`` grids, one after the other, and of the text."""
         step = self._step
         if step is None or step.forward.transformer != transformer:
             raise RuntimeError(NO_STEP)
-        reason = self._dense_reason(step, layer, tokens=q.shape[1])
+        frames, rows, columns = step.forward.grid
+        grid = (frames * clips, rows, columns)
+        dense = functools.partial(dense_joint, q, k, v, text)
+        reason = self._dense_reason(step, grid, layer, tokens=q.shape[1] - (text.tokens if text else 0))
         if reason is not None:
             if step.clock.on_gpu:
-                self._warm_up_dense(step, q, k, v)
+                self._warm_up_dense(step, q, dense)
             start = step.clock.mark()
-            out: torch.Tensor = dense_attention(q, k, v)
+            out: torch.Tensor = dense()
             step.calls.append(_Call(start, step.clock.mark(), structured=False))
             self._dense[reason] += 1
             return out
 
         impl = self.resolve_impl(q.device, q.dtype, q.shape[3])
-        grid = step.forward.grid
         key = CallKey(transformer, layer, step.forward.branch)
         # When the band covers every frame there is no L, and nothing to keep.
         keeps = self.preset.warm_start and not is_exact(grid[0], self.preset.band)
         l_prev = self._warm.get(key, grid, q) if keeps else None
-        run = functools.partial(self._structured_call, q, k, v, grid, impl, l_prev, keeps)
+        run = functools.partial(self._structured_call, q, k, v, text, grid, impl, l_prev, keeps)
         self._first_call(step, run, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
         start = step.clock.mark()
         out, factor = run()
@@ -230,12 +268,12 @@ class AttentionSession:
         if factor is not None:
             self._warm.put(key, grid, factor)
         if step.sample is None and self._samples(step.index, key):
-            self._sample(step, q, k, v, out, call)
+            self._sample(step, q, dense, out, call)
         return out
 
-    def _dense_reason(self, step: _Step, layer: int, tokens: int) -> str | None:
+    def _dense_reason(self, step: _Step, grid: tuple[int, int, int], layer: int, tokens: int) -> str | None:
         """Why this call runs dense, or None when it runs structured."""
-        frames, rows, columns = step.forward.grid
+        frames, rows, columns = grid
         if self.preset.attention == "dense":
             return PRESET_IS_DENSE
         if tokens != frames * rows * columns:
@@ -249,6 +287,7 @@ class AttentionSession:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        text: Text | None,
         grid: tuple[int, int, int],
         impl: str,
         l_prev: torch.Tensor | None,
@@ -263,9 +302,18 @@ class AttentionSession:
             "impl": impl,
             "l_prev": l_prev,
         }
+        video = (q, k, v)
+        if text is not None:
+            options["extra"] = text_entry(q, k, v, text)
+            video = (text.split(q)[0], text.split(k)[0], text.split(v)[0])
+        factor: torch.Tensor | None = None
         if return_l:
-            return monarch_attention(q, k, v, grid, return_l=True, **options)
-        return monarch_attention(q, k, v, grid, return_l=False, **options), None
+            out, factor = monarch_attention(*video, grid, return_l=True, **options)
+        else:
+            out = monarch_attention(*video, grid, return_l=False, **options)
+        if text is not None:
+            out = text.join(out, text_rows(q, k, v, text))
+        return out, factor
 
     def _first_call(self, step: _Step, run: Callable[[], object], variant: tuple[Any, ...]) -> None:
         """Run a kernel variant once before its first timed call: compilation is reported apart, never as attention.
@@ -285,12 +333,12 @@ class AttentionSession:
         step.excluded.append(span)
         self._variants.add(variant)
 
-    def _warm_up_dense(self, step: _Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _warm_up_dense(self, step: _Step, q: torch.Tensor, dense: Callable[[], torch.Tensor]) -> None:
         """One untimed dense call per shape: cuDNN plans and CPU pages must not count against dense attention."""
         shape = (q.shape, q.dtype, q.device)
         if shape not in self._dense_ready:
             start = step.clock.mark()
-            dense_attention(q, k, v)
+            dense()
             step.excluded.append((start, step.clock.mark()))
             self._dense_ready.add(shape)
 
@@ -304,11 +352,11 @@ class AttentionSession:
         return key.layer == first_layer + since // self._sample_every % structured_layers
 
     def _sample(
-        self, step: _Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, call: _Call
+        self, step: _Step, q: torch.Tensor, dense: Callable[[], torch.Tensor], out: torch.Tensor, call: _Call
     ) -> None:
-        self._warm_up_dense(step, q, k, v)
+        self._warm_up_dense(step, q, dense)
         start = step.clock.mark()
-        sample = sample_dense(q, k, v, out, step.clock)
+        sample = sample_dense(dense, out, step.clock)
         step.sample = (sample, call)
         step.excluded.append((start, step.clock.mark()))
 

@@ -54,10 +54,11 @@ def swapped(
             hook = functools.partial(_before_forward, session, index, _scheduler_check(target, scheduler))
             handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
-            family = FAMILIES[_class_name(transformer)]
+            kinds = FAMILIES[_class_name(transformer)].processors
             for number, module in layers[index].items():
+                kind = kinds[type(module.processor).__name__]
                 undo.callback(setattr, module, "processor", module.processor)
-                module.processor = _replacement(family.processor, module.processor, session_id, index, number)
+                module.processor = _replacement(kind, module.processor, session_id, index, number)
         if scheduler is not None:
             undo.enter_context(_watched(scheduler, session))
         yield session
@@ -84,11 +85,19 @@ def _self_attentions(transformer: Any) -> dict[int, Any]:
     name = _class_name(transformer)
     if name not in FAMILIES:
         raise ModelError(f"attention of a {name} cannot be swapped; known are {', '.join(sorted(FAMILIES))}")
-    found = FAMILIES[name].self_attentions(transformer)
+    family = FAMILIES[name]
+    found = family.self_attentions(transformer)
     if not found:
         raise ModelError(f"this {name} has no self-attention layers to swap")
     if any(isinstance(module.processor, MonarchProcessor) for module in found.values()):
         raise ValueError(f"the attention of this {name} is swapped already: end the other `with swapped(...)` first")
+    obstacle = family.obstacle(transformer)
+    if obstacle is not None:
+        raise ModelError(f"attention of this {name} cannot be swapped: {obstacle}")
+    for module in found.values():
+        stock = type(module.processor).__name__
+        if stock not in family.processors:
+            raise ModelError(f"attention of this {name} cannot be swapped: its processor {stock} is not the stock one")
     return found
 
 
@@ -117,12 +126,11 @@ def _before_forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Forward pre-hook: latents (B, C, F, H, W) over the patch size are the grid that processors never see."""
+    """Forward pre-hook: the family reads the grid, which processors never see, off the forward's arguments."""
     check()
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    patch = transformer.config.patch_size
-    frames, rows, columns = (size // step for size, step in zip(latents.shape[2:], patch, strict=True))
-    session.begin_forward(index, (frames, rows, columns), latents.device)
+    grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
+    session.begin_forward(index, grid, latents.device)
 
 
 @contextmanager
@@ -147,6 +155,8 @@ def _watched(scheduler: Any, session: AttentionSession) -> Iterator[None]:
         result = kind.step(self, *args, **kwargs)
         if self is scheduler:
             session.watch_step(_sigma(self))
+            if session.on_sample is not None:
+                session.on_sample(result[0])
         return result
 
     scheduler.set_timesteps = MethodType(set_timesteps, scheduler)

@@ -52,6 +52,7 @@ class TextConfig:
 VAE_PRESETS: dict[str, VaeConfig] = {
     "base24": VaeConfig(),
     "wide": VaeConfig(decoder_base_dim=32),
+    "base24z8": VaeConfig(z_dim=8),
     "tiny": VaeConfig(base_dim=4),
 }
 DIT_PRESETS: dict[str, tuple[DitConfig, TextConfig]] = {

@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class _Trainer:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: training.JsonLog) -> None:
         self.args, self.device, self.log = args, device, log
         vae = exported(args.vae, device).requires_grad_(False)
-        self.dit_config, self.text_config = DIT_PRESETS[args.preset]
+        dit_config, self.text_config = DIT_PRESETS[args.preset]
+        self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
         self.transformer = build_transformer(self.dit_config).to(device).train()
         self.text_encoder = build_text_encoder(self.text_config).to(device).train()
         self.tokenizer = build_tokenizer()

@@ -23,7 +23,6 @@ from vmonarch_cli.demo.model import VAE_PRESETS, build_vae, config_dict, export_
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.whole_clip import decode_raw, encode_mean, encode_moments
 
-_KL_WEIGHT = 1e-4
 _INITIAL_LOGVAR = -5.0
 
 
@@ -56,14 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(VAE_PRESETS), default="base24")
     parser.add_argument("--batch", type=int, default=4, help="clips of 49 frames a step; shorter ones in proportion")
-    parser.add_argument("--image-batch", type=int, default=64, help="images a step at most")
+    parser.add_argument("--image-batch", type=int, default=128, help="images a step at most")
     parser.add_argument(
         "--phases",
         type=parse_phases,
-        default=parse_phases("1:0.12,49:1"),
+        default=parse_phases("1:0.17,49:1"),
         help="frames:end, ... with ends in [0, 1] of the whole training",
     )
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term; more makes smoother latents")
     parser.add_argument("--polish", type=float, default=0.65, help="progress from which squared error dominates")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=SIZE)
@@ -215,7 +215,9 @@ class _Trainer:
         self.clips_seen = clips_seen
         with training.autocast(self.device):
             recon, mean, logvar = self.forward(self._laid_out(video), noise)
-        losses(recon.float(), video, mean.float(), logvar.float(), polish=False)["loss"].backward()
+        losses(recon.float(), video, mean.float(), logvar.float(), kl_weight=self.args.kl, polish=False)[
+            "loss"
+        ].backward()
 
     def train_step(self, phase: Phase) -> dict[str, Tensor | float]:
         """One optimiser step; returns the parts of the loss and the learning rate."""
@@ -228,7 +230,14 @@ class _Trainer:
         video, noise = self.batch(phase.frames)
         with training.autocast(self.device):
             recon, mean, logvar = self.forward(self._laid_out(video), noise)
-        parts = losses(recon.float(), video, mean.float(), logvar.float(), polish=position >= self.args.polish)
+        parts = losses(
+            recon.float(),
+            video,
+            mean.float(),
+            logvar.float(),
+            kl_weight=self.args.kl,
+            polish=position >= self.args.polish,
+        )
         self.optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         self.guarded_step()
@@ -329,7 +338,9 @@ class _Trainer:
         return summary
 
 
-def losses(recon: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, *, polish: bool) -> dict[str, Tensor]:
+def losses(
+    recon: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, *, kl_weight: float, polish: bool
+) -> dict[str, Tensor]:
     """Training losses of a reconstruction; all tensors float32, videos (B, 3, F, H, W) in [-1, 1].
 
     Early on a robust error with image gradients, and squared error weighted up where a pixel differs from its frame's
@@ -343,10 +354,10 @@ def losses(recon: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, *, polish
     ).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
     if polish:
-        loss = 25.0 * mse + 0.1 * robust + 0.1 * edges + _KL_WEIGHT * kl
+        loss = 25.0 * mse + 0.1 * robust + 0.1 * edges + kl_weight * kl
     else:
         away = (video - video.mean(dim=(-2, -1), keepdim=True)).abs().amax(dim=1, keepdim=True)
-        loss = robust + 0.5 * edges + 2.0 * (squared * (1.0 + 2.0 * away)).mean() + _KL_WEIGHT * kl
+        loss = robust + 0.5 * edges + 2.0 * (squared * (1.0 + 2.0 * away)).mean() + kl_weight * kl
     return {"loss": loss, "mse": mse, "psnr": -10.0 * torch.log10(mse / 4.0), "kl": kl, "scale": mean.std()}
 
 

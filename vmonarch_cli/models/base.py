@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,13 +31,40 @@ class Defaults(BaseModel):
     dense_every: int = 5
 
 
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What a run must know of one diffusers pipeline class: how it takes text, images and guidance.
+
+    The transformer's token layout and the place of its self-attention are in `vmonarch_cli/attention`, in the file of
+    the family's name.
+    """
+
+    name: str
+    family: str
+    transformer: str
+    """Class name of its transformer."""
+    text: tuple[str, ...]
+    """What `encode_prompt` returns, under the names that the pipeline's call gives it."""
+    figures: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    """Fields of a `ModelEntry` from the transformer's config and the VAE's; KeyError for what is missing."""
+    negative: Literal["together", "apart", "never"] = "together"
+    """How the negative prompt is encoded: by the same call, by a second one, or not at all (embedded guidance)."""
+    takes_image: bool = False
+    image_pipeline: str | None = None
+    """The class that the same checkpoint is used with when a first frame is given."""
+    guider: bool = False
+    """Guidance is a component of the pipeline, not an argument of its call."""
+    guidance_by_batch: bool = False
+    """Guidance is one forward of two samples, not two forwards."""
+
+
 class ModelEntry(BaseModel):
     """One model: where it is, what its transformer looks like, what it can make.
 
-    `layers`, `heads`, `head_dim`, `ffn_dim` and `text_dim` (width of the text encoder's output) describe one transformer; `transformers` says how many there are (two in
-    Wan 2.2 A14B, of which each denoising step uses one). `vae_temporal` and `vae_spatial` are the VAE's compression
-    factors, `patch` the transformer's patch (frames, height, width) in latent pixels. Parameter counts are of one
-    transformer, the text encoder and the VAE.
+    `layers`, `heads`, `head_dim`, `ffn_dim` and `text_dim` (width of the text encoder's output) describe one
+    transformer; `transformers` says how many there are (two in Wan 2.2 A14B, of which each denoising step uses one).
+    `vae_temporal` and `vae_spatial` are the VAE's compression factors, `patch` the transformer's patch (frames, height,
+    width) in latent pixels. Parameter counts are of one transformer, the text encoder and the VAE.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +89,16 @@ class ModelEntry(BaseModel):
     transformers: int = 1
     boundary_ratio: float | None = None
     max_sequence_length: int = 512
+    frame_offset: int = 1
+    """Frames that the VAE encodes apart, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
+    vae_float32: bool = False
+    """Decode in float32 whatever the transformer's dtype is."""
+    takes_image: bool = False
+    """The model needs a first frame, which `--image` gives."""
+    image_pipeline: str | None = None
+    """Pipeline class that continues a first frame with the same weights, where the model can do without one, too."""
+    embedded_guidance: bool = False
+    """The guidance scale is an input of the transformer, and a step has one forward."""
 
     transformer_params: int
     text_encoder_params: int
@@ -79,9 +119,9 @@ class ModelEntry(BaseModel):
 
     def grid(self, height: int, width: int, num_frames: int) -> Grid:
         """Token grid (T latent frames, H, W) of a valid clip of that many pixels and frames."""
-        latent_frames = (num_frames - 1) // self.vae_temporal + 1
+        latent_frames = (num_frames - self.frame_offset) // self.vae_temporal + self.frame_offset
         return (
-            latent_frames // self.patch[0],
+            -(-latent_frames // self.patch[0]),  # CogVideoX 1.5 fills up its last patch
             height // (self.vae_spatial * self.patch[1]),
             width // (self.vae_spatial * self.patch[2]),
         )
@@ -95,13 +135,14 @@ class ModelEntry(BaseModel):
                 f"size {width}x{height} does not fit {self.alias}: width and height must be multiples of {step} "
                 f"pixels, the nearest valid {'sizes are' if ' and ' in sizes else 'size is'} {sizes}"
             )
-        period = self.vae_temporal * self.patch[0]
-        if num_frames < 1 or (num_frames - 1) % period:
-            below = max(1, (num_frames - 1) // period * period + 1)
-            near = f"{below} and {below + period}" if num_frames > 1 else f"1 and {1 + period}"
+        period, offset = self.vae_temporal * self.patch[0], self.frame_offset
+        if num_frames < max(1, offset) or (num_frames - offset) % period:
+            least = offset or period
+            below = max(least, (num_frames - offset) // period * period + offset)
+            near = f"{below} and {below + period}" if num_frames > least else f"{least} and {least + period}"
             raise InputError(
-                f"{num_frames} frames do not fit {self.alias}: the frame count must be a multiple of {period} plus "
-                f"one, the nearest valid counts are {near}"
+                f"{num_frames} frames do not fit {self.alias}: the frame count must be a multiple of {period}"
+                f"{' plus one' if offset else ''}, the nearest valid counts are {near}"
             )
 
 

@@ -4,63 +4,85 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.models.base import Defaults, ModelEntry
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.families import ENTRIES, PIPELINES
 
-SUPPORTED_PIPELINES = ("WanPipeline",)
-_COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
+_NEEDED = ("transformer", "text_encoder", "vae")
+_BESIDE_THE_TEXT = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")  # counted with the text encoder
+_COMPONENTS = ("transformer", "transformer_2", "vae", *_BESIDE_THE_TEXT)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
-def read_folder(folder: Path, known: tuple[ModelEntry, ...]) -> ModelEntry:
-    """Describe the WanPipeline in `folder`; defaults come from the known model of the same architecture, if any.
+def read_folder(folder: Path, count: Callable[[Path], int] | None = None) -> ModelEntry:
+    """Describe the pipeline in `folder`; defaults come from the known model of the same architecture, if any.
 
-    Raises ModelError, in one sentence, when the folder is not such a pipeline, or a weights file is missing, not
-    safetensors, or damaged (header and file size are checked; the tensors themselves are not read).
+    count: parameters of one component's folder; `count_parameters` by default.
+    Raises ModelError, in one sentence, when the folder is not a pipeline of a known family, or a weights file is
+    missing, not safetensors, or damaged (header and file size are checked; the tensors themselves are not read).
     """
     index = _read_json(folder / "model_index.json", f"{folder} is not a diffusers model folder")
-    pipeline = index.get("_class_name")
-    if pipeline not in SUPPORTED_PIPELINES:
-        raise ModelError(
-            f"{folder} holds a {pipeline or 'pipeline of no named class'}, and supported are "
-            f"{', '.join(SUPPORTED_PIPELINES)}"
-        )
     present = [name for name in _COMPONENTS if _is_component(index.get(name))]
-    for name in ("transformer", "text_encoder", "vae"):
+    facts = _facts(folder, index)
+    for name in _NEEDED:
         if name not in present:
             raise ModelError(f"{folder} is not a complete model: its model_index.json names no {name}")
-    params = {name: count_parameters(folder / name) for name in present}
+    params = {name: (count or count_parameters)(folder / name) for name in present}
     config_file = folder / "transformer" / "config.json"
     config = _read_json(config_file, f"{folder} is not a complete model")
     vae = _read_json(folder / "vae" / "config.json", f"{folder} is not a complete model")
+    kind = "Wan" if facts.family == "wan" else facts.transformer
     try:
         figures: dict[str, Any] = {
-            "patch": tuple(config.get("patch_size", (1, 2, 2))),
-            "heads": config["num_attention_heads"],
-            "head_dim": config["attention_head_dim"],
-            "layers": config["num_layers"],
-            "ffn_dim": config["ffn_dim"],
-            "text_dim": config.get("text_dim", 4096),
-            "latent_channels": config.get("in_channels", 16),
-            "vae_temporal": vae.get("scale_factor_temporal") or 4,
-            "vae_spatial": vae.get("scale_factor_spatial") or 8,
+            "family": facts.family,
+            "pipeline": facts.name,
+            "takes_image": facts.takes_image,
+            "image_pipeline": _image_pipeline(facts, index),
+            **facts.figures(config, vae),
             "transformers": 2 if "transformer_2" in present else 1,
             "boundary_ratio": index.get("boundary_ratio"),
             "transformer_params": params["transformer"],
-            "text_encoder_params": params["text_encoder"],
+            "text_encoder_params": sum(params.get(name, 0) for name in _BESIDE_THE_TEXT),
             "vae_params": params["vae"],
         }
         entry = ModelEntry(
-            alias=folder.resolve().name, title=folder.resolve().name, defaults=_defaults(figures, known), **figures
+            alias=folder.resolve().name, title=folder.resolve().name, defaults=_defaults(figures), **figures
         )
     except KeyError as error:
-        raise ModelError(f"{config_file} has no {error}, which a Wan transformer needs") from None
-    except ValueError:
-        raise ModelError(f"{config_file} does not describe a Wan transformer") from None
+        article = "a Wan transformer" if kind == "Wan" else f"a {kind}"
+        raise ModelError(f"{config_file} has no {error}, which {article} needs") from None
+    except (ValueError, TypeError):
+        raise ModelError(f"{config_file} does not describe a {kind} transformer") from None
     return _with_own_shift(entry, folder)
+
+
+def _image_pipeline(facts: PipelineFacts, index: dict[str, Any]) -> str | None:
+    """Of Wan's text-to-video models only TI2V, whose timesteps are per token, takes a first frame."""
+    if facts.family == "wan" and not index.get("expand_timesteps"):
+        return None
+    return facts.image_pipeline
+
+
+def _facts(folder: Path, index: dict[str, Any]) -> PipelineFacts:
+    """The known pipeline of a folder; ModelError that says what was found where there is none."""
+    name = index.get("_class_name")
+    if name in PIPELINES:
+        return PIPELINES[name]
+    found = f"{folder} holds a {name or 'pipeline of no named class'}"
+    transformer = index.get("transformer")
+    if _is_component(transformer) and isinstance(transformer, list):
+        kind = transformer[1]
+        same = [facts.name for facts in PIPELINES.values() if facts.transformer == kind]
+        found += f" with a {kind}, "
+        if same:
+            found += f"whose attention is known but whose way to be called is not (known are {', '.join(same)})"
+        else:
+            found += "and the layout of its tokens is not known, without which its attention cannot be structured"
+    raise ModelError(f"{found}; supported are {', '.join(PIPELINES)}")
 
 
 def count_parameters(folder: Path) -> int:
@@ -108,13 +130,17 @@ def _count_in_file(path: Path) -> int:
     return count
 
 
-def _defaults(figures: dict[str, Any], known: tuple[ModelEntry, ...]) -> Defaults:
-    """Defaults of the known model with the same architecture, else those of the smallest Wan without its prompt."""
-    same = ("heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
-    for entry in known:
+def _defaults(figures: dict[str, Any]) -> Defaults:
+    """Defaults of the known model with the same architecture, else those of its family's smallest without a prompt."""
+    same = ("pipeline", "heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
+    for entry in ENTRIES:
         if all(getattr(entry, key) == figures[key] for key in same):
             return entry.defaults
-    return known[0].defaults.model_copy(update={"negative_prompt": "", "flow_shift": None, "dense_every": 1})
+    relatives = [entry for entry in ENTRIES if entry.pipeline == figures["pipeline"]]
+    smallest = min(relatives, key=lambda entry: entry.transformer_params)
+    return smallest.defaults.model_copy(
+        update={"negative_prompt": "", "flow_shift": None, "guidance_scale_2": None, "dense_every": 1}
+    )
 
 
 def _with_own_shift(entry: ModelEntry, folder: Path) -> ModelEntry:

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models import wan
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.demo import DEMO, WEIGHTS
+from vmonarch_cli.models.families import ENTRIES as FAMILY_ENTRIES
 from vmonarch_cli.models.folder import read_folder
 
 DEMO_ALIAS = DEMO.alias
 HOW_TO_GET_A_REAL_MODEL = f"--model {wan.WAN21_1_3B.alias} downloads a real one, about 29 GB"
-ENTRIES: tuple[ModelEntry, ...] = (DEMO, *wan.ENTRIES)
+ENTRIES: tuple[ModelEntry, ...] = (DEMO, *FAMILY_ENTRIES)
 
 
-def find_model(name: str) -> tuple[ModelEntry, str]:
+def find_model(name: str, revision: str | None = None) -> tuple[ModelEntry, str]:
     """The entry of an alias, hub id or local folder, and where its weights are (a folder path or a hub id).
 
-    Raises ModelError with near matches for an unknown name, and with the reason for a folder that cannot be used.
+    A hub id that is not known is described by its configs, which are downloaded; `revision` is a branch, tag or commit
+    of a hub repository. Raises ModelError with near matches for an unknown name, and with the reason for a folder or
+    repository that cannot be used.
     """
     for entry in ENTRIES:
         if name.lower() in {known.lower() for known in _names(entry)}:
             return _demo() if entry is DEMO else (entry, entry.hub_id or "")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return read_folder(folder, wan.ENTRIES), str(folder)
+        return read_folder(folder), str(folder)
     if folder.exists():
         raise ModelError(f"{name} is a file, and a model is a diffusers folder, a hub id or one of {_aliases()}")
     if name.startswith((".", "/", "~")):
         raise ModelError(f"there is no folder {name}; a model is a diffusers folder, a hub id or one of {_aliases()}")
-    raise ModelError(f"there is no model '{name}'{_near(name)}: known are {_aliases()}, or a local diffusers folder")
+    near = _near(name)
+    if not near and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from vmonarch_cli.models.hub import read_repository
+
+        return read_repository(name, revision), name
+    raise ModelError(f"there is no model '{name}'{near}: known are {_aliases()}, or a local diffusers folder")
 
 
 def _demo() -> tuple[ModelEntry, str]:
@@ -41,7 +50,7 @@ def _demo() -> tuple[ModelEntry, str]:
             f"the demo model's weights are missing from this installation ({WEIGHTS}): install vmonarch again, "
             "or name another model with --model"
         )
-    actual = read_folder(WEIGHTS, wan.ENTRIES)
+    actual = read_folder(WEIGHTS)
     own = {"alias", "title", "licence", "aliases", "max_sequence_length", "trained_only_at_default", "defaults"}
     return actual.model_copy(update={key: getattr(DEMO, key) for key in own}), str(WEIGHTS)
 

@@ -1,10 +1,11 @@
-"""Wan 2.1 and 2.2 text-to-video: figures from the published configs, defaults from the official examples."""
+"""Wan 2.1, Wan 2.2 and Wan VACE: figures from the published configs, defaults from the official examples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from vmonarch_cli.models.base import Defaults, ModelEntry
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 
 # The negative prompt that Wan's own generate.py uses when none is given; the models were evaluated with it.
 NEGATIVE_PROMPT = (
@@ -14,6 +15,7 @@ NEGATIVE_PROMPT = (
 )
 
 _UMT5_XXL_PARAMS = 5_680_910_336
+_CLIP_H_PARAMS = 630_766_080  # image encoder of Wan 2.1 I2V
 _VAE_21_PARAMS = 126_892_531
 _VAE_22_PARAMS = 704_688_668
 
@@ -23,6 +25,7 @@ WAN21_1_3B = ModelEntry(
     hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
     licence="Apache-2.0",
+    vae_float32=True,
     heads=12,
     head_dim=128,
     layers=30,
@@ -62,6 +65,7 @@ WAN22_5B = WAN21_1_3B.model_copy(
         "title": "Wan2.2-TI2V-5B",
         "hub_id": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         "aliases": ("wan2.2-ti2v-5b", "wan-5b", "wan5b"),
+        "image_pipeline": "WanImageToVideoPipeline",
         "vae_spatial": 16,
         "latent_channels": 48,
         "heads": 24,
@@ -89,13 +93,116 @@ WAN22_A14B = WAN21_14B.model_copy(
     }
 )
 
-ENTRIES = (WAN21_1_3B, WAN21_14B, WAN22_5B, WAN22_A14B)
+WAN21_I2V_480P = WAN21_14B.model_copy(
+    update={
+        "alias": "wan2.1-i2v-480p",
+        "title": "Wan2.1-I2V-14B-480P",
+        "pipeline": "WanImageToVideoPipeline",
+        "hub_id": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        "aliases": ("wan2.1-i2v-14b-480p",),
+        "takes_image": True,
+        "transformer_params": 16_394_878_784,
+        "text_encoder_params": _UMT5_XXL_PARAMS + _CLIP_H_PARAMS,
+        "defaults": WAN21_1_3B.defaults,
+    }
+)
+
+WAN21_I2V_720P = WAN21_I2V_480P.model_copy(
+    update={
+        "alias": "wan2.1-i2v-720p",
+        "title": "Wan2.1-I2V-14B-720P",
+        "hub_id": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+        "aliases": ("wan2.1-i2v-14b-720p",),
+        "defaults": WAN21_14B.defaults,
+    }
+)
+
+WAN22_I2V_A14B = WAN22_A14B.model_copy(
+    update={
+        "alias": "wan2.2-i2v-a14b",
+        "title": "Wan2.2-I2V-A14B",
+        "pipeline": "WanImageToVideoPipeline",
+        "hub_id": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "aliases": (),
+        "takes_image": True,
+        "boundary_ratio": 0.9,
+        "transformer_params": 14_288_901_184,
+        "defaults": WAN22_A14B.defaults.model_copy(
+            update={"guidance_scale": 3.5, "guidance_scale_2": 3.5, "flow_shift": 5.0}
+        ),
+    }
+)
+
+# Self-attention layers of the VACE blocks are counted with those of the main stack.
+WAN_VACE_1_3B = WAN21_1_3B.model_copy(
+    update={
+        "alias": "wan2.1-vace-1.3b",
+        "title": "Wan2.1-VACE-1.3B",
+        "pipeline": "WanVACEPipeline",
+        "hub_id": "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+        "aliases": ("wan-vace-1.3b",),
+        "layers": 30 + 15,
+        "transformer_params": 2_153_972_032,
+    }
+)
+
+WAN_VACE_14B = WAN21_14B.model_copy(
+    update={
+        "alias": "wan2.1-vace-14b",
+        "title": "Wan2.1-VACE-14B",
+        "pipeline": "WanVACEPipeline",
+        "hub_id": "Wan-AI/Wan2.1-VACE-14B-diffusers",
+        "aliases": ("wan-vace-14b",),
+        "layers": 40 + 8,
+        "transformer_params": 17_337_592_896,
+    }
+)
+
+ENTRIES = (
+    WAN21_1_3B,
+    WAN21_14B,
+    WAN22_5B,
+    WAN22_A14B,
+    WAN21_I2V_480P,
+    WAN21_I2V_720P,
+    WAN22_I2V_A14B,
+    WAN_VACE_1_3B,
+    WAN_VACE_14B,
+)
+
+
+def figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a WanTransformer3DModel, with or without VACE blocks, and its VAE."""
+    return {
+        "patch": tuple(config.get("patch_size", (1, 2, 2))),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"] + len(config.get("vace_layers") or ()),
+        "ffn_dim": config["ffn_dim"],
+        "text_dim": config.get("text_dim", 4096),
+        "latent_channels": config.get("out_channels") or config.get("in_channels", 16),
+        "vae_temporal": vae.get("scale_factor_temporal") or 4,
+        "vae_spatial": vae.get("scale_factor_spatial") or 8,
+        "vae_float32": True,
+    }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "WanPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, image_pipeline="WanImageToVideoPipeline"
+    ),
+    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
+    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
+)
 
 
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
     """Arguments of diffusers' WanTransformer3DModel that build one transformer of this entry, without its weights.
 
-    What no entry varies is as in the published configs: RMS norm of q and k across heads, a norm before cross-attention.
+    What no entry varies is as in the published configs: RMS norm of q and k across heads, a norm before
+    cross-attention.
     """
     return {
         "patch_size": entry.patch,

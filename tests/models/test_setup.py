@@ -1,0 +1,310 @@
+"""What may be done to a pipeline beside its attention, with the swap: memory, LoRA, caches, several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import TINY, latents_of
+
+from vmonarch_cli import additions, memory, offload
+from vmonarch_cli.attention import swapped
+from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.loading import load_pipeline
+from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.setup import Setup, check_image, one_of, parse_lora
+from vmonarch_cli.timing import Coverage
+
+CPU = torch.device("cpu")
+EXACT = Preset(name="exact", band=1024)
+PAPER = Preset(name="paper")
+CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
+GB = 2**30
+LAYOUTS = ["wan", "wan-two-stage", "hunyuan-video", "cogvideox-5b", "ltx-video", "mochi-1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name in LAYOUTS:
+        found[name] = tmp_path_factory.mktemp("models") / name
+        TINY[name].build().save_pretrained(found[name], safe_serialization=True)
+    return found
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return load_pipeline(str(folder), device=CPU, dtype=torch.float32, **options)
+
+
+# Memory
+
+
+# accelerate's sequential mode fails when the device it offloads to is the one it offloads from, so not on a CPU.
+@pytest.mark.parametrize("mode", ["model", "group"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_offload_changes_nothing_but_where_weights_are(folders: dict[str, Path], name: str, mode: str) -> None:
+    tiny = TINY[name]
+    plain = load(folders[name])
+    with swapped(plain, PAPER):
+        expected = latents_of(plain, tiny)
+    pipeline = load(folders[name], offload_mode=mode)
+    with swapped(pipeline, PAPER) as session:
+        latents = latents_of(pipeline, tiny)
+    torch.testing.assert_close(latents, expected, **CLOSE)
+    assert session.coverage() == Coverage(structured=tiny.layers * tiny.forwards * 2)
+
+
+def test_fp8_weights_run_and_are_close(folders: dict[str, Path]) -> None:
+    tiny, plain = TINY["wan"], load(folders["wan"])
+    pipeline = load(folders["wan"], setup=Setup(offload="none", quantize="fp8"))
+    assert pipeline.transformer.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn
+    stock = latents_of(plain, tiny)
+    with swapped(pipeline, EXACT):
+        latents = latents_of(pipeline, tiny)
+    assert 0 < float((latents - stock).norm() / stock.norm()) < 0.2
+
+
+def test_int8_weights_run_and_are_close(folders: dict[str, Path]) -> None:
+    pytest.importorskip("torchao", reason="the int8 extra is not installed")
+    tiny, plain = TINY["wan"], load(folders["wan"])
+    pipeline = load(folders["wan"], setup=Setup(offload="none", quantize="int8"))
+    stock = latents_of(plain, tiny)
+    with swapped(pipeline, EXACT):
+        latents = latents_of(pipeline, tiny)
+    assert 0 < float((latents - stock).norm() / stock.norm()) < 0.2
+
+
+def test_int8_without_torchao_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else found(name, *a))
+    with pytest.raises(InputError, match=r"needs torchao: pip install \"vmonarch\[int8\]\", or use --quantize fp8"):
+        load(folders["wan"], setup=Setup(offload="none", quantize="int8"))
+
+
+def test_vae_tiling_is_switched_on(folders: dict[str, Path]) -> None:
+    assert load(folders["wan"], setup=Setup(offload="none", vae_tiling=True)).vae.use_tiling
+
+
+def test_estimated_peaks_fall_from_mode_to_mode() -> None:
+    for entry in ENTRIES:
+        d = entry.defaults
+        grid = entry.grid(d.height, d.width, d.num_frames)
+        peaks = list(memory.peaks(entry, grid, d.height, d.width, d.num_frames, "bfloat16").values())
+        assert peaks == sorted(peaks, reverse=True)
+
+
+def test_auto_picks_the_fastest_mode_that_fits() -> None:
+    cuda = torch.device("cuda")
+
+    def mode(entry: Any, free: int, wanted: str = "auto") -> str:
+        d = entry.defaults
+        grid = entry.grid(d.height, d.width, d.num_frames)
+        peaks = memory.peaks(entry, grid, d.height, d.width, d.num_frames, "bfloat16")
+        return offload.choose(wanted, peaks, free, cuda)[0]
+
+    assert mode(WAN21_1_3B, 80 * GB) == "none"
+    assert mode(WAN21_1_3B, 23 * GB) in ("none", "model")
+    assert mode(WAN21_1_3B, 11 * GB) in ("group", "sequential")
+    assert mode(WAN22_5B, 23 * GB) in ("model", "group")
+    assert mode(WAN21_14B, 11 * GB, "model") == "model", "a mode that was asked for is never changed"
+    with pytest.raises(ModelError, match=r"does not fit the memory in any offload mode: it needs about .* are free"):
+        mode(WAN21_14B, 1 * GB)
+    assert offload.choose("auto", {}, 0, CPU)[0] == "none"
+
+
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def lora(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    peft = pytest.importorskip("peft", reason="the lora extra is not installed")
+    from diffusers import WanPipeline
+
+    torch.manual_seed(0)
+    transformer = load(folders["wan"]).transformer
+    transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("lora")
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=peft.get_peft_model_state_dict(transformer))
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def test_a_lora_changes_the_result_by_its_scale(folders: dict[str, Path], lora: Path) -> None:
+    tiny = TINY["wan"]
+
+    def made(*texts: str) -> torch.Tensor:
+        pipeline = load(folders["wan"], setup=Setup(offload="none", loras=texts))
+        stock = latents_of(pipeline, tiny)
+        with swapped(pipeline, EXACT):
+            torch.testing.assert_close(latents_of(pipeline, tiny), stock, **CLOSE)
+        return stock
+
+    plain = made()
+    full = made(str(lora))
+    torch.testing.assert_close(made(f"{lora}:0"), plain, **CLOSE)
+    torch.testing.assert_close(made(f"{lora}:0.5", f"{lora}:0.5"), full, **CLOSE)
+    assert not torch.allclose(full, plain, **CLOSE)
+
+
+def test_a_lora_of_another_model_is_refused(folders: dict[str, Path], lora: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lora)
+    other = tmp_path / "other.safetensors"
+    save_file({key.replace("blocks.1.", "blocks.31."): value for key, value in tensors.items()}, other)
+    with pytest.raises(ModelError, match=r"belongs to another model: this one has no layer blocks\.31\.attn1\.to_q"):
+        load(folders["wan"], setup=Setup(offload="none", loras=(str(other),)))
+    wide = tmp_path / "wide.safetensors"
+    save_file({k: torch.cat([v, v], dim=-1) if "lora_A" in k else v for k, v in tensors.items()}, wide)
+    with pytest.raises(ModelError, match=r"LoRA .*wide\.safetensors does not fit this model"):
+        load(folders["wan"], setup=Setup(offload="none", loras=(str(wide),)))
+    nothing = tmp_path / "nothing.safetensors"
+    save_file({"weight": torch.zeros(2)}, nothing)
+    with pytest.raises(ModelError, match=r"nothing\.safetensors"):
+        load(folders["wan"], setup=Setup(offload="none", loras=(str(nothing),)))
+
+
+# Caches and compilation
+
+
+@pytest.mark.parametrize("cache", ["first-block", "pab", "taylorseer"])
+def test_a_cache_skips_calls_that_are_counted_apart(
+    folders: dict[str, Path], cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, steps = TINY["wan"], 12
+    monkeypatch.setattr(additions, "FIRST_BLOCK_THRESHOLD", 0.8)  # steps of a random model differ more
+    pipeline = load(folders["wan"], setup=Setup(offload="none", cache=cache))
+    with swapped(pipeline, PAPER) as session:
+        latents = latents_of(pipeline, tiny, steps=steps)
+    assert torch.isfinite(latents).all()
+    coverage = session.coverage()
+    assert coverage.structured == coverage.calls
+    assert coverage.calls + session.skipped_calls == tiny.layers * tiny.forwards * steps
+    assert session.skipped_calls > 0
+
+
+def test_what_a_family_cannot_do_is_said(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        InputError, match="--compile: diffusers names no repeated blocks for CogVideoXTransformer3DModel"
+    ):
+        load(folders["cogvideox-5b"], setup=Setup(offload="none", compile=True))
+
+
+# Several processes
+
+_WORKER = """
+import sys
+import torch
+sys.path.insert(0, {here!r})
+import torch._C
+torch.accelerator.device_count = lambda: 1
+from tiny_families import TINY, latents_of
+from vmonarch_cli import distributed
+from vmonarch_cli.attention import swapped
+from vmonarch_cli.loading import load_pipeline
+from vmonarch_cli.presets import Preset
+torch.set_num_threads(1)
+tiny = TINY[{name!r}]
+pipeline = load_pipeline({folder!r}, device=torch.device("cpu"), dtype=torch.float32)
+made = {{}}
+for preset in (Preset(name="exact", band=1024), Preset(name="paper")):
+    with swapped(pipeline, preset) as session:
+        made[preset.name] = latents_of(pipeline, tiny)
+    made[preset.name + " calls"] = torch.tensor([session.coverage().structured])
+if distributed.is_main():
+    torch.save(made, {out!r})
+"""
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-two-stage"])
+def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+    out, tiny = tmp_path / "latents.pt", TINY[name]
+    script = tmp_path / "worker.py"
+    here, folder = str(Path(__file__).parent), str(folders[name])
+    script.write_text(_WORKER.format(here=here, name=name, folder=folder, out=str(out)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    made = torch.load(out)
+    pipeline = load(folders[name])
+    for preset in (EXACT, PAPER):
+        with swapped(pipeline, preset):
+            alone = latents_of(pipeline, tiny)
+        torch.testing.assert_close(made[preset.name], alone, **CLOSE)
+        assert int(made[f"{preset.name} calls"]) == tiny.layers * tiny.forwards * 2
+
+
+def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="diffusers has no context-parallel plan for it"):
+        load(folders["hunyuan-video"])
+    with pytest.raises(
+        InputError, match="LTXVideoTransformer3DModel cannot be split over 2 processes: diffusers' plan"
+    ):
+        load(folders["ltx-video"])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
+        load(folders["wan"])
+
+
+# Flags
+
+
+def test_flags_say_what_is_valid(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--cache takes first-block, pab or taylorseer, got 'firstblock' \(did you"):
+        one_of("--cache", "firstblock", ("first-block", "pab", "taylorseer"))
+    with pytest.raises(InputError, match=r"there is no LoRA nowhere\.safetensors: --lora takes a \.safetensors file"):
+        parse_lora("nowhere.safetensors:0.5")
+    pickle = tmp_path / "lora.bin"
+    pickle.write_bytes(b"")
+    with pytest.raises(InputError, match=r"is not a \.safetensors file: pickled weights can run code"):
+        parse_lora(str(pickle))
+    assert parse_lora("someone/some-lora:0.75") == ("someone/some-lora", 0.75)
+
+
+def test_images_are_checked_before_anything_loads(tmp_path: Path) -> None:
+    entries = {entry.alias: entry for entry in ENTRIES}
+    with pytest.raises(InputError, match=r"wan2\.1-i2v-480p continues a picture and none was given: add --image FILE"):
+        check_image(entries["wan2.1-i2v-480p"], None)
+    with pytest.raises(InputError, match=r"wan2\.1-1\.3b makes clips from text alone: leave out --image"):
+        check_image(WAN21_1_3B, "x.png")
+    with pytest.raises(InputError, match=r"there is no image /nowhere/x\.png"):
+        check_image(WAN22_5B, "/nowhere/x.png")
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"bad\.png cannot be read: give a PNG, JPEG or WebP file"):
+        check_image(WAN22_5B, str(bad))

@@ -1,0 +1,42 @@
+"""Allegro: video tokens alone in ``attn1``. Its pipeline gives no mask there; a caller's own mask is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.base import Family, MonarchProcessor, heads_of, layers
+
+
+class AllegroMonarchProcessor(MonarchProcessor):
+    """AllegroAttnProcessor2_0 for ``attn1``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, N, channels) -> (B, N, channels)."""
+        self.refuse("AllegroMonarchProcessor", encoder_hidden_states, attention_mask)
+        query, key, value = heads_of(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        if image_rotary_emb is not None:
+            from diffusers.models.embeddings import apply_rotary_emb_allegro
+
+            # It takes (B, heads, N, D).
+            query = apply_rotary_emb_allegro(query.transpose(1, 2), *image_rotary_emb).transpose(1, 2)
+            key = apply_rotary_emb_allegro(key.transpose(1, 2), *image_rotary_emb).transpose(1, 2)
+
+        out = self.attend(query, key, value).flatten(2, 3).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if attn.residual_connection:
+            out = out + hidden_states
+        result: torch.Tensor = out / attn.rescale_output_factor
+        return result
+
+
+ALLEGRO = Family({"AllegroAttnProcessor2_0": AllegroMonarchProcessor}, layers("transformer_blocks.N.attn1"))

@@ -1,0 +1,146 @@
+"""What all replacement processors share, and how a family says where its self-attention is.
+
+A replacement repeats the stock processor's ``__call__``, signature included (models filter keyword arguments by
+it), and changes the attention call alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.op import self_attention
+
+Grid = tuple[int, int, int]
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class MonarchProcessor:
+    """What the families share. Not an nn.Module: assigning one must not change the model's state dict.
+
+    The two class attributes are read and set by diffusers (``set_attention_backend``, ``enable_parallelism``).
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self, layer: torch.Tensor) -> None:
+        self.layer = layer
+        """Address of the layer (``op.address``), a tensor so that compiled graphs do not depend on it."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        text_tokens: int = 0,
+        text_first: bool = False,
+        text_mask: torch.Tensor | None = None,
+        clips: int = 1,
+    ) -> torch.Tensor:
+        """(B, S, heads, D) each -> (B, S, heads, D).
+
+        Joint text-video attention has ``text_tokens`` after the video's tokens (before them with ``text_first``), of
+        which ``text_mask``, bool (B, text_tokens), marks the real ones. ``clips`` grids of tokens, one after the
+        other, are attended to as one clip of that many times the frames.
+        """
+        if self._parallel_config is None:
+            out: torch.Tensor = self_attention(q, k, v, self.layer, text_tokens, text_first, text_mask, clips)
+            return out
+        if text_tokens:
+            raise NotImplementedError("joint text-video attention has no context parallelism in diffusers: turn it off")
+        from vmonarch_cli.attention.parallel import ulysses
+
+        return ulysses(
+            q, k, v, self._parallel_config, lambda *full: self_attention(*full, self.layer, 0, False, None, 1)
+        )
+
+    @staticmethod
+    def refuse(name: str, *unexpected: object) -> None:
+        """ValueError when a video-only layer got a context or a mask, of which structured attention knows nothing."""
+        if any(value is not None for value in unexpected):
+            raise ValueError(f"{name} does self-attention without a mask and got a context or a mask")
+
+
+def heads_of(attn: Any, *tensors: torch.Tensor) -> Any:
+    """(B, S, channels) -> (B, S, heads, D) for each tensor."""
+    return tuple(x.unflatten(2, (attn.heads, -1)) for x in tensors)
+
+
+def project(attn: Any, hidden_states: torch.Tensor) -> QKV:
+    """q, k and v (B, S, channels) of a self-attention layer, fused or not."""
+    if getattr(attn, "fused_projections", False):
+        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return q, k, v
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+def added_qkv(attn: Any, text: torch.Tensor) -> QKV:
+    """q, k and v (B, tokens, heads, D) of the text in a dual-stream layer, normalised."""
+    q, k, v = heads_of(attn, attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
+    q = q if attn.norm_added_q is None else attn.norm_added_q(q)
+    k = k if attn.norm_added_k is None else attn.norm_added_k(k)
+    return q, k, v
+
+
+def split_out(attn: Any, out: torch.Tensor, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output projections of (B, video + text, channels) where the layer has them: (video, text)."""
+    video, text = out[:, :-text_tokens], out[:, -text_tokens:]
+    if getattr(attn, "to_out", None) is not None:
+        video = attn.to_out[1](attn.to_out[0](video))
+    if getattr(attn, "to_add_out", None) is not None:
+        text = attn.to_add_out(text)
+    return video, text
+
+
+def latent_grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
+    """Token grid (T, H, W) of a forward on latents (B, C, F, H, W): their shape over the patch size."""
+    latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    frames, rows, columns = latents.shape[2:]
+    p_t, p_h, p_w = patch_of(transformer.config)
+    return frames // p_t, rows // p_h, columns // p_w
+
+
+def patch_of(config: Any) -> Grid:
+    """A transformer's patch (frames, height, width); families write it as one, two or three numbers."""
+    patch = config.patch_size
+    if not isinstance(patch, int):
+        t, h, w = patch
+        return t, h, w
+    return getattr(config, "patch_size_t", None) or 1, patch, patch
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a transformer class has its self-attention, and what replaces it."""
+
+    processors: Mapping[str, type[MonarchProcessor]]
+    """Class name of a stock processor -> its replacement."""
+    patterns: tuple[re.Pattern[str], ...]
+    """Full module paths of the self-attention layers, one pattern for each stack of blocks; the first group is the
+    number within the stack. Layers are numbered on from stack to stack."""
+    grid: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Grid] = latent_grid
+    """(transformer, args, kwargs of its forward) -> token grid, which processors never see."""
+    obstacle: Callable[[Any], str | None] = lambda transformer: None
+    """Why a transformer of this class cannot be swapped after all, or None."""
+
+    def self_attentions(self, transformer: Any) -> dict[int, Any]:
+        """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""
+        stacks: list[dict[int, Any]] = [{} for _ in self.patterns]
+        for name, module in transformer.named_modules():
+            for stack, pattern in zip(stacks, self.patterns, strict=True):
+                match = pattern.fullmatch(name.replace("_orig_mod.", ""))
+                if match:
+                    stack[int(match[1])] = module
+        found = [module for stack in stacks for _, module in sorted(stack.items())]
+        return dict(enumerate(found))
+
+
+def layers(*paths: str) -> tuple[re.Pattern[str], ...]:
+    """Patterns of paths in which N stands for the layer's number."""
+    return tuple(re.compile(re.escape(path).replace("N", r"(\d+)")) for path in paths)

@@ -1,0 +1,32 @@
+"""What a batch tells besides the events of its clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmonarch_cli.timing import Event
+
+
+@dataclass(frozen=True)
+class ClipFailed:
+    """A clip was given up; the batch goes on."""
+
+    clip: int
+    """0-based number within the batch."""
+    line: int
+    path: Path
+    sentence: str
+    trace: str
+    """The traceback, for --debug."""
+
+
+@dataclass(frozen=True)
+class WaitingForOthers:
+    """The clips that are left are being made by other processes."""
+
+    count: int
+    owners: tuple[str, ...]
+
+
+BatchEvent = Event | ClipFailed | WaitingForOthers

@@ -1,0 +1,111 @@
+"""Begin or go on with a batch in its folder: what the manifest knows, what is due again, and every clip's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmonarch_cli import __version__
+from vmonarch_cli.batch.clips import Clip, assign_names, in_running_order
+from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Entry, Manifest, happened, planned
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.targets import latents_path, record_path
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How to treat what is there. resume: go on (None: when the manifest is of this request), or begin again."""
+
+    resume: bool | None = None
+    overwrite: bool = False
+    retry_failed: bool = False
+
+    @property
+    def again(self) -> bool:
+        """Whether clips that are done are made again."""
+        return self.overwrite or self.resume is False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch whose clips have names: `clips` by line; `before` is what the manifest said of them when it began."""
+
+    folder: Path
+    manifest: Manifest
+    clips: list[Clip]
+    before: dict[str, Entry]
+
+    def in_running_order(self) -> list[Clip]:
+        return in_running_order(self.clips)
+
+
+def open_batch(clips: Sequence[Clip], folder: Path, terms: Terms, source: str, *, dry: bool = False) -> Batch:
+    """Give every clip its name, and say so in the manifest (with `dry` nothing is written).
+
+    Raises InputErrors where a line's name is taken, InputError where the folder holds another batch, OutputError
+    where the manifest cannot be written.
+    """
+    if terms.resume and terms.overwrite:
+        raise InputError("--resume keeps what is done and --overwrite makes it again: give one of them")
+    manifest = Manifest(folder)
+    if dry:
+        return _opened(clips, folder, terms, source, manifest)[0]
+    _opened(clips, folder, terms, source, manifest)  # names are checked before a file is made
+    with manifest.locked():
+        batch, events = _opened(clips, folder, terms, source, manifest)
+        if terms.again:
+            for clip in batch.clips:
+                latents_path(clip.path).unlink(missing_ok=True)
+        begun = {"event": "batch", "schema": SCHEMA, "version": __version__, "clips": len(clips), "source": source}
+        manifest.append_locked(begun, *events)
+    return batch
+
+
+def _opened(
+    clips: Sequence[Clip], folder: Path, terms: Terms, source: str, manifest: Manifest
+) -> tuple[Batch, list[dict[str, Any]]]:
+    """The batch, and the events that make the manifest agree with it."""
+    entries = manifest.read()
+    mine = [clip.key for clip in clips if clip.key in entries]
+    if entries and not mine and not terms.again and not terms.resume:
+        raise InputError(
+            f"{folder} holds another batch, of {len(entries)} clips, none of which is in this request: choose another "
+            "--output, or pass --resume to add these clips to it"
+        )
+    events: list[dict[str, Any]] = []
+    if terms.resume is False and not terms.overwrite:
+        events += [happened("forgotten", key) for key in mine]
+        for key in mine:
+            del entries[key]  # its file, where there is one, keeps the name taken
+    named = assign_names(clips, folder, entries, source, overwrite=terms.overwrite)
+    for clip in named:
+        entry = entries.get(clip.key)
+        if entry is None:
+            entry = Entry(clip.key, clip.path.name, clip.line, clip.plan.prompt, clip.plan.seed)
+            entries[clip.key] = entry
+            events.append(planned(entry, owns_name=terms.overwrite))
+            continue
+        reset = _reset(entry, clip, terms)
+        if reset:
+            events.append(happened(reset, clip.key, owns_name=terms.overwrite))
+            entry.status, entry.error = "planned", None
+    before = {clip.key: entries[clip.key] for clip in named}
+    return Batch(folder, manifest, named, before), events
+
+
+def _reset(entry: Entry, clip: Clip, terms: Terms) -> str | None:
+    """The event that makes a clip due again, if it is."""
+    if terms.overwrite:
+        return "again"
+    if entry.status == DONE and not (clip.path.exists() and record_path(clip.path).exists()):
+        return "lost"
+    if entry.status == FAILED and terms.retry_failed:
+        return "again"
+    return None
+
+
+def has_latents(clip: Clip) -> bool:
+    """Whether a clip waits to be decoded only."""
+    return latents_path(clip.path).is_file()

@@ -1,0 +1,213 @@
+"""Make the clips of a batch, one after the other, together with any other process that works in the same folder.
+
+A clip goes claimed, started, denoised (latents saved), done (clip and record written, latents removed); each of these
+is in the manifest before the next begins. Whatever ends the process between two of them, the next one goes on from the
+last. A clip that cannot be made is failed and the batch goes on; what no clip can do without (the disk, the manifest,
+the GPU) ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vmonarch_cli.batch.claims import Claim, Claims
+from vmonarch_cli.batch.clips import Clip
+from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
+from vmonarch_cli.batch.folder import Batch
+from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, Entry, happened
+from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, OutputError, VmonarchError
+from vmonarch_cli.interrupts import Interrupts
+from vmonarch_cli.ladder import is_out_of_memory
+from vmonarch_cli.latents import Denoised, load_latents
+from vmonarch_cli.run import ClipMaker
+from vmonarch_cli.targets import latents_path
+from vmonarch_cli.timing import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
+
+OnEvent = Callable[[BatchEvent], None]
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_failures: end the run after that many failed clips, None for never."""
+
+    retry_dense: bool = True
+    max_failures: int | None = None
+
+
+def run_batch(
+    batch: Batch, limits: Limits, interrupts: Interrupts, *, on_event: OnEvent = lambda event: None
+) -> dict[str, Entry]:
+    """Make every clip that is due; the manifest's entries of the batch when none is left to make.
+
+    The model is loaded when the first clip needs it. A clip that another process is making is waited for, and
+    made here should that process die. Raises OutputError when something cannot be written (with exit code 1),
+    DeviceError when the GPU fails, ModelError when the model does not load, Interrupted; nothing is half-written then.
+    """
+    with Claims(batch.folder) as claims:
+        run = _Run(batch, limits, interrupts, claims, on_event)
+        try:
+            run.all()
+        except OutputError as error:
+            raise OutputError(
+                f"{error.message}; the batch stopped, nothing is half-written, and the same command goes on from here",
+                EXIT_CLIP_FAILED,
+            ) from error
+        return run.entries()
+
+
+class _Run:
+    def __init__(self, batch: Batch, limits: Limits, interrupts: Interrupts, claims: Claims, on_event: OnEvent) -> None:
+        self._batch = batch
+        self._limits = limits
+        self._interrupts = interrupts
+        self._claims = claims
+        self._on_event = on_event
+        self._maker: ClipMaker | None = None
+        self._clip: Clip | None = None
+        self._position = {clip.key: index for index, clip in enumerate(batch.clips)}
+
+    def entries(self) -> dict[str, Entry]:
+        """What the manifest says now of the clips of this batch, by line."""
+        entries = self._batch.manifest.read()
+        return {clip.key: entries[clip.key] for clip in self._batch.clips if clip.key in entries}
+
+    def all(self) -> None:
+        self._sweep()
+        waiting = False
+        while due := self._due():
+            made = 0
+            for clip in due:
+                if self._too_many_failures():
+                    return
+                made += self._make_if_free(clip)
+            if made:
+                waiting = False
+                continue
+            if not waiting:
+                waiting = True
+                owners = {self._claims.owner(clip.key) for clip in due} - {""}
+                self._on_event(WaitingForOthers(len(due), tuple(sorted(owners))))
+            time.sleep(_POLL_S)
+
+    def _due(self) -> list[Clip]:
+        entries = self.entries()
+        return [clip for clip in self._batch.in_running_order() if _is_due(entries.get(clip.key))]
+
+    def _sweep(self) -> None:
+        """Remove what processes that died left of clips that are done."""
+        entries = self.entries()
+        for clip in self._batch.clips:
+            self._claims.sweep(clip.key)
+            if entries[clip.key].status == DONE:
+                latents_path(clip.path).unlink(missing_ok=True)
+
+    def _too_many_failures(self) -> bool:
+        if self._limits.max_failures is None:
+            return False
+        before = self._batch.before
+        failed = [key for key, entry in self.entries().items() if entry.status == FAILED]
+        return sum(before[key].status != FAILED for key in failed) >= self._limits.max_failures
+
+    def _make_if_free(self, clip: Clip) -> bool:
+        claim = self._claims.take(clip.key)
+        if claim is None:
+            return False
+        with claim:
+            # Only now nobody else changes its state: the one before may just have finished it.
+            entry = self.entries().get(clip.key)
+            if entry is not None and _is_due(entry):
+                self._make(clip, entry, claim)
+        return True
+
+    def _make(self, clip: Clip, entry: Entry, claim: Claim) -> None:
+        self._clip = clip
+        if not entry.owns_name and clip.path.exists():
+            self._fail(clip, InputError(f"{clip.path} was made by something else: move it away, then --retry-failed"))
+            return
+        maker = self._loaded(clip)
+        try:
+            denoised = self._saved(clip) or self._denoise(clip, maker, claim)
+            with self._interrupts.finishing():
+                result = maker.finish(clip.plan, 0, denoised, overwrite=True, work=claim.work)
+                self._note("done", clip, retries=result.record["retries"], seconds=result.timing.total_s)
+                latents_path(clip.path).unlink(missing_ok=True)
+        except OutputError:
+            raise
+        except KeyboardInterrupt:
+            if self.entries()[clip.key].status == DENOISING:
+                self._note("dropped", clip)
+            raise
+        except Exception as error:
+            # Whatever one clip dies of, the others are still to be made.
+            self._fail(clip, error)
+
+    def _saved(self, clip: Clip) -> Denoised | None:
+        """Latents that a run before this one left, if they are whole and this clip's."""
+        path = latents_path(clip.path)
+        if not path.is_file():
+            return None
+        try:
+            saved = load_latents(path)
+        except InputError:
+            return None
+        if saved.key != clip.key:
+            return None
+        self._note("decoding", clip)
+        return saved.denoised
+
+    def _denoise(self, clip: Clip, maker: ClipMaker, claim: Claim) -> Denoised:
+        self._note("started", clip)
+        denoised = maker.denoise(clip.plan, 0)
+        with self._interrupts.finishing():
+            path = latents_path(clip.path)
+            denoised = maker.save(path, clip.plan, 0, denoised, key=clip.key, work=claim.work)
+            self._note("denoised", clip, retries=list(denoised.retries))
+        return denoised
+
+    def _loaded(self, clip: Clip) -> ClipMaker:
+        if self._maker is None:
+            self._maker = ClipMaker(clip.plan, retry_dense=self._limits.retry_dense, on_event=self._relay)
+        return self._maker
+
+    def _note(self, event: str, clip: Clip, **facts: object) -> None:
+        self._batch.manifest.append(happened(event, clip.key, **facts))
+
+    def _fail(self, clip: Clip, error: Exception) -> None:
+        sentence = error.message if isinstance(error, VmonarchError) else _sentence(error)
+        self._note("failed", clip, error=sentence)
+        trace = "".join(traceback.format_exception(error))
+        self._on_event(ClipFailed(self._position[clip.key], clip.line, clip.path, sentence, trace))
+        if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+            raise DeviceError(
+                f"{sentence}; after that the GPU serves no other clip of this process: the same command goes on",
+                EXIT_CLIP_FAILED,
+            ) from error
+
+    def _relay(self, event: Event) -> None:
+        """Pass an event of the current clip's plan on, as of that clip of the batch."""
+        position = self._position[self._clip.key] if self._clip else 0
+        match event:
+            case ClipStarted():
+                event = replace(event, index=position, count=len(self._batch.clips))
+            case StepDone() | Decoding() | Retrying():
+                event = replace(event, clip=position)
+            case ClipDone(result=result):
+                event = ClipDone(replace(result, index=position))
+        self._on_event(event)
+
+
+def _is_due(entry: Entry | None) -> bool:
+    return entry is not None and entry.status not in (DONE, FAILED)
+
+
+def _sentence(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "decoding ran out of memory, in every way that it was tried: choose a smaller size or fewer frames"
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"unexpected {type(error).__name__}: {first}"

@@ -1,0 +1,55 @@
+"""Allegro: groups of four frames without a first one apart, so that 88 frames are 22 latent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+ALLEGRO = ModelEntry(
+    alias="allegro",
+    title="Allegro",
+    family="allegro",
+    pipeline="AllegroPipeline",
+    hub_id="rhymes-ai/Allegro",
+    licence="Apache-2.0",
+    frame_offset=0,
+    vae_float32=True,
+    latent_channels=4,
+    heads=24,
+    head_dim=96,
+    layers=32,
+    ffn_dim=4 * 2304,
+    transformer_params=2_771_907_856,
+    text_encoder_params=4_762_310_656,
+    vae_params=174_955_751,
+    defaults=Defaults(height=720, width=1280, num_frames=88, fps=15, steps=100, guidance_scale=7.5),
+)
+
+ENTRIES = (ALLEGRO,)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    patch = config["patch_size"]
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        "patch": (config["patch_size_t"], patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"],
+        "ffn_dim": 4 * hidden,
+        "text_dim": config["caption_channels"],
+        "latent_channels": config["in_channels"],
+        "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
+        "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
+        "frame_offset": 0,
+        "vae_float32": True,
+    }
+
+
+_TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+PIPELINES = (
+    PipelineFacts("AllegroPipeline", "allegro", "AllegroTransformer3DModel", _TEXT, _figures, guidance_by_batch=True),
+)

@@ -1,0 +1,85 @@
+"""CogVideoX 2b, 5b and 1.5. Sides are multiples of 16: the pipeline takes 8, and the patch of 2 then cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+_T5_XXL_PARAMS = 4_762_310_656
+
+COGVIDEOX_2B = ModelEntry(
+    alias="cogvideox-2b",
+    title="CogVideoX-2b",
+    family="cogvideox",
+    pipeline="CogVideoXPipeline",
+    hub_id="THUDM/CogVideoX-2b",
+    aliases=("zai-org/CogVideoX-2b",),
+    licence="Apache-2.0",
+    heads=30,
+    head_dim=64,
+    layers=30,
+    ffn_dim=4 * 1920,
+    max_sequence_length=226,
+    transformer_params=1_693_783_872,
+    text_encoder_params=_T5_XXL_PARAMS,
+    vae_params=215_583_907,
+    defaults=Defaults(height=480, width=720, num_frames=49, fps=8, steps=50, guidance_scale=6.0),
+)
+
+COGVIDEOX_5B = COGVIDEOX_2B.model_copy(
+    update={
+        "alias": "cogvideox-5b",
+        "title": "CogVideoX-5b",
+        "hub_id": "THUDM/CogVideoX-5b",
+        "aliases": ("zai-org/CogVideoX-5b",),
+        "licence": "CogVideoX",
+        "heads": 48,
+        "layers": 42,
+        "ffn_dim": 4 * 3072,
+        "transformer_params": 5_570_283_072,
+    }
+)
+
+COGVIDEOX_15 = COGVIDEOX_5B.model_copy(
+    update={
+        "alias": "cogvideox-1.5",
+        "title": "CogVideoX1.5-5B",
+        "hub_id": "THUDM/CogVideoX1.5-5B",
+        "aliases": ("cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B"),
+        "patch": (2, 2, 2),
+        "transformer_params": 5_570_676_352,
+        "defaults": COGVIDEOX_5B.defaults.model_copy(
+            update={"height": 768, "width": 1360, "num_frames": 81, "fps": 16}
+        ),
+    }
+)
+
+ENTRIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = config["patch_size"]
+    return {
+        "patch": (config.get("patch_size_t") or 1, patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"],
+        "ffn_dim": 4 * hidden,
+        "text_dim": config["text_embed_dim"],
+        "max_sequence_length": config.get("max_text_seq_length", 226),
+        "latent_channels": config["out_channels"],
+        "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
+        "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
+    }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "CogVideoXPipeline", "cogvideox", "CogVideoXTransformer3DModel", _TEXT, _figures, guidance_by_batch=True
+    ),
+)

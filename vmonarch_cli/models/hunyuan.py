@@ -1,0 +1,100 @@
+"""HunyuanVideo and HunyuanVideo-1.5: figures from diffusers' class defaults, which are the published configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+_LICENCE = "Tencent Hunyuan"
+
+HUNYUAN_VIDEO = ModelEntry(
+    alias="hunyuan-video",
+    title="HunyuanVideo",
+    family="hunyuan-video",
+    pipeline="HunyuanVideoPipeline",
+    hub_id="hunyuanvideo-community/HunyuanVideo",
+    aliases=("hunyuanvideo",),
+    licence=_LICENCE,
+    heads=24,
+    head_dim=128,
+    layers=20 + 40,
+    ffn_dim=4 * 3072,
+    max_sequence_length=256,
+    embedded_guidance=True,
+    transformer_params=12_821_012_544,
+    text_encoder_params=7_505_186_816 + 123_060_480,  # Llama 3 8B without its output layer, CLIP-L
+    vae_params=246_478_803,
+    defaults=Defaults(height=720, width=1280, num_frames=129, fps=24, steps=50, guidance_scale=6.0, flow_shift=7.0),
+)
+
+HUNYUAN_VIDEO_15 = ModelEntry(
+    alias="hunyuan-video-1.5",
+    title="HunyuanVideo-1.5 480p",
+    family="hunyuan-video-1.5",
+    pipeline="HunyuanVideo15Pipeline",
+    hub_id="hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+    aliases=("hunyuanvideo-1.5", "hunyuan-video-1.5-480p"),
+    licence=_LICENCE,
+    patch=(1, 1, 1),
+    vae_spatial=16,
+    latent_channels=32,
+    heads=16,
+    head_dim=128,
+    layers=54,
+    ffn_dim=4 * 2048,
+    text_dim=3584,
+    max_sequence_length=1000,
+    transformer_params=8_326_608_160,
+    text_encoder_params=7_070_619_136 + 218_900_000,  # Qwen2.5-VL 7B without its image side and output layer, ByT5
+    vae_params=1_260_634_115,
+    defaults=Defaults(height=480, width=832, num_frames=121, fps=24, steps=50, guidance_scale=6.0, flow_shift=5.0),
+)
+
+ENTRIES = (HUNYUAN_VIDEO, HUNYUAN_VIDEO_15)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = config["patch_size"]
+    return {
+        "patch": (config["patch_size_t"], patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"] + config.get("num_single_layers", 0),
+        "ffn_dim": int(config["mlp_ratio"] * hidden),
+        "text_dim": config["text_embed_dim"],
+        "latent_channels": config["out_channels"],
+        "vae_temporal": vae.get("temporal_compression_ratio", 4),
+        "vae_spatial": vae.get("spatial_compression_ratio", 8),
+    }
+
+
+def _distilled(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_figures(config, vae),
+        "embedded_guidance": bool(config.get("guidance_embeds")),
+        "max_sequence_length": 256,
+    }
+
+
+PIPELINES = (
+    PipelineFacts(
+        "HunyuanVideoPipeline",
+        "hunyuan-video",
+        "HunyuanVideoTransformer3DModel",
+        ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+        _distilled,
+        negative="never",
+    ),
+    PipelineFacts(
+        "HunyuanVideo15Pipeline",
+        "hunyuan-video-1.5",
+        "HunyuanVideo15Transformer3DModel",
+        ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
+        _figures,
+        negative="apart",
+        guider=True,
+    ),
+)

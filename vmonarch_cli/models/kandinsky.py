@@ -1,0 +1,67 @@
+"""Kandinsky 5 Lite, the dense five-second model; the ten-second and Pro models have a sparse attention of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+KANDINSKY_5_LITE = ModelEntry(
+    alias="kandinsky-5-lite",
+    title="Kandinsky 5.0 T2V Lite 5s",
+    family="kandinsky-5",
+    pipeline="Kandinsky5T2VPipeline",
+    hub_id="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+    aliases=("kandinsky-5",),
+    licence="MIT",
+    heads=28,
+    head_dim=64,
+    layers=32,
+    ffn_dim=7168,
+    text_dim=3584,
+    transformer_params=2_007_702_848,
+    text_encoder_params=8_292_166_656 + 123_060_480,  # Qwen2.5-VL 7B, CLIP-L
+    vae_params=246_478_803,
+    defaults=Defaults(
+        height=512,
+        width=768,
+        num_frames=121,
+        fps=24,
+        steps=50,
+        guidance_scale=5.0,
+        negative_prompt=(
+            "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, "
+            "walking backwards"
+        ),
+    ),
+)
+
+ENTRIES = (KANDINSKY_5_LITE,)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    head_dim = sum(config["axes_dims"])
+    return {
+        "patch": tuple(config["patch_size"]),
+        "heads": config["model_dim"] // head_dim,
+        "head_dim": head_dim,
+        "layers": config["num_visual_blocks"],
+        "ffn_dim": config["ff_dim"],
+        "text_dim": config["in_text_dim"],
+        "latent_channels": config["out_visual_dim"],
+        "vae_temporal": vae.get("temporal_compression_ratio", 4),
+        "vae_spatial": vae.get("spatial_compression_ratio", 8),
+    }
+
+
+PIPELINES = (
+    PipelineFacts(
+        "Kandinsky5T2VPipeline",
+        "kandinsky-5",
+        "Kandinsky5Transformer3DModel",
+        ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"),
+        _figures,
+        negative="apart",
+    ),
+)

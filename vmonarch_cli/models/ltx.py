@@ -1,0 +1,109 @@
+"""LTX-Video and LTX-2. Of LTX-2 the picture is kept; its sound is made, because the model makes both, and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+_NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
+
+LTX_VIDEO = ModelEntry(
+    alias="ltx-video",
+    title="LTX-Video",
+    family="ltx-video",
+    pipeline="LTXPipeline",
+    image_pipeline="LTXImageToVideoPipeline",
+    hub_id="Lightricks/LTX-Video",
+    aliases=("ltx",),
+    licence="LTX-Video Open Weights",
+    patch=(1, 1, 1),
+    vae_temporal=8,
+    vae_spatial=32,
+    latent_channels=128,
+    heads=32,
+    head_dim=64,
+    layers=28,
+    ffn_dim=4 * 2048,
+    max_sequence_length=128,
+    transformer_params=1_923_385_472,
+    text_encoder_params=4_762_310_656,
+    vae_params=419_193_649,
+    defaults=Defaults(
+        height=512,
+        width=704,
+        num_frames=161,
+        fps=24,
+        steps=50,
+        guidance_scale=3.0,
+        negative_prompt=_NEGATIVE_PROMPT,
+    ),
+)
+
+LTX_2 = LTX_VIDEO.model_copy(
+    update={
+        "alias": "ltx-2",
+        "title": "LTX-2 19B",
+        "family": "ltx-2",
+        "pipeline": "LTX2Pipeline",
+        "image_pipeline": None,
+        "hub_id": "Lightricks/LTX-2",
+        "aliases": ("ltx2",),
+        "licence": "LTX-2 Community",
+        "head_dim": 128,
+        "layers": 48,
+        "ffn_dim": 4 * 4096,
+        "text_dim": 3840,
+        "max_sequence_length": 1024,
+        "transformer_params": 18_876_174_592,
+        "text_encoder_params": 12_187_325_040,  # Gemma 3 12B
+        "vae_params": 1_222_479_601,
+        "defaults": LTX_VIDEO.defaults.model_copy(
+            update={"width": 768, "num_frames": 121, "steps": 40, "guidance_scale": 4.0}
+        ),
+    }
+)
+
+ENTRIES = (LTX_VIDEO, LTX_2)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = config.get("patch_size", 1)
+    doublings = 2 ** sum(vae["spatio_temporal_scaling"])
+    return {
+        "patch": (config.get("patch_size_t", 1), patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"],
+        "ffn_dim": 4 * hidden,
+        "text_dim": config["caption_channels"],
+        "latent_channels": config["in_channels"],
+        "vae_temporal": vae.get("temporal_compression_ratio") or vae["patch_size_t"] * doublings,
+        "vae_spatial": vae.get("spatial_compression_ratio") or vae["patch_size"] * doublings,
+    }
+
+
+def _ltx(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_figures(config, vae), "max_sequence_length": 128}
+
+
+def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_figures(config, vae), "max_sequence_length": 1024}
+
+
+_TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+PIPELINES = (
+    PipelineFacts(
+        "LTXPipeline",
+        "ltx-video",
+        "LTXVideoTransformer3DModel",
+        _TEXT,
+        _ltx,
+        guidance_by_batch=True,
+        image_pipeline="LTXImageToVideoPipeline",
+    ),
+    PipelineFacts("LTX2Pipeline", "ltx-2", "LTX2VideoTransformer3DModel", _TEXT, _ltx2, guidance_by_batch=True),
+)

@@ -1,0 +1,55 @@
+"""Mochi-1. Sides are multiples of 16: the pipeline takes 8, and its patch of 2 then cuts off an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+MOCHI_1 = ModelEntry(
+    alias="mochi-1",
+    title="Mochi 1 preview",
+    family="mochi",
+    pipeline="MochiPipeline",
+    hub_id="genmo/mochi-1-preview",
+    aliases=("mochi",),
+    licence="Apache-2.0",
+    vae_temporal=6,
+    latent_channels=12,
+    heads=24,
+    head_dim=128,
+    layers=48,
+    ffn_dim=4 * 3072 * 2 // 3,
+    max_sequence_length=256,
+    transformer_params=10_027_677_744,
+    text_encoder_params=4_762_310_656,
+    vae_params=459_748_611,
+    defaults=Defaults(height=480, width=848, num_frames=85, fps=30, steps=64, guidance_scale=4.5),
+)
+
+ENTRIES = (MOCHI_1,)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    patch = config["patch_size"]
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        "patch": (1, patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"],
+        "ffn_dim": 4 * hidden * 2 // 3,
+        "text_dim": config["text_embed_dim"],
+        "max_sequence_length": config.get("max_sequence_length", 256),
+        "latent_channels": config["in_channels"],
+        "vae_temporal": 6,
+        "vae_spatial": 8,
+    }
+
+
+_TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+PIPELINES = (
+    PipelineFacts("MochiPipeline", "mochi", "MochiTransformer3DModel", _TEXT, _figures, guidance_by_batch=True),
+)

@@ -1,0 +1,53 @@
+"""Motif-Video 2B: Wan 2.1's VAE, 12 dual-stream, 16 single-stream and 8 decoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+
+MOTIF_VIDEO_2B = ModelEntry(
+    alias="motif-video-2b",
+    title="Motif-Video 2B",
+    family="motif-video",
+    pipeline="MotifVideoPipeline",
+    hub_id="Motif-Technologies/Motif-Video-2B",
+    aliases=("motif-video",),
+    licence="see its model card",
+    vae_float32=True,
+    heads=12,
+    head_dim=128,
+    layers=12 + 24,
+    ffn_dim=4 * 1536,
+    transformer_params=2_151_132_608,
+    text_encoder_params=4_000_000_000,  # not published apart; about the size of the Gemma 3 it was made from
+    vae_params=126_892_531,
+    defaults=Defaults(height=736, width=1280, num_frames=121, fps=24, steps=50, guidance_scale=8.0),
+)
+
+ENTRIES = (MOTIF_VIDEO_2B,)
+
+
+def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    patch = config["patch_size"]
+    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        "patch": (config["patch_size_t"], patch, patch),
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "layers": config["num_layers"] + config["num_single_layers"],
+        "ffn_dim": int(config["mlp_ratio"] * hidden),
+        "text_dim": config["text_embed_dim"],
+        "latent_channels": config["out_channels"],
+        "vae_temporal": vae.get("scale_factor_temporal") or 4,
+        "vae_spatial": vae.get("scale_factor_spatial") or 8,
+        "vae_float32": True,
+    }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
+
+PIPELINES = (
+    PipelineFacts("MotifVideoPipeline", "motif-video", "MotifVideoTransformer3DModel", _TEXT, _figures, guider=True),
+)

@@ -1,0 +1,69 @@
+"""Where the weights are while a clip is made: the fastest of four ways whose estimated peak fits the card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vmonarch_cli import memory
+from vmonarch_cli.errors import ModelError
+from vmonarch_cli.wording import binary_size
+
+WORDS = {
+    "none": "all weights stay on the device",
+    "model": "one component at a time is on the device",
+    "group": "a few transformer blocks at a time are on the device",
+    "sequential": "one layer at a time is on the device",
+}
+
+
+def choose(wanted: str, peaks: dict[str, int], free: int, device: torch.device) -> tuple[str, str]:
+    """(mode, one line that says why). "auto" takes the first mode whose peak fits; a named mode is never changed.
+
+    Raises ModelError when none fits, or the named one does not even by the lower bound of the estimate.
+    """
+    if device.type == "cpu":
+        return "none", "on a CPU there is nothing to offload to"
+    if wanted != "auto":
+        return wanted, f"offload {wanted}, as asked: about {binary_size(peaks[wanted])} of {binary_size(free)} free"
+    for mode, peak in peaks.items():
+        if peak <= free:
+            return mode, f"offload {mode}: {WORDS[mode]}, about {binary_size(peak)} of {binary_size(free)} free"
+    least = min(peaks.values())
+    raise ModelError(
+        f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
+        f"{binary_size(free)} are free; choose a smaller size, fewer frames, --vae-tiling or --quantize fp8"
+    )
+
+
+def peaks_of(plan: Any, dtype: str) -> dict[str, int]:
+    """Estimated peak of each mode for a plan, the fastest mode first."""
+    return memory.peaks(
+        plan.model,
+        plan.grid,
+        plan.height,
+        plan.width,
+        plan.num_frames,
+        dtype,
+        quantize=plan.setup.quantize,
+        vae_tiling=plan.setup.vae_tiling,
+    )
+
+
+def place(pipeline: Any, mode: str, device: torch.device) -> None:
+    """Put the weights where the mode has them."""
+    if mode == "none":
+        pipeline.to(device)
+    elif mode == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif mode == "group":
+        pipeline.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+        )
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)

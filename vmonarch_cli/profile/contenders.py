@@ -1,0 +1,109 @@
+"""The ways to run a transformer's self-attention that take turns on one model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vmonarch_cli.attention import AttentionSession, swapped
+from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.profile.results import StepRow
+from vmonarch_kernels import dense_backends
+
+DENSE_ON_CPU = "sdpa"
+_DENSE = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+    DENSE_ON_CPU: None,
+}
+
+
+class SkippedAttention(AttentionSession):
+    """Self-attention that returns its values: what is left of a step is the floor of everything else."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, transformer: int, layer: int) -> Tensor:
+        """(B, N, heads, D) each -> a copy of v, as large a write as an attention's output."""
+        return v.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass
+class Contender:
+    """A way to run the transformer's self-attention; `enter` puts it in place for a step."""
+
+    row: StepRow
+    enter: Callable[[], Any]
+    session: AttentionSession | None = None
+    seconds: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
+def contenders(
+    transformer: Any, presets: Sequence[Preset], device: torch.device, dtype: torch.dtype
+) -> list[Contender]:
+    """Every dense backend of the device, every structured preset, and skipped attention, in this order."""
+    layers = FAMILIES[type(transformer).__name__].self_attentions(transformer)
+    found = [
+        Contender(StepRow(name, "dense"), functools.partial(_dense, layers, _DENSE[name]))
+        for name in _dense_names(device, dtype)
+    ]
+    for preset in presets:
+        if preset.attention != "dense":
+            # Dense first steps would be measured as if they were structured; the clip's time counts them.
+            measured = preset.model_copy(update={"dense_steps": 0})
+            row = StepRow(preset.name, "structured", note="warm" if preset.warm_start else "")
+            found.append(structured(transformer, row, AttentionSession(measured, [len(layers)])))
+    skipped = SkippedAttention(Preset(name="skipped", attention="dense"), [len(layers)])
+    found.append(structured(transformer, StepRow("skipped", "skipped"), skipped))
+    return found
+
+
+def structured(transformer: Any, row: StepRow, session: AttentionSession) -> Contender:
+    """The transformer with its attention swapped; the session keeps its warm state from step to step."""
+    return Contender(row, functools.partial(swapped, [transformer], session.preset, session=session), session)
+
+
+def _dense_names(device: torch.device, dtype: torch.dtype) -> list[str]:
+    if device.type != "cuda":
+        return [DENSE_ON_CPU]
+    known = dense_backends(device, dtype)
+    return [name for name in known if name in ("cudnn", "flash")] or [*known[:1]]
+
+
+@contextmanager
+def _dense(layers: dict[int, Any], backend: SDPBackend | None) -> Iterator[None]:
+    """The stock model under one SDPA backend (None: torch's choice).
+
+    Each backend gets a subclass of the stock processor that adds nothing: compiled graphs, in which the choice is
+    frozen, are told apart by the class.
+    """
+    with ExitStack() as undo:
+        for module in layers.values():
+            stock = module.processor
+            undo.callback(setattr, module, "processor", stock)
+            module.processor = copy.copy(stock)
+            module.processor.__class__ = _subclass(type(stock), "" if backend is None else backend.name)
+        if backend is not None:
+            undo.enter_context(sdpa_kernel(backend))
+        yield
+
+
+_SUBCLASSES: dict[tuple[type, str], type] = {}
+
+
+def _subclass(stock: type, name: str) -> type:
+    """One class per backend, however often it takes its turn."""
+    if (stock, name) not in _SUBCLASSES:
+        _SUBCLASSES[stock, name] = type(f"{stock.__name__}{name}", (stock,), {})
+    return _SUBCLASSES[stock, name]

@@ -1,0 +1,268 @@
+"""Attention alone: every preset and every dense backend on the same tensors, timed in turn and checked."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
+from vmonarch_cli.profile.inputs import Kind, attention_inputs
+from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
+from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
+from vmonarch_kernels import monarch_attention, resolve_impl
+from vmonarch_kernels.cost import dense_bytes, dense_flops, is_exact, monarch_bytes, monarch_flops
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+OnWork = Callable[[str], None]
+
+SHAPES_GPU = ((20, 1456), (21, 1560), (47, 1456), (21, 3600), (81, 1456))
+SHAPES_CPU = ((13, 144), (13, 400))
+# (heads, head dimension) and repeats by kind of device
+HEADS_GPU, HEADS_CPU = (12, 128), (4, 64)
+REPEATS_GPU, REPEATS_CPU = 20, 7
+
+EAGER_FACTOR = 1.5
+"""A structured output may be this many times as far from the wide result as the eager algorithm in its own dtype."""
+# What rounding of the output alone may cost, below which the eager error is no measure.
+_ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+_DENSE_BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+_QUANTISED_BUDGET = 0.1
+_REFERENCE_BYTES = 1 << 30
+_MAX_TIMING_S = 20.0
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What to measure on which tensors."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    batch: int
+    presets: Sequence[Preset]
+    repeats: int
+    inputs: Kind = "video"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A row before it is measured, and the call behind it."""
+
+    row: KernelRow
+    run: Callable[[], Tensor]
+    check: Callable[[Tensor, float], Check]
+    """Of an output and its error against dense."""
+
+
+def profile_shape(
+    settings: KernelSettings, chip: ChipPeak, frames: int, positions: int, seconds: float, on_work: OnWork
+) -> KernelShape:
+    """All rows of one shape; `seconds` bounds the repeats, not the preparation.
+
+    Whatever a contender raises becomes its row's failure and the others go on.
+    """
+    tensors = attention_inputs(
+        settings.inputs,
+        frames,
+        positions,
+        settings.heads,
+        settings.head_dim,
+        batch=settings.batch,
+        dtype=settings.dtype,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    on_work("float32 truth")
+    exact = ExactSample(*tensors)
+    rows: list[KernelRow] = []
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, make in _makers(settings, chip, tensors, frames, positions):
+        on_work(name)
+        row, run = _first_run(make, exact, settings.device)
+        rows.append(row)
+        if run is not None:
+            calls[row.name] = run
+    on_work("timing")
+    try:
+        times = timed(calls, settings.device, settings.repeats, min(seconds, _MAX_TIMING_S)) if calls else {}
+    except Exception as error:
+        rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
+        times = {}
+    return KernelShape(
+        frames,
+        positions,
+        [replace(row, time=Spread.of(times[row.name])) if row.name in times else row for row in rows],
+    )
+
+
+def estimate_seconds(before: Sequence[tuple[KernelShape, float]], frames: int, positions: int) -> float:
+    """About how long a shape will take, from the shapes done (and their seconds); dense attention sets the scale."""
+    if not before:
+        return 0.0
+    shape, seconds = before[-1]
+    return seconds * max(0.3, (frames * positions / shape.tokens) ** 2)
+
+
+def run_kernel(
+    settings: KernelSettings,
+    chip: ChipPeak,
+    shapes: Sequence[tuple[int, int]],
+    budget: Budget,
+    on_shape: Callable[[KernelShape], None],
+    on_work: OnWork = lambda words: None,
+) -> tuple[list[KernelShape], list[dict[str, str]]]:
+    """Shapes measured, and those for which the time ran out; `on_shape` gets each as soon as it is done."""
+    done: list[tuple[KernelShape, float]] = []
+    skipped: list[dict[str, str]] = []
+    for index, (frames, positions) in enumerate(shapes):
+        name = f"{frames}x{positions}"
+        if not budget.allows(estimate_seconds(done, frames, positions)):
+            skipped.append({"what": name, "why": f"--seconds {budget.seconds:g} would not be enough"})
+            continue
+        share = 0.5 * budget.left / (len(shapes) - index)
+        began = time.monotonic()
+        try:
+            shape = profile_shape(settings, chip, frames, positions, share, _prefixed(on_work, name))
+        except Exception as error:  # the tensors themselves do not fit, or the device is lost
+            skipped.append({"what": name, "why": reason(error)})
+            continue
+        done.append((shape, time.monotonic() - began))
+        on_shape(shape)
+    return [shape for shape, _ in done], skipped
+
+
+def _prefixed(on_work: OnWork, name: str) -> OnWork:
+    return lambda words: on_work(f"{name}: {words}")
+
+
+def _makers(
+    settings: KernelSettings, chip: ChipPeak, tensors: Tensors, frames: int, positions: int
+) -> list[tuple[str, Callable[[], _Contender]]]:
+    backends = installed_backends(settings.device, settings.dtype)
+    makers: list[tuple[str, Callable[[], _Contender]]] = [
+        (b.name, functools.partial(_dense, settings, chip, tensors, frames, positions, b)) for b in backends
+    ]
+    makers += [
+        (p.name, functools.partial(_structured, settings, chip, tensors, frames, positions, p))
+        for p in settings.presets
+        if p.attention != "dense"
+    ]
+    return makers
+
+
+def _first_run(
+    make: Callable[[], _Contender], exact: ExactSample, device: torch.device
+) -> tuple[KernelRow, Callable[[], Tensor] | None]:
+    """The row with its first call, error, check and memory; and the call, or None when it failed."""
+    row = KernelRow("", "dense")
+    try:
+        contender = make()
+        row = contender.row
+        first_s, out = wall(contender.run, device)
+        error = exact.error(out)
+        row = replace(row, first_call_s=first_s, error=error, check=contender.check(out, error))
+        del out
+        row = replace(row, peak_bytes=call_memory(contender.run, device))
+    except Exception as error_:
+        name, kind = _identity(make)
+        return replace(row, name=name, kind=kind, failure=reason(error_)), None
+    return row, contender.run
+
+
+def _identity(make: Callable[[], _Contender]) -> tuple[str, str]:
+    """Name and kind of a contender that could not even be made."""
+    subject = make.args[-1]  # type: ignore[attr-defined]
+    return subject.name, "structured" if isinstance(subject, Preset) else "dense"
+
+
+def _dense(
+    settings: KernelSettings, chip: ChipPeak, tensors: Tensors, frames: int, positions: int, backend: DenseBackend
+) -> _Contender:
+    size = ((frames, positions, 1), settings.heads, settings.head_dim, settings.batch)
+    work = dense_flops(*size)
+    row = KernelRow(
+        backend.name,
+        "dense",
+        note=backend.note,
+        flops=work,
+        floor_s=chip.floor(work, dense_bytes(*size, settings.dtype.itemsize)),
+    )
+    budget = _QUANTISED_BUDGET if backend.note == QUANTISED else _DENSE_BUDGET[settings.dtype]
+    return _Contender(row, functools.partial(backend.attend, *tensors), functools.partial(_dense_check, budget))
+
+
+def _dense_check(budget: float, out: Tensor, error: float) -> Check:
+    return Check(error, budget, "dense attention in float32")
+
+
+def _structured(
+    settings: KernelSettings, chip: ChipPeak, tensors: Tensors, frames: int, positions: int, preset: Preset
+) -> _Contender:
+    """A preset as a model calls it: warm ones in steady state, from the L of an earlier call and keeping the next."""
+    grid = (frames, positions, 1)
+    impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
+    options: dict[str, Any] = {
+        "num_steps": preset.num_steps,
+        "c_floor": preset.c_floor,
+        "first_frame": preset.first_frame,
+        "band": preset.band,
+    }
+    exact = is_exact(frames, preset.band)
+    warm = preset.warm_start and not exact
+    if warm:
+        _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)
+        options["num_steps"] = 1
+    counted = {name: options[name] for name in ("num_steps", "first_frame", "band")}
+    size = (grid, settings.heads, settings.head_dim, settings.batch)
+    work = monarch_flops(*size, warm=warm, **counted)
+    moved = monarch_bytes(*size, settings.dtype.itemsize, warm=warm, keep_l=warm, **counted)
+    row = KernelRow(
+        preset.name,
+        "structured",
+        note="exact" if exact else ("warm" if warm else "cold"),
+        impl=impl,
+        flops=work,
+        floor_s=chip.floor(work, moved),
+    )
+
+    def run() -> Tensor:
+        if warm:
+            return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
+        out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
+        return out
+
+    def check(out: Tensor, error: float) -> Check:
+        if exact:
+            return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
+        return _structured_check(out, tensors, grid, impl, options)
+
+    return _Contender(row, run, check)
+
+
+def _structured_check(
+    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, options: dict[str, Any]
+) -> Check:
+    """The output against the same algorithm in wider arithmetic, by another implementation where one fits.
+
+    The budget is EAGER_FACTOR times the error that the eager algorithm makes in the tensors' own dtype.
+    """
+    dtype = out.dtype
+    batch, tokens, heads, _ = out.shape
+    fits = batch * heads * tokens * (tokens // grid[0]) * 8 <= _REFERENCE_BYTES
+    other = "reference" if impl == "torch" and fits else "torch"
+    on_cpu = out.device.type == "cpu"
+    wide = torch.float64 if dtype == torch.float32 and on_cpu else torch.float32
+    q, k, v = (x.to(wide) for x in tensors)
+    truth: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
+    eager: Tensor = monarch_attention(*tensors, grid, impl=other, **options)
+    budget = max(_ROUNDING[dtype], EAGER_FACTOR * difference(eager, truth))
+    return Check(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")

@@ -1,0 +1,219 @@
+"""Plots with matplotlib, which is an optional extra; the file's ending decides between PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.profile.record import check_parent
+from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile, QualityProfile
+
+ENDINGS = (".png", ".svg")
+PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))
+"""(tokens, speedup over FlashAttention-2, ">" where only a bound is given) of the kernel in the VMonarch paper."""
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes; one per preset, in the order of the list.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F2B")
+_GREY = "#777777"
+
+
+def check_plot(target: str | None) -> Path | None:
+    """The plot's path; InputError before anything is measured when it could not be drawn."""
+    if target is None:
+        return None
+    path = Path(target)
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"--plot takes a file that ends in {' or '.join(ENDINGS)}, got {target}")
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is not installed: pip install 'vmonarch[plot]'")
+    check_parent(path, "--plot")
+    return path
+
+
+def plot_kernel(shapes: Sequence[KernelShape], caption: str, path: Path) -> None:
+    """Speedup over length, against FlashAttention-2 (with the paper's points) and against the fastest dense backend.
+
+    Lines join lengths of one frame size; the preset `exact`, which is dense attention, is left out.
+    """
+    ordered = sorted(shapes, key=lambda s: (s.tokens, s.frames))
+    rows = [row for shape in ordered for row in shape.rows if row.time is not None]
+    flash = [shape.row("flash") for shape in ordered]
+    has_flash = any(row is not None and row.time is not None for row in flash)
+    only_flash = has_flash and all(
+        shape.fastest_dense in (None, row) for shape, row in zip(ordered, flash, strict=True)
+    )
+    on_gpu = any(row.peak_bytes for row in rows)
+    panels = (["flash"] if has_flash else []) + ([] if only_flash else ["fastest"])
+    names = list(dict.fromkeys(row.name for row in rows if row.kind == "structured" and row.name != EXACT))
+    figure, axes = _figure(len(panels), caption)
+    for axis, panel in zip(axes, panels, strict=True):
+        for colour, name in zip(_cycle(len(names)), names, strict=True):
+            _speedup_lines(axis, ordered, name, panel == "flash", colour)
+        if panel == "flash" and on_gpu:
+            _paper_points(axis)
+        axis.axhline(1, color=_GREY, linewidth=0.8, linestyle=":")
+        _log_axes(axis, "tokens")
+        axis.margins(x=0.08, y=0.12)
+        for shape in ordered:
+            axis.annotate(
+                f"{shape.frames} x {shape.positions}",
+                (shape.tokens, 0.01),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                fontsize=6,
+                color=_GREY,
+                ha="right",
+                va="bottom",
+            )
+        who = "FlashAttention-2 (SDPA flash)" if on_gpu else "SDPA flash"
+        axis.set_title(f"against {who if panel == 'flash' else 'the fastest dense backend'}", fontsize=10, loc="left")
+        axis.set_ylabel("speedup of the attention call")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _speedup_lines(axis: Any, ordered: Sequence[KernelShape], name: str, over_flash: bool, colour: str) -> None:
+    by_size: dict[int, list[tuple[int, float]]] = {}
+    for shape in ordered:
+        row, over = shape.row(name), shape.row("flash") if over_flash else shape.fastest_dense
+        value = shape.speedup(row, over) if row is not None else None
+        if value is not None:
+            by_size.setdefault(shape.positions, []).append((shape.tokens, value))
+    for index, points in enumerate(by_size.values()):
+        label = name if index == 0 else None
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=label)
+
+
+def _paper_points(axis: Any) -> None:
+    tokens, speedups, bounds = zip(*PAPER_POINTS, strict=True)
+    label = "VMonarch paper, as it reports"
+    axis.plot(tokens, speedups, "D", color="black", fillstyle="none", markersize=5, label=label)
+    for count, speedup, bound in zip(tokens, speedups, bounds, strict=True):
+        offset, align = ((-6, -3), "right") if bound else ((6, -3), "left")
+        axis.annotate(
+            f"{bound}{speedup:g}x", (count, speedup), xytext=offset, textcoords="offset points", fontsize=7, ha=align
+        )
+
+
+def plot_model(profile: ModelProfile, caption: str, path: Path) -> None:
+    """One bar per row: the step, of which everything but self-attention is grey."""
+    rows = [row for row in profile.rows if row.step is not None]
+    figure, axes = _figure(1, caption)
+    axis = axes[0]
+    floor = profile.skipped.step.median if profile.skipped and profile.skipped.step else 0.0
+    for place, row in enumerate(rows):
+        if row.step is None:
+            continue
+        total = row.step.median
+        colour = {"dense": "#0072B2", "structured": "#D55E00"}.get(row.kind, _GREY)
+        rest = min(floor, total)
+        axis.barh(place, rest, color="#bbbbbb", height=0.62)
+        axis.barh(place, total - rest, left=rest, color=colour, height=0.62)
+        gain = profile.speedup(row)
+        words = f"{total:.3g} s" if total >= 2 else f"{1e3 * total:.0f} ms"
+        more = f"  {gain:.2f}x" if gain and row.kind == "structured" else ""
+        axis.annotate(words + more, (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row.name} {row.note}".strip() for row in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    axis.set_xlabel("seconds per denoising step; grey: everything but self-attention")
+    w, h, frames = profile.size
+    axis.set_title(f"{profile.model}, {w}x{h}, {frames} frames, {profile.tokens:,} tokens", fontsize=10, loc="left")
+    _save(figure, path)
+
+
+def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
+    """Latent error over work, presets named, the frontier as a line."""
+    figure, axes = _figure(1, caption)
+    axis = axes[0]
+    rows = [r for r in profile.rows if r.latent_error and r.flops_share]
+    groups = list(dict.fromkeys(row.group for row in rows))
+    for colour, group in zip(_cycle(len(groups)), groups, strict=True):
+        of_group = [row for row in rows if row.group == group]
+        axis.plot(
+            [100 * (row.flops_share or 0) for row in of_group],
+            [row.latent_error for row in of_group],
+            "o",
+            color=colour,
+            markersize=6 if group == "preset" else 4,
+            label=group,
+        )
+    frontier = [row for row in profile.frontier() if row.latent_error]
+    axis.plot(
+        [100 * (row.flops_share or 0) for row in frontier],
+        [row.latent_error for row in frontier],
+        drawstyle="steps-post",
+        color=_GREY,
+        linewidth=1,
+        zorder=0,
+    )
+    named = {row.name: row for row in [*frontier, *(row for row in rows if row.is_preset)]}
+    for row in named.values():
+        # Below and to the left of the frontier there is nothing, so that is where its names go.
+        offset, align = ((6, 4), "left") if row.is_preset else ((-5, -8), "right")
+        axis.annotate(
+            row.name,
+            (100 * (row.flops_share or 0), row.latent_error or 0),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=8 if row.is_preset else 6,
+            weight="bold" if row.is_preset else "normal",
+            ha=align,
+        )
+    _log_axes(axis, "self-attention operations, % of dense", log_x=False)
+    axis.set_ylabel("relative L2 error of the final latents")
+    axis.margins(x=0.18, y=0.12)
+    axis.set_xlim(left=0)
+    clips = f"{len(profile.prompts)} prompt{'s' if len(profile.prompts) > 1 else ''}"
+    title = f"{profile.model}: {clips}, {profile.steps} steps; line: the frontier"
+    axis.set_title(title, fontsize=10, loc="left")
+    if len(groups) > 1:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 if panels == 1 else 10.4, 4.4), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    figure.supxlabel(caption, fontsize=7, color=_GREY, x=0.01, ha="left")
+    return figure, axes
+
+
+def _log_axes(axis: Any, title: str, *, log_x: bool = True) -> None:
+    """Logarithms with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    if log_x:
+        axis.set_xscale("log")
+    for part in (axis.xaxis, axis.yaxis) if log_x else (axis.yaxis,):
+        part.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        part.set_major_formatter(FuncFormatter(_plain_number))
+        part.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(title)
+
+
+def _plain_number(value: float, _: object) -> str:
+    """'0.05', '20', '50K'."""
+    return f"{value / 1000:g}K" if value >= 10_000 else f"{value:,g}"
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text: searchable, and small
+        figure.savefig(path, dpi=160)

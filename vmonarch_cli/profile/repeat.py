@@ -1,0 +1,91 @@
+"""Interleaved repeats: every contender once per round, so that a drifting clock or a busy machine meets all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.clock import Clock, Mark
+
+MIN_ROUNDS = 3
+
+
+class Budget:
+    """Wall-clock seconds that a run may take; without a limit nothing is ever late."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._began = time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def left(self) -> float:
+        return float("inf") if self.seconds is None else self.seconds - self.spent
+
+    def allows(self, seconds: float) -> bool:
+        """Whether work that takes about this long still fits."""
+        return self.left >= seconds
+
+
+def timed(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the caller has run every call once.
+
+    The first in a round moves on by one each time. Rounds stop after `repeats`, or when `seconds` have passed and
+    MIN_ROUNDS are done. Calls of a round are queued back to back, as a model queues its layers.
+    """
+    clock = Clock(device)
+    names = list(calls)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    began = time.monotonic()
+    for index in range(repeats):
+        if index >= min(MIN_ROUNDS, repeats) and time.monotonic() - began > seconds:
+            break
+        turn = index % len(names)
+        marks: dict[str, tuple[Mark, Mark]] = {}
+        clock.settle()
+        for name in names[turn:] + names[:turn]:
+            start = clock.mark()
+            calls[name]()
+            marks[name] = (start, clock.mark())
+        clock.settle()
+        for name, span in marks.items():
+            found[name].append(Clock.seconds(*span))
+    return found
+
+
+def wall(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """(seconds until the device is done, what the call returned)."""
+    clock = Clock(device)
+    clock.settle()
+    began = time.perf_counter()
+    result = run()
+    clock.settle()
+    return time.perf_counter() - began, result
+
+
+def call_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call adds at its peak, output included; None where torch does not count (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong, for a row that has no figures."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200].rstrip(".")
