@@ -25,7 +25,7 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "offload"}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model"}
 _MAX_NAME_BYTES = 180
 
 
@@ -119,11 +119,19 @@ def assign_names(
 
 
 def in_running_order(clips: Iterable[Clip]) -> list[Clip]:
-    """Clips of one shape and preset after each other, so that kernels compile once; else by line."""
+    """Clips of one kind, shape and preset after each other, so that nothing loads or compiles twice; else by line."""
     groups: dict[object, list[Clip]] = {}
-    for clip in clips:
+    for clip in sorted(clips, key=lambda clip: clip.plan.image is not None):
         plan = clip.plan
-        group = (plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale > 1, plan.flow_shift)
+        group = (
+            plan.image is not None,
+            plan.height,
+            plan.width,
+            plan.num_frames,
+            plan.preset,
+            plan.guidance_scale > 1,
+            plan.flow_shift,
+        )
         groups.setdefault(group, []).append(clip)
     return [clip for group in groups.values() for clip in group]
 
@@ -180,6 +188,7 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
 def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
+    content["setup"].pop("offload", None)
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
         content["model_source"] = str(Path(plan.model_source).resolve())

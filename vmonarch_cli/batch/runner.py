@@ -69,6 +69,7 @@ class _Run:
         self._claims = claims
         self._on_event = on_event
         self._maker: ClipMaker | None = None
+        self._with_image = False
         self._clip: Clip | None = None
         self._position = {clip.key: index for index, clip in enumerate(batch.clips)}
 
@@ -171,7 +172,10 @@ class _Run:
         return denoised
 
     def _loaded(self, clip: Clip) -> ClipMaker:
-        if self._maker is None:
+        with_image = clip.plan.image is not None
+        if self._maker is None or self._with_image != with_image:
+            self._maker = None  # the pipeline before goes first: both may not fit
+            self._with_image = with_image
             self._maker = ClipMaker(clip.plan, retry_dense=self._limits.retry_dense, on_event=self._relay)
         return self._maker
 
