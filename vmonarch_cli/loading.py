@@ -68,12 +68,14 @@ def load_pipeline(
     setup: Setup = Setup(offload="none"),  # noqa: B008 - frozen
     offload_mode: str = "none",
     image_pipeline: str | None = None,
+    share_clip: bool = False,
 ) -> Any:
     """A diffusers pipeline from a local folder or a hub id, ready to run.
 
     Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``offload_mode`` is
     what ``offload.choose`` decided; ``image_pipeline`` names the class to use the weights with when there is a first
-    frame. Only safetensors are read and no code from the model runs. Under torchrun the transformer is split.
+    frame; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read and no code from
+    the model runs.
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     quiet_libraries()
@@ -108,7 +110,8 @@ def load_pipeline(
             if image_pipeline is not None:
                 pipeline = _as_image_pipeline(pipeline, image_pipeline)
             additions.prepare(pipeline, setup, dtype)
-            distributed.split(pipeline, device)
+            if share_clip:
+                distributed.split(pipeline, device)
             offload.place(pipeline, offload_mode, device)
             additions.finish(pipeline, setup)
     except VmonarchError:

@@ -21,7 +21,7 @@ from vmonarch_cli.wording import binary_size, flops
 def models_table(models: Sequence[ModelEntry]) -> Table:
     """What each model makes by default, what a denoising step's self-attention costs, and what memory it takes."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False, caption_justify="left")
-    for title in ("model", "by default", "tokens", "attention", "memory"):
+    for title in ("model", "by default", "attention", "memory"):
         table.add_column(title)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -30,18 +30,17 @@ def models_table(models: Sequence[ModelEntry]) -> Table:
         table.add_row(
             Text.assemble(
                 (model.alias, "bold"),
-                (f"  {_billions(model.transformer_params * model.transformers)}, {model.licence}\n", "dim"),
-                (model.hub_id or "comes with vmonarch", "dim"),
+                (f"\n{model.hub_id or 'comes with vmonarch'}\n", "dim"),
+                (f"{_billions(model.transformer_params * model.transformers)}, {model.licence}", "dim"),
                 overflow="fold",
             ),
-            f"{d.width}x{d.height}\n{d.num_frames} frames",
-            f"{_tokens(model):,}",
+            f"{d.width}x{d.height}\n{d.num_frames} frames\n{_tokens(model):,} tokens",
             f"{flops(cost.dense_call)}\n{flops(cost.structured_call)}",
-            f"{binary_size(peaks['none'])}\n{binary_size(peaks['model'])} {binary_size(peaks['group'])}",
+            "\n".join(binary_size(peaks[mode]) for mode in ("none", "model", "group")),
         )
     table.caption = (
-        f"attention: of one layer's call, dense and with preset {DEFAULT_PRESET}; memory: estimated peak in bfloat16, "
-        "below it with --offload model and group"
+        f"attention: of one layer's call, dense and with preset {DEFAULT_PRESET}; memory: estimated peak in bfloat16 "
+        "with --offload none, model and group"
     )
     return table
 

@@ -25,14 +25,12 @@ class Machine:
 
 def check_machine(plan: Plan) -> Machine:
     """Resolve "auto" for this machine; DeviceError or ModelError when the plan cannot run on it (imports torch)."""
-    from vmonarch_cli import distributed
     from vmonarch_cli.loading import device_name, pick_device, pick_dtype
     from vmonarch_cli.run import offload_mode
 
     device = pick_device(plan.device)
     dtype = pick_dtype(plan.dtype, device)
     name = str(dtype).removeprefix("torch.")
-    distributed.check_tokens(plan.tokens)
     placed = ""
     if device.type == "cpu":
         check_cpu_memory(plan, name)

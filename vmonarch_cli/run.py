@@ -59,7 +59,8 @@ def generate(
     Raises DeviceError and ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not
     written, the clips before it are), OutputError when a file cannot be written.
     """
-    maker = ClipMaker(plan, retry_dense=retry_dense, on_event=on_event)
+    distributed.check_tokens(plan.tokens)
+    maker = ClipMaker(plan, retry_dense=retry_dense, on_event=on_event, share_clip=True)
     results = []
     for index in range(plan.num_videos):
         path = latents_path(plan.outputs[index])
@@ -81,8 +82,19 @@ class ClipMaker:
     presets take turns without loading or compiling anything again.
     """
 
-    def __init__(self, plan: Plan, *, retry_dense: bool = True, on_event: OnEvent = lambda event: None) -> None:
-        """Load the plan's model. retry_dense: make a clip whose latents are not finite once more, all dense."""
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        retry_dense: bool = True,
+        on_event: OnEvent = lambda event: None,
+        share_clip: bool = False,
+    ) -> None:
+        """Load the plan's model.
+
+        retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
+        torchrun make each clip together; otherwise they have nothing to do with each other.
+        """
         self._on_event = on_event
         self._retry_dense = retry_dense
         self._device = pick_device(plan.device)
@@ -98,6 +110,7 @@ class ClipMaker:
             setup=plan.setup,
             offload_mode=mode,
             image_pipeline=plan.model.image_pipeline if plan.image else None,
+            share_clip=share_clip,
         )
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}

@@ -44,7 +44,7 @@ def batch(
 
 def tree(folder: Path) -> list[str]:
     """Everything in a folder, at any depth."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "index.html")
 
 
 def whole(names: Sequence[str]) -> list[str]:

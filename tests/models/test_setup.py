@@ -223,7 +223,7 @@ from vmonarch_cli.loading import load_pipeline
 from vmonarch_cli.presets import Preset
 torch.set_num_threads(1)
 tiny = TINY[{name!r}]
-pipeline = load_pipeline({folder!r}, device=torch.device("cpu"), dtype=torch.float32)
+pipeline = load_pipeline({folder!r}, device=torch.device("cpu"), dtype=torch.float32, share_clip=True)
 made = {{}}
 for preset in (Preset(name="exact", band=1024), Preset(name="paper")):
     with swapped(pipeline, preset) as session:
@@ -271,14 +271,14 @@ def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: 
 def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="diffusers has no context-parallel plan for it"):
-        load(folders["hunyuan-video"])
+        load(folders["hunyuan-video"], share_clip=True)
     with pytest.raises(
         InputError, match="LTXVideoTransformer3DModel cannot be split over 2 processes: diffusers' plan"
     ):
-        load(folders["ltx-video"])
+        load(folders["ltx-video"], share_clip=True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
-        load(folders["wan"])
+        load(folders["wan"], share_clip=True)
 
 
 # Flags

@@ -18,7 +18,7 @@ from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import FORMATS, read_prompts
 from vmonarch_cli.batch.ranks import Rank, leave_group, on_own_device, read_rank
-from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError
+from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
 from vmonarch_cli.interrupts import Interrupted, stoppable
 from vmonarch_cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
 from vmonarch_cli.plan import GenerateRequest
@@ -146,9 +146,22 @@ def _run(
             raise typer.Exit(stop.exit_code) from None
     left = [entry for entry in entries.values() if entry.status != "done"]
     if rank.rank == 0:
+        _write_page(batch, entries, errors)
         _show_end(batch, entries, errors, as_json=as_json, silent=silent)
     if left:
         raise typer.Exit(EXIT_CLIP_FAILED)
+
+
+def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
+    """The folder's index.html; the clips are what the user asked for, so a page that fails is a warning."""
+    if not any(entry.status == "done" for entry in entries.values()):
+        return
+    from vmonarch_cli.gallery import write_gallery
+
+    try:
+        write_gallery(batch.folder)
+    except VmonarchError as error:
+        errors.print(f"warning: the gallery was not written: {error}", markup=False)
 
 
 def _show_end(batch: Batch, entries: dict[str, Any], errors: Console, *, as_json: bool, silent: bool) -> None:
