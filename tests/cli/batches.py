@@ -43,7 +43,7 @@ def batch(
 
 
 def tree(folder: Path) -> list[str]:
-    """Everything in a folder, at any depth."""
+    """Everything in a folder but its gallery, at any depth."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "index.html")
 
 

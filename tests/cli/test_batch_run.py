@@ -535,3 +535,4 @@ def test_torchrun_with_two_processes(tiny_wan_folder: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{tmp_path}/out/{name}.mp4" for name in NAMES]
     assert tree(tmp_path / "out") == whole(NAMES)
+    assert "red-s0.mp4" in (tmp_path / "out" / "index.html").read_text(), "the gallery comes with the batch"
