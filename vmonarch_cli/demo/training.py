@@ -65,10 +65,10 @@ class Clock:
         """Whether this run must stop now."""
         if self.stop_after is not None and step >= self.stop_after:
             return True
-        if self.max_steps is not None and step >= self.max_steps:
-            return True
+        if self.max_steps is not None:
+            return step >= self.max_steps
         out_of_time = time.monotonic() - _PROCESS_START >= self.run_seconds - self.reserve
-        return out_of_time or (self.max_steps is None and self.position(step) >= 1.0)
+        return out_of_time or self.position(step) >= 1.0
 
 
 def learning_rate(base: float, position: float, step: int, *, warmup: int = 100, final: float = 0.01) -> float:
