@@ -26,6 +26,18 @@ def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MA
 
 
 @triton.jit
+def _key_range(part, frames, positions, first_query_frame, band, width, split_keys, SPLIT: tl.constexpr):
+    """First key token and end of a program's window: the clamped band of a query frame, or a split of frame 0's."""
+    if SPLIT:
+        key_first = part * split_keys
+        key_end = tl.minimum(key_first + split_keys, width * positions)
+    else:
+        key_first = tl.minimum(tl.maximum(part + first_query_frame - band, 0), frames - width) * positions
+        key_end = key_first + width * positions
+    return key_first, key_end
+
+
+@triton.jit
 def _store_output(p_o, s_op, acc, total, o_j, o_d, positions, head_dim):
     """Normalised rows of an attention, to p_o + o_j * s_op."""
     m_tile = (o_j < positions)[:, None] & (o_d < head_dim)[None, :]
@@ -78,14 +90,8 @@ def attend_kernel(
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = (tl.program_id(2) % heads).to(tl.int64)
 
-    if SPLIT:
-        frame = 0
-        key_first = part * split_keys
-        key_end = tl.minimum(key_first + split_keys, width * positions)
-    else:
-        frame = part + first_query_frame
-        key_first = tl.minimum(tl.maximum(frame - band, 0), frames - width) * positions
-        key_end = key_first + width * positions
+    key_first, key_end = _key_range(part, frames, positions, first_query_frame, band, width, split_keys, SPLIT)
+    frame = 0 if SPLIT else part + first_query_frame
 
     o_j = block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -177,14 +183,8 @@ def attend_ws_kernel(
     part = tl.program_id(1)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = (tl.program_id(2) % heads).to(tl.int64)
-    if SPLIT:
-        frame = 0
-        key_first = part * split_keys
-        key_end = tl.minimum(key_first + split_keys, width * positions)
-    else:
-        frame = part + first_query_frame
-        key_first = tl.minimum(tl.maximum(frame - band, 0), frames - width) * positions
-        key_end = key_first + width * positions
+    key_first, key_end = _key_range(part, frames, positions, first_query_frame, band, width, split_keys, SPLIT)
+    frame = 0 if SPLIT else part + first_query_frame
 
     o_j = block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
