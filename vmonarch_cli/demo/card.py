@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.demo.model import WEIGHTS_DIR
+from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
 from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
 
 _TEMPLATE = """---
@@ -34,7 +34,7 @@ measured without a download. It loads through `WanPipeline`, like the large mode
 | autoencoder | `AutoencoderKLWan`, 4x in space and time, {z_dim} channels | {vae_millions:.2f} M |
 | text encoder | `UMT5EncoderModel`, {text_layers} layers of {d_model} | {text_millions:.2f} M |
 | tokenizer | word level, {words} tokens | |
-| scheduler | `UniPCMultistepScheduler` on flow sigmas, shift 3 | |
+| scheduler | `UniPCMultistepScheduler` on flow sigmas, shift {flow_shift:g} | |
 
 Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The token grid is 13 x 12 x 12.
 
@@ -125,6 +125,7 @@ def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], 
         dit_seconds=dit["seconds"],
         dit_device=dit["device"],
         dit_loss=dit["loss"],
+        flow_shift=FLOW_SHIFT,
         vae_eval_clips=score["vae"]["clips"],
         vae_psnr=score["vae"]["psnr"],
         vae_worst=score["vae"]["psnr_worst_clip"],

@@ -105,8 +105,10 @@ def sample_spec(split: Split, seed: int, index: int) -> ClipSpec:
     """The clip number `index` of a split; the same arguments always give the same clip."""
     name = f"{split}/{seed}/{index}"
     rng = random.Random(name)
+    # Decided once: a pair has two chances to be held out, so redrawing it too would fill the held-out split with pairs.
+    pair = rng.random() < PAIR_SHARE
     while True:
-        spec = _draw(rng, name)
+        spec = _draw(rng, name, pair=pair)
         held_out = [is_held_out(*o.triple) for o in spec.objects]
         if any(held_out) == (split == "heldout"):
             return spec
@@ -120,10 +122,10 @@ def spec_stream(split: Split, seed: int, start: int = 0) -> Iterator[ClipSpec]:
         index += 1
 
 
-def _draw(rng: random.Random, name: str) -> ClipSpec:
+def _draw(rng: random.Random, name: str, *, pair: bool) -> ClipSpec:
     background = rng.choice(list(BACKGROUNDS))
     colours = [c for c in COLOURS if contrasts(c, background)]
-    if rng.random() < PAIR_SHARE:
+    if pair:
         objects = _draw_pair(rng, colours)
     else:
         shape = rng.choice(list(SHAPES))
