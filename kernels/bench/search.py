@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vmonarch_kernels import launch
-from vmonarch_kernels.configs import AttendConfig, LStepConfig, shared_memory_bytes
+from vmonarch_kernels.configs import AttendConfig, HopperConfig, LStepConfig, shared_memory_bytes
 from vmonarch_kernels.structure import split_frames
 
 KINDS = ("r", "rv", "first", "band")
@@ -34,7 +34,8 @@ def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch._C
     size = (1, frames * positions, heads, dim)
     q, k, v = (torch.randn(size, device="cuda", dtype=dtype) for _ in range(3))
     limit = launch.shared_memory_limit(q.device)
-    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, limit)
+    capability = torch.cuda.get_device_capability()
+    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, limit, capability)
 
 
 def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
@@ -53,30 +54,38 @@ def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], li
     return run, [out, lse], 12
 
 
-def median_ms(run: Callable[[], None], repeats: int = 15) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def median_ms(run: Callable[[], object], repeats: int = 15) -> float:
+    """Calls are queued back to back, so that the GPU and not the host's launching is timed."""
+    for _ in range(3):
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def use_attend(config: AttendConfig) -> None:
-    launch.attend_config = lambda *_, **__: config  # type: ignore[assignment]
+def use_attend(config: AttendConfig | HopperConfig) -> None:
+    """Make every launch take this tile, and the kernel that it belongs to."""
+    hopper = config if isinstance(config, HopperConfig) else None
+    launch.hopper_config = lambda *_, **__: hopper  # type: ignore[assignment]
+    if isinstance(config, AttendConfig):
+        launch.attend_config = lambda *_, **__: config  # type: ignore[assignment]
+
+
+def use_table() -> None:
+    launch.attend_config, launch.hopper_config, launch.l_step_config = TABLE
 
 
 def use_l_step(config: LStepConfig) -> None:
     launch.l_step_config = lambda *_, **__: config  # type: ignore[assignment]
 
 
-def try_attend(shape: tuple[int, int, int, int], kind: str, fields: dict[str, Any]) -> str:
+def try_attend(shape: tuple[int, int, int, int], kind: str, config: AttendConfig | HopperConfig) -> str:
     """Compile and run once in a worker process; the compiled kernel stays in Triton's disk cache."""
-    use_attend(AttendConfig(**fields))
+    use_attend(config)
     run, _, _ = attend_runner(make_call(shape, torch.bfloat16), kind)
     run()
     torch.cuda.synchronize()
@@ -88,19 +97,21 @@ QUERY_TILES = ((64, 4), (128, 4), (128, 8))
 KEY_TILES = ((64, 2), (64, 3), (128, 2))
 
 
-def candidates(dim: int, limit: int, kind: str) -> list[AttendConfig]:
-    """Tiles that fit shared memory and whose accumulators fit the registers, and warp-specialised ones on Hopper."""
-    accumulators = 2 if kind == "rv" else 1
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    found = []
-    for (block_m, warps), (block_n, stages), special in itertools.product(QUERY_TILES, KEY_TILES, (False, True)):
-        config = AttendConfig(block_m, block_n, warps, stages, special)
-        if special and (not hopper or (block_m, warps) != (128, 4)):
-            continue  # four warps become two consumer groups of 64 rows each
-        if not special and block_m // warps == 32 and (accumulators * dim > 128 or block_n > 64):
+def candidates(dim: int, limit: int, kind: str) -> list[AttendConfig | HopperConfig]:
+    """Tiles that fit shared memory and whose accumulators fit the registers, and the Hopper kernel's on its chip."""
+    accumulators, value_tiles = (2 if kind == "rv" else 1), int(kind != "r")
+    found: list[AttendConfig | HopperConfig] = []
+    for (block_m, warps), (block_n, stages) in itertools.product(QUERY_TILES, KEY_TILES):
+        config = AttendConfig(block_m, block_n, warps, stages)
+        if block_m // warps == 32 and (accumulators * dim > 128 or block_n > 64):
             continue
-        if shared_memory_bytes(config, dim, 2, int(kind != "r")) <= limit:
+        if shared_memory_bytes(config, dim, 2, value_tiles) <= limit:
             found.append(config)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        for block_n, stages, query_stages in itertools.product((64, 128), (2, 3, 4, 5, 8), (1, 2)):
+            queries, keys = 2 * 64 * dim * 2 * query_stages, (1 + value_tiles) * block_n * dim * 2 * stages
+            if queries + keys + 1024 <= limit and (accumulators == 1 or dim * block_n <= 64 * 128):
+                found.append(HopperConfig(block_n, stages, query_stages))
     return found
 
 
@@ -126,14 +137,19 @@ def search_attend(shape: tuple[int, int, int, int], kind: str) -> list[dict[str,
             rows.append({"kind": kind, "config": asdict(config), "ms": ms, "tflops": flops / ms / 1e9, "right": ok})
         except Exception as error:  # a tile that does not compile is a result of the search
             rows.append({"kind": kind, "config": asdict(config), "ms": float("nan"), "error": str(error)[:200]})
-    launch.attend_config = ORIGINAL_ATTEND
+    use_table()
     return rows
 
 
 def l_candidates(frames: int) -> list[LStepConfig]:
     padded = max(16, 1 << (frames - 1).bit_length())
     blocks = {min(padded, 64), 32} if padded > 16 else {16}
-    return [LStepConfig(block, block, warps) for block in sorted(blocks) for warps in (1, 2, 4, 8)]
+    strips = {block: (4, 8, 16) if block >= frames else (1,) for block in blocks}
+    return [
+        LStepConfig(block, block, warps, stages, strip)
+        for block in sorted(blocks)
+        for warps, stages, strip in itertools.product((2, 4, 8), (1, 2, 3), strips[block])
+    ]
 
 
 def l_runners(call: launch._Call) -> dict[str, Callable[[], object]]:
@@ -146,9 +162,9 @@ def l_runners(call: launch._Call) -> dict[str, Callable[[], object]]:
     }
 
 
-def try_l(shape: tuple[int, int, int, int], fields: dict[str, Any]) -> str:
+def try_l(shape: tuple[int, int, int, int], config: LStepConfig) -> str:
     """As ``try_attend``, for the L-step kernels."""
-    use_l_step(LStepConfig(**fields))
+    use_l_step(config)
     for run in l_runners(make_call(shape, torch.bfloat16)).values():
         run()
     torch.cuda.synchronize()
@@ -167,11 +183,11 @@ def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
             except Exception as error:
                 row["error"] = str(error)[:200]
             rows.append(row)
-    launch.l_step_config = ORIGINAL_L
+    use_table()
     return rows
 
 
-ORIGINAL_ATTEND, ORIGINAL_L = launch.attend_config, launch.l_step_config
+TABLE = (launch.attend_config, launch.hopper_config, launch.l_step_config)
 
 
 def main() -> None:
@@ -190,12 +206,12 @@ def main() -> None:
     started = time.time()
     with ProcessPoolExecutor(arguments.workers) as pool:
         jobs = [
-            pool.submit(try_attend, shape, kind, asdict(config))
+            pool.submit(try_attend, shape, kind, config)
             for kind in kinds
             if kind != "l"
             for config in candidates(shape[3], limit, kind)
         ]
-        jobs += [pool.submit(try_l, shape, asdict(config)) for config in l_candidates(shape[0]) if "l" in kinds]
+        jobs += [pool.submit(try_l, shape, config) for config in l_candidates(shape[0]) if "l" in kinds]
         for job in jobs:
             try:
                 job.result(timeout=max(0.1, arguments.compile_seconds - (time.time() - started)))

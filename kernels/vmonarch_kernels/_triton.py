@@ -161,80 +161,6 @@ def attend_kernel(
 
 
 @triton.jit
-def attend_ws_kernel(
-    d_q, d_k, d_v,  # descriptors of (B * N, H * D) rows, tiles (BLOCK_M or BLOCK_N, BLOCK_D)
-    p_q, s_qb, s_qt, s_qp, s_qh,  # the same queries (B, T, P, H, D), read again at the end
-    p_rk, p_c,
-    p_o, s_ob, s_ot, s_op, s_oh,
-    p_lse, s_lb, s_lh, s_lt,
-    qk_scale,
-    frames, positions, heads,
-    first_query_frame, band, width, split_keys,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    WITH_K: tl.constexpr, WITH_V: tl.constexpr, WITH_LSE: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """``attend_kernel`` for Hopper: the copy engine brings tiles while two warp groups compute.
-
-    Everything that enters the loop comes through descriptors, and the last tile is masked inside it: the
-    compiler's warp specialisation takes neither plain loads nor a peeled iteration.
-    """
-    block = tl.program_id(0)
-    part = tl.program_id(1)
-    b = (tl.program_id(2) // heads).to(tl.int64)
-    h = (tl.program_id(2) % heads).to(tl.int64)
-    key_first, key_end = _key_range(part, frames, positions, first_query_frame, band, width, split_keys, SPLIT)
-    frame = 0 if SPLIT else part + first_query_frame
-
-    o_j = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    column = (h * BLOCK_D).to(tl.int32)
-    row_b = (b * frames * positions).to(tl.int32)
-    q = d_q.load([row_b + frame * positions + block * BLOCK_M, column])
-
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if WITH_K:
-        acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WITH_V:
-        acc_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    scale2 = qk_scale * LOG2E
-    for start in tl.range(key_first, key_end, BLOCK_N, num_stages=STAGES, warp_specialize=True):
-        keys = d_k.load([row_b + start, column])
-        scores = tl.dot(q, tl.trans(keys)) * scale2
-        if not EVEN_KEYS:
-            o_key = start + tl.arange(0, BLOCK_N)
-            scores += tl.where(o_key < key_end, 0.0, float("-inf"))[None, :]
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_top[:, None])
-        decay = tl.math.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(keys.dtype)
-        if WITH_K:
-            acc_k = tl.dot(weights, keys, acc_k * decay[:, None])
-        if WITH_V:
-            values = d_v.load([row_b + start, column])
-            acc_v = tl.dot(weights, values, acc_v * decay[:, None])
-
-    p_q += b * s_qb + h * s_qh
-    if not SPLIT:
-        p_q += frame.to(tl.int64) * s_qt
-    lse = (top + tl.math.log2(total)) * LN2
-    if WITH_K:
-        _store_r_step(
-            p_q, s_qp, acc_k, total, lse, p_rk, p_c, b, h, frame, o_j, o_d,
-            qk_scale, frames, positions, heads, BLOCK_D,
-        )  # fmt: skip
-    if WITH_V:
-        p_o += b * s_ob + (part + first_query_frame).to(tl.int64) * s_ot + h * s_oh
-        _store_output(p_o, s_op, acc_v, total, o_j, o_d, positions, BLOCK_D)
-    if WITH_LSE:
-        p_lse += b * s_lb + h * s_lh + (part + first_query_frame).to(tl.int64) * s_lt
-        tl.store(p_lse + o_j, lse, mask=o_j < positions)
-
-
-@triton.jit
 def merge_splits_kernel(
     p_part, p_part_lse,  # float32 (S, B, H, P, D) and (S, B, H, P)
     p_o, s_ob, s_op, s_oh,  # frame 0 of the output
@@ -293,6 +219,36 @@ def _l_logits(
 
 
 @triton.jit
+def _l_output_tile(
+    q, p_rk, p_c, p_y, b, j, h, o_l, k_first, o_d, top, total, acc, qk_scale,
+    frames, positions, heads, head_dim, band, width,
+    BLOCK_K: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of an L row over the key frames from k_first on: new top, total, sum and the tile's logits."""
+    o_k = k_first + tl.arange(0, BLOCK_K)
+    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
+    o_row = (((b * frames + o_k) * positions + j) * heads + h)[:, None] * head_dim + o_d[None, :]
+    rk = tl.load(p_rk + o_row, mask=m_k, other=0.0)
+    y = tl.load(p_y + o_row, mask=m_k, other=0.0)
+    c_l = tl.load(p_c + ((b * heads + h) * frames + o_k) * positions + j, mask=o_k < frames, other=0.0)
+    logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    decay = tl.math.exp2(top - new_top)
+    weights = tl.math.exp2(logits - new_top[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(y.dtype), y, acc * decay[:, None], input_precision=PRECISION)
+    return new_top, total, acc, logits
+
+
+@triton.jit
+def _store_l(p_l, logits, top, total, o_l, o_k, frames):
+    """Normalised entries of L to the (T, T) matrix at p_l."""
+    entries = (tl.math.exp2(logits - top[:, None]) / total[:, None]).to(p_l.dtype.element_ty)
+    m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
+    tl.store(p_l + o_l[:, None] * frames + o_k[None, :], entries, mask=m_lk)
+
+
+@triton.jit
 def l_output_kernel(
     p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
     p_rk, p_c, p_y,  # RK and RV (B, T, P, H, D), c_l (B, H, T, P)
@@ -301,73 +257,66 @@ def l_output_kernel(
     p_l,  # L (B, P, H, T, T)
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Last L-step: o[l, j] = sum_k L y[k, j], the exact part being one more entry of the softmax.
 
-    One program: one position, one head, BLOCK_L query frames; key frames in tiles of BLOCK_K.
-    Rows before ``first_row`` are not written (another kernel owns them).
+    One program: one head, STRIP positions after one another, BLOCK_L query frames; key frames in tiles of BLOCK_K.
+    The work is small beside the memory it reads, so the next position's tiles (or, with several, the next key
+    frames') are fetched during this one's. Rows before ``first_row`` are not written (another kernel owns them).
     """
-    j = (tl.program_id(0) // heads).to(tl.int64)
+    j_first = (tl.program_id(0) // heads) * STRIP
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < head_dim)[None, :]
-    m_l = (o_l < frames)[:, None] & m_d
+    m_l = (o_l < frames)[:, None] & (o_d < head_dim)[None, :]
+    p_q += b * s_qb + h * s_qh
 
-    p_q += b * s_qb + j * s_qp + h * s_qh
-    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
-    row_l = ((b * frames + o_l) * positions + j) * heads + h
-    stat_l = ((b * heads + h) * frames + o_l) * positions + j
-    if HAS_EXACT:
-        top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
-        total = tl.full([BLOCK_L], 1.0, tl.float32)
-        acc = tl.load(p_exact + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
-        acc = acc.to(tl.float32)
-    else:
-        top = tl.full([BLOCK_L], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_L], tl.float32)
-        acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-
-    for k_first in range(0, frames, BLOCK_K):
-        o_k = k_first + tl.arange(0, BLOCK_K)
-        m_k = (o_k < frames)[:, None] & m_d
-        row_k = ((b * frames + o_k) * positions + j) * heads + h
-        stat_k = ((b * heads + h) * frames + o_k) * positions + j
-        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-        y = tl.load(p_y + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
-        logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        decay = tl.math.exp2(top - new_top)
-        weights = tl.math.exp2(logits - new_top[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(y.dtype), y, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
-
-    m_store = m_l & (o_l >= first_row)[:, None]
-    o = (acc / total[:, None]).to(p_o.dtype.element_ty)
-    tl.store(p_o + row_l[:, None] * head_dim + o_d[None, :], o, mask=m_store)
-
-    if STORE_L:
-        p_l += ((b * positions + j) * heads + h) * frames * frames
-        for k_first in range(0, frames, BLOCK_K):
-            o_k = k_first + tl.arange(0, BLOCK_K)
-            m_k = (o_k < frames)[:, None] & m_d
-            row_k = ((b * frames + o_k) * positions + j) * heads + h
-            stat_k = ((b * heads + h) * frames + o_k) * positions + j
-            rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-            c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
-            logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
-            entries = tl.math.exp2(logits - top[:, None]) / total[:, None]
-            tl.store(
-                p_l + o_l[:, None] * frames + o_k[None, :],
-                entries.to(p_l.dtype.element_ty),
-                mask=(o_l < frames)[:, None] & (o_k < frames)[None, :],
-            )
+    for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):
+        j = tl.cast(j_now, tl.int64)
+        q = tl.load(p_q + j * s_qp + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+        row_l = ((b * frames + o_l) * positions + j) * heads + h
+        if HAS_EXACT:
+            stat_l = ((b * heads + h) * frames + o_l) * positions + j
+            top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+            total = tl.full([BLOCK_L], 1.0, tl.float32)
+            acc = tl.load(p_exact + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
+            acc = acc.to(tl.float32)
+        else:
+            top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_L], tl.float32)
+            acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * frames
+        if ONE_TILE:
+            top, total, acc, logits = _l_output_tile(
+                q, p_rk, p_c, p_y, b, j, h, o_l, 0, o_d, top, total, acc, qk_scale,
+                frames, positions, heads, head_dim, band, width, BLOCK_K, BANDED, FIRST_FRAME, PRECISION,
+            )  # fmt: skip
+            if STORE_L:
+                _store_l(p_l_j, logits, top, total, o_l, tl.arange(0, BLOCK_K), frames)
+        else:
+            for k_first in tl.range(0, frames, BLOCK_K, num_stages=STAGES):
+                top, total, acc, logits = _l_output_tile(
+                    q, p_rk, p_c, p_y, b, j, h, o_l, k_first, o_d, top, total, acc, qk_scale,
+                    frames, positions, heads, head_dim, band, width, BLOCK_K, BANDED, FIRST_FRAME, PRECISION,
+                )  # fmt: skip
+            if STORE_L:
+                for k_first in range(0, frames, BLOCK_K):
+                    o_k = k_first + tl.arange(0, BLOCK_K)
+                    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
+                    row_k = ((b * frames + o_k) * positions + j) * heads + h
+                    rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
+                    stat_k = ((b * heads + h) * frames + o_k) * positions + j
+                    c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+                    logits = _l_logits(
+                        q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION
+                    )  # fmt: skip
+                    _store_l(p_l_j, logits, top, total, o_l, o_k, frames)
+        o = (acc / total[:, None]).to(p_o.dtype.element_ty)
+        tl.store(p_o + row_l[:, None] * head_dim + o_d[None, :], o, mask=m_l & (o_l >= first_row)[:, None])
 
 
 @triton.jit
@@ -413,6 +362,51 @@ def l_lse_kernel(
 
 
 @triton.jit
+def _l_entries(
+    q, rk, c_l, p_exact_lse, p_row_lse, stat_l, o_l, o_k, frames, band, width, qk_scale,
+    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Normalised entries of L [BLOCK_L, BLOCK_K]: with ONE_TILE whole rows, otherwise by their stored log-sum-exps."""
+    logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+    if not ONE_TILE:
+        row_lse = tl.load(p_row_lse + stat_l, mask=o_l < frames, other=0.0)
+        return tl.math.exp2(logits - row_lse[:, None])
+    elif HAS_EXACT:
+        exact = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+        top = tl.maximum(tl.max(logits, 1), exact)
+        entries = tl.math.exp2(logits - top[:, None])
+        return entries / (tl.sum(entries, 1) + tl.math.exp2(exact - top))[:, None]
+    else:
+        entries = tl.math.exp2(logits - tl.max(logits, 1)[:, None])
+        return entries / tl.sum(entries, 1)[:, None]
+
+
+@triton.jit
+def _beta_tile(
+    p_q, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
+    frames, positions, heads, head_dim, band, width,
+    BLOCK_L: tl.constexpr, HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr,
+    FROM_L: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the query frames from l_first on to the sums of L q and of L."""
+    o_l = l_first + tl.arange(0, BLOCK_L)
+    m_l = (o_l < frames)[:, None] & (o_d < head_dim)[None, :]
+    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+    if FROM_L:
+        m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
+        entries = tl.load(p_l + o_l[:, None] * frames + o_k[None, :], mask=m_lk, other=0.0).to(tl.float32)
+    else:
+        entries = _l_entries(
+            q, rk, c_l, p_exact_lse, p_row_lse, ((b * heads + h) * frames + o_l) * positions + j,
+            o_l, o_k, frames, band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, ONE_TILE, PRECISION,
+        )  # fmt: skip
+    entries = tl.where((o_l < frames)[:, None], entries, 0.0)
+    acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
+    return acc, c_r + tl.sum(entries, 0)
+
+
+@triton.jit
 def next_beta_kernel(
     p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
     p_rk, p_c, p_exact_lse, p_row_lse,  # of the L-step; unused with FROM_L
@@ -420,63 +414,48 @@ def next_beta_kernel(
     p_beta,  # (B, T, P, H, D)
     qk_scale, c_floor,
     frames, positions, heads, head_dim, band, width,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
     ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """beta[k, j] = sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
 
-    One program: one position, one head, BLOCK_K key frames; query frames in tiles of BLOCK_L.
-    With ONE_TILE all key frames are in the tile and the rows of L are normalised here.
+    One program: one head, STRIP positions after one another, BLOCK_K key frames; query frames in tiles of BLOCK_L.
+    With ONE_TILE all frames are in the tile and the rows of L are normalised here.
     """
-    j = (tl.program_id(0) // heads).to(tl.int64)
+    j_first = (tl.program_id(0) // heads) * STRIP
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < head_dim)[None, :]
-    m_k = (o_k < frames)[:, None] & m_d
-    row_k = ((b * frames + o_k) * positions + j) * heads + h
-    if FROM_L:
-        p_l += ((b * positions + j) * heads + h) * frames * frames
-    else:
-        stat_k = ((b * heads + h) * frames + o_k) * positions + j
-        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
+    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
+    p_q += b * s_qb + h * s_qh
 
-    p_q += b * s_qb + j * s_qp + h * s_qh
-    acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    c_r = tl.zeros([BLOCK_K], tl.float32)
-    for l_first in range(0, frames, BLOCK_L):
-        o_l = l_first + tl.arange(0, BLOCK_L)
-        m_l = (o_l < frames)[:, None] & m_d
-        q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
+    for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):
+        j = tl.cast(j_now, tl.int64)
+        o_row = (((b * frames + o_k) * positions + j) * heads + h)[:, None] * head_dim + o_d[None, :]
         if FROM_L:
-            m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
-            entries = tl.load(p_l + o_l[:, None] * frames + o_k[None, :], mask=m_lk, other=0.0)
-            entries = entries.to(tl.float32)
+            rk = 0.0
+            c_l = 0.0
         else:
-            logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
-            stat_l = ((b * heads + h) * frames + o_l) * positions + j
-            if ONE_TILE:
-                if HAS_EXACT:
-                    exact = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
-                    top = tl.maximum(tl.max(logits, 1), exact)
-                    entries = tl.math.exp2(logits - top[:, None])
-                    total = tl.sum(entries, 1) + tl.math.exp2(exact - top)
-                else:
-                    entries = tl.math.exp2(logits - tl.max(logits, 1)[:, None])
-                    total = tl.sum(entries, 1)
-                entries = entries / total[:, None]
-            else:
-                row_lse = tl.load(p_row_lse + stat_l, mask=o_l < frames, other=0.0)
-                entries = tl.math.exp2(logits - row_lse[:, None])
-            entries = tl.where((o_l < frames)[:, None], entries, 0.0)
-        c_r += tl.sum(entries, 0)
-        acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
-    beta = acc / tl.maximum(c_r, c_floor)[:, None]
-    tl.store(
-        p_beta + row_k[:, None] * head_dim + o_d[None, :],
-        beta.to(p_beta.dtype.element_ty),
-        mask=m_k,
-    )
+            rk = tl.load(p_rk + o_row, mask=m_k, other=0.0)
+            c_l = tl.load(p_c + ((b * heads + h) * frames + o_k) * positions + j, mask=o_k < frames, other=0.0)
+        p_q_j = p_q + j * s_qp
+        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * frames
+        acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        c_r = tl.zeros([BLOCK_K], tl.float32)
+        if ONE_TILE:
+            acc, c_r = _beta_tile(
+                p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, 0, o_k, o_d, acc, c_r, qk_scale,
+                frames, positions, heads, head_dim, band, width,
+                BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, True, PRECISION,
+            )  # fmt: skip
+        else:
+            for l_first in tl.range(0, frames, BLOCK_L, num_stages=STAGES):
+                acc, c_r = _beta_tile(
+                    p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
+                    frames, positions, heads, head_dim, band, width,
+                    BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, False, PRECISION,
+                )  # fmt: skip
+        beta = (acc / tl.maximum(c_r, c_floor)[:, None]).to(p_beta.dtype.element_ty)
+        tl.store(p_beta + o_row, beta, mask=m_k)

@@ -12,25 +12,32 @@ import torch
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Tile of an attention kernel: query rows, key rows, warps, pipeline stages.
-
-    ``warp_specialized`` selects ``attend_ws_kernel`` where the tensors' layout allows it.
-    """
+    """Tile of an attention kernel: query rows, key rows, warps, pipeline stages."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    warp_specialized: bool = False
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tile of ``attend_hopper_kernel``, whose query rows are 128: key rows, and stages of keys and of queries."""
+
+    block_n: int
+    stages: int
+    query_stages: int
 
 
 @dataclass(frozen=True)
 class LStepConfig:
-    """Tile of the L-step kernels: query frames, key frames, warps."""
+    """Tile of the L-step kernels: query frames, key frames, warps, pipeline stages, positions a program."""
 
     block_l: int
     block_k: int
     num_warps: int
+    num_stages: int
+    strip: int
 
 
 def shared_memory_bytes(config: AttendConfig, head_dim: int, itemsize: int, value_tiles: int) -> int:
@@ -73,10 +80,34 @@ def attend_config(block_d: int, dtype: torch.dtype, limit: int, *, with_k: bool,
     return config
 
 
-def l_step_config(frames: int, block_d: int, dtype: torch.dtype) -> LStepConfig:
-    """Tile of the L-step: one tile of all frames up to 32 (64 where registers allow), else 32 x 32."""
+def hopper_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, with_k: bool, with_v: bool
+) -> HopperConfig | None:
+    """Tile of ``attend_hopper_kernel``, or None where that kernel does not run.
+
+    It needs compute capability 9.0, a 16-bit dtype and a head dimension whose sums fit the registers
+    of two warp groups.
+    """
+    if capability != (9, 0) or dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128):
+        return None
+    if with_k and with_v:
+        return HopperConfig(64, 4, 2) if head_dim == 128 else HopperConfig(128, 4, 2)
+    if with_v:
+        return HopperConfig(128, 3, 1) if head_dim == 128 else HopperConfig(128, 4, 2)
+    return HopperConfig(128, 4, 2)
+
+
+def l_step_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, exact: bool) -> LStepConfig:
+    """Tile of the L-step, with or without an ``exact`` part to merge: one tile of all frames up to 32 (64 where
+    registers allow), else 32 x 32; as many stages as fit ``limit`` bytes of shared memory.
+    """
     largest = 64 if block_d <= 128 and dtype != torch.float32 else 32
     padded = max(16, 1 << (frames - 1).bit_length())
-    block = padded if padded <= largest else 32
-    warps = {16: 1, 32: 2, 64: 4}[block]
-    return LStepConfig(block, block, warps)
+    one_tile = padded <= largest
+    block = padded if one_tile else 32
+    warps = {16: 2, 32: 4, 64: 8 if exact else 4}[block]
+    stages = 2 if block == 64 or not one_tile else 3
+    scratch = 1024 + (2 if exact else 1) * block * block_d * dtype.itemsize
+    while stages > 1 and scratch + 3 * stages * block * block_d * dtype.itemsize > limit:
+        stages -= 1
+    return LStepConfig(block, block, warps, stages, 8 if one_tile else 1)

@@ -1,22 +1,22 @@
 """impl="triton": allocation and launches; the kernels are in `_triton.py`, their tiles in `configs.py`."""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmonarch_kernels import _triton as kernels
-from vmonarch_kernels.configs import attend_config, l_step_config, shared_memory_limit
+from vmonarch_kernels.configs import HopperConfig, attend_config, hopper_config, l_step_config, shared_memory_limit
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
 
-# Programs to aim at when the first frame's keys are split: several waves on the largest chips, so
-# that the last wave's idle part is small.
-_SPLIT_PROGRAMS = 800
 _MIN_SPLIT_KEYS = 1024
+_MAX_SPLITS = 12
+_FULL_WAVES = 0.93
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class _Call:
     band: int | None
     first_frame: bool
     shared_memory: int
+    capability: tuple[int, int]
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -39,6 +40,13 @@ class _Call:
     @property
     def block_d(self) -> int:
         return max(16, int(triton.next_power_of_2(self.q.shape[-1])))
+
+    @property
+    def multiprocessors(self) -> int:
+        """Programs that run at one time, one to a multiprocessor (an H100's number where there is no GPU)."""
+        if self.q.device.type != "cuda":
+            return 132
+        return int(torch.cuda.get_device_properties(self.q.device).multi_processor_count)
 
     @property
     def precision(self) -> str:
@@ -82,7 +90,8 @@ def monarch_triton(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     limit = shared_memory_limit(q.device)
-    call = _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit)
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
+    call = _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit, capability)
     out = call.like_q()
     exact = exact_lse = None
     if extra is not None:
@@ -154,23 +163,14 @@ def _attend(
     split_keys: int = 0,
     splits: int = 1,
 ) -> None:
-    """Launch ``attend_kernel``; absent tensors are replaced by placeholders that it never touches.
+    """Launch an attention kernel; absent tensors are replaced by placeholders that it never touches.
 
     ``window`` is (band, width) in frames. With ``split_keys`` the programs divide frame 0's
     keys, and out and lse are float32 partials with the split as leading dimension.
     """
     batch, frames, positions, heads, dim = call.sizes
     split = split_keys > 0
-    config = attend_config(
-        call.block_d,
-        call.q.dtype,
-        call.shared_memory,
-        with_k=rk is not None,
-        with_v=out is not None,
-    )
     band, width = window
-    keys = split_keys if split else width * positions
-    even = keys % config.block_n == 0 and (not split or (width * positions) % split_keys == 0)
     o = call.q if out is None else out
     o_strides = (o.stride(1), o.stride(0), o.stride(2), o.stride(3)) if split else o.stride()[:4]
     if lse is None:
@@ -180,7 +180,6 @@ def _attend(
     else:  # (B, H, T, P)
         lse_strides = (lse.stride(0), lse.stride(1), lse.stride(2))
     parts = splits if split else query_frames[1] - query_frames[0]
-    grid = (triton.cdiv(positions, config.block_m), parts, batch * heads)
     targets = (
         call.q if rk is None else rk,
         call.q if c_l is None else c_l,
@@ -190,40 +189,22 @@ def _attend(
         *lse_strides,
     )
     window_arguments = (query_frames[0], band, width, split_keys)
+    with_k, with_v = rk is not None, out is not None
     options = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "BLOCK_D": call.block_d,
-        "EVEN_KEYS": even,
-        "WITH_K": rk is not None,
-        "WITH_V": out is not None,
+        "WITH_K": with_k,
+        "WITH_V": with_v,
         "WITH_LSE": lse is not None,
         "SPLIT": split,
-        "STAGES": config.num_stages,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
     }
-    rows = [_rows(x) for x in (queries.flatten(1, 2), call.k, call.v)]
-    if config.warp_specialized and call.block_d == dim and all(x is not None for x in rows):
-        blocks = (config.block_m, config.block_n, config.block_n)
-        descriptors = [
-            TensorDescriptor(x, x.shape, x.stride(), [block, dim])
-            for x, block in zip(rows, blocks, strict=True)
-            if x is not None
-        ]
-        kernels.attend_ws_kernel[grid](
-            *descriptors,
-            queries,
-            *queries.stride()[:4],
-            *targets,
-            call.scale,
-            frames,
-            positions,
-            heads,
-            *window_arguments,
-            **options,
-        )
+    hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=with_k, with_v=with_v)
+    window_keys = [split_keys, width * positions % split_keys] if split else [width * positions]
+    rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
+    if hopper is not None and all(k == 0 or k > hopper.block_n for k in window_keys) and len(rows) == 3:
+        _attend_hopper(call, hopper, rows, targets, window_arguments, window_keys, parts, options)
         return
+    config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=with_k, with_v=with_v)
+    grid = (triton.cdiv(positions, config.block_m), parts, batch * heads)
     kernels.attend_kernel[grid](
         queries,
         *queries.stride()[:4],
@@ -238,10 +219,70 @@ def _attend(
         heads,
         dim,
         *window_arguments,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         MASK_D=call.block_d != dim,
+        EVEN_KEYS=all(k % config.block_n == 0 for k in window_keys),
         PRECISION=call.precision,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **options,
     )
+
+
+def _attend_hopper(
+    call: _Call,
+    config: HopperConfig,
+    rows: list[Tensor],
+    targets: tuple[object, ...],
+    window_arguments: tuple[int, int, int, int],
+    window_keys: list[int],
+    parts: int,
+    options: dict[str, int],
+) -> None:
+    """Launch ``attend_hopper_kernel`` on as many programs as the chip has multiprocessors."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from vmonarch_kernels import _hopper
+
+    batch, frames, positions, heads, dim = call.sizes
+    dtype = gl.bfloat16 if call.q.dtype == torch.bfloat16 else gl.float16
+    descriptors = []
+    for x, block in zip(rows, (_hopper.GROUP_ROWS.value, config.block_n, config.block_n), strict=True):
+        descriptors.append(
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [block, dim], _layout(block, dim, dtype))
+        )
+    tiles = triton.cdiv(positions, 2 * _hopper.GROUP_ROWS.value) * parts * batch * heads
+    tail = max(keys % config.block_n or config.block_n for keys in window_keys if keys)
+    _hopper.attend_hopper_kernel[(min(tiles, call.multiprocessors),)](
+        *descriptors,
+        *targets,
+        call.scale,
+        tiles,
+        frames,
+        positions,
+        parts,
+        heads,
+        *window_arguments,
+        BLOCK_N=config.block_n,
+        # Narrower than 16 keys the tensor cores do not multiply.
+        TAIL=max(16, triton.next_power_of_2(tail)),
+        STAGES=config.stages,
+        Q_STAGES=config.query_stages,
+        num_warps=4,
+        maxnreg=168,  # of three warp groups: 240 for each of the two that compute, 24 for the one that loads
+        **options,
+    )
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: Any) -> Any:
+    """Shared-memory layout of a tile that the copy engine brings."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
 def _rows(x_BNHD: Tensor) -> Tensor | None:
@@ -265,9 +306,11 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
     """
     batch, frames, positions, heads, dim = call.sizes
     tokens = frames * positions
+    hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=False, with_v=True)
     config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=False, with_v=True)
-    programs = triton.cdiv(positions, config.block_m) * heads * batch
-    splits = min(triton.cdiv(_SPLIT_PROGRAMS, programs), max(1, tokens // _MIN_SPLIT_KEYS))
+    block_m, resident = (128, 1) if hopper is not None else (config.block_m, 2)
+    tiles = triton.cdiv(positions, block_m) * heads * batch
+    splits = _even_splits(tiles, call.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
     if splits == 1:
         _attend(
             call,
@@ -280,7 +323,7 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
             window=(0, frames),
         )
         return
-    split_keys = triton.cdiv(triton.cdiv(tokens, splits), config.block_n) * config.block_n
+    split_keys = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
     splits = triton.cdiv(tokens, split_keys)
     # (S, B, P, H, D) seen through strides of (S, B, H, P, D) memory
     part = call.q.new_empty((splits, batch, heads, positions, dim), dtype=torch.float32)
@@ -318,6 +361,16 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
     )
 
 
+def _even_splits(tiles: int, slots: int, largest: int) -> int:
+    """The fewest key splits with which ``tiles`` programs, ``slots`` at a time, leave little of the last wave idle."""
+
+    def used(splits: int) -> float:
+        return float(tiles * splits / (triton.cdiv(tiles * splits, slots) * slots))
+
+    choices = range(1, max(1, min(largest, _MAX_SPLITS)) + 1)
+    return next((s for s in choices if used(s) >= _FULL_WAVES), max(choices, key=used))
+
+
 def _next_beta(
     call: _Call,
     c_floor: float,
@@ -331,10 +384,11 @@ def _next_beta(
     apply the score scale, so that beta has the magnitude of a query.
     """
     batch, frames, positions, heads, dim = call.sizes
-    config = l_step_config(frames, call.block_d, call.q.dtype)
+    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact_lse is not None)
     beta = call.like_q()
     one_tile = frames <= config.block_k
     row_lse = None
+    strips = triton.cdiv(positions, config.strip) * heads
     shared = {
         "BLOCK_L": config.block_l,
         "BLOCK_K": config.block_k,
@@ -363,7 +417,7 @@ def _next_beta(
             *call.band_arguments,
             **shared,
         )
-    grid = (positions * heads, triton.cdiv(frames, config.block_k), batch)
+    grid = (strips, triton.cdiv(frames, config.block_k), batch)
     unused = call.q
     kernels.next_beta_kernel[grid](
         call.q,
@@ -381,6 +435,8 @@ def _next_beta(
         heads,
         dim,
         *call.band_arguments,
+        STRIP=config.strip,
+        STAGES=config.num_stages,
         FROM_L=l_prev is not None,
         ONE_TILE=one_tile,
         **shared,
@@ -399,12 +455,12 @@ def _l_output(
     return_l: bool,
 ) -> Tensor | None:
     batch, frames, positions, heads, dim = call.sizes
-    config = l_step_config(frames, call.block_d, call.q.dtype)
+    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact is not None)
     l_new = None
     if return_l:
         shape = (batch, positions, heads, frames, frames)
         l_new = call.q.new_empty(shape, dtype=_kernel_l_dtype(call.q.device))
-    grid = (positions * heads, triton.cdiv(frames, config.block_l), batch)
+    grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_l), batch)
     kernels.l_output_kernel[grid](
         call.q,
         *call.q.stride()[:4],
@@ -425,10 +481,13 @@ def _l_output(
         BLOCK_L=config.block_l,
         BLOCK_K=config.block_k,
         BLOCK_D=call.block_d,
+        STRIP=config.strip,
+        STAGES=config.num_stages,
         HAS_EXACT=exact is not None,
         BANDED=call.band is not None,
         FIRST_FRAME=call.first_frame,
         STORE_L=l_new is not None,
+        ONE_TILE=frames <= config.block_k,
         PRECISION=call.precision,
         num_warps=config.num_warps,
     )

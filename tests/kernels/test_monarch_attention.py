@@ -258,22 +258,6 @@ def test_split_keys_of_the_first_frame_are_merged_exactly() -> None:
     assert relative_error(out[:, :64], dense_attention(*qkv)[:, :64]) < 1e-6
 
 
-@pytest.mark.parametrize("band", [None, 0, 1])
-def test_the_warp_specialised_kernel_computes_the_same(monkeypatch: pytest.MonkeyPatch, band: int | None) -> None:
-    if CUDA and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("warp specialisation is Hopper's")
-    from vmonarch_kernels import launch
-    from vmonarch_kernels.configs import AttendConfig
-
-    shape = Shape((4, 3, 23), heads=2, head_dim=64, batch=2)
-    qkv = inputs(shape, LOW)
-    expected = monarch_factors(*qkv, shape.grid, band=band).out
-    special = AttendConfig(128, 64, 4, 2, warp_specialized=True)
-    monkeypatch.setattr(launch, "attend_config", lambda *_, **__: special)
-    out = monarch_attention(*qkv, shape.grid, band=band, impl="triton")
-    assert relative_error(out, expected) <= budget(qkv, expected, shape.grid, band=band)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs_are_taken_as_they_come(impl: str) -> None:
     shape = Shape((3, 2, 3), batch=2)

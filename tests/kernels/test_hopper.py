@@ -1,0 +1,81 @@
+"""The Hopper kernel compiles for its chip on any machine; that it computes the right thing, `test_monarch_attention.py`
+shows on a GPU, whose shapes of more than 128 positions take it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vmonarch_kernels.configs import hopper_config, shared_memory_limit
+
+triton = pytest.importorskip("triton")
+
+# Compiled in a process of its own: the suite's has Triton's interpreter switched on where there is no GPU.
+COMPILE = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from vmonarch_kernels._hopper import attend_hopper_kernel as kernel
+from vmonarch_kernels.configs import hopper_config
+
+with_k, with_v, split, head_dim = json.loads(sys.argv[1])
+config = hopper_config(head_dim, torch.bfloat16, (9, 0), with_k=with_k, with_v=with_v)
+constants = dict(
+    BLOCK_N=config.block_n, BLOCK_D=head_dim, TAIL=32, WITH_K=with_k, WITH_V=with_v, WITH_LSE=not with_k, SPLIT=split,
+    STAGES=config.stages, Q_STAGES=config.query_stages,
+)
+signature, attributes = {}, {}
+for i, name in enumerate(kernel.arg_names):
+    if name in constants:
+        signature[name] = "constexpr"
+    elif name.startswith("d_"):
+        block = [64 if name == "d_q" else config.block_n, head_dim]
+        signature[name] = f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+    elif name.startswith("p_"):
+        signature[name] = "*fp32" if name in ("p_c", "p_lse") or (split and name == "p_o") else "*bf16"
+        attributes[(i,)] = [["tt.divisibility", 16]]
+    else:
+        signature[name] = "fp32" if name == "qk_scale" else "i32"
+indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+source = GluonASTSource(fn=kernel, signature=signature, constexprs=indexed, attrs=attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, maxnreg=168))
+print(json.dumps({"shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"]}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("with_k", "with_v", "split", "head_dim"),
+    [(True, False, False, 128), (True, True, False, 128), (False, True, True, 128), (True, True, False, 64)],
+)
+def test_it_compiles_for_the_chip(with_k: bool, with_v: bool, split: bool, head_dim: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = json.dumps([with_k, with_v, split, head_dim])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["shared"] <= shared_memory_limit(torch.device("cpu"))
+    assert "wgmma.mma_async" in result["ptx"]
+    assert "cp.async.bulk.tensor" in result["ptx"]
+    # One group more and one fewer registers than the launch gives: the compiler took the warp groups apart.
+    assert "setmaxnreg.inc.sync.aligned.u32 \t240" in result["ptx"]
+    assert "setmaxnreg.dec.sync.aligned.u32 \t24" in result["ptx"]
+
+
+def test_other_chips_and_dtypes_take_the_plain_kernel() -> None:
+    assert hopper_config(128, torch.bfloat16, (9, 0), with_k=True, with_v=False) is not None
+    for head_dim, dtype, capability in (
+        (128, torch.float32, (9, 0)),
+        (128, torch.bfloat16, (8, 9)),
+        (128, torch.bfloat16, (10, 0)),
+        (96, torch.bfloat16, (9, 0)),
+        (256, torch.bfloat16, (9, 0)),
+    ):
+        assert hopper_config(head_dim, dtype, capability, with_k=True, with_v=True) is None
