@@ -1,4 +1,6 @@
-"""Small batches for the tests of `vmonarch_cli.batch`: six clips of the tiny model, made in a second or two."""
+"""Small batches for the tests of `vmonarch_cli.batch`: six clips of the tiny model, made in a second or two, or of the
+demo model, made in ten.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import parse_prompts
 from vmonarch_cli.plan import GenerateRequest
 
+DEMO: dict[str, Any] = {"height": 48, "width": 48, "num_frames": 9, "fps": 8}
 SIX = "a red circle\na blue square\na red square moving left\na blue circle moving right\nred\nblue\n"
 
 
-def request(model: Path, folder: Path, **flags: Any) -> GenerateRequest:
+def request(model: Path | None, folder: Path, **flags: Any) -> GenerateRequest:
+    """A request for clips of a folder's model, or small ones of the demo model (None)."""
     settings: dict[str, Any] = {
         "height": HEIGHT,
         "width": WIDTH,
@@ -28,13 +32,14 @@ def request(model: Path, folder: Path, **flags: Any) -> GenerateRequest:
         "guidance_scale": 1.0,
         "dense_every": 0,
         "device": "cpu",
+        **(DEMO if model is None else {}),
         **flags,
     }
-    return GenerateRequest(model=str(model), output=str(folder), **settings)
+    return GenerateRequest(model=None if model is None else str(model), output=str(folder), **settings)
 
 
 def batch(
-    model: Path, folder: Path, text: str = SIX, *, format: str = "txt", terms: Terms | None = None, **flags: Any
+    model: Path | None, folder: Path, text: str = SIX, *, format: str = "txt", terms: Terms | None = None, **flags: Any
 ) -> Batch:
     """A batch opened in `folder`, as `generate --prompts-file` opens it."""
     asked = request(model, folder, **flags)

@@ -1,10 +1,12 @@
 """A batch that is killed at random moments, again and again, ends as one that was not; and memory does not grow.
 
-On the tiny model of random weights, whose clips take a tenth of a second: what is tested is files and processes.
+On small clips of the demo model; where every system call is a case, on the tiny model of random weights.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -28,12 +30,12 @@ pytestmark = pytest.mark.slow
 KILLS = 30
 
 
-def work(model: Path, folder: Path, text: str = SIX) -> None:
+def work(model: Path | None, folder: Path, text: str = SIX) -> None:
     torch.set_num_threads(1)
     run_batch(batch(model, folder, text, steps=4), Limits(), Interrupts())
 
 
-def start(model: Path, folder: Path) -> Any:
+def start(model: Path | None, folder: Path) -> Any:
     """A process of its own; forked, so that it does not import torch again."""
     process = multiprocessing.get_context("fork").Process(target=work, args=(model, folder))
     process.start()
@@ -57,16 +59,16 @@ def check(folder: Path, undisturbed: Path) -> None:
         denoised[event.get("key", "")] += event["event"] == "denoised"
 
 
-def test_killed_at_random_moments_and_resumed(tiny_wan_folder: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     began = time.monotonic()
-    work(tiny_wan_folder, tmp_path / "undisturbed")
+    work(None, tmp_path / "undisturbed")
     whole_s = time.monotonic() - began
     check(tmp_path / "undisturbed", tmp_path / "undisturbed")
     moments = random.Random(5)
     kills, finished, number = 0, 0, 0
     while kills < KILLS:
         folder = tmp_path / str(number)
-        process = start(tiny_wan_folder, folder)
+        process = start(None, folder)
         process.join(moments.uniform(0, whole_s))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -74,10 +76,10 @@ def test_killed_at_random_moments_and_resumed(tiny_wan_folder: Path, tmp_path: P
             kills += 1
         else:
             assert process.exitcode == 0
-            work(tiny_wan_folder, folder)  # finds nothing to do, and sweeps
+            work(None, folder)  # finds nothing to do, and sweeps
             check(folder, tmp_path / "undisturbed")
             finished, number = finished + 1, number + 1
-    work(tiny_wan_folder, tmp_path / str(number))
+    work(None, tmp_path / str(number))
     check(tmp_path / str(number), tmp_path / "undisturbed")
     assert kills == KILLS
 
@@ -127,15 +129,18 @@ def test_killed_before_every_system_call_and_resumed(tiny_wan_folder: Path, tmp_
     assert deaths > 20
 
 
-def test_memory_is_flat_over_fifty_clips(tiny_wan_folder: Path, tmp_path: Path) -> None:
+def test_memory_is_flat_over_fifty_clips(tmp_path: Path) -> None:
     from vmonarch_cli.timing import ClipDone
 
     def resident() -> int:
+        # What the allocator keeps of freed memory comes and goes; what is in use is the question.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     torch.set_num_threads(1)
     sizes = []
-    opened = batch(tiny_wan_folder, tmp_path, "".join(f"red {i}\n" for i in range(50)))
+    opened = batch(None, tmp_path, "".join(f"red {i}\n" for i in range(50)))
     run_batch(
         opened,
         Limits(),
