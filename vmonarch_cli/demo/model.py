@@ -15,9 +15,12 @@ from vmonarch_cli.demo.vocabulary import EOS, MAX_TOKENS, PAD, UNKNOWN, vocabula
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 FLOW_SHIFT = 6.0
-"""Shift of the noise levels, in training and in the exported scheduler. A frame's latents here hold four times the values
-of Wan's at the same token grid, so noise hides their content later; shift 3, which suits Wan, leaves the noisiest levels,
-where position and motion are decided, nearly untrained (measured: one motion in eight read right)."""
+"""Shift of the noise levels, in training and in the exported scheduler.
+
+A frame's latents here hold four times the values of Wan's at the same token grid, so noise hides their content later.
+Shift 3, which suits Wan, leaves the noisiest levels, where position and motion are decided, nearly untrained: so
+trained, this model got one motion in eight right, and with 6, for as long, one in two.
+"""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from vmonarch_cli.demo.model import (
     latent_stats,
 )
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.train_text import load_text_encoder
 from vmonarch_cli.demo.train_vae import exported
 from vmonarch_cli.demo.vocabulary import MAX_TOKENS
 from vmonarch_cli.demo.whole_clip import encode_mean
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
+    parser.add_argument("--text", type=Path, help="the folder that `train text` exported its text encoder to")
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
@@ -179,6 +181,8 @@ class _Trainer:
         self.tokenizer = build_tokenizer()
         if args.init is not None:
             self._load_exported(args.init)
+        if args.text is not None:
+            load_text_encoder(self.text_encoder, args.text)
         self.averaged = (copy.deepcopy(self.transformer).eval(), copy.deepcopy(self.text_encoder).eval())
         live = (self.transformer, self.text_encoder)
         self.parameters = [p for m in live for p in m.parameters()]
@@ -200,12 +204,10 @@ class _Trainer:
 
     def _load_exported(self, directory: Path) -> None:
         from diffusers import WanTransformer3DModel
-        from transformers import UMT5EncoderModel
 
         transformer = WanTransformer3DModel.from_pretrained(directory / "transformer").float()
-        text_encoder = UMT5EncoderModel.from_pretrained(directory / "text_encoder").float()
         self.transformer.load_state_dict(transformer.state_dict())
-        self.text_encoder.load_state_dict(text_encoder.state_dict())
+        load_text_encoder(self.text_encoder, directory)
 
     def train(self) -> None:
         if self.args.compile:
