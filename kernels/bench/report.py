@@ -68,7 +68,7 @@ def markdown(records: Sequence[tuple[str, Record]]) -> str:
         parts.append("No records yet.\n")
     for name, record in records:
         parts.append("\n".join([*_origin(name, record), "", *_SECTIONS[record["kind"]](record)]))
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _origin(name: str, record: Record) -> list[str]:

@@ -20,9 +20,13 @@ class AttendConfig:
     num_stages: int
 
 
+HOPPER_ROWS = 128
+"""Query rows of ``attend_hopper_kernel``'s tile: 64 for each of two warp groups."""
+
+
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of ``attend_hopper_kernel``, whose query rows are 128: key rows, and stages of keys and of queries."""
+    """Tile of ``attend_hopper_kernel``: key rows, and stages of keys and of queries."""
 
     block_n: int
     stages: int

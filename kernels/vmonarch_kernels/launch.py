@@ -9,14 +9,28 @@ import triton
 from torch import Tensor
 
 from vmonarch_kernels import _triton as kernels
-from vmonarch_kernels.configs import HopperConfig, attend_config, hopper_config, l_step_config, shared_memory_limit
+from vmonarch_kernels.configs import (
+    HOPPER_ROWS,
+    HopperConfig,
+    attend_config,
+    hopper_config,
+    l_step_config,
+    shared_memory_limit,
+)
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
 
+# Below so many tiles for each multiprocessor a persistent kernel gains little and its descriptors cost
+# more to launch than the plain kernel.
+MIN_WAVES = 2
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 12
 _FULL_WAVES = 0.93
+
+
+# Multiply and add as one instruction, said because Triton's own default is about to change.
+_FUSION = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -196,13 +210,17 @@ def _attend(
         "WITH_V": with_v,
         "WITH_LSE": lse is not None,
         "SPLIT": split,
+        **_FUSION,
     }
     hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=with_k, with_v=with_v)
     window_keys = [split_keys, width * positions % split_keys] if split else [width * positions]
-    rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
-    if hopper is not None and all(k == 0 or k > hopper.block_n for k in window_keys) and len(rows) == 3:
-        _attend_hopper(call, hopper, rows, targets, window_arguments, window_keys, parts, options)
-        return
+    tiles = triton.cdiv(positions, HOPPER_ROWS) * parts * batch * heads
+    wide = all(keys == 0 or keys > hopper.block_n for keys in window_keys) if hopper is not None else False
+    if hopper is not None and wide and tiles >= MIN_WAVES * call.multiprocessors:
+        rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
+        if len(rows) == 3:
+            _attend_hopper(call, hopper, rows, targets, window_arguments, window_keys, tiles, parts, options)
+            return
     config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=with_k, with_v=with_v)
     grid = (triton.cdiv(positions, config.block_m), parts, batch * heads)
     kernels.attend_kernel[grid](
@@ -238,6 +256,7 @@ def _attend_hopper(
     targets: tuple[object, ...],
     window_arguments: tuple[int, int, int, int],
     window_keys: list[int],
+    tiles: int,
     parts: int,
     options: dict[str, int],
 ) -> None:
@@ -247,14 +266,13 @@ def _attend_hopper(
 
     from vmonarch_kernels import _hopper
 
-    batch, frames, positions, heads, dim = call.sizes
+    _, frames, positions, heads, dim = call.sizes
     dtype = gl.bfloat16 if call.q.dtype == torch.bfloat16 else gl.float16
     descriptors = []
-    for x, block in zip(rows, (_hopper.GROUP_ROWS.value, config.block_n, config.block_n), strict=True):
+    for x, block in zip(rows, (HOPPER_ROWS // 2, config.block_n, config.block_n), strict=True):
         descriptors.append(
             TensorDescriptor(x, list(x.shape), list(x.stride()), [block, dim], _layout(block, dim, dtype))
         )
-    tiles = triton.cdiv(positions, 2 * _hopper.GROUP_ROWS.value) * parts * batch * heads
     tail = max(keys % config.block_n or config.block_n for keys in window_keys if keys)
     _hopper.attend_hopper_kernel[(min(tiles, call.multiprocessors),)](
         *descriptors,
@@ -308,7 +326,7 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
     tokens = frames * positions
     hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=False, with_v=True)
     config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=False, with_v=True)
-    block_m, resident = (128, 1) if hopper is not None else (config.block_m, 2)
+    block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
     tiles = triton.cdiv(positions, block_m) * heads * batch
     splits = _even_splits(tiles, call.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
     if splits == 1:
@@ -358,6 +376,7 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
         BLOCK_M=block_m,
         BLOCK_D=call.block_d,
         WITH_LSE=lse is not None,
+        **_FUSION,
     )
 
 
@@ -398,6 +417,7 @@ def _next_beta(
         "FIRST_FRAME": call.first_frame,
         "PRECISION": call.precision,
         "num_warps": config.num_warps,
+        **_FUSION,
     }
     if l_prev is None and not one_tile:
         row_lse = call.statistic()
@@ -490,6 +510,7 @@ def _l_output(
         ONE_TILE=frames <= config.block_k,
         PRECISION=call.precision,
         num_warps=config.num_warps,
+        **_FUSION,
     )
     return None if l_new is None else l_new.to(L_DTYPE)
 

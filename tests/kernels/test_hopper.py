@@ -1,5 +1,5 @@
-"""The Hopper kernel compiles for its chip on any machine; that it computes the right thing, `test_monarch_attention.py`
-shows on a GPU, whose shapes of more than 128 positions take it.
+"""The Hopper kernel: that it compiles for its chip is shown on any machine, that it computes the right thing on that
+chip alone (it has no interpreter).
 """
 
 import json
@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 
+from vmonarch_kernels import monarch_attention, monarch_factors
 from vmonarch_kernels.configs import hopper_config, shared_memory_limit
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 triton = pytest.importorskip("triton")
 
 # Compiled in a process of its own: the suite's has Triton's interpreter switched on where there is no GPU.
@@ -79,3 +81,38 @@ def test_other_chips_and_dtypes_take_the_plain_kernel() -> None:
         (256, torch.bfloat16, (9, 0)),
     ):
         assert hopper_config(head_dim, dtype, capability, with_k=True, with_v=True) is None
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("band", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("frames", "positions", "heads", "head_dim", "batch"),
+    # last key tiles of every width, dead warp groups (rows that end in a tile's first half), several batches
+    [(2, 257, 2, 64, 1), (7, 144, 3, 128, 2), (5, 192, 2, 128, 1), (3, 1560, 2, 128, 1), (13, 250, 1, 64, 3)],
+)
+def test_it_computes_what_the_reference_does(
+    monkeypatch: pytest.MonkeyPatch,
+    frames: int,
+    positions: int,
+    heads: int,
+    head_dim: int,
+    batch: int,
+    band: int | None,
+    dtype: torch.dtype,
+) -> None:
+    from vmonarch_kernels import launch
+
+    monkeypatch.setattr(launch, "MIN_WAVES", 0)
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, frames * positions, heads, head_dim)
+    q, k, v = (torch.randn(size, generator=generator).to("cuda", dtype) for _ in range(3))
+    grid = (frames, 1, positions)
+    expected = monarch_factors(q, k, v, grid, band=band).out
+    eager = monarch_factors(q, k, v, grid, band=band, compute_dtype=dtype).out
+    out = monarch_attention(q, k, v, grid, band=band, impl="triton")
+
+    def error(value: torch.Tensor) -> float:
+        return float((value.double() - expected).norm() / expected.norm())
+
+    assert error(out) <= 1.5 * max(error(eager), torch.finfo(dtype).eps / 4)
