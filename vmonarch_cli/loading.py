@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import platform
 import warnings
@@ -19,6 +20,7 @@ from vmonarch_cli.setup import Setup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS_IN = ("transformer", "transformer_2", "text_encoder", "vae")
+_ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
 _IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
 
 
@@ -69,8 +71,10 @@ def load_pipeline(
     offload_mode: str = "none",
     image_pipeline: str | None = None,
     share_clip: bool = False,
+    to_decode: bool = False,
 ) -> Any:
-    """A diffusers pipeline from a local folder or a hub id, ready to run.
+    """A diffusers pipeline from a local folder or a hub id, ready to run, or (`to_decode`) to decode alone, without the
+    transformers and text encoders.
 
     Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``offload_mode`` is
     what ``offload.choose`` decided; ``image_pipeline`` names the class to use the weights with when there is a first
@@ -83,7 +87,7 @@ def load_pipeline(
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
-    need = memory.weight_bytes(entry, str(dtype).removeprefix("torch."))
+    need = memory.weight_bytes(entry, str(dtype).removeprefix("torch."), to_decode=to_decode)
     on_card = device.type == "cuda" and offload_mode == "none"
     free = torch.cuda.mem_get_info(device)[0] if on_card else memory.available_bytes()
     if need > free and not (on_card and setup.quantize):
@@ -97,7 +101,11 @@ def load_pipeline(
         dtypes["vae"] = dtype
     quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
     extra: dict[str, Any] = {}
-    if (config := additions.quantization_config(setup, quantized)) is not None:
+    if to_decode:
+        setup = Setup(offload=setup.offload, vae_tiling=setup.vae_tiling)
+        parts = json.loads((folder / "model_index.json").read_text())
+        extra = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
+    elif (config := additions.quantization_config(setup, quantized)) is not None:
         extra["quantization_config"] = config
     try:
         with warnings.catch_warnings():
@@ -105,7 +113,9 @@ def load_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
             )
-            if not extra:
+            if to_decode:
+                pipeline.loaded_for_decoding = dtype
+            if "quantization_config" not in extra:
                 _check_complete(pipeline, folder)
             if image_pipeline is not None:
                 pipeline = _as_image_pipeline(pipeline, image_pipeline)

@@ -11,9 +11,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
 
 
-def weight_bytes(model: ModelEntry, dtype: str) -> int:
-    """Bytes of all weights: all in `dtype`, but the VAE in float32 where the family needs it."""
-    wide = model.transformer_params * model.transformers + model.text_encoder_params
+def weight_bytes(model: ModelEntry, dtype: str, *, to_decode: bool = False) -> int:
+    """Bytes of all weights, or of those that decoding needs: in `dtype`, but the VAE in float32 where the family needs
+    it.
+    """
+    wide = 0 if to_decode else model.transformer_params * model.transformers + model.text_encoder_params
     return wide * _BYTES[dtype] + model.vae_params * (4 if model.vae_float32 else _BYTES[dtype])
 
 

@@ -175,7 +175,9 @@ def _ltx(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Ten
     )
     vae = pipeline.vae
     latents = pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-    latents = latents.to(pipeline.transformer.dtype).to(vae.dtype)
+    # Rounded as the transformer's own pipeline rounds; loaded to decode alone, it has no transformer to ask.
+    dtype = pipeline.loaded_for_decoding if pipeline.transformer is None else pipeline.transformer.dtype
+    latents = latents.to(dtype).to(vae.dtype)
     return _run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
 
 

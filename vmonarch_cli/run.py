@@ -89,11 +89,13 @@ class ClipMaker:
         retry_dense: bool = True,
         on_event: OnEvent = lambda event: None,
         share_clip: bool = False,
+        to_decode: bool = False,
     ) -> None:
         """Load the plan's model.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
-        torchrun make each clip together; otherwise they have nothing to do with each other.
+        torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
+        than `finish` needs.
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
@@ -101,7 +103,8 @@ class ClipMaker:
         self._dtype = pick_dtype(plan.dtype, self._device)
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
-        mode, self._offload_words = offload_mode(plan, self._device, self._dtype)
+        # A decoder alone fits wherever any mode of the whole model does.
+        mode = "none" if to_decode else offload_mode(plan, self._device, self._dtype)[0]
         self._pipeline = load_pipeline(
             plan.model_source,
             device=self._device,
@@ -111,16 +114,20 @@ class ClipMaker:
             offload_mode=mode,
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
+            to_decode=to_decode,
         )
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
-        with self._swapped(plan, plan.preset) as session:
-            try:
-                impl = session.resolve_impl(self._device, self._dtype, plan.model.head_dim)
-            except ValueError as error:  # ImplUnavailable, whose message is one sentence
-                raise DeviceError(str(error)) from None
+        impl = None if to_decode else self._resolve_impl(plan)
         loaded_s = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, loaded_s, device_name(self._device), _name(self._dtype), impl))
+
+    def _resolve_impl(self, plan: Plan) -> str:
+        with self._swapped(plan, plan.preset) as session:
+            try:
+                return session.resolve_impl(self._device, self._dtype, plan.model.head_dim)
+            except ValueError as error:  # ImplUnavailable, whose message is one sentence
+                raise DeviceError(str(error)) from None
 
     def denoise(self, plan: Plan, index: int) -> Denoised:
         """Latents of clip `index` of the plan.

@@ -180,7 +180,8 @@ class ModelLoaded:
     device: str
     """Name of the device, as in "NVIDIA H100 80GB HBM3" or "CPU (2 threads)"."""
     dtype: str
-    impl: str
+    impl: str | None
+    """What computes attention; None for a model that was loaded to decode alone."""
 
 
 @dataclass(frozen=True)

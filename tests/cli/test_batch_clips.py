@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from batches import batch, request
+from PIL import Image
 
 from vmonarch_cli.batch.clips import Clip, in_running_order, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms
@@ -219,6 +220,18 @@ def test_keys_say_what_a_clip_is_and_nothing_else(tiny_wan_folder: Path, tmp_pat
     assert key() == key(device="auto") == key(dense_every=3) == key(preset="paper")
     others = [key(seed=1), key(steps=3), key(preset="fast"), key(fps=9), key(dtype="bf16"), key(negative_prompt="x")]
     assert len({key(), *others}) == 7
+
+
+def test_a_picture_that_was_painted_over_is_another_clip(tmp_path: Path) -> None:
+    picture = tmp_path / "first.png"
+
+    def key(colour: str) -> str:
+        Image.new("RGB", (64, 64), colour).save(picture)
+        line = Line(1, {"prompt": "x", "image": str(picture), "size": "832x480"})
+        flags = {"height": None, "width": None, "num_frames": None}
+        return clips(Path("wan2.1-i2v-480p"), tmp_path / "out", [line], **flags)[0].key
+
+    assert key("red") == key("red") != key("blue")
 
 
 def test_several_videos_a_line(tiny_wan_folder: Path, tmp_path: Path) -> None:

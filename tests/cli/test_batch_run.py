@@ -498,6 +498,17 @@ def test_saved_latents_are_decoded_by_the_command(tiny_wan_folder: Path, tmp_pat
     assert np.array_equal(frames(single), frames(tmp_path / "kept" / "x.mp4"))
 
 
+def test_decoding_loads_the_decoder_alone(
+    tiny_wan_folder: Path, tmp_path: Path, fail_decode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_decode(ValueError("no"))
+    assert call(*flags(tiny_wan_folder, tmp_path / "x.mp4"), "-p", "red").exit_code == 1
+    monkeypatch.setattr("diffusers.WanTransformer3DModel.from_pretrained", None, raising=False)
+    monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", None)
+    result = call("decode", str(latents_path(tmp_path / "x.mp4")), "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/x.mp4\n"), result.stderr
+
+
 def test_decode_keeps_a_batchs_manifest_true(tiny_wan_folder: Path, tmp_path: Path, fail_decode: Any) -> None:
     fail_decode(ValueError("no"), ValueError("no"))
     opened = batch(tiny_wan_folder, tmp_path, THREE)

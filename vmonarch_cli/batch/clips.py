@@ -190,6 +190,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     content["setup"].pop("offload", None)
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
+    if plan.image is not None:  # a picture that was painted over is another picture
+        content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
     if Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
         content["model_source"] = str(Path(plan.model_source).resolve())
     text = json.dumps([content, wanted], sort_keys=True)

@@ -55,7 +55,7 @@ def decode_files(
     interrupts: Interrupts,
     on_event: Callable[[Event], None],
 ) -> list[Outcome]:
-    """Decode every file into `output`, or beside it; each model is loaded once for consecutive files.
+    """Decode every file into `output`, or beside it; each decoder is loaded once for consecutive files.
 
     InputError before anything is loaded when a file does not read or a clip exists; what fails later is an outcome.
     """
@@ -72,7 +72,7 @@ def decode_files(
         kind = (latents.plan.model_source, latents.plan.device, latents.plan.dtype)
         if loaded is None or loaded[0] != kind:
             loaded = None  # the model before goes first: both may not fit
-            loaded = (kind, ClipMaker(latents.plan, on_event=on_event))
+            loaded = (kind, ClipMaker(latents.plan, on_event=on_event, to_decode=True))
         outcomes.append(_decode(file, latents, loaded[1], keep, overwrite, interrupts))
     return outcomes
 
