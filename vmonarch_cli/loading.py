@@ -83,7 +83,7 @@ def load_pipeline(
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     quiet_libraries()
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
@@ -100,17 +100,20 @@ def load_pipeline(
     if not entry.vae_float32:
         dtypes["vae"] = dtype
     quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
+    pipeline_class: Any = diffusers.DiffusionPipeline
     extra: dict[str, Any] = {}
     if to_decode:
         setup = Setup(offload=setup.offload, vae_tiling=setup.vae_tiling)
         parts = json.loads((folder / "model_index.json").read_text())
+        # The base class does not know which parts may be None.
+        pipeline_class = getattr(diffusers, parts["_class_name"])
         extra = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
     elif (config := additions.quantization_config(setup, quantized)) is not None:
         extra["quantization_config"] = config
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline = DiffusionPipeline.from_pretrained(
+            pipeline = pipeline_class.from_pretrained(
                 str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
             )
             if to_decode:

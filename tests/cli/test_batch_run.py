@@ -503,7 +503,7 @@ def test_decoding_loads_the_decoder_alone(
 ) -> None:
     fail_decode(ValueError("no"))
     assert call(*flags(tiny_wan_folder, tmp_path / "x.mp4"), "-p", "red").exit_code == 1
-    monkeypatch.setattr("diffusers.WanTransformer3DModel.from_pretrained", None, raising=False)
+    monkeypatch.setattr("diffusers.WanTransformer3DModel.from_pretrained", None)
     monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", None)
     result = call("decode", str(latents_path(tmp_path / "x.mp4")), "--device", "cpu")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path}/x.mp4\n"), result.stderr
