@@ -49,11 +49,10 @@ training; the held-out prompts below each have one.
 
 | part | steps | clips seen | wall clock | device |
 | --- | --- | --- | --- | --- |
-| autoencoder | {vae_steps:,} | {vae_clips:,} | {vae_seconds:.0f} s | {vae_device} |
-| the rest | {dit_steps:,} | {dit_clips:,} ({dit_distinct:,} distinct) | {dit_seconds:.0f} s | {dit_device} |
+{training}
 
 Wall clock includes compilation and evaluation. The transformer's last flow-matching loss was {dit_loss:.4f}. To train
-again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `python -m vmonarch_cli.demo.train dit --vae DIR/vae
+again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then `dit --vae DIR/vae --text DIR
 --out DIR`.
 
 ## Measured
@@ -82,7 +81,10 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
 """
 
 
-def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], vae_parameters: int) -> str:
+Report = dict[str, Any]
+
+
+def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, text_alone: Report | None = None) -> str:
     """The card's text.
 
     Args:
@@ -90,6 +92,7 @@ def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], 
         dit: `dit_report.json` of the training.
         score: the scorer's JSON; its first preset and its reader and autoencoder parts are used.
         vae_parameters: number of parameters of the autoencoder.
+        text_alone: `text_report.json`, where the text encoder was trained on its own first.
 
     """
     entry = next(iter(score["presets"].values()))
@@ -115,15 +118,7 @@ def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], 
         motions=", ".join(MOTIONS),
         backgrounds=", ".join(BACKGROUNDS),
         kinds=", ".join(KINDS),
-        vae_steps=vae["steps"],
-        vae_clips=vae["clips"],
-        vae_seconds=vae["seconds"],
-        vae_device=vae["device"],
-        dit_steps=dit["steps"],
-        dit_clips=dit["clips"],
-        dit_distinct=dit["distinct_clips"],
-        dit_seconds=dit["seconds"],
-        dit_device=dit["device"],
+        training="\n".join(_training(vae, dit, text_alone)),
         dit_loss=dit["loss"],
         flow_shift=FLOW_SHIFT,
         vae_eval_clips=score["vae"]["clips"],
@@ -144,6 +139,24 @@ def model_card(vae: dict[str, Any], dit: dict[str, Any], score: dict[str, Any], 
     )
 
 
+def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
+    """Rows of the training table, in the order in which things were trained."""
+    rows = [_trained("autoencoder", vae, f"{vae['clips']:,}")]
+    if text_alone is not None:
+        rows.append(_trained("text encoder", text_alone, f"{text_alone['captions']:,} captions"))
+    chain = [dit]
+    while (before := chain[0].get("before")) is not None:
+        chain.insert(0, before)
+    for number, report in enumerate(chain):
+        name = "transformer and text encoder" + (", continued" if number else "")
+        rows.append(_trained(name, report, f"{report['clips']:,} ({report['distinct_clips']:,} distinct)"))
+    return rows
+
+
+def _trained(name: str, report: Report, seen: str) -> str:
+    return f"| {name} | {report['steps']:,} | {seen} | {report['seconds']:.0f} s | {report['device']} |"
+
+
 def _row(shares: dict[str, Any]) -> str:
     cells = [shares[name] for name in ("colour", "background", "motion", "shape")]
     return " | ".join("-" if c is None else f"{100 * c:.1f} %" for c in cells)
@@ -152,7 +165,7 @@ def _row(shares: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the reports and write MODEL_CARD.md into the weights folder."""
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.card", description=__doc__)
-    parser.add_argument("--reports", type=Path, required=True, help="folder of vae_report.json and dit_report.json")
+    parser.add_argument("--reports", type=Path, required=True, help="folder of the trainings' ..._report.json")
     parser.add_argument("--score", type=Path, required=True, help="the scorer's JSON")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
     args = parser.parse_args(argv)
@@ -160,8 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with safe_open(args.weights / "vae" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
         vae_parameters = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
-    reports = [json.loads((args.reports / f"{part}_report.json").read_text()) for part in ("vae", "dit")]
-    card = model_card(reports[0], reports[1], json.loads(args.score.read_text()), vae_parameters)
+    found = {part: args.reports / f"{part}_report.json" for part in ("vae", "dit", "text")}
+    vae, dit = (json.loads(found[part].read_text()) for part in ("vae", "dit"))
+    text_alone = json.loads(found["text"].read_text()) if found["text"].is_file() else None
+    card = model_card(vae, dit, json.loads(args.score.read_text()), vae_parameters, text_alone)
     (args.weights / "MODEL_CARD.md").write_text(card)
 
 

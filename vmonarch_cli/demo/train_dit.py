@@ -41,7 +41,7 @@ from vmonarch_cli.demo.vocabulary import MAX_TOKENS
 from vmonarch_cli.demo.whole_clip import encode_mean
 
 _EMPTY_CAPTION_SHARE = 0.1
-_REPORT_OF_VAE = "vae_report.json"
+_REPORTS_BEFORE = ("vae_report.json", "text_report.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -331,17 +331,26 @@ class _Trainer:
             "distinct_clips": self.bank.next_clip,
             "seconds": self.clock.elapsed(),
             "device": training.device_name(self.device),
+            "before": self._report_of_init(),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
         }
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
-        report_of_vae = self.args.vae.parent / _REPORT_OF_VAE
-        if report_of_vae.is_file() and report_of_vae.resolve() != (self.args.out / _REPORT_OF_VAE).resolve():
-            shutil.copy(report_of_vae, self.args.out / _REPORT_OF_VAE)
+        for folder, name in zip((self.args.vae.parent, self.args.text), _REPORTS_BEFORE, strict=True):
+            if folder is not None and (folder / name).is_file() and folder.resolve() != self.args.out.resolve():
+                shutil.copy(folder / name, self.args.out / name)
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:
             del self.optimizer, self.bank.latents
             self._sample(weights)
         return summary
+
+    def _report_of_init(self) -> dict[str, Any] | None:
+        """The report of the training that made the weights that this one started from."""
+        path = None if self.args.init is None else self.args.init / "training" / "dit_report.json"
+        if path is None or not path.is_file():
+            return None
+        report: dict[str, Any] = json.loads(path.read_text())
+        return report
 
     def _sample(self, weights: Path) -> None:
         from diffusers import WanPipeline

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         if time.monotonic() - last > 10 or step + 1 == args.steps:
             last = time.monotonic()
-            log.write("step", step=step, loss=float(loss))
+            log.write("step", step=step, loss=float(loss.detach()))
     report = {
         "text_encoder": config_dict(config),
         "steps": args.steps,
