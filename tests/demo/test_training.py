@@ -77,6 +77,7 @@ def test_what_training_writes(trained: Path) -> None:
     assert (trained / "dit_sheet.png").is_file()
     events = [json.loads(line)["event"] for line in (trained / "dit_log.jsonl").read_text().splitlines()]
     assert events[-2:] == ["exported", "samples"]
+    assert events.count("bank_full") == 2, "one for each size"
     assert (trained / "weights" / "model_index.json").is_file()
 
 
@@ -135,8 +136,8 @@ def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_pa
     card = model_card(
         json.loads((trained / "vae_report.json").read_text()), report, _score_of_nothing(), vae_parameters=1
     )  # fmt: skip
-    assert "| transformer and text encoder | 4 | 8 (" in card
-    assert "| transformer and text encoder, continued | 4 | 8 (" in card
+    assert "| transformer and text encoder | 4 | 20 (" in card
+    assert "| transformer and text encoder, continued | 4 | 20 (" in card
 
 
 def _score_of_nothing() -> dict[str, Any]:

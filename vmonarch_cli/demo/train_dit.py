@@ -2,7 +2,7 @@
 
 Run it with `python -m vmonarch_cli.demo.train dit --vae DIR/vae --out DIR --seconds 480`. Clips are rendered and
 encoded into a bank of latents on the GPU, which is refreshed a little every few steps; every use of a clip gets a new
-caption.
+caption. The first half of the training sees clips of half the size, four times as many of them a step.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
     parser.add_argument("--batch", type=int, default=64, help="clips a step")
     parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
-    parser.add_argument("--bank-seconds", type=float, default=90.0, help="stop filling the bank after so long")
+    parser.add_argument("--bank-seconds", type=float, default=45.0, help="stop filling the bank after so long")
     parser.add_argument("--encode-batch", type=int, default=16)
     parser.add_argument("--refresh-every", type=int, default=8, help="steps between two refreshes of the bank")
     parser.add_argument("--refresh", type=int, default=16, help="clips replaced at a refresh")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -89,13 +90,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return trainer.finish()
 
 
-def sigmas_for(step: int, count: int, generator: torch.Generator) -> Tensor:
+def sigmas_for(step: int, count: int, generator: torch.Generator, shift: float = FLOW_SHIFT) -> Tensor:
     """Noise levels (count,) in (0, 1): logit-normal on even steps, uniform on odd ones, both shifted towards noise."""
     if step % 2 == 0:
         u = torch.sigmoid(torch.randn(count, generator=generator))
     else:
         u = torch.rand(count, generator=generator)
-    return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    return shift * u / (1 + (shift - 1) * u)
 
 
 class LatentBank:
@@ -191,16 +192,41 @@ class _Trainer:
             self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
         )
         self.guarded_step = training.GuardedStep(self.optimizer, max_norm=1.0)
-        self.bank = LatentBank(
-            vae, device, log, capacity=args.bank, batch=args.encode_batch, size=args.size, seed=args.seed,
-            seconds=args.bank_seconds,
-        )  # fmt: skip
+        self.vae = vae
         self.clock = training.Clock(
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
-        self.step = 0
+        self.step = self.clips_seen = self.distinct_before = 0
         self.last_loss = float("nan")
+        self.bank = self._bank()
+
+    @property
+    def size(self) -> int:
+        """Side of the clips at this point: half the size first, where a step sees four times as many clips and what
+        moves where is learned just as well.
+        """
+        size: int = self.args.size
+        return size // 2 if self.clock.position(self.step) < self.args.small_until else size
+
+    @property
+    def batch(self) -> int:
+        """Clips a step, so that every step has about as many tokens."""
+        return int(self.args.batch * (self.args.size // self.bank.size) ** 2)
+
+    def _bank(self) -> LatentBank:
+        a, size = self.args, self.size
+        batch = a.encode_batch * (a.size // size) ** 2
+        return LatentBank(
+            self.vae,
+            self.device,
+            self.log,
+            capacity=a.bank,
+            batch=batch,
+            size=size,
+            seed=a.seed,
+            seconds=a.bank_seconds,
+        )
 
     def _load_exported(self, directory: Path) -> None:
         from diffusers import WanTransformer3DModel
@@ -217,6 +243,10 @@ class _Trainer:
         logged = first = self.step
         running: list[Tensor] = []
         while not self.clock.over(self.step):
+            if self.size != self.bank.size:
+                self._grow()
+                last_log, logged = time.monotonic(), self.step
+                running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self.bank.refresh(self.args.refresh)
             running.append(self.train_step())
@@ -228,7 +258,7 @@ class _Trainer:
                 self.log.write(
                     "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
                     lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / steps,
-                    clips_per_second=steps * self.args.batch / (now - last_log),
+                    clips_per_second=steps * self.batch / (now - last_log), size=self.bank.size,
                     memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
                 if self.guarded_step.skipped > 20:
@@ -241,23 +271,41 @@ class _Trainer:
             self.last_loss = float(torch.stack(running).mean())
         self.save()
 
+    def _grow(self) -> None:
+        """Go on with clips of the whole size; filling their bank does not move the schedule."""
+        began = time.monotonic()
+        self.distinct_before += self.bank.next_clip
+        del self.bank
+        self.bank = self._bank()
+        self.bank.fill()
+        if self.args.compile:
+            self._trial()
+        self.clock.exclude(time.monotonic() - began)
+
     def _compile(self) -> None:
         """Compile the blocks and try them on one step; if that fails, say so and go on eagerly."""
         self.transformer.compile_repeated_blocks(dynamic=False)
-        if not training.trial(self.log, "dit", self.device, lambda: self.loss().backward()):
+        if not self._trial():
             for block in self.transformer.blocks:
                 block._compiled_call_impl = None
+
+    def _trial(self) -> bool:
+        """Compile for this size by trying a step without an update; whether it worked."""
+        worked = training.trial(self.log, "dit", self.device, lambda: self.loss().backward())
         self.optimizer.zero_grad(set_to_none=True)
+        return worked
 
     def loss(self) -> Tensor:
         """Flow-matching loss of this step's clips, captions, noise levels and noise, all fixed by the step."""
         seed = self.args.seed * 1_000_003 + self.step
         generator = torch.Generator().manual_seed(seed)
         rng = random.Random(seed)
-        rows = [rng.randrange(len(self.bank.specs)) for _ in range(self.args.batch)]
+        rows = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch)]
         prompts = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in rows]
         clean = self.bank.latents[torch.tensor(rows, device=self.device)].float()
-        sigma = sigmas_for(self.step, len(rows), generator).to(self.device)
+        # A smaller clip has fewer values to average noise over: less noise hides as much of it.
+        shift = FLOW_SHIFT * self.bank.size / self.args.size
+        sigma = sigmas_for(self.step, len(rows), generator, shift).to(self.device)
         noise = torch.randn(clean.shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
@@ -277,6 +325,7 @@ class _Trainer:
         loss.backward()
         self.guarded_step()
         self.step += 1
+        self.clips_seen += self.batch
         self.ema.update(self.step)
         return loss.detach()
 
@@ -290,6 +339,9 @@ class _Trainer:
                 "averaged": [m.state_dict() for m in self.averaged],
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
+                "clips_seen": self.clips_seen,
+                "distinct_before": self.distinct_before,
+                "size": self.bank.size,
                 "next_clip": self.bank.next_clip,
                 "bank_clips": len(self.bank.specs),
                 "elapsed": self.clock.elapsed(),
@@ -307,9 +359,13 @@ class _Trainer:
             module.load_state_dict(values)
         self.optimizer.load_state_dict(state["optimizer"])
         training.conform_optimizer(self.optimizer)
-        self.step = state["step"]
-        self.bank.restore(state["bank_clips"], state["next_clip"])
+        self.step, self.clips_seen, self.distinct_before = (
+            state[name] for name in ("step", "clips_seen", "distinct_before")
+        )
         self.clock.before = state["elapsed"]
+        self.bank = self._bank()
+        if self.bank.size == state["size"]:
+            self.bank.restore(state["bank_clips"], state["next_clip"])
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
     @torch.no_grad()
@@ -327,8 +383,8 @@ class _Trainer:
             "transformer_parameters": sum(p.numel() for p in self.transformer.parameters()),
             "text_encoder_parameters": sum(p.numel() for p in self.text_encoder.parameters()),
             "steps": self.step,
-            "clips": self.step * self.args.batch,
-            "distinct_clips": self.bank.next_clip,
+            "clips": self.clips_seen,
+            "distinct_clips": self.distinct_before + self.bank.next_clip,
             "seconds": self.clock.elapsed(),
             "device": training.device_name(self.device),
             "before": self._report_of_init(),
