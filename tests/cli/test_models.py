@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_models_own_examples() -> None:
         for e in ENTRIES
     }
     assert shapes == {
-        "demo": (96, 96, 49, 16, 20, 4.0, None, 3.0, None),
+        "demo": (96, 96, 49, 16, 20, 4.0, None, 6.0, None),
         "wan2.1-1.3b": (480, 832, 81, 16, 50, 5.0, None, 3.0, None),
         "wan2.1-14b": (720, 1280, 81, 16, 50, 5.0, None, 5.0, None),
         "wan2.2-5b": (704, 1280, 121, 24, 50, 5.0, None, 5.0, None),
