@@ -13,6 +13,7 @@ import torch
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.whole_clip import decode_raw, is_plain
 
 Frames = npt.NDArray[np.uint8]
 Embeddings = dict[str, torch.Tensor | None]
@@ -103,6 +104,9 @@ def _is_offloaded(module: Any) -> bool:
     return hasattr(module, "_hf_hook") or _is_group_offload_enabled(module)
 
 
+# A clip of so few pixels in all is decoded whole: chunk by chunk, as long clips must be, takes twice as long.
+_WHOLE_PIXELS = 1 << 20
+
 Decoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
 
 
@@ -121,7 +125,10 @@ def _wan(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Ten
     latents = latents.to(pipeline.vae.dtype)
     mean, std = _mean_and_std(pipeline, latents)
     # The pipeline divides by the reciprocal; so that frames are the same to the bit, so does this.
-    return _run_vae(pipeline, latents / (1.0 / std) + mean)
+    latents = latents / (1.0 / std) + mean
+    if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(pipeline.vae):
+        return decode_raw(pipeline.vae, latents).clamp(-1, 1)
+    return _run_vae(pipeline, latents)
 
 
 def _motif(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vmonarch_cli.demo.model import (
     export_pipeline,
 )
 from vmonarch_cli.demo.vocabulary import MAX_TOKENS, unknown_words, vocabulary
-from vmonarch_cli.demo.whole_clip import decode_normalised, decode_raw, encode_moments
+from vmonarch_cli.whole_clip import decode_normalised, decode_raw, encode_moments
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def generate(
     import torch
 
     from vmonarch_cli.demo.captions import plain_caption
-    from vmonarch_cli.demo.whole_clip import decode_normalised
+    from vmonarch_cli.whole_clip import decode_normalised
 
     latents, clips = [], []
     for start in range(0, len(specs), settings.batch):

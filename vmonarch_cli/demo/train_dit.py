@@ -38,7 +38,7 @@ from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.train_text import load_text_encoder
 from vmonarch_cli.demo.train_vae import exported
 from vmonarch_cli.demo.vocabulary import MAX_TOKENS
-from vmonarch_cli.demo.whole_clip import encode_mean
+from vmonarch_cli.whole_clip import encode_mean
 
 _EMPTY_CAPTION_SHARE = 0.1
 _REPORTS_BEFORE = ("vae_report.json", "text_report.json")

@@ -21,7 +21,7 @@ from vmonarch_cli.demo import still_image, training
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE, frame_times, render
 from vmonarch_cli.demo.model import VAE_PRESETS, build_vae, config_dict, export_vae
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.whole_clip import decode_raw, encode_mean, encode_moments
+from vmonarch_cli.whole_clip import decode_raw, encode_mean, encode_moments
 
 _INITIAL_LOGVAR = -5.0
 

@@ -206,7 +206,7 @@ def _decoded(settings: QualitySettings, pipeline: Any, latents: Tensor) -> list[
     """Frames of each clip as (F, 3, H, W), uint8, on the CPU."""
     if settings.entry.alias == DEMO_ALIAS:
         # Small clips: the whole-clip decoder is the same network without the chunks, and many times faster on a GPU.
-        from vmonarch_cli.demo.whole_clip import decode_normalised
+        from vmonarch_cli.whole_clip import decode_normalised
 
         vae = pipeline.vae
         parts = [decode_normalised(vae, part.to(settings.device, vae.dtype)) for part in latents.split(4)]

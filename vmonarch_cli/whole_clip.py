@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 
 
+def is_plain(vae: Any) -> bool:
+    """Whether the functions here cover this autoencoder as it is now: Wan 2.1's blocks, not tiled, not offloaded."""
+    config = vae.config
+    plain = type(vae).__name__ == "AutoencoderKLWan" and config.patch_size is None and not config.is_residual
+    return plain and not vae.use_tiling and not vae.use_slicing and vae.device.type == "cpu"
+
+
 def encode_moments(vae: Any, video: Tensor) -> Tensor:
     """Mean and log-variance of the latents, before any normalisation.
 
