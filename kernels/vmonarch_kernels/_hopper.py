@@ -127,6 +127,32 @@ def _softmax_step(scores, top, total, scale2):
 
 
 @gluon.jit
+def _step(
+    q, weights, keys, values, k_smem, full, empty, stage, phase, no_scores, acc_k, acc_v, top, total, scale2,
+    WITH_K: gl.constexpr, WITH_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add a tile's weighted keys and values to the sums while the next tile's weights are computed; those weights, the
+    sums, row maxima and totals, and the next tile's ring position.
+    """
+    dtype: gl.constexpr = k_smem.dtype
+    layout_o: gl.constexpr = acc_k.type.layout
+    running: gl.constexpr = 2 if WITH_K and WITH_V else 1  # products behind the scores in the queue
+    next_stage, next_phase = _next(stage, phase, STAGES)
+    mbarrier.wait(full.index(next_stage), next_phase)
+    scores = warpgroup_mma(q, k_smem.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    acc_k, acc_v = _accumulate(weights, keys, values, acc_k, acc_v, WITH_K, WITH_V)
+    scores = warpgroup_mma_wait(running, deps=[scores])
+    next_weights, top, total, decay = _softmax_step(scores, top, total, scale2)
+    acc_k, acc_v = _settle(weights, acc_k, acc_v, WITH_K, WITH_V)
+    mbarrier.arrive(empty.index(stage), count=1)
+    decay_o = gl.convert_layout(decay, gl.SliceLayout(1, layout_o))[:, None]
+    acc_k *= decay_o
+    acc_v *= decay_o
+    next_weights = gl.convert_layout(next_weights.to(dtype), gl.DotOperandLayout(0, layout_o, 2))
+    return next_weights, acc_k, acc_v, top, total, next_stage, next_phase
+
+
+@gluon.jit
 def _attend_tile(
     q, k_smem, v_smem, full, empty, stage, phase, keys, scale2,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, TAIL: gl.constexpr,
@@ -143,8 +169,6 @@ def _attend_tile(
     layout_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     layout_p: gl.constexpr = gl.DotOperandLayout(0, layout_o, 2)
     rows_s: gl.constexpr = gl.SliceLayout(1, layout_s)
-    rows_o: gl.constexpr = gl.SliceLayout(1, layout_o)
-    running: gl.constexpr = 2 if WITH_K and WITH_V else 1  # products behind the scores in the queue
 
     count = gl.cdiv(keys, BLOCK_N)
     mbarrier.wait(full.index(stage), phase)
@@ -163,36 +187,15 @@ def _attend_tile(
     acc_v = gl.zeros([GROUP_ROWS, BLOCK_D], gl.float32, layout_o)
 
     no_scores = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, layout_s)
-    next_stage, next_phase = _next(stage, phase, STAGES)
-    mbarrier.wait(full.index(next_stage), next_phase)
-    scores = warpgroup_mma(q, k_smem.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    acc_k, acc_v = _accumulate(tail_weights, tail_keys, tail_values, acc_k, acc_v, WITH_K, WITH_V)
-    scores = warpgroup_mma_wait(running, deps=[scores])
-    weights_s, top, total, decay = _softmax_step(scores, top, total, scale2)
-    acc_k, acc_v = _settle(tail_weights, acc_k, acc_v, WITH_K, WITH_V)
-    mbarrier.arrive(empty.index(stage), count=1)
-    decay_o = gl.convert_layout(decay, rows_o)[:, None]
-    acc_k *= decay_o
-    acc_v *= decay_o
-    weights = gl.convert_layout(weights_s.to(dtype), layout_p)
-    stage, phase = next_stage, next_phase
-
+    weights, acc_k, acc_v, top, total, stage, phase = _step(
+        q, tail_weights, tail_keys, tail_values, k_smem, full, empty, stage, phase, no_scores,
+        acc_k, acc_v, top, total, scale2, WITH_K, WITH_V, STAGES,
+    )  # fmt: skip
     for _ in range(count - 2):
-        next_stage, next_phase = _next(stage, phase, STAGES)
-        mbarrier.wait(full.index(next_stage), next_phase)
-        scores = warpgroup_mma(q, k_smem.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        acc_k, acc_v = _accumulate(
-            weights, k_smem.index(stage), v_smem.index(stage), acc_k, acc_v, WITH_K, WITH_V
+        weights, acc_k, acc_v, top, total, stage, phase = _step(
+            q, weights, k_smem.index(stage), v_smem.index(stage), k_smem, full, empty, stage, phase, no_scores,
+            acc_k, acc_v, top, total, scale2, WITH_K, WITH_V, STAGES,
         )  # fmt: skip
-        scores = warpgroup_mma_wait(running, deps=[scores])
-        weights_s, top, total, decay = _softmax_step(scores, top, total, scale2)
-        acc_k, acc_v = _settle(weights, acc_k, acc_v, WITH_K, WITH_V)
-        mbarrier.arrive(empty.index(stage), count=1)
-        decay_o = gl.convert_layout(decay, rows_o)[:, None]
-        acc_k *= decay_o
-        acc_v *= decay_o
-        weights = gl.convert_layout(weights_s.to(dtype), layout_p)
-        stage, phase = next_stage, next_phase
 
     acc_k, acc_v = _accumulate(weights, k_smem.index(stage), v_smem.index(stage), acc_k, acc_v, WITH_K, WITH_V)
     acc_k, acc_v = _settle(weights, acc_k, acc_v, WITH_K, WITH_V)
