@@ -259,7 +259,11 @@ def test_a_commit_can_be_named_where_there_is_no_git(monkeypatch: pytest.MonkeyP
         (("kernel", "--json", "."), "--json takes a file or -, and . is a folder"),
         (("model", "-m", "nothing"), "there is no model 'nothing'"),
         (("model", "-m", "wan2.1-1.3b", "--random-weights", "--num-frames", "80"), "80 frames do not fit wan2.1-1.3b"),
-        (("model", "-m", "cogvideox-2b", "--random-weights"), "whole models are profiled for WanPipeline alone"),
+        (
+            ("model", "-m", "allegro", "--random-weights"),
+            "whole models are profiled for WanPipeline, CogVideoXPipeline",
+        ),
+        (("model", "-m", "wan2.1-1.3b", "--random-weights", "--backend", "fa2"), "--backend takes cudnn, flash"),
         (("quality", "--sweep", "ful"), "--sweep takes quick, full, paper, got 'ful' (did you mean full?)"),
         (("quality", "-m", "wan2.1-1.3b", "--prompts", "9"), "--prompts takes at most 8 for wan2.1-1.3b, got 9"),
     ],

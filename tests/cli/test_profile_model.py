@@ -15,10 +15,14 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.app import app
 from vmonarch_cli.attention import AttentionSession
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.cogvideox import ENTRIES as COGVIDEOX
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.models.wan import WAN21_1_3B, transformer_config
+from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
+from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import commands, contenders, model, tables
+from vmonarch_cli.profile.forward import FORWARDS
 from vmonarch_cli.profile.results import BreakEven, ChipPeak, ModelProfile, Spread, StepRow
 
 TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "2")
@@ -93,6 +97,30 @@ def test_the_random_transformer_is_the_published_one() -> None:
     assert made.scale_shift_table.dtype == torch.float32
     assert made.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("entry", [WAN21_14B, WAN22_5B, *COGVIDEOX, HUNYUAN_VIDEO], ids=lambda entry: entry.alias)
+def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
+    import diffusers
+
+    forward = FORWARDS[entry.pipeline]
+    with torch.device("meta"):
+        transformer = getattr(diffusers, forward.transformer)(**forward.config(entry))
+    assert sum(p.numel() for p in transformer.parameters()) == entry.transformer_params
+
+
+@pytest.mark.parametrize("entry", [*COGVIDEOX, HUNYUAN_VIDEO], ids=lambda entry: entry.alias)
+def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"layers": 3, "heads": 2, "head_dim": 128 if entry is HUNYUAN_VIDEO else 32, "text_dim": 32}
+    small = entry.model_copy(update={**sizes, "max_sequence_length": 16})
+    monkeypatch.setattr("vmonarch_cli.profile.request.find_model", lambda name: (small, ""))
+    shape = ("--size", "64x48", "--num-frames", "17", "--steps", "1", "--device", "cpu")
+    data = json.loads(call("-m", entry.alias, "--random-weights", *shape, "--json", "-").stdout)
+    assert data["checks_passed"], data["checks"]
+    assert any("exact against dense" in check["against"] for check in data["checks"])
+    assert data["model"]["forwards"] == (1 if entry.embedded_guidance else 2)
+    assert [row["name"] for row in data["model"]["rows"]] == ["sdpa", "paper", "skipped"]
+    assert all(row["failure"] is None for row in data["model"]["rows"])
 
 
 def test_one_failing_kind_is_a_row_and_the_others_go_on(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

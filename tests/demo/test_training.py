@@ -63,7 +63,7 @@ def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     main([*command, "--stop-after", "3"])
     main([*command, "--resume"])
     _assert_same_state(
-        trained / "dit_checkpoint.pt", tmp_path / "dit_checkpoint.pt", ["transformer", "text_encoder", "averaged"]
+        trained / "dit_checkpoint.pt", tmp_path / "dit_checkpoint.pt", ["transformer", "outline_head", "averaged"]
     )
 
 
@@ -130,7 +130,8 @@ def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_pa
     weights = trained / "weights"
     (weights / "training").mkdir(exist_ok=True)
     (weights / "training" / "dit_report.json").write_text((trained / "dit_report.json").read_text())
-    main([*DIT, "--vae", str(trained / "vae"), "--init", str(weights), "--samples", "0", "--out", str(tmp_path)])
+    parts = ["--vae", str(trained / "vae"), "--text", str(weights)]
+    main([*DIT, *parts, "--init", str(weights), "--samples", "0", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "dit_report.json").read_text())
     assert report["before"] == json.loads((trained / "dit_report.json").read_text())
     card = model_card(

@@ -69,6 +69,33 @@ def render(
     return image.clamp(0, 1) * 2 - 1
 
 
+def occupancy(
+    specs: Sequence[ClipSpec], times: Tensor, *, size: int = SIZE, device: torch.device | str = "cpu"
+) -> Tensor:
+    """How much of each pixel is covered by an object.
+
+    Args:
+        specs: B clips.
+        times: frame times in [0, 1], shape (F,).
+        size: height and width in pixels.
+        device: where to compute.
+
+    Returns:
+        (B, F, size, size) float32 in [0, 1].
+
+    """
+    x, y = _pixel_grid(size, device)
+    covered = torch.zeros(len(specs), times.shape[-1], size, size, device=device)
+    for slot in range(max(len(s.objects) for s in specs)):
+        rows = [b for b, s in enumerate(specs) if slot < len(s.objects)]
+        objects = [specs[b].objects[slot] for b in rows]
+        cx, cy, r, angle = _tracks([o.track for o in objects], times.to(device).expand(len(rows), -1))
+        index = torch.tensor(rows, device=device)
+        inside = _coverage(_distances(objects, x - cx, y - cy, r, angle), size)
+        covered[index] = torch.maximum(covered[index], inside)
+    return covered
+
+
 def signed_distance(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     """Distance to a shape's outline, negative inside, in the units of x, y and the radius r (broadcast together)."""
     corner = 0.08 * r

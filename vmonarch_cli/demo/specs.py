@@ -24,7 +24,8 @@ SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.25, 0.28), "medium": (
 REACH = 1.22
 """Largest distance of any shape's outline from its centre, in radii."""
 
-PAIR_SHARE = 0.15
+PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}
+"""How many clips show two objects; training sees more of them because they take longest to learn."""
 _ROUND_SHAPES = frozenset({"circle", "ring"})
 # Motions of two objects that share the frame: they never leave their own half.
 _SIDE_BY_SIDE = ("rising", "falling", "bouncing", "spinning", "growing", "shrinking", "standing still")
@@ -106,7 +107,7 @@ def sample_spec(split: Split, seed: int, index: int) -> ClipSpec:
     name = f"{split}/{seed}/{index}"
     rng = random.Random(name)
     # Decided once: a pair has two chances to be held out, so redrawing it too would fill the held-out split with pairs.
-    pair = rng.random() < PAIR_SHARE
+    pair = rng.random() < PAIR_SHARE[split]
     while True:
         spec = _draw(rng, name, pair=pair)
         held_out = [is_held_out(*o.triple) for o in spec.objects]

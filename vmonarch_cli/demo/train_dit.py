@@ -1,8 +1,12 @@
-"""Trains the diffusion transformer and the text encoder together, by flow matching on cached latents.
+"""Trains the diffusion transformer by flow matching on cached latents, with a text encoder that no longer changes.
 
-Run it with `python -m vmonarch_cli.demo.train dit --vae DIR/vae --out DIR --seconds 480`. Clips are rendered and
-encoded into a bank of latents on the GPU, which is refreshed a little every few steps; every use of a clip gets a new
-caption. The first half of the training sees clips of half the size, four times as many of them a step.
+Run it with `python -m vmonarch_cli.demo.train dit --vae DIR/vae --text DIR --out DIR --seconds 480`. Clips are
+rendered and encoded into a bank of latents on the GPU, which is refreshed a little every few steps; every use of a
+clip gets a new caption. The first part of the training sees clips of half the size, four times as many of them a step.
+
+Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
+them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
+the objects' outlines from the middle of the transformer.
 """
 
 from __future__ import annotations
@@ -10,19 +14,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vmonarch_cli.demo import training
 from vmonarch_cli.demo.captions import caption, plain_caption
-from vmonarch_cli.demo.clips import FPS, NUM_FRAMES, SIZE, render
+from vmonarch_cli.demo.clips import FPS, NUM_FRAMES, SIZE, frame_times, occupancy, render
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     FLOW_SHIFT,
@@ -41,6 +47,10 @@ from vmonarch_cli.demo.vocabulary import MAX_TOKENS
 from vmonarch_cli.whole_clip import encode_mean
 
 _EMPTY_CAPTION_SHARE = 0.1
+_OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
+_OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
+_OUTLINE_BLOCK = 4  # the block after which outlines are read (counted from 0)
+_OUTLINE_SIDE = 4  # each token says in 4 x 4 values where objects are
 _REPORTS_BEFORE = ("vae_report.json", "text_report.json")
 
 
@@ -53,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
-    parser.add_argument("--text", type=Path, help="the folder that `train text` exported its text encoder to")
+    parser.add_argument("--text", type=Path, required=True, help="the folder that `train text` exported to")
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
@@ -61,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
     parser.add_argument("--bank-seconds", type=float, default=45.0, help="stop filling the bank after so long")
     parser.add_argument("--encode-batch", type=int, default=16)
-    parser.add_argument("--refresh-every", type=int, default=8, help="steps between two refreshes of the bank")
-    parser.add_argument("--refresh", type=int, default=16, help="clips replaced at a refresh")
+    parser.add_argument("--refresh-every", type=int, default=32, help="steps between two refreshes of the bank")
+    parser.add_argument("--refresh", type=int, default=32, help="clips replaced at a refresh")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=SIZE)
@@ -100,7 +110,7 @@ def sigmas_for(step: int, count: int, generator: torch.Generator, shift: float =
 
 
 class LatentBank:
-    """Normalised latents of rendered training clips, kept on the device in float16.
+    """Normalised latents of rendered training clips and where their objects are, kept on the device in float16.
 
     Args:
         vae: the frozen autoencoder, float32, with measured latent statistics in its config.
@@ -124,6 +134,15 @@ class LatentBank:
         side = size // 4
         frames = (NUM_FRAMES - 1) // 4 + 1
         self.latents = torch.empty(capacity, vae.config.z_dim, frames, side, side, dtype=torch.float16, device=device)
+        self.outlines = torch.empty(capacity, frames, 2 * side, 2 * side, dtype=torch.float16, device=device)
+        self._outline_times = frame_times()[::4]
+
+    def _put(self, row: int, specs: list[ClipSpec]) -> None:
+        """Render, encode and keep clips from a row on."""
+        rows = slice(row, row + len(specs))
+        self.latents[rows] = self.encode(specs).to(torch.float16)
+        covered = occupancy(specs, self._outline_times, size=self.outlines.shape[-1], device=self.device)
+        self.outlines[rows] = covered.to(torch.float16)
 
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:
@@ -145,7 +164,7 @@ class LatentBank:
         while len(self.specs) < len(self._numbers) and time.monotonic() - start < self.seconds:
             done = len(self.specs)
             specs = [sample_spec("train", self.seed, n) for n in self._numbers[done : done + self.batch]]
-            self.latents[done : done + len(specs)] = self.encode(specs).to(torch.float16)
+            self._put(done, specs)
             self.specs.extend(specs)
             training.synchronize(self.device)
             if time.monotonic() - last > 10:
@@ -166,9 +185,63 @@ class LatentBank:
             return
         specs = [sample_spec("train", self.seed, self.next_clip + i) for i in range(count)]
         self.next_clip += count
-        self.latents[self._oldest : self._oldest + count] = self.encode(specs).to(torch.float16)
+        self._put(self._oldest, specs)
         self.specs[self._oldest : self._oldest + count] = specs
         self._oldest = (self._oldest + count) % len(self.specs)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What steps `begin`, `begin` + 1, ... see: bank rows (S, B), noise levels (S, B), embeddings (S, B, L, D)."""
+
+    begin: int
+    rows: Tensor
+    sigmas: Tensor
+    text: Tensor
+
+    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        i = step - self.begin
+        return self.rows[i], self.sigmas[i], self.text[i]
+
+
+class _OutlineHead(nn.Module):
+    """Reads from the tokens in the middle of the transformer where objects are; used in training alone.
+
+    It makes the first blocks find out early, from noise and words, what is where: the idea of REPA (Yu et al., 2024),
+    with the renderer's own knowledge in place of another network's.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(dim, elementwise_affine=False),
+            nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, _OUTLINE_SIDE**2),
+        )  # fmt: skip
+        self._tokens: Tensor | None = None
+
+    def listen_to(self, transformer: Any) -> None:
+        """Keep what the middle block returns, compiled or not; call it again after (un)compiling the block."""
+        block = transformer.blocks[min(_OUTLINE_BLOCK, len(transformer.blocks) - 1)]
+        run = block._compiled_call_impl or block._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._tokens = run(*args, **kwargs)
+            return self._tokens
+
+        # Outside the compiled code: a hook would be traced into this block and keep it from sharing the others' code.
+        block._compiled_call_impl = call
+
+    def loss(self, covered: Tensor) -> Tensor:
+        """Mean cross-entropy of the last call's tokens, read as coverage, against `covered` (B, T, h, w) in [0, 1]."""
+        if self._tokens is None:
+            raise RuntimeError("outlines: the transformer has not run since listen_to")
+        target = F.pixel_unshuffle(covered, _OUTLINE_SIDE)
+        batch, channels, rows, columns = target.shape
+        patches = _OUTLINE_SIDE**2
+        target = target.view(batch, channels // patches, patches, rows, columns).permute(0, 1, 3, 4, 2)
+        read = self.layers(self._tokens).view(target.shape)
+        self._tokens = None
+        return F.binary_cross_entropy_with_logits(read.float(), target)
 
 
 class _Trainer:
@@ -178,19 +251,18 @@ class _Trainer:
         dit_config, self.text_config = DIT_PRESETS[args.preset]
         self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
         self.transformer = build_transformer(self.dit_config).to(device).train()
-        self.text_encoder = build_text_encoder(self.text_config).to(device).train()
+        self.text_encoder = build_text_encoder(self.text_config).to(device).eval().requires_grad_(False)
         self.tokenizer = build_tokenizer()
+        load_text_encoder(self.text_encoder, args.text)
         if args.init is not None:
-            self._load_exported(args.init)
-        if args.text is not None:
-            load_text_encoder(self.text_encoder, args.text)
-        self.averaged = (copy.deepcopy(self.transformer).eval(), copy.deepcopy(self.text_encoder).eval())
-        live = (self.transformer, self.text_encoder)
-        self.parameters = [p for m in live for p in m.parameters()]
-        self.ema = training.Ema(live, self.averaged, args.ema)
+            self._load_transformer(args.init)
+        self.averaged = copy.deepcopy(self.transformer).eval()
+        self.outline_head = _OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        self.ema = training.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-        )
+            [*self.transformer.parameters(), *self.outline_head.parameters()],
+            lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda",
+        )  # fmt: skip
         self.guarded_step = training.GuardedStep(self.optimizer, max_norm=1.0)
         self.vae = vae
         self.clock = training.Clock(
@@ -200,6 +272,7 @@ class _Trainer:
         self.step = self.clips_seen = self.distinct_before = 0
         self.last_loss = float("nan")
         self.bank = self._bank()
+        self._plan: _Plan | None = None
 
     @property
     def size(self) -> int:
@@ -228,20 +301,28 @@ class _Trainer:
             seconds=a.bank_seconds,
         )
 
-    def _load_exported(self, directory: Path) -> None:
+    def _load_transformer(self, directory: Path) -> None:
         from diffusers import WanTransformer3DModel
 
         transformer = WanTransformer3DModel.from_pretrained(directory / "transformer").float()
         self.transformer.load_state_dict(transformer.state_dict())
-        load_text_encoder(self.text_encoder, directory)
 
     def train(self) -> None:
+        tokens = math.prod(self.bank.latents.shape[2:]) // 4
+        with training.fastest_attention(
+            self.log, self.device, (self.batch, self.dit_config.num_heads, tokens, self.dit_config.head_dim)
+        ):
+            self._train()
+
+    def _train(self) -> None:
         if self.args.compile:
             self._compile()
+        else:
+            self.outline_head.listen_to(self.transformer)
         self.clock.start()
         last_save = last_log = time.monotonic()
         logged = first = self.step
-        running: list[Tensor] = []
+        running: list[tuple[Tensor, Tensor]] = []
         while not self.clock.over(self.step):
             if self.size != self.bank.size:
                 self._grow()
@@ -249,15 +330,17 @@ class _Trainer:
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self.bank.refresh(self.args.refresh)
+                self._plan = None
             running.append(self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
-                self.last_loss = float(torch.stack(running).mean())
+                self.last_loss, outlines = self._means(running)
                 running.clear()
                 now = time.monotonic()
                 steps = self.step - logged
                 self.log.write(
                     "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
-                    lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / steps,
+                    outlines=outlines, lr=self.optimizer.param_groups[0]["lr"],
+                    seconds_per_step=(now - last_log) / steps,
                     clips_per_second=steps * self.batch / (now - last_log), size=self.bank.size,
                     memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
@@ -268,8 +351,14 @@ class _Trainer:
                 self.save()
                 last_save = time.monotonic()
         if running:
-            self.last_loss = float(torch.stack(running).mean())
+            self.last_loss, _ = self._means(running)
         self.save()
+
+    @staticmethod
+    def _means(losses: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Mean flow-matching loss and mean cross-entropy of the outlines (waits for the device)."""
+        flow, outlines = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
+        return flow, outlines
 
     def _grow(self) -> None:
         """Go on with clips of the whole size; filling their bank does not move the schedule."""
@@ -278,6 +367,7 @@ class _Trainer:
         del self.bank
         self.bank = self._bank()
         self.bank.fill()
+        self._plan = None
         if self.args.compile:
             self._trial()
         self.clock.exclude(time.monotonic() - began)
@@ -285,49 +375,78 @@ class _Trainer:
     def _compile(self) -> None:
         """Compile the blocks and try them on one step; if that fails, say so and go on eagerly."""
         self.transformer.compile_repeated_blocks(dynamic=False)
+        self.outline_head.listen_to(self.transformer)
         if not self._trial():
             for block in self.transformer.blocks:
                 block._compiled_call_impl = None
+            self.outline_head.listen_to(self.transformer)
 
     def _trial(self) -> bool:
         """Compile for this size by trying a step without an update; whether it worked."""
-        worked = training.trial(self.log, "dit", self.device, lambda: self.loss().backward())
+        worked = training.trial(self.log, "dit", self.device, lambda: self.losses()[0].backward())
         self.optimizer.zero_grad(set_to_none=True)
         return worked
 
-    def loss(self) -> Tensor:
-        """Flow-matching loss of this step's clips, captions, noise levels and noise, all fixed by the step."""
-        seed = self.args.seed * 1_000_003 + self.step
-        generator = torch.Generator().manual_seed(seed)
-        rng = random.Random(seed)
-        rows = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch)]
-        prompts = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in rows]
-        clean = self.bank.latents[torch.tensor(rows, device=self.device)].float()
+    @torch.no_grad()
+    def _plan_steps(self) -> _Plan:
+        """Draw clips, captions and noise levels up to the next refresh, all fixed by the steps' numbers.
+
+        Made for many steps at once, so that no step waits for the host.
+        """
+        every = self.args.refresh_every
+        begin = self.step - self.step % every
+        rows, prompts, sigmas = [], [], []
         # A smaller clip has fewer values to average noise over: less noise hides as much of it.
         shift = FLOW_SHIFT * self.bank.size / self.args.size
-        sigma = sigmas_for(self.step, len(rows), generator, shift).to(self.device)
-        noise = torch.randn(clean.shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
+        for step in range(begin, begin + every):
+            rng = random.Random(self._seed(step))
+            chosen = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch)]
+            rows.append(chosen)
+            prompts += ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in chosen]
+            sigmas.append(sigmas_for(step, self.batch, torch.Generator().manual_seed(self._seed(step)), shift))
+        with training.autocast(self.device):
+            text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
+        return _Plan(
+            begin, torch.tensor(rows, device=self.device), torch.stack(sigmas).to(self.device),
+            text.view(every, self.batch, *text.shape[1:]),
+        )  # fmt: skip
+
+    def _seed(self, step: int) -> int:
+        return int(self.args.seed * 1_000_003 + step)
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What this step minimises, its flow-matching loss and the cross-entropy of its outlines (scalars)."""
+        if self._plan is None:
+            self._plan = self._plan_steps()
+        rows, sigma, text = self._plan.at(self.step)
+        clean = self.bank.latents[rows].float()
+        covered = self.bank.outlines[rows].float()
+        generator = torch.Generator(self.device).manual_seed(self._seed(self.step))
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
         with training.autocast(self.device):
-            text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
             velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
-        loss: Tensor = (velocity.float() - (noise - clean)).square().mean()
-        return loss
+            outlines = self.outline_head.loss(covered)
+        errors = (velocity.float() - (noise - clean)).square().mean(1)
+        emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
+        weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
+        objective = (errors * weight).mean() / weight.mean() + emphasis * _OUTLINE_WEIGHT * outlines
+        return objective, errors.mean().detach(), outlines.detach()
 
-    def train_step(self) -> Tensor:
-        """One step of flow matching; returns the loss (a scalar on the device)."""
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One step; returns its flow-matching loss and its outlines' cross-entropy (scalars on the device)."""
         for group in self.optimizer.param_groups:
             position = self.clock.position(self.step)
             group["lr"] = training.learning_rate(self.args.lr, position, self.step, warmup=200)
-        loss = self.loss()
+        objective, flow, outlines = self.losses()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        objective.backward()
         self.guarded_step()
         self.step += 1
         self.clips_seen += self.batch
         self.ema.update(self.step)
-        return loss.detach()
+        return flow, outlines
 
     def save(self) -> None:
         training.save_checkpoint(
@@ -335,8 +454,8 @@ class _Trainer:
             {
                 "preset": self.args.preset,
                 "transformer": self.transformer.state_dict(),
-                "text_encoder": self.text_encoder.state_dict(),
-                "averaged": [m.state_dict() for m in self.averaged],
+                "outline_head": self.outline_head.state_dict(),
+                "averaged": self.averaged.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "clips_seen": self.clips_seen,
@@ -354,9 +473,8 @@ class _Trainer:
         if state["preset"] != self.args.preset:
             raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.transformer.load_state_dict(state["transformer"])
-        self.text_encoder.load_state_dict(state["text_encoder"])
-        for module, values in zip(self.averaged, state["averaged"], strict=True):
-            module.load_state_dict(values)
+        self.outline_head.load_state_dict(state["outline_head"])
+        self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         training.conform_optimizer(self.optimizer)
         self.step, self.clips_seen, self.distinct_before = (
@@ -373,8 +491,8 @@ class _Trainer:
         """Export the averaged weights with the autoencoder as one pipeline, and draw samples as a user would."""
         weights = self.args.out / "weights"
         training.set_layout(self.bank.vae, channels_last=False)
-        transformer, text_encoder = (copy.deepcopy(m) for m in self.averaged)
-        export_pipeline(weights, copy.deepcopy(self.bank.vae), transformer, text_encoder, self.tokenizer)
+        vae, transformer, text = (copy.deepcopy(m) for m in (self.bank.vae, self.averaged, self.text_encoder))
+        export_pipeline(weights, vae, transformer, text, self.tokenizer)
         summary: dict[str, Any] = {
             "loss": self.last_loss,
             "preset": self.args.preset,
@@ -392,7 +510,7 @@ class _Trainer:
         }
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
         for folder, name in zip((self.args.vae.parent, self.args.text), _REPORTS_BEFORE, strict=True):
-            if folder is not None and (folder / name).is_file() and folder.resolve() != self.args.out.resolve():
+            if (folder / name).is_file() and folder.resolve() != self.args.out.resolve():
                 shutil.copy(folder / name, self.args.out / name)
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:

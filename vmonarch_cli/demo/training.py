@@ -162,6 +162,41 @@ def tune_backend(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def fastest_attention(
+    log: JsonLog, device: torch.device, shape: tuple[int, int, int, int]
+) -> AbstractContextManager[Any]:
+    """Use the backend of scaled_dot_product_attention whose forward and backward pass is fastest on (B, heads, N, D).
+
+    PyTorch takes FlashAttention-2 wherever it can; on a Hopper GPU cuDNN is faster.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type != "cuda":
+        return nullcontext()
+    rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    q, k, v, out = torch.randn(4, *shape, device=device, dtype=torch.bfloat16)
+    q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    seconds = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                for repeat in range(6):
+                    if repeat == 3:
+                        synchronize(device)
+                        start = time.monotonic()
+                    nn.functional.scaled_dot_product_attention(q, k, v).backward(out)
+                synchronize(device)
+        except RuntimeError as error:
+            log.write("attention_unavailable", backend=backend.name, error=str(error)[:500])
+            continue
+        seconds[backend] = (time.monotonic() - start) / 3
+    log.write("attention", **{backend.name: value for backend, value in seconds.items()})
+    if not seconds:
+        return nullcontext()
+    fastest = min(seconds, key=lambda backend: seconds[backend])
+    return sdpa_kernel([fastest, *(b for b in rest if b is not fastest)], set_priority=True)
+
+
 def set_layout(module: nn.Module, *, channels_last: bool) -> torch.memory_format:
     """Lay out the weights of a module's convolutions; returns the format that its 5-d inputs should have."""
     for child in module.modules():

@@ -83,3 +83,24 @@ PIPELINES = (
         "CogVideoXPipeline", "cogvideox", "CogVideoXTransformer3DModel", _TEXT, _figures, guidance_by_batch=True
     ),
 )
+
+
+def transformer_config(entry: ModelEntry) -> dict[str, Any]:
+    """Arguments of diffusers' CogVideoXTransformer3DModel that build this entry's transformer, without its weights."""
+    temporal_patch = entry.patch[0] if entry.patch[0] > 1 else None
+    return {
+        "num_attention_heads": entry.heads,
+        "attention_head_dim": entry.head_dim,
+        "in_channels": entry.latent_channels,
+        "out_channels": entry.latent_channels,
+        "text_embed_dim": entry.text_dim,
+        "num_layers": entry.layers,
+        "patch_size": entry.patch[1],
+        "patch_size_t": temporal_patch,
+        "patch_bias": temporal_patch is None,
+        "sample_height": 60 if temporal_patch is None else 300,
+        "sample_width": 90 if temporal_patch is None else 300,
+        "sample_frames": entry.defaults.num_frames,
+        "max_text_seq_length": entry.max_sequence_length,
+        "use_rotary_positional_embeddings": entry.alias != COGVIDEOX_2B.alias,
+    }

@@ -98,3 +98,22 @@ PIPELINES = (
         guider=True,
     ),
 )
+
+
+def transformer_config(entry: ModelEntry) -> dict[str, Any]:
+    """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
+
+    Of its layers, a third has apart and two thirds have common projections of video and text.
+    """
+    return {
+        "in_channels": entry.latent_channels,
+        "out_channels": entry.latent_channels,
+        "num_attention_heads": entry.heads,
+        "attention_head_dim": entry.head_dim,
+        "num_layers": entry.layers // 3,
+        "num_single_layers": entry.layers - entry.layers // 3,
+        "patch_size": entry.patch[1],
+        "patch_size_t": entry.patch[0],
+        "guidance_embeds": entry.embedded_guidance,
+        "text_embed_dim": entry.text_dim,
+    }

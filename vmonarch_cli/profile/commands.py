@@ -180,6 +180,14 @@ def profile_model(
     guidance_scale: Guidance = None,
     flow_shift: FlowShift = None,
     presets: Presets = None,
+    backend: Annotated[
+        list[str] | None,
+        option(
+            "--backend",
+            panel=ATTENTION,
+            help="Dense backend to compare with: cudnn, flash, efficient or math (repeatable). Default: all fast ones.",
+        ),
+    ] = None,
     compile_: Annotated[
         bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
     ] = False,
@@ -200,6 +208,7 @@ def profile_model(
     """Time whole denoising steps, dense and structured in turn on the same inputs, and say whether it is worth it."""
     shape = request.model_shape(model, size, height, width, num_frames, random_weights)
     chosen = request.presets(presets, (DEFAULT_PRESET,))
+    backends = request.backends(backend)
     checks.whole("--steps", steps, 1, 1000)
     checks.number("--guidance-scale", guidance_scale, 0, 100)
     checks.number("--flow-shift", flow_shift, 0.01, 100)
@@ -225,7 +234,10 @@ def profile_model(
         compile=compile_,
         prompt=checks.prompt(prompt or checks.EXAMPLE_PROMPT),
         seed=run.seed,
+        backends=backends,
     )
+    if backends and run.device.type != "cuda":
+        raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
     run.start(
         {
             "model": shape.entry.alias,

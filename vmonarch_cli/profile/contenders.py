@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmonarch_cli.attention import AttentionSession, swapped
+from vmonarch_cli.attention.joint import Text
 from vmonarch_cli.attention.processors import FAMILIES
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.results import StepRow
@@ -32,7 +33,9 @@ _DENSE = {
 class SkippedAttention(AttentionSession):
     """Self-attention that returns its values: what is left of a step is the floor of everything else."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, transformer: int, layer: int) -> Tensor:
+    def attend_joint(
+        self, q: Tensor, k: Tensor, v: Tensor, transformer: int, layer: int, text: Text | None, clips: int
+    ) -> Tensor:
         """(B, N, heads, D) each -> a copy of v, as large a write as an attention's output."""
         return v.clone(memory_format=torch.contiguous_format)
 
@@ -50,13 +53,17 @@ class Contender:
 
 
 def contenders(
-    transformer: Any, presets: Sequence[Preset], device: torch.device, dtype: torch.dtype
+    transformer: Any,
+    presets: Sequence[Preset],
+    device: torch.device,
+    dtype: torch.dtype,
+    backends: Sequence[str] = (),
 ) -> list[Contender]:
-    """Every dense backend of the device, every structured preset, and skipped attention, in this order."""
+    """Every dense backend of the device (or those named), every structured preset, and skipped attention."""
     layers = FAMILIES[type(transformer).__name__].self_attentions(transformer)
     found = [
         Contender(StepRow(name, "dense"), functools.partial(_dense, layers, _DENSE[name]))
-        for name in _dense_names(device, dtype)
+        for name in (backends or _dense_names(device, dtype))
     ]
     for preset in presets:
         if preset.attention != "dense":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,19 +19,19 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.loading import load_pipeline, quiet_libraries
 from vmonarch_cli.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.wan import transformer_config
 from vmonarch_cli.pipelines import decode, encode
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.contenders import Contender, structured
 from vmonarch_cli.profile.contenders import contenders as make_contenders
+from vmonarch_cli.profile.forward import FORWARDS, Clip
 from vmonarch_cli.profile.kernel import KernelSettings, OnWork, profile_shape
 from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import Check, ChipPeak, KernelShape, ModelProfile, Spread, StepRow
 
 COLD_REPEATS = 3
 TIMESTEPS = 1000
-"""Wan's transformers take sigma times this."""
+"""Transformers take sigma times this."""
 # A model in which self-attention is exact may differ from the dense one by what rounding adds up to over its layers.
 _EXACT_BUDGET = {torch.bfloat16: 8e-2, torch.float16: 2e-2, torch.float32: 1e-3}
 
@@ -57,6 +57,8 @@ class ModelSettings:
     compile: bool
     prompt: str
     seed: int = 0
+    backends: Sequence[str] = ()
+    """Dense backends to measure; every one of the device when empty."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -65,12 +67,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """One denoising step's input; `contexts` holds one embedding per forward."""
+    """One denoising step's input; `contexts` holds one embedding per forward, `others` what else a forward takes."""
 
     latents: Tensor
     timestep: Tensor
     contexts: tuple[Tensor, ...]
     guidance_scale: float
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_model(
@@ -91,7 +94,7 @@ def run_model(
         compiled=settings.compile,
         size=(settings.width, settings.height, settings.num_frames),
         grid=settings.grid,
-        forwards=2 if settings.guidance_scale > 1 else 1,
+        forwards=2 if settings.guidance_scale > 1 and not settings.entry.embedded_guidance else 1,
         clip_steps=settings.clip_steps,
     )
     checks: list[Check] = []
@@ -99,6 +102,8 @@ def run_model(
     on_work("loading the model")
     pipeline, transformer, contexts = _load(settings, profile)
     if settings.compile:
+        if not getattr(transformer, "_repeated_blocks", None):
+            raise ModelError(f"--compile: diffusers names no repeated blocks for {type(transformer).__name__}")
         transformer.compile_repeated_blocks()
     with torch.no_grad(), _no_graph_cache():
         report = functools.partial(on_result, profile, checks, shapes)
@@ -133,14 +138,15 @@ def random_transformer(entry: ModelEntry, device: torch.device, dtype: torch.dty
     Parts that diffusers keeps in float32 when it loads the real weights are float32 here, too.
     """
     quiet_libraries()
-    from diffusers import WanTransformer3DModel
+    import diffusers
 
+    forward = FORWARDS[entry.pipeline]
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            transformer = WanTransformer3DModel(**transformer_config(entry)).eval()
+            transformer = getattr(diffusers, forward.transformer)(**forward.config(entry)).eval()
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{entry.alias} does not fit the memory of this GPU: choose a smaller model") from None
     finally:
@@ -182,7 +188,7 @@ def _steps(
     on_result: Callable[[], None],
     on_work: OnWork,
 ) -> None:
-    contenders = make_contenders(transformer, settings.presets, settings.device, settings.dtype)
+    contenders = make_contenders(transformer, settings.presets, settings.device, settings.dtype, settings.backends)
     inputs = _first_inputs(settings, contexts)
     ready: list[Contender] = []
     expected: Tensor | None = None
@@ -236,7 +242,11 @@ def _predict(contender: Contender, transformer: Any, inputs: _Inputs) -> Tensor:
         latents = inputs.latents.to(inputs.contexts[0].dtype)
         parts = [
             transformer(
-                hidden_states=latents, timestep=inputs.timestep, encoder_hidden_states=context, return_dict=False
+                hidden_states=latents,
+                timestep=inputs.timestep,
+                encoder_hidden_states=context,
+                return_dict=False,
+                **inputs.others,
             )[0]
             for context in inputs.contexts
         ]
@@ -360,11 +370,16 @@ def _clip_times(settings: ModelSettings, profile: ModelProfile) -> None:
 
 def _first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> _Inputs:
     entry = settings.entry
-    frames = (settings.num_frames - 1) // entry.vae_temporal + 1
-    height, width = settings.height // entry.vae_spatial, settings.width // entry.vae_spatial
-    shape = (1, entry.latent_channels, frames, height, width)
-    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(settings.seed)).to(settings.device)
-    return _Inputs(noise, _timestep(1.0, settings.device), contexts, settings.guidance_scale)
+    # Whole patches: where latent frames do not fill the last one, the pipelines add some.
+    clip = Clip(
+        settings.grid[0] * entry.patch[0], settings.height // entry.vae_spatial, settings.width // entry.vae_spatial
+    )
+    forward = FORWARDS[entry.pipeline]
+    noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
+    others = forward.others(entry, clip, settings.device, settings.dtype)
+    return _Inputs(
+        noise.to(settings.device), _timestep(1.0, settings.device), contexts, settings.guidance_scale, others
+    )
 
 
 def _sigmas(settings: ModelSettings) -> list[float]:

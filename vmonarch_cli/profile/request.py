@@ -17,6 +17,9 @@ from vmonarch_cli.profile.variants import GENERIC_PROMPTS
 from vmonarch_cli.wording import shown
 
 WAN = "WanPipeline"
+FORWARDABLE = (WAN, "CogVideoXPipeline", "HunyuanVideoPipeline")
+"""Pipelines whose transformers are timed with random weights, as `vmonarch_cli.profile.forward` calls them."""
+BACKENDS = ("cudnn", "flash", "efficient", "math")
 MAX_TOKENS = 2_000_000
 MAX_FRAMES = 256
 
@@ -64,6 +67,14 @@ def presets(names: Sequence[str] | None, default: Sequence[str], impl: str | Non
     return tuple(kept.values())
 
 
+def backends(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Dense backends of `--backend`, each once; none means every one that the device has."""
+    for name in names or ():
+        if name not in BACKENDS:
+            raise InputError(f"--backend takes {', '.join(BACKENDS)}, got {shown(name)}")
+    return tuple(dict.fromkeys(names or ()))
+
+
 def all_structured() -> tuple[str, ...]:
     """Names of the shipped presets that are not dense."""
     return tuple(name for name in shipped_names() if load_preset(name).attention != "dense")
@@ -80,10 +91,15 @@ def model_shape(
         if not random or known is None:
             raise
         entry, source = known, ""
-    if entry.pipeline != WAN:
+    if entry.pipeline not in FORWARDABLE:
         raise InputError(
-            f"whole models are profiled for {WAN} alone, and {entry.alias} is a {entry.pipeline}: "
+            f"whole models are profiled for {', '.join(FORWARDABLE)}, and {entry.alias} is a {entry.pipeline}: "
             "`vmonarch profile kernel --shape TxP --heads H --head-dim D` measures its attention"
+        )
+    if entry.pipeline != WAN and not random:
+        raise InputError(
+            f"with its own weights only a {WAN} is profiled, and {entry.alias} is a {entry.pipeline}: "
+            "add --random-weights, which takes the same time"
         )
     given_height, given_width = checks.size(size, height, width)
     defaults = entry.defaults
