@@ -1,0 +1,151 @@
+"""Measure what a full-size model needs on a smaller card: `vmonarch generate`, no flag given, with that much free.
+
+    python kernels/bench/small_card.py --model wan2.1-1.3b --card 24 --card 12 --work /tmp/models --json peaks.json
+
+Writes the model once with random weights of the true size (`--work` must hold its bytes), then takes memory of the
+GPU away until only `--card` GiB are free and lets the command line choose its offload mode. Beside its estimate
+stands the measured peak: of the allocator, and of the whole process as the driver sees it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.demo.model import build_tokenizer
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.wan import transformer_config
+
+GIB = 2**30
+# The autoencoders of Wan 2.1 and of Wan 2.2 5B, by their number of latent channels.
+VAES: dict[int, dict[str, Any]] = {
+    16: {},
+    48: {
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2,
+        "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+        "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+    },
+}  # fmt: skip
+UMT5_XXL = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+def write_model(entry: ModelEntry, folder: Path) -> None:
+    """A diffusers folder of a Wan model with random bfloat16 weights, made on the GPU."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        transformer = WanTransformer3DModel(**transformer_config(entry))
+        vae = AutoencoderKLWan(**VAES[entry.latent_channels])
+        text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+    torch.set_default_dtype(torch.float32)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=entry.defaults.flow_shift
+    )
+    pipeline = WanPipeline(
+        tokenizer=build_tokenizer(), text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    del pipeline, transformer, vae, text_encoder
+    torch.cuda.empty_cache()
+
+
+class Watch(threading.Thread):
+    """The least memory that was free on the GPU while it ran, read from the driver every 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.least = torch.cuda.mem_get_info()[0]
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.02):
+            self.least = min(self.least, torch.cuda.mem_get_info()[0])
+
+    def stop(self) -> int:
+        self._over.set()
+        self.join()
+        return self.least
+
+
+def measure(folder: Path, card: float, arguments: list[str], timeout: float) -> dict[str, Any]:
+    """One clip with `card` GiB free; `error` says why there is none."""
+    free = torch.cuda.mem_get_info()[0]
+    taken = torch.empty(int(free - card * GIB), dtype=torch.uint8, device="cuda")
+    before = torch.cuda.mem_get_info()[0]
+    out = folder.parent / f"clip-{card:g}.png"
+    command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(folder), "-o", str(out), "--overwrite"]
+    command += ["--prompt", "a red circle rising", *arguments]
+    watch = Watch()
+    watch.start()
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)  # noqa: S603
+        code, shown = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        code, shown = 124, ""
+    least = watch.stop()
+    del taken
+    torch.cuda.empty_cache()
+    found: dict[str, Any] = {
+        "card_gib": card,
+        "free_gib": before / GIB,
+        "process_peak_gib": (before - least) / GIB,
+        "seconds": time.monotonic() - start,
+        "exit": code,
+        "said": [line.strip() for line in shown.splitlines() if re.search(r"offload|memory", line)],
+    }
+    record = next(iter(out.parent.glob(f"{out.stem}*.json")), None)
+    if code == 0 and record is not None:
+        text = json.loads(record.read_text())
+        found["allocator_peak_gib"] = text["timing"]["peak_memory_bytes"] / GIB
+        found["timing"] = text["timing"]
+    else:
+        found["error"] = shown[-2000:]
+    return found
+
+
+def main() -> None:
+    """Write the model if it is not there, then measure it on each card; the JSON is kept up after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[e.alias for e in ENTRIES if e.pipeline == "WanPipeline"], required=True)
+    parser.add_argument("--card", type=float, action="append", help="GiB free (repeatable; default 24)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model and the clips")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds per clip")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("arguments", nargs="*", help="more flags of generate, after --")
+    args = parser.parse_args()
+    entry = next(e for e in ENTRIES if e.alias == args.model)
+    folder = args.work / args.model
+    if not (folder / "model_index.json").is_file():
+        write_model(entry, folder)
+    result = {
+        "model": args.model,
+        "arguments": args.arguments,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": os.environ.get("VMONARCH_COMMIT"),
+        "cards": [],
+    }
+    for card in args.card or [24.0]:
+        result["cards"].append(measure(folder, card, args.arguments, args.timeout))
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result["cards"][-1], indent=2))
+
+
+if __name__ == "__main__":
+    main()
