@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vmonarch_cli.demo.clips import frame_times, render, signed_distance
+from vmonarch_cli.demo.clips import frame_times, occupancy, render, signed_distance
 from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.vocabulary import BACKGROUNDS, SHAPES
@@ -35,6 +36,25 @@ def test_times_can_differ_between_clips() -> None:
     video = render(specs, torch.tensor([[0.0, 0.5], [0.5, 1.0]]), size=32)
     assert torch.allclose(video[0, :, 1], render(specs[:1], torch.tensor([0.5]), size=32)[0, :, 0], atol=1e-6)
     assert torch.allclose(video[1, :, 1], render(specs[1:], torch.tensor([1.0]), size=32)[0, :, 0], atol=1e-6)
+
+
+def test_occupancy_is_where_the_objects_are() -> None:
+    specs = [sample_spec("train", 0, i) for i in range(12)]
+    assert {len(spec.objects) for spec in specs} == {1, 2}
+    times = torch.tensor([0.0, 0.6])
+    covered = occupancy(specs, times, size=48)
+    assert covered.shape == (12, 2, 48, 48)
+    # Recoloured objects change the picture exactly where they are.
+    repainted = [
+        replace(
+            spec, objects=tuple(replace(o, colour="blue" if o.colour == "yellow" else "yellow") for o in spec.objects)
+        )
+        for spec in specs
+    ]
+    one, two = (render(some, times, size=48) for some in (specs, repainted))
+    differs = (one - two).abs().amax(1)
+    assert torch.equal(differs > 0.02, (differs > 0.02) & (covered > 0.01))
+    assert (differs[covered > 0.9] > 0.02).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import islice
 
 import pytest
 
 from vmonarch_cli.demo.captions import caption, plain_caption
-from vmonarch_cli.demo.specs import REACH, is_held_out, motions_of, sample_spec, spec_stream
+from vmonarch_cli.demo.specs import REACH, ClipSpec, Split, is_held_out, motions_of, sample_spec, spec_stream
 from vmonarch_cli.demo.vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -90,8 +91,23 @@ def test_sampling_covers_the_data() -> None:
     assert {item.motion for s in specs for item in s.objects} == set(MOTIONS)
     assert {item.colour for s in specs for item in s.objects} == set(COLOURS)
     pairs = [s for s in specs if len(s.objects) == 2]
-    assert 0.10 < len(pairs) / len(specs) < 0.20
+    assert 0.25 < len(pairs) / len(specs) < 0.35
     assert all(a.colour != b.colour for a, b in (s.objects for s in pairs))
+
+
+def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
+    def share(split: Split, hard: Callable[[ClipSpec], bool]) -> float:
+        return sum(map(hard, islice(spec_stream(split, 2), 2_000))) / 2_000
+
+    def pair(spec: ClipSpec) -> bool:
+        return len(spec.objects) == 2
+
+    def spins(spec: ClipSpec) -> bool:
+        return any(item.motion == "spinning" for item in spec.objects)
+
+    assert share("heldout", pair) == pytest.approx(0.15, abs=0.03)
+    assert share("train", pair) > 1.5 * share("heldout", pair)
+    assert share("train", spins) > 1.2 * share("heldout", spins)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

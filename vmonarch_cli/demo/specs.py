@@ -26,6 +26,8 @@ REACH = 1.22
 
 PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}
 """How many clips show two objects; training sees more of them because they take longest to learn."""
+_FAST = frozenset({"bouncing", "circling", "spinning", "zigzagging"})
+_SLOW_KEPT = 0.5  # of training's clips without a fast motion: those are learned long before the others
 _ROUND_SHAPES = frozenset({"circle", "ring"})
 # Motions of two objects that share the frame: they never leave their own half.
 _SIDE_BY_SIDE = ("rising", "falling", "bouncing", "spinning", "growing", "shrinking", "standing still")
@@ -110,6 +112,8 @@ def sample_spec(split: Split, seed: int, index: int) -> ClipSpec:
     pair = rng.random() < PAIR_SHARE[split]
     while True:
         spec = _draw(rng, name, pair=pair)
+        if split == "train" and not any(o.motion in _FAST for o in spec.objects) and rng.random() > _SLOW_KEPT:
+            continue
         held_out = [is_held_out(*o.triple) for o in spec.objects]
         if any(held_out) == (split == "heldout"):
             return spec
