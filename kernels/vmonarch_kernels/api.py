@@ -22,8 +22,9 @@ class ImplUnavailable(ValueError):
     """The implementation asked for cannot run here; the message says why."""
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot run, or None when they can."""
+@torch.compiler.assume_constant_result
+def _hardware_obstacle(device: torch.device) -> str | None:
+    """Why this machine cannot run the Triton kernels; asked while torch.compile traces, answered by running it."""
     if find_spec("triton") is None:
         return "the triton package is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -33,6 +34,13 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the GPU has compute capability {major}.{minor} and the kernels need 8.0 or later"
+    return None
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run, or None when they can."""
+    if obstacle := _hardware_obstacle(device):
+        return obstacle
     if dtype not in _DTYPES:
         return f"the dtype is {dtype} and the kernels take bfloat16, float16 or float32"
     if not 16 <= head_dim <= 256:
