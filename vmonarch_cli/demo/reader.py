@@ -28,6 +28,7 @@ _FAR_FROM_BACKGROUND = 21.0  # CIE Lab distance
 _TEMPLATE = 32
 _ROTATIONS = 24
 _LEAST_PIXELS = 12.0
+_TRAIL = 4  # pixels
 _SECOND_SHARE = 0.10  # of the larger object's pixels; an object that grows is small for a while
 
 
@@ -136,19 +137,34 @@ def _object_masks(lab: Tensor, background: str) -> list[tuple[str, Tensor]]:
     if votes[order[0]] == 0:
         return []
     chosen = [order[0]]
-    frames_with_second = ((nearest == order[1]) & inner).flatten(1).sum(1) > 3
-    if votes[order[1]] > _SECOND_SHARE * votes[order[0]] and frames_with_second.float().mean() > 0.8:
+    # What surrounds the first object in a mixed colour is its outline or its trail, not a second object.
+    trail = _grown(inner & (nearest == order[0]), _TRAIL)
+    second = inner & (nearest == order[1]) & ~trail
+    frames_with_second = second.flatten(1).sum(1) > 3
+    if second.sum() > _SECOND_SHARE * votes[order[0]] and frames_with_second.float().mean() > 0.8:
         chosen.append(order[1])
     which = torch.cdist(flat.T, named[chosen]).argmin(1).view(foreground.shape)
     masks = [(list(COLOURS)[c], foreground & (which == i)) for i, c in enumerate(chosen)]
     if len(chosen) == 2:
-        masks = [(name, _near(mask, inner & (nearest == c))) for (name, mask), c in zip(masks, chosen, strict=True)]
-    return [(name, mask.float()) for name, mask in masks]
+        masks = [
+            (name, mask & _grown(inner & (nearest == c), 2)) for (name, mask), c in zip(masks, chosen, strict=True)
+        ]
+    return [(name, _more_object_than_background(lab, mask, inner, distance).float()) for name, mask in masks]
 
 
-def _near(mask: Tensor, core: Tensor) -> Tensor:
-    """The part of a mask within two pixels of a core: drops the mixed outline of the other object."""
-    return mask & (F.max_pool2d(core.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0.5)
+def _grown(mask: Tensor, pixels: int) -> Tensor:
+    """A mask (F, H, W) and all within so many pixels of it."""
+    side = 2 * pixels + 1
+    return F.max_pool2d(mask.float()[:, None], side, stride=1, padding=pixels)[:, 0] > 0.5
+
+
+def _more_object_than_background(lab: Tensor, mask: Tensor, inner: Tensor, from_background: Tensor) -> Tensor:
+    """The pixels of an object's mask that are nearer to its own colour than to the background's."""
+    core = mask & inner
+    if not bool(core.any()):
+        return mask
+    own = lab[:, core].median(dim=1).values
+    return mask & ((lab - own.view(3, 1, 1, 1)).square().sum(0).sqrt() < from_background)
 
 
 @dataclass(frozen=True)
