@@ -15,6 +15,7 @@ import torch
 from vmonarch_cli import additions, distributed, memory, offload
 from vmonarch_cli.errors import DeviceError, InputError, ModelError, VmonarchError
 from vmonarch_cli.models import hub
+from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.folder import read_folder
 from vmonarch_cli.setup import Setup
 
@@ -97,7 +98,8 @@ def load_pipeline(
             f"{free / 1e9:.1f} GB free: choose a smaller model, a narrower --dtype or another --device"
         )
     dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
-    if not entry.vae_float32:
+    as_image = PIPELINES.get(image_pipeline or "")
+    if not entry.vae_float32 or (as_image is not None and as_image.vae_in_dtype):
         dtypes["vae"] = dtype
     quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
     pipeline_class: Any = diffusers.DiffusionPipeline

@@ -63,7 +63,7 @@ def peaks(
     return {
         "none": transformer * model.transformers + text + vae + max(working, decoding) + _RESERVE,
         "model": max(text, transformer + working, vae + decoding) + _RESERVE,
-        "group": max(text // 4, layer + working, vae + decoding) + _RESERVE,
+        "group": vae + max(text // 4, layer + working, decoding) + _RESERVE,
         "sequential": max(text // 12, layer // 4 + working, vae // 4 + decoding) + _RESERVE,
     }
 

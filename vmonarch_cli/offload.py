@@ -13,7 +13,7 @@ from vmonarch_cli.wording import binary_size
 WORDS = {
     "none": "all weights stay on the device",
     "model": "one component at a time is on the device",
-    "group": "a few transformer blocks at a time are on the device",
+    "group": "the VAE and a few transformer blocks at a time are on the device",
     "sequential": "one layer at a time is on the device",
 }
 
@@ -64,6 +64,8 @@ def place(pipeline: Any, mode: str, device: torch.device) -> None:
             offload_type="block_level",
             num_blocks_per_group=1,
             use_stream=device.type == "cuda",
+            # The hooks that fetch weights fire in forward, and pipelines call the VAE's encode and decode: it stays.
+            exclude_modules="vae",
         )
     else:
         pipeline.enable_sequential_cpu_offload(device=device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,8 @@ from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.whole_clip import decode_raw, is_plain
 
 Frames = npt.NDArray[np.uint8]
-Embeddings = dict[str, torch.Tensor | None]
-"""Encoded text, by the names under which the pipeline's call takes it."""
+Embeddings = dict[str, Any]
+"""Encoded text, by the names under which the pipeline's call takes it; the prompt itself where that call encodes it."""
 Shape = tuple[int, int, int]
 """Height and width in pixels, frames."""
 
@@ -34,6 +36,8 @@ def facts_of(pipeline: Any) -> PipelineFacts:
 def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float, max_tokens: int) -> Embeddings:
     """Text embeddings of the prompt and, where guidance uses one, of the negative prompt."""
     facts, guided = facts_of(pipeline), guidance_scale > 1.0
+    if facts.text_with_image:
+        return {"prompt": prompt, "max_sequence_length": max_tokens}
 
     def call(**given: Any) -> Embeddings:
         values = pipeline.encode_prompt(**_accepted(pipeline.encode_prompt, max_sequence_length=max_tokens, **given))
@@ -63,10 +67,53 @@ def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) ->
         pipeline.guider = pipeline.guider.new(guidance_scale=options["guidance_scale"])
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
     known = _accepted(type(pipeline).__call__, **given)
+    if "image" in known and "image_crf" not in known and facts_of(pipeline).family == "ltx-2":
+        from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
+
+        known["image"] = compressed(known["image"], resolve_default_image_crf(pipeline.text_encoder))
+        known["image_crf"] = 0
     if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
         known["negative_prompt"] = None  # Allegro's default is a prompt, and it takes one of the two
-    latents: torch.Tensor = pipeline(**embeddings, **known, output_type="latent").frames
+    with _own_size(pipeline):
+        # Motif's image pipeline has no default for the prompt, which the embeddings replace.
+        latents: torch.Tensor = pipeline(**{"prompt": None, **embeddings}, **known, output_type="latent").frames
     return latents
+
+
+@contextmanager
+def _own_size(pipeline: Any) -> Iterator[None]:
+    """HunyuanVideo-1.5 takes no size with an image, but one of its own near the image's; here it is the image's,
+    which has the clip's size already.
+    """
+    if "height" in inspect.signature(type(pipeline).__call__).parameters:
+        yield
+        return
+    processor = pipeline.video_processor
+    processor.calculate_default_height_width = lambda height, width, target_size: (height, width)
+    try:
+        yield
+    finally:
+        del processor.calculate_default_height_width
+
+
+def compressed(image: Any, quality: int) -> Any:
+    """The image as a frame of an H.264 video of this CRF, such as LTX-2 was trained to continue.
+
+    Its pipeline does the same with PyAV; the ffmpeg that clips are written with does not need another package.
+    """
+    import imageio_ffmpeg
+    from PIL import Image
+
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+    encode = ["-c:v", "libx264", "-crf", str(quality), "-preset", "veryfast", "-pix_fmt", "yuv420p", "-f", "h264"]
+    size = f"{image.width}x{image.height}"
+
+    def ffmpeg(content: bytes, *arguments: str) -> bytes:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *arguments, "-"]
+        return subprocess.run(command, input=content, capture_output=True, check=True).stdout  # noqa: S603 - fixed
+
+    video = ffmpeg(image.convert("RGB").tobytes(), *raw, "-s", size, "-i", "-", *encode)
+    return Image.frombytes("RGB", image.size, ffmpeg(video, "-f", "h264", "-i", "-", *raw))
 
 
 def takes_callback(pipeline: Any) -> bool:

@@ -22,7 +22,7 @@ class ImplUnavailable(ValueError):
     """The implementation asked for cannot run here; the message says why."""
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _hardware_obstacle(device: torch.device) -> str | None:
     """Why this machine cannot run the Triton kernels; asked while torch.compile traces, answered by running it."""
     if find_spec("triton") is None:
@@ -39,7 +39,8 @@ def _hardware_obstacle(device: torch.device) -> str | None:
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run, or None when they can."""
-    if obstacle := _hardware_obstacle(device):
+    obstacle: str | None = _hardware_obstacle(device)
+    if obstacle is not None:
         return obstacle
     if dtype not in _DTYPES:
         return f"the dtype is {dtype} and the kernels take bfloat16, float16 or float32"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.app import app
 from vmonarch_cli.attention import AttentionSession
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.cogvideox import ENTRIES as COGVIDEOX
+from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
@@ -99,7 +99,11 @@ def test_the_random_transformer_is_the_published_one() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.parametrize("entry", [WAN21_14B, WAN22_5B, *COGVIDEOX, HUNYUAN_VIDEO], ids=lambda entry: entry.alias)
+@pytest.mark.parametrize(
+    "entry",
+    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO],
+    ids=lambda entry: entry.alias,
+)
 def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
     import diffusers
 
@@ -109,7 +113,9 @@ def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None
     assert sum(p.numel() for p in transformer.parameters()) == entry.transformer_params
 
 
-@pytest.mark.parametrize("entry", [*COGVIDEOX, HUNYUAN_VIDEO], ids=lambda entry: entry.alias)
+@pytest.mark.parametrize(
+    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO], ids=lambda entry: entry.alias
+)
 def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"layers": 3, "heads": 2, "head_dim": 128 if entry is HUNYUAN_VIDEO else 32, "text_dim": 32}
     small = entry.model_copy(update={**sizes, "max_sequence_length": 16})

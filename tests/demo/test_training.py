@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from vmonarch_cli.demo import score as scorer
 from vmonarch_cli.demo.card import main as write_card
@@ -56,6 +57,19 @@ def test_the_autoencoder_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     main([*VAE, "--out", str(tmp_path), "--stop-after", "3"])
     main([*VAE, "--out", str(tmp_path), "--resume"])
     _assert_same_state(trained / "vae_checkpoint.pt", tmp_path / "vae_checkpoint.pt", ["model", "averaged"])
+
+
+def test_the_decoder_learns_while_every_latent_stays(trained: Path, tmp_path: Path) -> None:
+    more = [*VAE, "--phases", "5:1", "--init", str(trained / "vae"), "--decoder-only", "--lr", "0.01"]
+    main([*more, "--out", str(tmp_path)])
+    before, after = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (trained, tmp_path))
+    for name, value in before.state_dict().items():
+        same = torch.equal(value, after.state_dict()[name])
+        assert same or not name.startswith(("encoder.", "quant_conv.")), name
+    assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
+    assert before.config.latents_std == after.config.latents_std
+    with pytest.raises(ValueError, match="--decoder-only: got no --init"):
+        main([*VAE, "--decoder-only", "--out", str(tmp_path / "fresh")])
 
 
 def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
@@ -137,8 +151,8 @@ def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_pa
     card = model_card(
         json.loads((trained / "vae_report.json").read_text()), report, _score_of_nothing(), vae_parameters=1
     )  # fmt: skip
-    assert "| transformer and text encoder | 4 | 20 (" in card
-    assert "| transformer and text encoder, continued | 4 | 20 (" in card
+    assert "| transformer | 4 | 20 (" in card
+    assert "| transformer, continued | 4 | 20 (" in card
 
 
 def _score_of_nothing() -> dict[str, Any]:

@@ -138,6 +138,7 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 guidance_scale=scale,
                 generator=torch.Generator("cpu").manual_seed(0),
                 fps=24,
+                image=image,
                 **options,
             )
         else:

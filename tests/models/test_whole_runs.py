@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_families import TINY, image
@@ -15,9 +17,22 @@ from vmonarch_cli import run
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.hub import explain
 from vmonarch_cli.models.registry import find_model
+from vmonarch_cli.pipelines import compressed
 from vmonarch_cli.plan import GenerateRequest, resolve
 
-FAMILIES = ["hunyuan-video", "hunyuan-video-1.5", "ltx-video", "allegro", "wan-i2v", "wan-ti2v"]
+TEXT = ["hunyuan-video", "hunyuan-video-1.5", "ltx-video", "allegro"]
+# Those whose own pipeline takes an image, and those that change into another for one.
+IMAGE = ["wan-i2v", "wan-ti2v", "hunyuan-video-i2v", "ltx-2", "motif-video"]
+FAMILIES = [*TEXT, *IMAGE, "hunyuan-video-1.5-i2v", "cogvideox-5b-i2v", "kandinsky-5-i2v"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +51,7 @@ def request(folder: Path, name: str, output: Path, **more: Any) -> GenerateReque
     return GenerateRequest(model=str(folder), prompt="a red circle", **{**shape, **fixed, **more})
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "ltx-video", "allegro"])
+@pytest.mark.parametrize("name", TEXT)
 def test_a_clip_of_another_family(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     tiny = TINY[name]
     plan = resolve(request(folders[name], name, tmp_path / "clip.gif"))
@@ -53,7 +68,7 @@ def test_a_clip_of_another_family(folders: dict[str, Path], name: str, tmp_path:
     assert record["timing"]["steps"][0]["error"] is not None, "dense attention was sampled on joint tensors, too"
 
 
-@pytest.mark.parametrize("name", ["wan-i2v", "wan-ti2v"])
+@pytest.mark.parametrize("name", IMAGE)
 def test_a_first_frame_steers_the_clip(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     first, other = tmp_path / "first.png", tmp_path / "other.png"
     image().save(first)
@@ -62,9 +77,58 @@ def test_a_first_frame_steers_the_clip(folders: dict[str, Path], name: str, tmp_
     for index, path in enumerate((first, other)):
         plan = resolve(request(folders[name], name, tmp_path / f"{index}.gif", image=str(path)))
         maker = run.ClipMaker(plan)
-        made.append(maker.denoise(plan, 0).latents)
+        denoised = maker.denoise(plan, 0)
+        assert denoised.grid == plan.grid
+        assert denoised.coverage.dense == {}
+        made.append(denoised.latents)
     assert plan.settings()["image"] == {"value": str(other), "origin": "flag"}
     assert not torch.allclose(made[0], made[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_clip_from_an_image_has_the_size_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    """HunyuanVideo-1.5's own pipeline would choose 16x32 for an image of these proportions."""
+    first = tmp_path / "first.png"
+    image().save(first)
+    name = "hunyuan-video-1.5-i2v"
+    plan = resolve(request(folders[name], name, tmp_path / "x.gif", image=str(first), height=32, width=48))
+    (result,) = run.generate(plan)
+    assert (result.record["frames"]["height"], result.record["frames"]["width"]) == (32, 48)
+    assert result.grid == plan.grid == (5, 8, 12)
+
+
+def test_what_an_image_model_cannot_make_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
+    def refused(name: str, sentence: str, **more: Any) -> None:
+        with pytest.raises(InputError, match=sentence):
+            resolve(request(folders[name], name, tmp_path / "x.gif", image=str(first), **more))
+
+    first = tmp_path / "first.png"
+    image().save(first)
+    refused("cogvideox-5b-i2v", r"its positions are learned, and the only valid size is 48x32", height=48, width=48)
+    refused(
+        "kandinsky-5-i2v", r"must be a multiple of 4 plus one, 17 at least, the .* counts are 17 and 21", num_frames=9
+    )
+
+    config = json.loads((folders["hunyuan-video-i2v"] / "transformer" / "config.json").read_text())
+    older = tmp_path / "older"
+    shutil.copytree(folders["hunyuan-video-i2v"], older)
+    config |= {"image_condition_type": "latent_concat", "in_channels": 9}
+    (older / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"this HunyuanVideo-I2V has 33 input channels, .*: use hunyuanvideo-comm"):
+        find_model(str(older))
+
+    bare = tmp_path / "bare"
+    shutil.copytree(folders["motif-video"], bare)
+    index = json.loads((bare / "model_index.json").read_text())
+    (bare / "model_index.json").write_text(json.dumps({**index, "feature_extractor": [None, None]}))
+    with pytest.raises(InputError, match=r"bare makes clips from text alone: leave out --image"):
+        resolve(request(bare, "motif-video", tmp_path / "x.gif", image=str(first)))
+
+
+def test_an_image_for_ltx_2_is_compressed_as_video_is() -> None:
+    coarse, fine = (np.asarray(compressed(image(), quality), dtype=float) for quality in (40, 1))
+    exact = np.asarray(image(), dtype=float)
+    assert coarse.shape == exact.shape
+    assert np.abs(fine - exact).mean() < np.abs(coarse - exact).mean() < 10
 
 
 def test_a_pipeline_of_an_unknown_family_says_what_was_found(folders: dict[str, Path], tmp_path: Path) -> None:

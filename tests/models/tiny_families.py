@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +47,11 @@ class Tiny:
 
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
-    """The pipeline's own call, up to the latents."""
+    """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image."""
+    sized = "height" in inspect.signature(type(pipeline).__call__).parameters
     result: torch.Tensor = pipeline(
         prompt=PROMPT,
-        height=tiny.height,
-        width=tiny.width,
+        **({"height": tiny.height, "width": tiny.width} if sized else {}),
         num_frames=tiny.num_frames,
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
@@ -69,15 +70,17 @@ def sharpen(transformer: Any, factor: float = 2.0) -> Any:
     return transformer.eval()
 
 
-def words(**options: Any) -> Any:
-    """A tokenizer of whole words that takes the place of every family's own."""
+def words(start: str = "", **options: Any) -> Any:
+    """A tokenizer of whole words that takes the place of every family's own; `start` is put before each text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     unknown, ends = {"unk_token": "<unk>"}, {"pad_token": "<pad>", "eos_token": "</s>"}
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_WORDS)}, **unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A </s>".strip(), special_tokens=[("</s>", 1), ("<pad>", 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{"model_max_length": 512, **unknown, **ends, **options}
     )
@@ -248,21 +251,19 @@ def skyreels_i2v() -> Any:
     return quiet(SkyReelsV2ImageToVideoPipeline(transformer=transformer, **_wan_parts(**clip_vision())))
 
 
-def hunyuan_video() -> Any:
-    from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
-    from transformers import LlamaConfig, LlamaModel
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": len(_WORDS),
+    "pad_token_id": 0,
+}
 
-    torch.manual_seed(1)
-    llama = LlamaModel(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_hidden_layers=3,
-            vocab_size=len(_WORDS),
-            pad_token_id=0,
-        )
-    ).eval()
+
+def _hunyuan_transformer(**options: Any) -> Any:
+    from diffusers import HunyuanVideoTransformer3DModel
+
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -278,16 +279,66 @@ def hunyuan_video() -> Any:
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(4, 6, 6),
+        **options,
     )
+    return sharpen(transformer)
+
+
+def _hunyuan_parts() -> dict[str, Any]:
+    return {
+        "vae": hunyuan_vae(),
+        "scheduler": _euler(),
+        "text_encoder_2": clip_text(8),
+        "tokenizer_2": words(model_max_length=77),
+    }
+
+
+def hunyuan_video() -> Any:
+    from diffusers import HunyuanVideoPipeline
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(1)
+    llama = LlamaModel(LlamaConfig(**_LLAMA)).eval()
+    transformer = _hunyuan_transformer()
     return quiet(
-        HunyuanVideoPipeline(
-            text_encoder=llama,
-            tokenizer=words(),
-            transformer=sharpen(transformer),
-            vae=hunyuan_vae(),
-            scheduler=_euler(),
-            text_encoder_2=clip_text(8),
-            tokenizer_2=words(model_max_length=77),
+        HunyuanVideoPipeline(text_encoder=llama, tokenizer=words(), transformer=transformer, **_hunyuan_parts())
+    )
+
+
+def hunyuan_video_i2v() -> Any:
+    """The pipeline counts on the real tokenizer: the image's token is the sixth, and 103 tokens are cut off in front,
+    which here takes words of the prompt along.
+    """
+    from diffusers import HunyuanVideoImageToVideoPipeline
+    from transformers import CLIPImageProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    markers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+    tokenizer = words(start="<pad> <pad>", additional_special_tokens=markers)
+    marked = {"vocab_size": len(tokenizer)}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 48,
+        "patch_size": 2,  # 576 patches, which the pipeline counts on, too
+    }
+    torch.manual_seed(1)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**{**_LLAMA, **marked}),
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
+    size = {"height": 48, "width": 48}
+    return quiet(
+        HunyuanVideoImageToVideoPipeline(
+            text_encoder=LlavaForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+            transformer=_hunyuan_transformer(image_condition_type="token_replace"),
+            image_processor=CLIPImageProcessor(size=size, crop_size=size),
+            **_hunyuan_parts(),
         )
     )
 
@@ -306,13 +357,9 @@ def _qwen_text() -> dict[str, Any]:
     }
 
 
-def hunyuan_video_15() -> Any:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo15,
-        ClassifierFreeGuidance,
-        HunyuanVideo15Pipeline,
-        HunyuanVideo15Transformer3DModel,
-    )
+def hunyuan_video_15(kind: str = "HunyuanVideo15Pipeline", **more: Any) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLHunyuanVideo15, ClassifierFreeGuidance, HunyuanVideo15Transformer3DModel
     from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
     torch.manual_seed(1)
@@ -332,8 +379,8 @@ def hunyuan_video_15() -> Any:
         text_embed_2_dim=32,
         image_embed_dim=12,
         rope_axes_dim=(4, 6, 6),
-        target_size=16,
-        task_type="t2v",
+        target_size=23,  # 16x32 is one of the sizes of about so many pixels squared
+        task_type="i2v" if more else "t2v",
     )
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=4,
@@ -347,7 +394,7 @@ def hunyuan_video_15() -> Any:
     # The pipeline cuts off the 108 tokens that its system prompt has in the real tokenizer.
     template = "{% for i in range(108) %}the {% endfor %}{{ messages[-1]['content'] }}"
     return quiet(
-        HunyuanVideo15Pipeline(
+        getattr(diffusers, kind)(
             text_encoder=text_encoder,
             tokenizer=words(model_max_length=2000, chat_template=template),
             transformer=sharpen(transformer),
@@ -356,12 +403,28 @@ def hunyuan_video_15() -> Any:
             text_encoder_2=t5(),
             tokenizer_2=ByT5Tokenizer(),
             guider=ClassifierFreeGuidance(guidance_scale=4.0),
+            **more,
         )
     )
 
 
-def cogvideox(**options: Any) -> Any:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+def hunyuan_video_15_i2v() -> Any:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(4)
+    vision = SiglipVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return hunyuan_video_15(
+        "HunyuanVideo15ImageToVideoPipeline",
+        image_encoder=SiglipVisionModel(vision).eval(),
+        feature_extractor=_siglip_processor(),
+    )
+
+
+def cogvideox(kind: str = "CogVideoXPipeline", **options: Any) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
     config: dict[str, Any] = {
@@ -391,7 +454,7 @@ def cogvideox(**options: Any) -> Any:
         temporal_compression_ratio=4,
     ).eval()
     return quiet(
-        CogVideoXPipeline(
+        getattr(diffusers, kind)(
             tokenizer=words(),
             text_encoder=t5(),
             vae=vae,
@@ -409,8 +472,19 @@ def cogvideox_15() -> Any:
     return cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)
 
 
-def ltx_video() -> Any:
-    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+def cogvideox_i2v() -> Any:
+    learned = {"use_learned_positional_embeddings": True, "sample_height": 4, "sample_width": 6, "sample_frames": 17}
+    return cogvideox("CogVideoXImageToVideoPipeline", in_channels=8, use_rotary_positional_embeddings=True, **learned)
+
+
+def cogvideox_15_i2v() -> Any:
+    new = {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 8}
+    return cogvideox("CogVideoXImageToVideoPipeline", in_channels=8, use_rotary_positional_embeddings=True, **new)
+
+
+def ltx_video(kind: str = "LTXPipeline") -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
@@ -441,12 +515,19 @@ def ltx_video() -> Any:
         decoder_causal=False,
     ).eval()
     return quiet(
-        LTXPipeline(scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer))
+        getattr(diffusers, kind)(
+            scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer)
+        )
     )
 
 
-def ltx2() -> Any:
-    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2Pipeline, LTX2VideoTransformer3DModel
+def ltx_i2v() -> Any:
+    return ltx_video("LTXImageToVideoPipeline")
+
+
+def ltx2(kind: str = "LTX2Pipeline") -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
     from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -557,7 +638,7 @@ def ltx2() -> Any:
         output_sampling_rate=16000,
     ).eval()
     return quiet(
-        LTX2Pipeline(
+        getattr(diffusers, kind)(
             scheduler=_euler(),
             vae=vae,
             audio_vae=audio_vae,
@@ -568,6 +649,10 @@ def ltx2() -> Any:
             vocoder=vocoder,
         )
     )
+
+
+def ltx2_i2v() -> Any:
+    return ltx2("LTX2ImageToVideoPipeline")
 
 
 def mochi() -> Any:
@@ -646,8 +731,9 @@ def allegro() -> Any:
     )
 
 
-def kandinsky_5() -> Any:
-    from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+def kandinsky_5(kind: str = "Kandinsky5T2VPipeline", visual_cond: bool = False) -> Any:
+    import diffusers
+    from diffusers import Kandinsky5Transformer3DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(1)
@@ -668,14 +754,14 @@ def kandinsky_5() -> Any:
         num_text_blocks=1,
         num_visual_blocks=2,
         axes_dims=(8, 8, 8),
-        visual_cond=False,
+        visual_cond=visual_cond,
     )
     with torch.no_grad():  # modulations start at zero, and the blocks as the identity
         for name, parameter in transformer.named_parameters():
             if "modulation" in name:
                 parameter.normal_(std=0.2)
     return quiet(
-        Kandinsky5T2VPipeline(
+        getattr(diffusers, kind)(
             transformer=sharpen(transformer),
             vae=hunyuan_vae(),
             text_encoder=text_encoder,
@@ -687,8 +773,13 @@ def kandinsky_5() -> Any:
     )
 
 
-def motif_video() -> Any:
-    from diffusers import AdaptiveProjectedGuidance, MotifVideoPipeline, MotifVideoTransformer3DModel
+def kandinsky_5_i2v() -> Any:
+    return kandinsky_5("Kandinsky5I2VPipeline", visual_cond=True)
+
+
+def motif_video(kind: str = "MotifVideoPipeline", **more: Any) -> Any:
+    import diffusers
+    from diffusers import AdaptiveProjectedGuidance, MotifVideoTransformer3DModel
     from transformers import T5Gemma2Encoder, T5Gemma2EncoderConfig, T5Gemma2TextConfig
 
     text = T5Gemma2TextConfig(
@@ -726,26 +817,43 @@ def motif_video() -> Any:
         patch_size=2,
         patch_size_t=1,
         text_embed_dim=32,
+        image_embed_dim=16,
         rope_axes_dim=(4, 6, 6),
         enable_text_cross_attention_dual=True,
     )
     return quiet(
-        MotifVideoPipeline(
+        getattr(diffusers, kind)(
             scheduler=_euler(),
             vae=wan_vae(),
             text_encoder=text_encoder,
             tokenizer=words(),
             transformer=sharpen(transformer),
             guider=AdaptiveProjectedGuidance(guidance_scale=4.0),
+            **more,
         )
     )
 
 
-def image() -> Any:
+def _siglip_processor() -> Any:
+    from transformers import SiglipImageProcessor
+
+    return SiglipImageProcessor(size={"height": 28, "width": 28})
+
+
+def motif_both() -> Any:
+    """As published: text to video, with what a first frame needs."""
+    return motif_video(feature_extractor=_siglip_processor())
+
+
+def motif_i2v() -> Any:
+    return motif_video("MotifVideoImage2VideoPipeline", feature_extractor=_siglip_processor())
+
+
+def image(width: int = 48, height: int = 32) -> Any:
     """A first frame: a red square on blue."""
     from PIL import Image
 
-    picture = Image.new("RGB", (48, 32), "blue")
+    picture = Image.new("RGB", (width, height), "blue")
     picture.paste("red", (8, 8, 24, 24))
     return picture
 
@@ -753,6 +861,14 @@ def image() -> Any:
 _WAN: dict[str, Any] = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
 _I2V = {**_WAN, "max_sequence_length": 512}
 _GUIDED = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
+_LTX2: dict[str, Any] = {
+    **_GUIDED,
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "spatio_temporal_guidance_blocks": None,
+}
 
 TINY: dict[str, Tiny] = {
     "wan": Tiny(wan, "WanTransformer3DModel", 2, 2, (5, 2, 3), options=_WAN),
@@ -775,6 +891,14 @@ TINY: dict[str, Tiny] = {
         (5, 2, 3),
         options={"guidance_scale": 4.0, "max_sequence_length": 16},
     ),
+    "hunyuan-video-i2v": Tiny(
+        hunyuan_video_i2v,
+        "HunyuanVideoTransformer3DModel",
+        3,
+        1,
+        (5, 2, 3),
+        options={"guidance_scale": 4.0, "max_sequence_length": 16, "image": image()},
+    ),
     "hunyuan-video-1.5": Tiny(
         hunyuan_video_15,
         "HunyuanVideo15Transformer3DModel",
@@ -786,14 +910,45 @@ TINY: dict[str, Tiny] = {
         num_frames=9,
         options={"negative_prompt": NEGATIVE},
     ),
+    "hunyuan-video-1.5-i2v": Tiny(
+        hunyuan_video_15_i2v,
+        "HunyuanVideo15Transformer3DModel",
+        2,
+        2,
+        (5, 4, 8),
+        height=16,
+        width=32,
+        num_frames=9,
+        options={"negative_prompt": NEGATIVE, "image": image(32, 16)},
+    ),
     "cogvideox-2b": Tiny(cogvideox, "CogVideoXTransformer3DModel", 2, 1, (5, 2, 3), options=_GUIDED),
     "cogvideox-5b": Tiny(cogvideox_5b, "CogVideoXTransformer3DModel", 2, 1, (5, 2, 3), options=_GUIDED),
     "cogvideox-1.5": Tiny(cogvideox_15, "CogVideoXTransformer3DModel", 2, 1, (3, 2, 3), options=_GUIDED),
+    "cogvideox-5b-i2v": Tiny(
+        cogvideox_i2v, "CogVideoXTransformer3DModel", 2, 1, (5, 2, 3), options={**_GUIDED, "image": image()}
+    ),
+    "cogvideox-1.5-i2v": Tiny(
+        cogvideox_15_i2v, "CogVideoXTransformer3DModel", 2, 1, (3, 2, 3), options={**_GUIDED, "image": image()}
+    ),
     "ltx-video": Tiny(
         ltx_video, "LTXVideoTransformer3DModel", 2, 1, (5, 8, 8), height=32, width=32, num_frames=17, options=_GUIDED
     ),
+    "ltx-video-i2v": Tiny(
+        ltx_i2v,
+        "LTXVideoTransformer3DModel",
+        2,
+        1,
+        (5, 8, 8),
+        height=32,
+        width=32,
+        num_frames=17,
+        options={**_GUIDED, "image": image(32)},
+    ),
     "ltx-2": Tiny(
-        ltx2,
+        ltx2, "LTX2VideoTransformer3DModel", 2, 1, (5, 16, 16), height=32, width=32, num_frames=9, options=_LTX2
+    ),
+    "ltx-2-i2v": Tiny(
+        ltx2_i2v,
         "LTX2VideoTransformer3DModel",
         2,
         1,
@@ -801,24 +956,34 @@ TINY: dict[str, Tiny] = {
         height=32,
         width=32,
         num_frames=9,
-        options={
-            **_GUIDED,
-            "stg_scale": 0.0,
-            "modality_scale": 1.0,
-            "audio_stg_scale": 0.0,
-            "audio_modality_scale": 1.0,
-            "spatio_temporal_guidance_blocks": None,
-        },
+        options={**_LTX2, "image": image(32), "image_crf": 0},
     ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
     "allegro": Tiny(allegro, "AllegroTransformer3DModel", 2, 1, (4, 2, 3), num_frames=16, options=_GUIDED),
     "kandinsky-5": Tiny(kandinsky_5, "Kandinsky5Transformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
+    "kandinsky-5-i2v": Tiny(
+        kandinsky_5_i2v,
+        "Kandinsky5Transformer3DModel",
+        2,
+        2,
+        (6, 2, 3),
+        num_frames=21,
+        options={**_GUIDED, "image": image()},
+    ),
     "motif-video": Tiny(
-        motif_video,
+        motif_both,
         "MotifVideoTransformer3DModel",
         3,
         2,
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16},
+    ),
+    "motif-video-i2v": Tiny(
+        motif_i2v,
+        "MotifVideoTransformer3DModel",
+        3,
+        2,
+        (5, 2, 3),
+        options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
     ),
 }

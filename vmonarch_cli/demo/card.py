@@ -43,7 +43,8 @@ Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The to
 Clips rendered by `vmonarch_cli/demo/clips.py` while training; nothing was collected. One or two shapes
 ({shapes}) in {colours}, {sizes}, {motions}; backgrounds {backgrounds}, {kinds}. Captions are built from about
 {words} words in many sentence patterns. One in eleven combinations of shape, colour and motion never occurs in
-training; the held-out prompts below each have one.
+training; the held-out prompts below each have one. Training sees pairs and fast motions more often than they are asked
+for below.
 
 ## Training
 
@@ -51,9 +52,11 @@ training; the held-out prompts below each have one.
 | --- | --- | --- | --- | --- |
 {training}
 
-Wall clock includes compilation and evaluation. The transformer's last flow-matching loss was {dit_loss:.4f}. To train
-again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then `dit --vae DIR/vae --text DIR
---out DIR`.
+Wall clock includes compilation and evaluation. The text encoder learns to name what a caption says and is then left as
+it is. While the transformer learns, a small head that is not in this folder reads the objects' outlines from its
+middle, and the loss weighs more where objects are; both fade out. The transformer's last flow-matching loss was
+{dit_loss:.4f}. To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
+`dit --vae DIR/vae --text DIR --out DIR`.
 
 ## Measured
 
@@ -141,14 +144,19 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
 
 def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
     """Rows of the training table, in the order in which things were trained."""
-    rows = [_trained("autoencoder", vae, f"{vae['clips']:,}")]
-    if text_alone is not None:
-        rows.append(_trained("text encoder", text_alone, f"{text_alone['captions']:,} captions"))
     chain = [dit]
     while (before := chain[0].get("before")) is not None:
         chain.insert(0, before)
+    rows = [_trained("autoencoder", vae, f"{vae['clips']:,}")]
+    text_row = (
+        None if text_alone is None else _trained("text encoder", text_alone, f"{text_alone['captions']:,} captions")
+    )
     for number, report in enumerate(chain):
-        name = "transformer and text encoder" + (", continued" if number else "")
+        parts = report.get("trained", "transformer and text encoder")
+        if parts == "transformer" and text_row is not None:
+            rows.append(text_row)  # it was there, and final, from here on
+            text_row = None
+        name = parts + (", continued" if number else "")
         rows.append(_trained(name, report, f"{report['clips']:,} ({report['distinct_clips']:,} distinct)"))
     return rows
 

@@ -494,6 +494,7 @@ class _Trainer:
         vae, transformer, text = (copy.deepcopy(m) for m in (self.bank.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
         summary: dict[str, Any] = {
+            "trained": "transformer",
             "loss": self.last_loss,
             "preset": self.args.preset,
             "transformer": config_dict(self.dit_config),

@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve", type=float, default=30.0, help="seconds kept for the final evaluation")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--init", type=Path, help="start from an exported vae folder (weights only)")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the encoder of --init, and so every latent, as it is"
+    )
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(VAE_PRESETS), default="base24")
@@ -100,14 +103,23 @@ class _Trainer:
         with torch.no_grad():
             # Start with little noise on the latents: at unit variance nothing passes through them.
             self.vae.quant_conv.bias[self.config.z_dim :] = _INITIAL_LOGVAR
+        self.fixed_latents: tuple[list[float], list[float]] | None = None
         if args.init is not None:
-            self.vae.load_state_dict(exported(args.init, device).state_dict())
+            start = exported(args.init, device)
+            self.vae.load_state_dict(start.state_dict())
+        if args.decoder_only:
+            if args.init is None:
+                raise ValueError("--decoder-only: got no --init, and a fresh encoder is worth nothing")
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+            self.fixed_latents = (start.config.latents_mean, start.config.latents_std)
         self.vae.train()
         self.averaged = copy.deepcopy(self.vae).eval()
         self.ema = training.Ema([self.vae], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
-        )
+            [p for p in self.vae.parameters() if p.requires_grad],
+            lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda",
+        )  # fmt: skip
         self.step = 0
         self.phase_start = 0
         self.guarded_step = training.GuardedStep(self.optimizer, max_norm=0.5)
@@ -315,7 +327,9 @@ class _Trainer:
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Measure the latents, score what was exported in the exported precision, and write everything."""
-        mean, std = measure_latents(self.averaged, self.device, count=self.args.latent_clips, size=self.args.size)
+        mean, std = self.fixed_latents or measure_latents(
+            self.averaged, self.device, count=self.args.latent_clips, size=self.args.size
+        )
         self.averaged.register_to_config(latents_mean=mean, latents_std=std)
         export_vae(self.args.out / "vae", copy.deepcopy(self.averaged))
         as_shipped = exported(self.args.out / "vae", self.device)
@@ -344,7 +358,8 @@ def losses(
     """Training losses of a reconstruction; all tensors float32, videos (B, 3, F, H, W) in [-1, 1].
 
     Early on a robust error with image gradients, and squared error weighted up where a pixel differs from its frame's
-    mean (objects cover little of a frame). In the polish phase plain squared error dominates, since PSNR is the bar.
+    mean or from its own mean over time: objects cover little of a frame, and fast ones are the hardest to keep. In the
+    polish phase plain squared error dominates, since PSNR is the bar.
     """
     squared = (recon - video).square()
     mse = squared.mean()
@@ -357,7 +372,8 @@ def losses(
         loss = 25.0 * mse + 0.1 * robust + 0.1 * edges + kl_weight * kl
     else:
         away = (video - video.mean(dim=(-2, -1), keepdim=True)).abs().amax(dim=1, keepdim=True)
-        loss = robust + 0.5 * edges + 2.0 * (squared * (1.0 + 2.0 * away)).mean() + kl_weight * kl
+        moves = (video - video.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
+        loss = robust + 0.5 * edges + 2.0 * (squared * (1.0 + 2.0 * away + 2.0 * moves)).mean() + kl_weight * kl
     return {"loss": loss, "mse": mse, "psnr": -10.0 * torch.log10(mse / 4.0), "kl": kl, "scale": mean.std()}
 
 

@@ -52,6 +52,10 @@ class PipelineFacts:
     takes_image: bool = False
     image_pipeline: str | None = None
     """The class that the same checkpoint is used with when a first frame is given."""
+    text_with_image: bool = False
+    """The text encoder reads the first frame with the prompt, so that the pipeline's call must encode them itself."""
+    vae_in_dtype: bool = False
+    """The first frame comes to the VAE in the transformer's dtype, which the VAE must have, too."""
     guider: bool = False
     """Guidance is a component of the pipeline, not an argument of its call."""
     guidance_by_batch: bool = False
@@ -93,6 +97,9 @@ class ModelEntry(BaseModel):
     """Frames that the VAE encodes apart, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
     """Decode in float32 whatever the transformer's dtype is."""
+    fixed_size: tuple[int, int] | None = None
+    """The only height and width that the model can make, where its positions are learned."""
+    min_frames: int = 1
     takes_image: bool = False
     """The model needs a first frame, which `--image` gives."""
     image_pipeline: str | None = None
@@ -135,14 +142,19 @@ class ModelEntry(BaseModel):
                 f"size {width}x{height} does not fit {self.alias}: width and height must be multiples of {step} "
                 f"pixels, the nearest valid {'sizes are' if ' and ' in sizes else 'size is'} {sizes}"
             )
+        if self.fixed_size is not None and (height, width) != self.fixed_size:
+            raise InputError(
+                f"size {width}x{height} does not fit {self.alias}: its positions are learned, and the only valid size "
+                f"is {self.fixed_size[1]}x{self.fixed_size[0]}"
+            )
         period, offset = self.vae_temporal * self.patch[0], self.frame_offset
-        if num_frames < max(1, offset) or (num_frames - offset) % period:
-            least = offset or period
+        least = max(offset or period, self.min_frames)
+        if num_frames < least or (num_frames - offset) % period:
             below = max(least, (num_frames - offset) // period * period + offset)
-            near = f"{below} and {below + period}" if num_frames > least else f"{least} and {least + period}"
             raise InputError(
                 f"{num_frames} frames do not fit {self.alias}: the frame count must be a multiple of {period}"
-                f"{' plus one' if offset else ''}, the nearest valid counts are {near}"
+                f"{' plus one' if offset else ''}{f', {least} at least' if self.min_frames > 1 else ''}, "
+                f"the nearest valid counts are {below} and {below + period}"
             )
 
 

@@ -56,12 +56,39 @@ COGVIDEOX_15 = COGVIDEOX_5B.model_copy(
     }
 )
 
-ENTRIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15)
+COGVIDEOX_5B_I2V = COGVIDEOX_5B.model_copy(
+    update={
+        "alias": "cogvideox-5b-i2v",
+        "title": "CogVideoX-5b-I2V",
+        "pipeline": "CogVideoXImageToVideoPipeline",
+        "hub_id": "THUDM/CogVideoX-5b-I2V",
+        "aliases": ("zai-org/CogVideoX-5b-I2V",),
+        "takes_image": True,
+        "fixed_size": (480, 720),
+        "transformer_params": 5_625_087_552,  # with the table of learned positions
+    }
+)
+
+COGVIDEOX_15_I2V = COGVIDEOX_15.model_copy(
+    update={
+        "alias": "cogvideox-1.5-i2v",
+        "title": "CogVideoX1.5-5B-I2V",
+        "pipeline": "CogVideoXImageToVideoPipeline",
+        "hub_id": "THUDM/CogVideoX1.5-5B-I2V",
+        "aliases": ("cogvideox1.5-5b-i2v", "zai-org/CogVideoX1.5-5B-I2V"),
+        "takes_image": True,
+        "transformer_params": 5_571_594_880,
+    }
+)
+
+ENTRIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, COGVIDEOX_5B_I2V, COGVIDEOX_15_I2V)
 
 
 def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
     patch = config["patch_size"]
+    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    learned = config.get("use_learned_positional_embeddings", False)
     return {
         "patch": (config.get("patch_size_t") or 1, patch, patch),
         "heads": config["num_attention_heads"],
@@ -72,7 +99,8 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
         "max_sequence_length": config.get("max_text_seq_length", 226),
         "latent_channels": config["out_channels"],
         "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
-        "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
+        "vae_spatial": spatial,
+        "fixed_size": (config["sample_height"] * spatial, config["sample_width"] * spatial) if learned else None,
     }
 
 
@@ -81,6 +109,15 @@ _TEXT = ("prompt_embeds", "negative_prompt_embeds")
 PIPELINES = (
     PipelineFacts(
         "CogVideoXPipeline", "cogvideox", "CogVideoXTransformer3DModel", _TEXT, _figures, guidance_by_batch=True
+    ),
+    PipelineFacts(
+        "CogVideoXImageToVideoPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        takes_image=True,
     ),
 )
 

@@ -61,8 +61,12 @@ def read_folder(folder: Path, count: Callable[[Path], int] | None = None) -> Mod
 
 
 def _image_pipeline(facts: PipelineFacts, index: dict[str, Any]) -> str | None:
-    """Of Wan's text-to-video models only TI2V, whose timesteps are per token, takes a first frame."""
+    """Of Wan's text-to-video models only TI2V, whose timesteps are per token, takes a first frame; Motif's do where
+    they come with what prepares it.
+    """
     if facts.family == "wan" and not index.get("expand_timesteps"):
+        return None
+    if facts.family == "motif-video" and not _is_component(index.get("feature_extractor")):
         return None
     return facts.image_pipeline
 
@@ -131,12 +135,15 @@ def _count_in_file(path: Path) -> int:
 
 
 def _defaults(figures: dict[str, Any]) -> Defaults:
-    """Defaults of the known model with the same architecture, else those of its family's smallest without a prompt."""
+    """Defaults of the known model with the same architecture, else those of its pipeline's smallest, or its family's
+    smallest where no model of the pipeline is known, without a prompt.
+    """
     same = ("pipeline", "heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
     for entry in ENTRIES:
         if all(getattr(entry, key) == figures[key] for key in same):
             return entry.defaults
     relatives = [entry for entry in ENTRIES if entry.pipeline == figures["pipeline"]]
+    relatives = relatives or [entry for entry in ENTRIES if entry.family == figures["family"]]
     smallest = min(relatives, key=lambda entry: entry.transformer_params)
     return smallest.defaults.model_copy(
         update={"negative_prompt": "", "flow_shift": None, "guidance_scale_2": None, "dense_every": 1}

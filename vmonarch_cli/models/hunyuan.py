@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 
 _LICENCE = "Tencent Hunyuan"
+_CLIP_L_PARAMS = 123_060_480
+_SIGLIP_PARAMS = 428_225_600  # image encoder of 1.5
 
 HUNYUAN_VIDEO = ModelEntry(
     alias="hunyuan-video",
@@ -24,9 +27,21 @@ HUNYUAN_VIDEO = ModelEntry(
     max_sequence_length=256,
     embedded_guidance=True,
     transformer_params=12_821_012_544,
-    text_encoder_params=7_505_186_816 + 123_060_480,  # Llama 3 8B without its output layer, CLIP-L
+    text_encoder_params=7_505_186_816 + _CLIP_L_PARAMS,  # Llama 3 8B without its output layer, CLIP-L
     vae_params=246_478_803,
     defaults=Defaults(height=720, width=1280, num_frames=129, fps=24, steps=50, guidance_scale=6.0, flow_shift=7.0),
+)
+
+HUNYUAN_VIDEO_I2V = HUNYUAN_VIDEO.model_copy(
+    update={
+        "alias": "hunyuan-video-i2v",
+        "title": "HunyuanVideo-I2V",
+        "pipeline": "HunyuanVideoImageToVideoPipeline",
+        "hub_id": "hunyuanvideo-community/HunyuanVideo-I2V",
+        "aliases": ("hunyuanvideo-i2v",),
+        "takes_image": True,
+        "text_encoder_params": 8_355_272_704 + _CLIP_L_PARAMS,  # Llava on Llama 3 8B, CLIP-L
+    }
 )
 
 HUNYUAN_VIDEO_15 = ModelEntry(
@@ -52,7 +67,19 @@ HUNYUAN_VIDEO_15 = ModelEntry(
     defaults=Defaults(height=480, width=832, num_frames=121, fps=24, steps=50, guidance_scale=6.0, flow_shift=5.0),
 )
 
-ENTRIES = (HUNYUAN_VIDEO, HUNYUAN_VIDEO_15)
+HUNYUAN_VIDEO_15_I2V = HUNYUAN_VIDEO_15.model_copy(
+    update={
+        "alias": "hunyuan-video-1.5-i2v",
+        "title": "HunyuanVideo-1.5 480p I2V",
+        "pipeline": "HunyuanVideo15ImageToVideoPipeline",
+        "hub_id": "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
+        "aliases": ("hunyuanvideo-1.5-i2v", "hunyuan-video-1.5-i2v-480p"),
+        "takes_image": True,
+        "text_encoder_params": HUNYUAN_VIDEO_15.text_encoder_params + _SIGLIP_PARAMS,
+    }
+)
+
+ENTRIES = (HUNYUAN_VIDEO, HUNYUAN_VIDEO_I2V, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_I2V)
 
 
 def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,22 +106,55 @@ def _distilled(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """Of HunyuanVideo-I2V; not of its first release, whose pipeline keeps one latent frame to itself."""
+    if config.get("image_condition_type") != "token_replace":
+        raise ModelError(
+            "this HunyuanVideo-I2V has 33 input channels, and its pipeline returns neither all of its latents nor as "
+            f"many frames as it was asked for: use {HUNYUAN_VIDEO_I2V.hub_id}, which replaced it"
+        )
+    return _distilled(config, vae)
+
+
+_TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+_TEXT_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+
 PIPELINES = (
     PipelineFacts(
         "HunyuanVideoPipeline",
         "hunyuan-video",
         "HunyuanVideoTransformer3DModel",
-        ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+        _TEXT,
         _distilled,
         negative="never",
+    ),
+    PipelineFacts(
+        "HunyuanVideoImageToVideoPipeline",
+        "hunyuan-video",
+        "HunyuanVideoTransformer3DModel",
+        _TEXT,
+        _token_replace,
+        negative="never",
+        takes_image=True,
+        text_with_image=True,
     ),
     PipelineFacts(
         "HunyuanVideo15Pipeline",
         "hunyuan-video-1.5",
         "HunyuanVideo15Transformer3DModel",
-        ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
+        _TEXT_15,
         _figures,
         negative="apart",
+        guider=True,
+    ),
+    PipelineFacts(
+        "HunyuanVideo15ImageToVideoPipeline",
+        "hunyuan-video-1.5",
+        "HunyuanVideo15Transformer3DModel",
+        _TEXT_15,
+        _figures,
+        negative="apart",
+        takes_image=True,
         guider=True,
     ),
 )

@@ -55,13 +55,18 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _from_image(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline gives the first four latent frames the statistics of those after them, so there must be five."""
+    found = _figures(config, vae)
+    return {**found, "min_frames": 4 * found["vae_temporal"] + 1}
+
+
+_TEXT = ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens")
+_CLASS = "Kandinsky5Transformer3DModel"
+
 PIPELINES = (
+    PipelineFacts("Kandinsky5T2VPipeline", "kandinsky-5", _CLASS, _TEXT, _figures, negative="apart"),
     PipelineFacts(
-        "Kandinsky5T2VPipeline",
-        "kandinsky-5",
-        "Kandinsky5Transformer3DModel",
-        ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"),
-        _figures,
-        negative="apart",
+        "Kandinsky5I2VPipeline", "kandinsky-5", _CLASS, _TEXT, _from_image, negative="apart", takes_image=True
     ),
 )

@@ -12,6 +12,7 @@ MOTIF_VIDEO_2B = ModelEntry(
     title="Motif-Video 2B",
     family="motif-video",
     pipeline="MotifVideoPipeline",
+    image_pipeline="MotifVideoImage2VideoPipeline",
     hub_id="Motif-Technologies/Motif-Video-2B",
     aliases=("motif-video",),
     licence="see its model card",
@@ -46,8 +47,32 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _from_image(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_figures(config, vae), "vae_float32": False}
+
+
 _TEXT = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
 
+_CLASS = "MotifVideoTransformer3DModel"
+
 PIPELINES = (
-    PipelineFacts("MotifVideoPipeline", "motif-video", "MotifVideoTransformer3DModel", _TEXT, _figures, guider=True),
+    PipelineFacts(
+        "MotifVideoPipeline",
+        "motif-video",
+        _CLASS,
+        _TEXT,
+        _figures,
+        guider=True,
+        image_pipeline="MotifVideoImage2VideoPipeline",
+    ),
+    PipelineFacts(
+        "MotifVideoImage2VideoPipeline",
+        "motif-video",
+        _CLASS,
+        _TEXT,
+        _from_image,
+        guider=True,
+        takes_image=True,
+        vae_in_dtype=True,
+    ),
 )
