@@ -60,9 +60,14 @@ def finish(pipeline: Any, setup: Setup) -> None:
             _enable_cache(pipeline, transformer, setup.cache)
     if setup.compile:
         for transformer in transformers_of(pipeline):
-            if not getattr(transformer, "_repeated_blocks", None):
-                raise InputError(f"--compile: diffusers names no repeated blocks for {type(transformer).__name__}")
-            transformer.compile_repeated_blocks()
+            compile_blocks(transformer)
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compile a transformer's repeated blocks; InputError where diffusers names none."""
+    if not getattr(transformer, "_repeated_blocks", None):
+        raise InputError(f"--compile: diffusers names no repeated blocks for {type(transformer).__name__}")
+    transformer.compile_repeated_blocks()
 
 
 def _load_lora(pipeline: Any, text: str, adapter: str) -> None:

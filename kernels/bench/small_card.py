@@ -23,7 +23,7 @@ import torch
 from vmonarch_cli.demo.model import build_tokenizer
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import ENTRIES
-from vmonarch_cli.models.wan import transformer_config
+from vmonarch_cli.profile.model import random_transformer
 
 GIB = 2**30
 # The autoencoders of Wan 2.1 and of Wan 2.2 5B, by their number of latent channels.
@@ -43,13 +43,12 @@ UMT5_XXL = {
 
 def write_model(entry: ModelEntry, folder: Path) -> None:
     """A diffusers folder of a Wan model with random bfloat16 weights, made on the GPU."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
-    torch.manual_seed(0)
+    transformer = random_transformer(entry, torch.device("cuda"), torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        transformer = WanTransformer3DModel(**transformer_config(entry))
         vae = AutoencoderKLWan(**VAES[entry.latent_channels])
         text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
     torch.set_default_dtype(torch.float32)

@@ -5,7 +5,6 @@ FAMILIES.md, written by ``python tests/models/table.py``, is the table of what p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,7 @@ CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}  # float32, two steps, late
 families = pytest.mark.parametrize("name", TINY)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Loaded:

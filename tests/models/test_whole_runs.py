@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,7 @@ IMAGE = ["wan-i2v", "wan-ti2v", "hunyuan-video-i2v", "ltx-2", "motif-video"]
 FAMILIES = [*TEXT, *IMAGE, "hunyuan-video-1.5-i2v", "cogvideox-5b-i2v", "kandinsky-5-i2v"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
-"""What one forward of a transformer takes, family by family, made from a model's entry alone: no weights, no text."""
+"""What one forward of a transformer takes, family by family, made from a model's entry alone: no weights, no text.
+
+Imports no torch before it is called, so that flags can be checked against it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.cogvideox import transformer_config as cogvideox_config
 from vmonarch_cli.models.hunyuan import transformer_config as hunyuan_config
 from vmonarch_cli.models.wan import transformer_config as wan_config
+
+if TYPE_CHECKING:
+    import torch
 
 _POOLED_DIM = 768  # of CLIP-L, HunyuanVideo's second text encoder
 
@@ -70,6 +74,8 @@ def _rotary(entry: ModelEntry, clip: Clip, device: torch.device, dtype: torch.dt
 
 
 def _hunyuan(entry: ModelEntry, clip: Clip, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    import torch
+
     mask = torch.zeros(1, entry.max_sequence_length, dtype=torch.bool, device=device)
     mask[:, : entry.max_sequence_length // 4] = True  # a prompt fills a part of the text's tokens
     return {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmonarch_cli.additions import compile_blocks
 from vmonarch_cli.attention import AttentionSession
 from vmonarch_cli.attention.processors import FAMILIES
 from vmonarch_cli.errors import ModelError
@@ -102,9 +103,7 @@ def run_model(
     on_work("loading the model")
     pipeline, transformer, contexts = _load(settings, profile)
     if settings.compile:
-        if not getattr(transformer, "_repeated_blocks", None):
-            raise ModelError(f"--compile: diffusers names no repeated blocks for {type(transformer).__name__}")
-        transformer.compile_repeated_blocks()
+        compile_blocks(transformer)
     with torch.no_grad(), _no_graph_cache():
         report = functools.partial(on_result, profile, checks, shapes)
         _steps(settings, transformer, contexts, profile, checks, budget, report, on_work)

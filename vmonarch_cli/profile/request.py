@@ -13,12 +13,11 @@ from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS, ENTRIES, find_model
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
+from vmonarch_cli.profile.forward import FORWARDS
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
 from vmonarch_cli.wording import shown
 
 WAN = "WanPipeline"
-FORWARDABLE = (WAN, "CogVideoXPipeline", "HunyuanVideoPipeline")
-"""Pipelines whose transformers are timed with random weights, as `vmonarch_cli.profile.forward` calls them."""
 BACKENDS = ("cudnn", "flash", "efficient", "math")
 MAX_TOKENS = 2_000_000
 MAX_FRAMES = 256
@@ -91,9 +90,9 @@ def model_shape(
         if not random or known is None:
             raise
         entry, source = known, ""
-    if entry.pipeline not in FORWARDABLE:
+    if entry.pipeline not in FORWARDS:
         raise InputError(
-            f"whole models are profiled for {', '.join(FORWARDABLE)}, and {entry.alias} is a {entry.pipeline}: "
+            f"whole models are profiled for {', '.join(FORWARDS)}, and {entry.alias} is a {entry.pipeline}: "
             "`vmonarch profile kernel --shape TxP --heads H --head-dim D` measures its attention"
         )
     if entry.pipeline != WAN and not random:
