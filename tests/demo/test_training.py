@@ -81,6 +81,20 @@ def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     )
 
 
+def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path) -> None:
+    command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path), "--samples", "0"]
+    main([*command, "--structured", "--batch", "4", "--small-until", "0", "--profile-steps", "5"])
+    lines = [json.loads(line) for line in (tmp_path / "dit_log.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "dit_report.json").read_text())["structured"]
+    assert (tmp_path / "weights" / "transformer").is_dir(), lines[-1]
+
+
+def test_a_batch_that_cannot_be_split_is_refused(trained: Path, tmp_path: Path) -> None:
+    command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="--batch: got 2; with --structured, valid are multiples of 4"):
+        main([*command, "--structured"])
+
+
 def test_what_training_writes(trained: Path) -> None:
     report = json.loads((trained / "vae_report.json").read_text())
     assert report["steps"] == 4

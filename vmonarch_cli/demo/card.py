@@ -54,8 +54,8 @@ for below.
 
 Wall clock includes compilation and evaluation. The text encoder learns to name what a caption says and is then left as
 it is. While the transformer learns, a small head that is not in this folder reads the objects' outlines from its
-middle, and the loss weighs more where objects are; both fade out. The transformer's last flow-matching loss was
-{dit_loss:.4f}. To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
+middle, and the loss weighs more where objects are; both fade out. {structured}The transformer's last flow-matching loss
+was {dit_loss:.4f}. To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
 `dit --vae DIR/vae --text DIR --out DIR`.
 
 ## Measured
@@ -68,11 +68,9 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
 
 | | colour | background | motion | shape |
 | --- | --- | --- | --- | --- |
-| generated clips | {generated} |
-| one object | {single} |
-| two objects | {pair} |
+{agreement}
 | the reader itself, on {reader_clips} rendered clips | {reader} |
-
+{distances}
 ## Limits
 
 - It knows the words of `vmonarch_cli/demo/vocabulary.py` and nothing else; the command line names the words it does
@@ -83,6 +81,12 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
   clips are simple.
 """
 
+
+_KINDS_OF_CLIPS = ("one object", "single"), ("two objects", "pair")
+_STRUCTURED = """In the training marked above as tuned, half of every batch repeats the other half's clips
+with Monarch attention (one part as preset `paper` runs it, one with every frame's own keys exact besides), and the loss
+asks that both halves agree: the paper tunes its models with its attention, too. Presets are therefore closer to dense
+here than on a model that never saw them. """
 
 Report = dict[str, Any]
 
@@ -98,7 +102,8 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
         text_alone: `text_report.json`, where the text encoder was trained on its own first.
 
     """
-    entry = next(iter(score["presets"].values()))
+    presets = score["presets"]
+    entry = next(iter(presets.values()))
     transformer, text = dit["transformer_parameters"], dit["text_encoder_parameters"]
     return _TEMPLATE.format(
         total_millions=(transformer + text + vae_parameters) / 1e6,
@@ -134,9 +139,9 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
         pairs=entry["pairs"],
         steps=score["settings"]["steps"],
         score_device=score["device"],
-        generated=_row(entry),
-        single=_row(entry["single"]),
-        pair=_row(entry["pair"]),
+        structured=_STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
+        agreement="\n".join(_agreement(presets)),
+        distances="\n".join(_distances(presets)),
         reader_clips=score["reader"]["clips"],
         reader=_row(score["reader"]),
     )
@@ -144,9 +149,7 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
 
 def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
     """Rows of the training table, in the order in which things were trained."""
-    chain = [dit]
-    while (before := chain[0].get("before")) is not None:
-        chain.insert(0, before)
+    chain = _chain(dit)
     rows = [_trained("autoencoder", vae, f"{vae['clips']:,}")]
     text_row = (
         None if text_alone is None else _trained("text encoder", text_alone, f"{text_alone['captions']:,} captions")
@@ -156,9 +159,48 @@ def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
         if parts == "transformer" and text_row is not None:
             rows.append(text_row)  # it was there, and final, from here on
             text_row = None
-        name = parts + (", continued" if number else "")
+        name = parts + (", continued" if number else "") + (", tuned" if report.get("structured") else "")
         rows.append(_trained(name, report, f"{report['clips']:,} ({report['distinct_clips']:,} distinct)"))
     return rows
+
+
+def _chain(report: Report) -> list[Report]:
+    """The reports of a training and of those it went on from, oldest first."""
+    chain = [report]
+    while (before := chain[0].get("before")) is not None:
+        chain.insert(0, before)
+    return chain
+
+
+def _agreement(presets: dict[str, Report]) -> list[str]:
+    """Rows of the table of agreement: every preset, and the first one's clips of one and of two objects."""
+    rows = []
+    for number, (name, entry) in enumerate(presets.items()):
+        rows.append(f"| preset `{name}` | {_row(entry)} |")
+        if not number:
+            rows += [f"| its clips of {kind} | {_row(entry[key])} |" for kind, key in _KINDS_OF_CLIPS]
+    return rows
+
+
+def _distances(presets: dict[str, Report]) -> list[str]:
+    """The table of how far presets are from the first one, where more than one was scored."""
+    compared = {name: entry["against_first"] for name, entry in presets.items() if "against_first" in entry}
+    if not compared:
+        return []
+    first = next(iter(presets))
+    count = next(iter(compared.values()))["prompts"]
+    return [
+        "",
+        f"Distance from preset `{first}`, same prompts and noise, medians of {count} prompts:",
+        "",
+        "| | PSNR | SSIM | relative error of the latents |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| preset `{name}` | {c['psnr_median']:.1f} dB | {c['ssim_median']:.3f} | {c['latent_error_median']:.3f} |"
+            for name, c in compared.items()
+        ),
+        "",
+    ]
 
 
 def _trained(name: str, report: Report, seen: str) -> str:

@@ -7,6 +7,9 @@ clip gets a new caption. The first part of the training sees clips of half the s
 Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
 them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
 the objects' outlines from the middle of the transformer.
+
+With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
+models, and the loss also asks that both halves agree.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from vmonarch_cli.demo.model import (
     latent_stats,
 )
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.structured import halve_attention
 from vmonarch_cli.demo.train_text import load_text_encoder
 from vmonarch_cli.demo.train_vae import exported
 from vmonarch_cli.demo.vocabulary import MAX_TOKENS
@@ -49,6 +53,7 @@ from vmonarch_cli.whole_clip import encode_mean
 _EMPTY_CAPTION_SHARE = 0.1
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
 _OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
+_AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
 _OUTLINE_BLOCK = 4  # the block after which outlines are read (counted from 0)
 _OUTLINE_SIDE = 4  # each token says in 4 x 4 values where objects are
 _REPORTS_BEFORE = ("vae_report.json", "text_report.json")
@@ -77,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
+    parser.add_argument(
+        "--structured",
+        action="store_true",
+        help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -257,6 +267,10 @@ class _Trainer:
         if args.init is not None:
             self._load_transformer(args.init)
         self.averaged = copy.deepcopy(self.transformer).eval()
+        if args.structured:
+            if args.batch % 4:
+                raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+            halve_attention(self.transformer, frames=(NUM_FRAMES - 1) // 4 + 1)
         self.outline_head = _OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
         self.ema = training.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
@@ -286,6 +300,11 @@ class _Trainer:
     def batch(self) -> int:
         """Clips a step, so that every step has about as many tokens."""
         return int(self.args.batch * (self.args.size // self.bank.size) ** 2)
+
+    @property
+    def _copies(self) -> int:
+        """How often a batch holds each of its clips, with the same noise and words."""
+        return 2 if self.args.structured else 1
 
     def _bank(self) -> LatentBank:
         a, size = self.args, self.size
@@ -322,7 +341,7 @@ class _Trainer:
         self.clock.start()
         last_save = last_log = time.monotonic()
         logged = first = self.step
-        running: list[tuple[Tensor, Tensor]] = []
+        running: list[tuple[Tensor, ...]] = []
         while not self.clock.over(self.step):
             if self.size != self.bank.size:
                 self._grow()
@@ -333,13 +352,13 @@ class _Trainer:
                 self._plan = None
             running.append(self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
-                self.last_loss, outlines = self._means(running)
+                self.last_loss, outlines, disagreement = self._means(running)
                 running.clear()
                 now = time.monotonic()
                 steps = self.step - logged
                 self.log.write(
                     "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
-                    outlines=outlines, lr=self.optimizer.param_groups[0]["lr"],
+                    outlines=outlines, disagreement=disagreement, lr=self.optimizer.param_groups[0]["lr"],
                     seconds_per_step=(now - last_log) / steps,
                     clips_per_second=steps * self.batch / (now - last_log), size=self.bank.size,
                     memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
@@ -351,14 +370,13 @@ class _Trainer:
                 self.save()
                 last_save = time.monotonic()
         if running:
-            self.last_loss, _ = self._means(running)
+            self.last_loss = self._means(running)[0]
         self.save()
 
     @staticmethod
-    def _means(losses: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean flow-matching loss and mean cross-entropy of the outlines (waits for the device)."""
-        flow, outlines = (float(torch.stack(values).mean()) for values in zip(*losses, strict=True))
-        return flow, outlines
+    def _means(losses: list[tuple[Tensor, ...]]) -> list[float]:
+        """Mean over steps of each of their losses (waits for the device)."""
+        return [float(torch.stack(values).mean()) for values in zip(*losses, strict=True)]
 
     def _grow(self) -> None:
         """Go on with clips of the whole size; filling their bank does not move the schedule."""
@@ -398,31 +416,37 @@ class _Trainer:
         rows, prompts, sigmas = [], [], []
         # A smaller clip has fewer values to average noise over: less noise hides as much of it.
         shift = FLOW_SHIFT * self.bank.size / self.args.size
+        copies = self._copies
         for step in range(begin, begin + every):
             rng = random.Random(self._seed(step))
-            chosen = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch)]
-            rows.append(chosen)
+            chosen = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch // copies)]
+            rows.append(chosen * copies)
             prompts += ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in chosen]
-            sigmas.append(sigmas_for(step, self.batch, torch.Generator().manual_seed(self._seed(step)), shift))
+            generator = torch.Generator().manual_seed(self._seed(step))
+            sigmas.append(sigmas_for(step, self.batch // copies, generator, shift).repeat(copies))
         with training.autocast(self.device):
             text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
         return _Plan(
             begin, torch.tensor(rows, device=self.device), torch.stack(sigmas).to(self.device),
-            text.view(every, self.batch, *text.shape[1:]),
+            text.view(every, self.batch // copies, *text.shape[1:]).repeat(1, copies, 1, 1),
         )  # fmt: skip
 
     def _seed(self, step: int) -> int:
         return int(self.args.seed * 1_000_003 + step)
 
-    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What this step minimises, its flow-matching loss and the cross-entropy of its outlines (scalars)."""
+    def losses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What this step minimises; its flow-matching loss, the cross-entropy of its outlines, and the mean squared
+        difference of dense and Monarch attention's velocities (scalars).
+        """
         if self._plan is None:
             self._plan = self._plan_steps()
         rows, sigma, text = self._plan.at(self.step)
         clean = self.bank.latents[rows].float()
         covered = self.bank.outlines[rows].float()
         generator = torch.Generator(self.device).manual_seed(self._seed(self.step))
-        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        distinct = len(clean) // self._copies
+        noise = torch.randn(clean[:distinct].shape, generator=generator, device=self.device)
+        noise = noise.repeat(self._copies, 1, 1, 1, 1)
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
         with training.autocast(self.device):
@@ -431,22 +455,28 @@ class _Trainer:
         errors = (velocity.float() - (noise - clean)).square().mean(1)
         emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
-        objective = (errors * weight).mean() / weight.mean() + emphasis * _OUTLINE_WEIGHT * outlines
-        return objective, errors.mean().detach(), outlines.detach()
+        objective = (errors * weight).mean() / weight.mean()
+        if not self.args.structured:  # a tuning starts from a transformer that knows where things are
+            objective = objective + emphasis * _OUTLINE_WEIGHT * outlines
+        dense, structured = velocity.float().chunk(2) if self.args.structured else (velocity, velocity)
+        disagreement = F.mse_loss(structured, dense)
+        if self.args.structured:
+            objective = objective + _AGREEMENT_WEIGHT * disagreement
+        return objective, errors.mean().detach(), outlines.detach(), disagreement.detach()
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step; returns its flow-matching loss and its outlines' cross-entropy (scalars on the device)."""
+    def train_step(self) -> tuple[Tensor, ...]:
+        """One step; returns what `losses` measures (scalars on the device)."""
         for group in self.optimizer.param_groups:
             position = self.clock.position(self.step)
             group["lr"] = training.learning_rate(self.args.lr, position, self.step, warmup=200)
-        objective, flow, outlines = self.losses()
+        objective, *measured = self.losses()
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.guarded_step()
         self.step += 1
         self.clips_seen += self.batch
         self.ema.update(self.step)
-        return flow, outlines
+        return tuple(measured)
 
     def save(self) -> None:
         training.save_checkpoint(
@@ -505,6 +535,7 @@ class _Trainer:
             "clips": self.clips_seen,
             "distinct_clips": self.distinct_before + self.bank.next_clip,
             "seconds": self.clock.elapsed(),
+            "structured": self.args.structured,
             "device": training.device_name(self.device),
             "before": self._report_of_init(),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
