@@ -1,8 +1,8 @@
 """Monarch attention with gradients, so that the demo transformer can learn to work with both kinds of attention.
 
-The paper tunes its models with Monarch attention for 800 to 1,500 steps (its section on training); the demo model's
-last training does the same for a part of every batch. Plain differentiable tensor operations, made for short clips, since the R
-factor of every frame is held in memory.
+The paper tunes its models with Monarch attention for 800 to 1,500 steps; the demo model's last training does the same
+for a part of every batch. Plain differentiable tensor operations, made for short clips: the R factor of every frame is
+held in memory.
 """
 
 from __future__ import annotations
