@@ -54,8 +54,10 @@ for below.
 
 Wall clock includes compilation and evaluation. The text encoder learns to name what a caption says and is then left as
 it is. While the transformer learns, a small head that is not in this folder reads the objects' outlines from its
-middle, and the loss weighs more where objects are; both fade out. {structured}The transformer's last flow-matching loss
-was {dit_loss:.4f}. To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
+middle, and the loss weighs more where objects are; both fade out. The transformer's last flow-matching loss was
+{dit_loss:.4f}.{structured}
+
+To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
 `dit --vae DIR/vae --text DIR --out DIR`.
 
 ## Measured
@@ -83,10 +85,12 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
 
 
 _KINDS_OF_CLIPS = ("one object", "single"), ("two objects", "pair")
-_STRUCTURED = """In the training marked above as tuned, half of every batch repeats the other half's clips
-with Monarch attention (one part as preset `paper` runs it, one with every frame's own keys exact besides), and the loss
-asks that both halves agree: the paper tunes its models with its attention, too. Presets are therefore closer to dense
-here than on a model that never saw them. """
+_STRUCTURED = """
+
+In the training marked as tuned, half of every batch repeats the other half's clips with Monarch attention (one part as
+preset `paper` runs it, one with every frame's own keys exact besides), and the loss asks that both halves agree: the
+paper tunes its models with its attention, too. Presets are therefore closer to dense here than on a model that never
+saw them."""
 
 Report = dict[str, Any]
 
