@@ -22,6 +22,7 @@ from vmonarch_cli.options import OUTPUT, AsJson, Debug, Quiet, option, takes_req
 from vmonarch_cli.plan import GenerateRequest, Plan, resolve
 from vmonarch_cli.presets import load_preset, read_preset, shipped_names
 from vmonarch_cli.profile.commands import profile_app
+from vmonarch_cli.ranks import read_rank
 from vmonarch_cli.timing import ClipResult
 
 EXIT_INTERRUPTED = (130, 143)
@@ -171,6 +172,8 @@ def show_plan(
 
 
 def _show_notes(plan: Plan, silent: bool) -> None:
+    if not read_rank().is_main:
+        return
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for sentence in plan.notes if not silent else ():
         errors.print(f"note: {sentence}", style="dim", markup=False)
@@ -210,9 +213,8 @@ def _run(plan: Plan, as_json: bool, quiet: bool, retry_dense: bool) -> None:
     from vmonarch_cli.timings import remember
 
     machine = check_machine(plan)
-    from vmonarch_cli.distributed import is_main
-
-    as_json, silent = as_json and is_main(), as_json or quiet or not is_main()
+    is_main = read_rank().is_main
+    as_json, silent = as_json and is_main, as_json or quiet or not is_main
     out = Console(highlight=False)
     if not silent:
         out.print(report.header(plan, machine))

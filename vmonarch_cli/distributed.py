@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from vmonarch_cli.additions import transformers_of
 from vmonarch_cli.errors import InputError
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process writes files and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+from vmonarch_cli.ranks import read_rank
 
 
 def own_device() -> torch.device:
     """The GPU of this process, or the CPU on a machine without one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", read_rank().local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def split(pipeline: Any, device: torch.device) -> None:
@@ -34,11 +25,13 @@ def split(pipeline: Any, device: torch.device) -> None:
 
     Raises InputError for a family that diffusers has no plan for, and for heads that cannot be shared out evenly.
     """
-    count = world_size()
+    count = read_rank().world
     if count == 1:
         return
     from diffusers import ContextParallelConfig
 
+    # diffusers calls functions of torch that newer versions of torch warn about, in every process.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     for transformer in transformers_of(pipeline):
         name, heads = type(transformer).__name__, transformer.config.num_attention_heads
         if getattr(transformer, "_cp_plan", None) is None:
@@ -58,17 +51,30 @@ def split(pipeline: Any, device: torch.device) -> None:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(_stop)
-    for transformer in transformers_of(pipeline):
-        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
+    with nullcontext() if device.type == "cuda" else _cpu_as_an_accelerator():
+        for transformer in transformers_of(pipeline):
+            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
 
 
 def check_tokens(tokens: int) -> None:
     """InputError when the clip's tokens cannot be shared out evenly."""
-    if tokens % world_size():
+    count = read_rank().world
+    if tokens % count:
         raise InputError(
-            f"{world_size()} processes cannot share {tokens:,} tokens evenly: choose a size with a number of latent "
-            f"rows or columns that {world_size()} divides"
+            f"{count} processes cannot share {tokens:,} tokens evenly: choose a size with a number of latent "
+            f"rows or columns that {count} divides"
         )
+
+
+@contextmanager
+def _cpu_as_an_accelerator() -> Iterator[None]:
+    """diffusers 0.42 divides by the number of accelerators, which is 0 on a machine without a GPU."""
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
 
 
 def _stop() -> None:

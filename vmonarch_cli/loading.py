@@ -17,6 +17,7 @@ from vmonarch_cli.errors import DeviceError, InputError, ModelError, VmonarchErr
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.ranks import read_rank
 from vmonarch_cli.setup import Setup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +29,7 @@ _IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "
 def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is the GPU where there is one. DeviceError for one that this machine lacks."""
     if name == "auto":
-        if distributed.world_size() > 1:
+        if read_rank().world > 1:
             return distributed.own_device()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

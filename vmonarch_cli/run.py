@@ -22,6 +22,7 @@ from vmonarch_cli.loading import device_name, load_pipeline, pick_device, pick_d
 from vmonarch_cli.pipelines import Embeddings, Frames, call, decode, encode, takes_callback
 from vmonarch_cli.plan import Plan
 from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.ranks import read_rank
 from vmonarch_cli.targets import latents_path, record_path
 from vmonarch_cli.timing import (
     ClipDone,
@@ -65,7 +66,7 @@ def generate(
     for index in range(plan.num_videos):
         path = latents_path(plan.outputs[index])
         denoised = maker.denoise(plan, index)
-        if not distributed.is_main():
+        if not read_rank().is_main:
             continue
         with finishing():
             denoised = maker.save(path, plan, index, denoised)

@@ -19,7 +19,7 @@ from vmonarch_cli.attention import swapped
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.presets import load_preset
-from vmonarch_cli.profile.forward import FORWARDS, Clip
+from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
 
 
@@ -27,7 +27,7 @@ def measure(entry: ModelEntry, transformer: Any, size: tuple[int, int], frames: 
     """Seconds and peak bytes of one forward, or why there are none."""
     width, height = size
     grid = entry.grid(height, width, frames)
-    clip = Clip(grid[0] * entry.patch[0], grid[1] * entry.patch[1], grid[2] * entry.patch[2])
+    clip = clip_in_latents(entry, height, width, frames)
     found: dict[str, Any] = {"frames": frames, "grid": grid, "tokens": grid[0] * grid[1] * grid[2]}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

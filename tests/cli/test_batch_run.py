@@ -449,9 +449,10 @@ def test_a_folder_that_cannot_be_written(tiny_wan_folder: Path, tmp_path: Path) 
 
 
 def test_torchrun_gives_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vmonarch_cli.batch.ranks import Rank, on_own_device, read_rank
+    from vmonarch_cli.batch.ranks import on_own_device
     from vmonarch_cli.errors import InputError
     from vmonarch_cli.plan import GenerateRequest
+    from vmonarch_cli.ranks import Rank, read_rank
 
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)

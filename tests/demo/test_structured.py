@@ -16,10 +16,13 @@ def qkv(*shape: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("own_frame", "band"), [(False, None), (True, 0)])
-def test_it_is_the_librarys_attention(own_frame: bool, band: int | None) -> None:
+@pytest.mark.parametrize(("settled", "num_steps"), [(False, 2), (True, 3)])
+def test_it_is_the_librarys_attention(own_frame: bool, band: int | None, settled: bool, num_steps: int) -> None:
     tensors = qkv(2, 5 * 6, 3, 16)
-    expected = monarch_attention(*(x.detach() for x in tensors), (5, 2, 3), band=band, impl="reference")
-    torch.testing.assert_close(structured_attention(*tensors, 5, own_frame=own_frame), expected)
+    expected = monarch_attention(
+        *(x.detach() for x in tensors), (5, 2, 3), num_steps=num_steps, band=band, impl="reference"
+    )
+    torch.testing.assert_close(structured_attention(*tensors, 5, own_frame=own_frame, settled=settled), expected)
 
 
 @pytest.mark.parametrize("own_frame", [False, True])

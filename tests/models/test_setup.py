@@ -27,6 +27,7 @@ from vmonarch_cli.timing import Coverage
 CPU = torch.device("cpu")
 EXACT = Preset(name="exact", band=1024)
 PAPER = Preset(name="paper")
+WARM = Preset(name="warm", warm_start=True, band=1)
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 GB = 2**30
 LAYOUTS = ["wan", "wan-two-stage", "hunyuan-video", "cogvideox-5b", "ltx-video", "mochi-1"]
@@ -209,22 +210,20 @@ _WORKER = """
 import sys
 import torch
 sys.path.insert(0, {here!r})
-import torch._C
-torch.accelerator.device_count = lambda: 1
 from tiny_families import TINY, latents_of
-from vmonarch_cli import distributed
 from vmonarch_cli.attention import swapped
 from vmonarch_cli.loading import load_pipeline
 from vmonarch_cli.presets import Preset
+from vmonarch_cli.ranks import read_rank
 torch.set_num_threads(1)
 tiny = TINY[{name!r}]
 pipeline = load_pipeline({folder!r}, device=torch.device("cpu"), dtype=torch.float32, share_clip=True)
 made = {{}}
-for preset in (Preset(name="exact", band=1024), Preset(name="paper")):
+for preset in (Preset(name="exact", band=1024), Preset(name="paper"), Preset(name="warm", warm_start=True, band=1)):
     with swapped(pipeline, preset) as session:
         made[preset.name] = latents_of(pipeline, tiny)
     made[preset.name + " calls"] = torch.tensor([session.coverage().structured])
-if distributed.is_main():
+if read_rank().is_main:
     torch.save(made, {out!r})
 """
 
@@ -256,7 +255,7 @@ def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: 
     assert [worker.returncode for worker in workers] == [0, 0], errors
     made = torch.load(out)
     pipeline = load(folders[name])
-    for preset in (EXACT, PAPER):
+    for preset in (EXACT, PAPER, WARM):
         with swapped(pipeline, preset):
             alone = latents_of(pipeline, tiny)
         torch.testing.assert_close(made[preset.name], alone, **CLOSE)
@@ -273,6 +272,9 @@ def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: 
         load(folders["ltx-video"], share_clip=True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
+        load(folders["wan"], share_clip=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="4 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
         load(folders["wan"], share_clip=True)
 
 

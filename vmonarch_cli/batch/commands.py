@@ -17,11 +17,12 @@ from vmonarch_cli.batch.clips import Clip, batch_folder, plan_clips
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import FORMATS, read_prompts
-from vmonarch_cli.batch.ranks import Rank, leave_group, on_own_device, read_rank
+from vmonarch_cli.batch.ranks import leave_group, on_own_device
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
 from vmonarch_cli.interrupts import Interrupted, stoppable
 from vmonarch_cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
 from vmonarch_cli.plan import GenerateRequest
+from vmonarch_cli.ranks import Rank, read_rank
 from vmonarch_cli.timing import ClipResult
 
 BATCH = "Batch"

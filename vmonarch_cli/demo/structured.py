@@ -7,6 +7,7 @@ held in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from vmonarch_cli.attention.wan import WAN, WanMonarchProcessor
 
 
-def structured_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_frame: bool = False) -> Tensor:
-    """Two cold iterations and the first frame exact, as the preset `paper` (algorithm of section 3 of the paper).
+def structured_attention(
+    q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_frame: bool = False, settled: bool = False
+) -> Tensor:
+    """Two cold iterations and the first frame exact, as preset `paper` (algorithm of section 3 of the paper).
 
     Args:
         q: (B, N, heads, D) with N = frames x positions.
@@ -25,6 +28,8 @@ def structured_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_fr
         v: as q.
         frames: frames of the token grid.
         own_frame: every frame sees its own keys exactly besides, as with a band of 0 (this project's).
+        settled: one iteration that starts from the L of two others, through which no gradient flows: what a warm start
+            comes to once steps hardly differ.
 
     Returns:
         (B, N, heads, D), differentiable with respect to q, k and v.
@@ -42,7 +47,8 @@ def structured_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_fr
         exact = torch.eye(frames, dtype=torch.bool, device=q.device)
         exact[0] = True  # the first frame is exact as a whole, so R serves the others alone
     beta = scale * q5
-    for step in range(2):
+    iterations = 3 if settled else 2
+    for step in range(iterations):
         scores = (beta @ k5.mT).to(wide)
         log_r = scores - torch.logsumexp(scores, dim=-1, keepdim=True)
         R = log_r.exp()
@@ -57,7 +63,8 @@ def structured_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_fr
             logits = logits.masked_fill(exact, float("-inf"))
             both = torch.softmax(torch.cat([logits, lse_own.transpose(2, 3)[..., None]], dim=-1), dim=-1)
             L, weight = both[..., :-1], both[..., -1:]
-        if step == 0:
+        if step < iterations - 1:
+            L = L.detach() if settled else L
             gathered = L.mT.to(q.dtype) @ q5.transpose(2, 3)
             c_r = L.sum(-2)[..., None].clamp_min(0.1)
             beta = (scale * gathered / c_r).to(q.dtype).transpose(2, 3)
@@ -73,23 +80,28 @@ def structured_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_fr
 class HalfStructured(WanMonarchProcessor):
     """Dense attention for the first half of a batch, and for the second, which holds the same clips, Monarch's.
 
-    One quarter of the batch runs as the preset `paper`, the last quarter with every frame's own keys exact besides.
+    One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`.
     """
 
     def __init__(self, frames: int) -> None:
         super().__init__(torch.zeros(2, dtype=torch.int64))
         self.frames = frames
 
-    @torch.compiler.disable  # compiled by torch 2.11 for an H100, its output is right and its gradients are wrong
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         """(B, N, heads, D) each -> (B, N, heads, D)."""
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        half, quarter = q.shape[0] // 2, q.shape[0] * 3 // 4
-        dense = F.scaled_dot_product_attention(*(x[:half].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        parts = [dense]
-        for part, own_frame in ((slice(half, quarter), False), (slice(quarter, None), True)):
-            parts.append(structured_attention(q[part], k[part], v[part], self.frames, own_frame=own_frame))
-        return torch.cat(parts)
+        return _split_batch(q.to(v.dtype), k.to(v.dtype), v, self.frames)
+
+
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    half, quarter = q.shape[0] // 2, q.shape[0] * 3 // 4
+    dense = F.scaled_dot_product_attention(q[:half].transpose(1, 2), k[:half].transpose(1, 2), v[:half].transpose(1, 2))
+    paper = structured_attention(q[half:quarter], k[half:quarter], v[half:quarter], frames)
+    fast = structured_attention(q[quarter:], k[quarter:], v[quarter:], frames, own_frame=True, settled=True)
+    return torch.cat([dense.transpose(1, 2), paper, fast])
+
+
+# Compiled by torch 2.11 for an H100, its output is right and its gradients are wrong by orders of magnitude.
+_split_batch: Callable[[Tensor, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_attend_in_parts)
 
 
 def halve_attention(transformer: Any, frames: int) -> None:

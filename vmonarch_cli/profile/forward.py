@@ -29,6 +29,14 @@ class Clip:
     width: int
 
 
+def clip_in_latents(entry: ModelEntry, height: int, width: int, num_frames: int) -> Clip:
+    """A clip of that many pixels and frames, in whole patches: where latent frames do not fill the last patch, the
+    pipelines add some.
+    """
+    frames = entry.grid(height, width, num_frames)[0] * entry.patch[0]
+    return Clip(frames, height // entry.vae_spatial, width // entry.vae_spatial)
+
+
 @dataclass(frozen=True)
 class Forward:
     """How to call one family's transformer."""

@@ -25,7 +25,7 @@ from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.contenders import Contender, structured
 from vmonarch_cli.profile.contenders import contenders as make_contenders
-from vmonarch_cli.profile.forward import FORWARDS, Clip
+from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.kernel import KernelSettings, OnWork, profile_shape
 from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import Check, ChipPeak, KernelShape, ModelProfile, Spread, StepRow
@@ -369,10 +369,7 @@ def _clip_times(settings: ModelSettings, profile: ModelProfile) -> None:
 
 def _first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> _Inputs:
     entry = settings.entry
-    # Whole patches: where latent frames do not fill the last one, the pipelines add some.
-    clip = Clip(
-        settings.grid[0] * entry.patch[0], settings.height // entry.vae_spatial, settings.width // entry.vae_spatial
-    )
+    clip = clip_in_latents(entry, settings.height, settings.width, settings.num_frames)
     forward = FORWARDS[entry.pipeline]
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
