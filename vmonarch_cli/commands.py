@@ -30,7 +30,7 @@ def compare(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        option("--preset", panel=ATTENTION, help="What to hold against dense (repeatable). Default: paper."),
+        option("--preset", panel=ATTENTION, help="What to hold against dense (repeatable). Default: the model's own."),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

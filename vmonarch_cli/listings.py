@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vmonarch_cli import memory
 from vmonarch_cli.here import device_key
+from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan import Plan, warm_bytes
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.report import facts, flops_words, seconds
@@ -26,6 +27,8 @@ def presets_table(presets: Sequence[Preset]) -> Table:
         name = Text(preset.name, style="bold")
         if preset.name == DEFAULT_PRESET:
             name.append(" (default)", "dim")
+        elif preset.name == DEMO.defaults.preset:
+            name.append(" (demo model's default)", "dim")
         table.add_row(name, Text(preset.description))
     return table
 

@@ -13,7 +13,7 @@ from vmonarch_cli import memory
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.plan import Flops, branches_of, count_flops
-from vmonarch_cli.presets import DEFAULT_PRESET, load_preset
+from vmonarch_cli.presets import load_preset
 from vmonarch_cli.report import facts
 from vmonarch_cli.wording import binary_size, flops
 
@@ -39,7 +39,7 @@ def models_table(models: Sequence[ModelEntry]) -> Table:
             "\n".join(binary_size(peaks[mode]) for mode in ("none", "model", "group")),
         )
     table.caption = (
-        f"attention: of one layer's call, dense and with preset {DEFAULT_PRESET}; memory: estimated peak in bfloat16 "
+        "attention: of one layer's call, dense and with its default preset; memory: estimated peak in bfloat16 "
         "with --offload none, model and group"
     )
     return table
@@ -71,7 +71,7 @@ def model_table(model: ModelEntry) -> Group:
         ("frames", f"multiples of {period}{' plus one' if model.frame_offset else ''}"),
         ("first frame", f"--image is {image}"),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
-        ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {DEFAULT_PRESET}"),
+        ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {d.preset}"),
     ]
     rows += [(f"offload {mode}", f"about {binary_size(peak)} in bfloat16") for mode, peak in _peaks(model).items()]
     return Group(Text(model.title, style="bold"), facts(rows))
@@ -80,7 +80,7 @@ def model_table(model: ModelEntry) -> Group:
 def _step(model: ModelEntry) -> Flops:
     d = model.defaults
     grid = model.grid(d.height, d.width, d.num_frames)
-    return count_flops(model, grid, load_preset(DEFAULT_PRESET), 1, branches_of(model, d.guidance_scale))
+    return count_flops(model, grid, load_preset(d.preset), 1, branches_of(model, d.guidance_scale))
 
 
 def _peaks(model: ModelEntry) -> dict[str, int]:

@@ -17,7 +17,7 @@ from vmonarch_cli.demo.vocabulary import unknown_words
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
-from vmonarch_cli.presets import DEFAULT_PRESET, Preset, apply_overrides, load_preset, parse_assignment
+from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 from vmonarch_cli.setup import Setup
 from vmonarch_cli.targets import check_rate, resolve_targets
 from vmonarch_kernels.cost import dense_flops, monarch_flops, warm_state_bytes
@@ -148,7 +148,7 @@ def resolve(request: GenerateRequest) -> Plan:
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
     defaults = model.defaults
-    preset = _resolve_preset(request, origins)
+    preset = _resolve_preset(request, defaults.preset, origins)
 
     height, width = checks.size(request.size, request.height, request.width)
     height = take("height", height, defaults.height)
@@ -232,10 +232,10 @@ def branches_of(model: ModelEntry, guidance_scale: float) -> int:
     return 2 if guidance_scale > 1 and not model.embedded_guidance else 1
 
 
-def _resolve_preset(request: GenerateRequest, origins: dict[str, str]) -> Preset:
+def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:
     """The preset with `--set`, `--dense-steps`, `--dense-layers` and `--impl` applied, and the origin of each field."""
-    preset = load_preset(DEFAULT_PRESET if request.preset is None else request.preset)
-    origins["preset"] = DEFAULT if request.preset is None else FLAG
+    preset = load_preset(default if request.preset is None else request.preset)
+    origins["preset"] = MODEL_DEFAULT if request.preset is None else FLAG
     overrides: dict[str, tuple[str, Any]] = {}
     for text in request.overrides:
         name, value = parse_assignment(text)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.wording import near
 
-DEFAULT_PRESET = "paper"
+DEFAULT_PRESET = "balanced"
+"""Of a model that was not tuned with Monarch attention: README, Measured, says what this rests on."""
 MAX_BAND_FRAMES = 4096
 MAX_DENSE = 1000
 

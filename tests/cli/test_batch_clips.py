@@ -217,7 +217,7 @@ def test_keys_say_what_a_clip_is_and_nothing_else(tiny_wan_folder: Path, tmp_pat
     def key(**flags: Any) -> str:
         return clips(tiny_wan_folder, tmp_path, lines("red"), **flags)[0].key
 
-    assert key() == key(device="auto") == key(dense_every=3) == key(preset="paper")
+    assert key() == key(device="auto") == key(dense_every=3) == key(preset="balanced")
     others = [key(seed=1), key(steps=3), key(preset="fast"), key(fps=9), key(dtype="bf16"), key(negative_prompt="x")]
     assert len({key(), *others}) == 7
 

@@ -190,7 +190,7 @@ def test_latents_that_are_not_finite_are_made_once_more_dense(
     assert said.endswith("and no clip was written: trying once more with dense attention")
     record = json.loads((tmp_path / "a" / "red-s1.json").read_text())
     assert (record["impl"], record["retries"][0]["with"]) == ("dense", "dense attention")
-    assert record["preset"]["name"] == "paper"
+    assert record["preset"]["name"] == "balanced"
     other = json.loads((tmp_path / "a" / "red-s2.json").read_text())
     assert (other["impl"], other["retries"]) == ("torch", [])
     make(batch(tiny_wan_folder, tmp_path / "b", "red\n", num_videos=3), retry_dense=False)

@@ -121,7 +121,7 @@ def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest
     small = entry.model_copy(update={**sizes, "max_sequence_length": 16})
     monkeypatch.setattr("vmonarch_cli.profile.request.find_model", lambda name: (small, ""))
     shape = ("--size", "64x48", "--num-frames", "17", "--steps", "1", "--device", "cpu")
-    data = json.loads(call("-m", entry.alias, "--random-weights", *shape, "--json", "-").stdout)
+    data = json.loads(call("-m", entry.alias, "--random-weights", "--preset", "paper", *shape, "--json", "-").stdout)
     assert data["checks_passed"], data["checks"]
     assert any("exact against dense" in check["against"] for check in data["checks"])
     assert data["model"]["forwards"] == (1 if entry.embedded_guidance else 2)
@@ -177,7 +177,7 @@ def test_broken_plumbing_fails_the_run(tiny_wan_folder: Path, monkeypatch: pytes
 
 def test_fail_below_looks_at_the_step(tiny_wan_folder: Path) -> None:
     result = call("-m", str(tiny_wan_folder), *TINY, "--fail-below", "1000", code=1)
-    assert "error: --fail-below 1000: paper is " in result.stderr
+    assert "error: --fail-below 1000: balanced is " in result.stderr
 
 
 def test_compiled_blocks_keep_the_backends_apart() -> None:

@@ -52,7 +52,7 @@ def test_header_names_everything(make: Any) -> None:
     ):
         assert words in shown
     assert "attention 265 TFLOP per clip against 1.58 PFLOP dense (6.0x less)" in flat(
-        report.header(make(), MACHINE)
+        report.header(make(preset="paper"), MACHINE)
     ).replace("266", "265")
 
 

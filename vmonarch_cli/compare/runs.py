@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from vmonarch_cli.compare.existing import differing, shared_facts
 from vmonarch_cli.compare.results import Comparison, Contender, Frames
 from vmonarch_cli.errors import InputError, OutputError
+from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import GenerateRequest, Plan, resolve
-from vmonarch_cli.presets import DEFAULT_PRESET
 from vmonarch_cli.targets import DEFAULT_FOLDER, slug
 from vmonarch_cli.timing import ClipStarted, Event
 
@@ -29,7 +29,7 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
     """
     if request.num_videos not in (None, 1):
         raise InputError("compare makes one clip per preset: give --seed, not --num-videos")
-    names = _names(presets or (DEFAULT_PRESET,))
+    names = _names(presets or (_default_preset(request),))
     seed = 0 if request.seed is None else request.seed
     folder = _folder(request, f"{slug(request.prompt or '')}-s{seed}-compare")
     request = replace(request, num_videos=None, dense_every=request.dense_every or 0)
@@ -40,6 +40,11 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
             given = replace(given, overrides=(), dense_steps=None, dense_layers=None, impl=None)
         plans[name] = resolve(given)
     return folder, plans
+
+
+def _default_preset(request: GenerateRequest) -> str:
+    model, _ = find_model(request.model or DEMO_ALIAS, request.revision)
+    return model.defaults.preset
 
 
 def run_comparison(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
 
@@ -29,6 +30,7 @@ class Defaults(BaseModel):
     flow_shift: float | None = None
     negative_prompt: str = ""
     dense_every: int = 5
+    preset: str = DEFAULT_PRESET
 
 
 @dataclass(frozen=True)

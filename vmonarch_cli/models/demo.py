@@ -25,6 +25,14 @@ DEMO = ModelEntry(
     vae_params=4_200_000,
     trained_only_at_default=True,
     defaults=Defaults(
-        height=96, width=96, num_frames=49, fps=16, steps=20, guidance_scale=4.0, flow_shift=6.0, dense_every=1
+        height=96,
+        width=96,
+        num_frames=49,
+        fps=16,
+        steps=20,
+        guidance_scale=4.0,
+        flow_shift=6.0,
+        dense_every=1,
+        preset="paper",  # it was tuned with Monarch attention
     ),
 )

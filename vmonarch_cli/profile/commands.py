@@ -14,7 +14,7 @@ from rich.status import Status
 from vmonarch_cli import checks
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError
 from vmonarch_cli.options import ATTENTION, MODEL, OUTPUT, SAMPLING, SHAPE, number_option, option, whole_option
-from vmonarch_cli.presets import DEFAULT_PRESET, load_preset
+from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import request, tables
 from vmonarch_cli.profile.plot import check_plot, plot_kernel, plot_model, plot_quality
 from vmonarch_cli.profile.record import Machine, Recorder, check_target, this_machine
@@ -207,7 +207,7 @@ def profile_model(
 ) -> None:
     """Time whole denoising steps, dense and structured in turn on the same inputs, and say whether it is worth it."""
     shape = request.model_shape(model, size, height, width, num_frames, random_weights)
-    chosen = request.presets(presets, (DEFAULT_PRESET,))
+    chosen = request.presets(presets, (shape.entry.defaults.preset,))
     backends = request.backends(backend)
     checks.whole("--steps", steps, 1, 1000)
     checks.number("--guidance-scale", guidance_scale, 0, 100)
