@@ -30,7 +30,11 @@ def test_model_defaults_and_their_origins() -> None:
     assert (p.negative_prompt, p.flow_shift, p.seed, p.num_videos) == (NEGATIVE_PROMPT, 3.0, 0, 1)
     assert p.outputs == (Path("outputs/a-cat-s0.mp4"),)
     assert (p.origins["steps"], p.origins["seed"], p.origins["model"]) == ("model default", "default", "flag")
-    assert [p.origins[name] for name in ("preset", "preset.band", "preset.impl")] == ["model default", "preset", "default"]
+    assert [p.origins[name] for name in ("preset", "preset.band", "preset.impl")] == [
+        "model default",
+        "preset",
+        "default",
+    ]
     assert p.preset.name == "balanced"
     assert plan(model="demo").preset.name == "paper", "it was tuned with it"
 
