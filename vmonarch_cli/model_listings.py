@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli import memory
-from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.plan import Flops, branches_of, count_flops
 from vmonarch_cli.presets import load_preset
@@ -70,11 +70,18 @@ def model_table(model: ModelEntry) -> Group:
         ("sides", f"multiples of {model.side_multiple} pixels"),
         ("frames", f"multiples of {period}{' plus one' if model.frame_offset else ''}"),
         ("first frame", f"--image is {image}"),
+        ("beside it", _additions(pipeline)),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
         ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {d.preset}"),
     ]
     rows += [(f"offload {mode}", f"about {binary_size(peak)} in bfloat16") for mode, peak in _peaks(model).items()]
     return Group(Text(model.title, style="bold"), facts(rows))
+
+
+def _additions(facts: PipelineFacts) -> str:
+    """The flags that diffusers has an answer to in this pipeline, beside the attention."""
+    flags = ["--quantize", "--offload"] + ["--lora"] * facts.lora + ["--compile"] * facts.compiles
+    return ", ".join([*flags, *(f"--cache {name}" for name in facts.caches)])
 
 
 def _step(model: ModelEntry) -> Flops:

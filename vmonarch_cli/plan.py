@@ -15,7 +15,8 @@ from vmonarch_cli import checks
 from vmonarch_cli import setup as setup_checks
 from vmonarch_cli.demo.vocabulary import unknown_words
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.base import CACHES, Grid, ModelEntry, PipelineFacts
+from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 from vmonarch_cli.setup import Setup
@@ -156,6 +157,9 @@ def resolve(request: GenerateRequest) -> Plan:
     num_frames = take("num_frames", request.num_frames, defaults.num_frames)
     model.check_shape(height, width, num_frames)
 
+    image = setup_checks.check_image(model, request.image)
+    pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
@@ -202,29 +206,31 @@ def resolve(request: GenerateRequest) -> Plan:
         tokens=grid[0] * grid[1] * grid[2],
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
-        image=take("image", setup_checks.check_image(model, request.image), None, DEFAULT),
-        setup=_resolve_setup(request, origins),
+        image=take("image", image, None, DEFAULT),
+        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
         origins={"prompt": FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=tuple(_warnings(model, prompt, (height, width, num_frames))),
     )
 
 
-def _resolve_setup(request: GenerateRequest, origins: dict[str, str]) -> Setup:
-    """What is done to the pipeline beside its attention."""
+def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
+    """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
         "offload": setup_checks.one_of("--offload", request.offload, setup_checks.OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
         "quantize": setup_checks.one_of("--quantize", request.quantize, setup_checks.QUANTIZATIONS),
         "loras": request.loras or None,
-        "cache": setup_checks.one_of("--cache", request.cache, setup_checks.CACHES),
+        "cache": setup_checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
     }
     for text in request.loras:
         setup_checks.parse_lora(text)
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
-    return Setup.model_validate(chosen)
+    setup = Setup.model_validate(chosen)
+    setup_checks.check_additions(setup, facts)
+    return setup
 
 
 def branches_of(model: ModelEntry, guidance_scale: float) -> int:

@@ -8,12 +8,11 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.wording import near, shown
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 QUANTIZATIONS = ("fp8", "int8")
-CACHES = ("first-block", "pab", "taylorseer")
 
 
 class Setup(BaseModel):
@@ -65,6 +64,17 @@ def parse_lora(text: str) -> Lora:
     if path.is_file() and path.suffix != ".safetensors":
         raise InputError(f"LoRA {source} is not a .safetensors file: pickled weights can run code when opened")
     return Lora(str(path) if path.exists() else source, scale)
+
+
+def check_additions(setup: Setup, facts: PipelineFacts) -> None:
+    """InputError when diffusers has no LoRA, no such cache or no compilation for a pipeline."""
+    if setup.loras and not facts.lora:
+        raise InputError(f"--lora: diffusers loads no LoRA into a {facts.name}")
+    if setup.cache is not None and setup.cache not in facts.caches:
+        valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"
+        raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
+    if setup.compile and not facts.compiles:
+        raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
 
 
 def check_image(model: ModelEntry, text: str | None) -> str | None:

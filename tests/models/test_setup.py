@@ -7,21 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from tiny_families import TINY, latents_of
+from tiny_families import TINY, image, latents_of
 
 from vmonarch_cli import additions, memory, offload
 from vmonarch_cli.attention import swapped
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.loading import load_pipeline
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.base import CACHES, PipelineFacts
+from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.registry import ENTRIES, find_model
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B
+from vmonarch_cli.plan import GenerateRequest, resolve
 from vmonarch_cli.presets import Preset
-from vmonarch_cli.setup import Setup, check_image, one_of, parse_lora
+from vmonarch_cli.setup import Setup, check_additions, check_image, one_of, parse_lora
 from vmonarch_cli.timing import Coverage
 
 CPU = torch.device("cpu")
@@ -30,19 +35,34 @@ PAPER = Preset(name="paper")
 WARM = Preset(name="warm", warm_start=True, band=1)
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 GB = 2**30
-LAYOUTS = ["wan", "wan-two-stage", "hunyuan-video", "cogvideox-5b", "ltx-video", "mochi-1"]
+Record = Callable[[str, object], None]
+families = pytest.mark.parametrize("name", TINY)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Folders(dict[str, Path]):
+    """Every family's checkpoint on disk, written when a test first asks for it."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self.factory = factory
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.factory.mktemp("models") / name
+        TINY[name].build().save_pretrained(self[name], safe_serialization=True)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for name in LAYOUTS:
-        found[name] = tmp_path_factory.mktemp("models") / name
-        TINY[name].build().save_pretrained(found[name], safe_serialization=True)
-    return found
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory)
+
+
+def facts_of(folder: Path) -> PipelineFacts:
+    """What is known of a folder's pipeline class."""
+    return PIPELINES[find_model(str(folder))[0].pipeline]
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -54,7 +74,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 # accelerate's sequential mode fails when the device it offloads to is the one it offloads from, so not on a CPU.
 @pytest.mark.parametrize("mode", ["model", "group"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@families
 def test_offload_changes_nothing_but_where_weights_are(folders: dict[str, Path], name: str, mode: str) -> None:
     tiny = TINY[name]
     plain = load(folders[name])
@@ -69,24 +89,24 @@ def test_offload_changes_nothing_but_where_weights_are(folders: dict[str, Path],
     assert session.coverage() == Coverage(structured=tiny.layers * tiny.forwards * 2)
 
 
-def test_fp8_weights_run_and_are_close(folders: dict[str, Path]) -> None:
-    tiny, plain = TINY["wan"], load(folders["wan"])
-    pipeline = load(folders["wan"], setup=Setup(offload="none", quantize="fp8"))
-    assert pipeline.transformer.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn
+@families
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_narrow_weights_run_and_are_close(folders: dict[str, Path], name: str, kind: str) -> None:
+    tiny, plain = TINY[name], load(folders[name])
+    pipeline = load(folders[name], setup=Setup(offload="none", quantize=kind))
+    narrow = torch.float8_e4m3fn if kind == "fp8" else torch.int8
+    assert narrow in {dtype for p in pipeline.transformer.parameters() for dtype in stored_dtypes(p)}
     stock = latents_of(plain, tiny)
-    with swapped(pipeline, EXACT):
+    with swapped(pipeline, EXACT) as session:
         latents = latents_of(pipeline, tiny)
     assert 0 < float((latents - stock).norm() / stock.norm()) < 0.2
+    assert session.coverage() == Coverage(structured=tiny.layers * tiny.forwards * 2)
 
 
-def test_int8_weights_run_and_are_close(folders: dict[str, Path]) -> None:
-    pytest.importorskip("torchao", reason="the int8 extra is not installed")
-    tiny, plain = TINY["wan"], load(folders["wan"])
-    pipeline = load(folders["wan"], setup=Setup(offload="none", quantize="int8"))
-    stock = latents_of(plain, tiny)
-    with swapped(pipeline, EXACT):
-        latents = latents_of(pipeline, tiny)
-    assert 0 < float((latents - stock).norm() / stock.norm()) < 0.2
+def stored_dtypes(parameter: torch.Tensor) -> set[torch.dtype]:
+    """Of a parameter, or of the tensors inside one of torchao's."""
+    names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
+    return {parameter.dtype, *(getattr(parameter, name).dtype for name in names)}
 
 
 def test_int8_without_torchao_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,24 +150,40 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
 # LoRA
 
 
-@pytest.fixture(scope="module")
-def lora(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    peft = pytest.importorskip("peft", reason="the lora extra is not installed")
-    from diffusers import WanPipeline
+def write_lora(folder: Path, target: Path) -> Path:
+    """A LoRA of random weights for a checkpoint, in the format of its own pipeline; the file."""
+    import peft
 
     torch.manual_seed(0)
-    transformer = load(folders["wan"]).transformer
-    transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    folder = tmp_path_factory.mktemp("lora")
-    WanPipeline.save_lora_weights(folder, transformer_lora_layers=peft.get_peft_model_state_dict(transformer))
-    return folder / "pytorch_lora_weights.safetensors"
+    pipeline = load(folder)
+    wanted = r".*\.(to_q|to_v|to_query|to_value)"
+    pipeline.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=wanted, init_lora_weights=False))
+    type(pipeline).save_lora_weights(
+        target, transformer_lora_layers=peft.get_peft_model_state_dict(pipeline.transformer)
+    )
+    return target / "pytorch_lora_weights.safetensors"
 
 
-def test_a_lora_changes_the_result_by_its_scale(folders: dict[str, Path], lora: Path) -> None:
-    tiny = TINY["wan"]
+@pytest.fixture(scope="module")
+def lora(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(folders["wan"], tmp_path_factory.mktemp("lora"))
+
+
+@families
+def test_a_lora_changes_the_result_by_its_scale(
+    folders: dict[str, Path], name: str, tmp_path: Path, record_property: Record
+) -> None:
+    tiny, facts = TINY[name], facts_of(folders[name])
+    assert facts.lora == hasattr(getattr(diffusers, facts.name), "load_lora_weights")
+    if not facts.lora:
+        record_property("refused", True)
+        with pytest.raises(InputError, match=f"--lora: diffusers loads no LoRA into a {facts.name}"):
+            check_additions(Setup(loras=("any.safetensors",)), facts)
+        return
+    lora = write_lora(folders[name], tmp_path)
 
     def made(*texts: str) -> torch.Tensor:
-        pipeline = load(folders["wan"], setup=Setup(offload="none", loras=texts))
+        pipeline = load(folders[name], setup=Setup(offload="none", loras=texts))
         stock = latents_of(pipeline, tiny)
         with swapped(pipeline, EXACT):
             torch.testing.assert_close(latents_of(pipeline, tiny), stock, **CLOSE)
@@ -181,13 +217,19 @@ def test_a_lora_of_another_model_is_refused(folders: dict[str, Path], lora: Path
 # Caches and compilation
 
 
-@pytest.mark.parametrize("cache", ["first-block", "pab", "taylorseer"])
+@families
+@pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_skips_calls_that_are_counted_apart(
-    folders: dict[str, Path], cache: str, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], name: str, cache: str, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    tiny, steps = TINY["wan"], 12
+    tiny, facts, steps = TINY[name], facts_of(folders[name]), 12
+    if cache not in facts.caches:
+        record_property("refused", True)
+        with pytest.raises(InputError, match=f"--cache {cache} does not run in a {facts.name} of diffusers: "):
+            check_additions(Setup(cache=cache), facts)
+        return
     monkeypatch.setattr(additions, "FIRST_BLOCK_THRESHOLD", 0.8)  # steps of a random model differ more
-    pipeline = load(folders["wan"], setup=Setup(offload="none", cache=cache))
+    pipeline = load(folders[name], setup=Setup(offload="none", cache=cache))
     with swapped(pipeline, PAPER) as session:
         latents = latents_of(pipeline, tiny, steps=steps)
     assert torch.isfinite(latents).all()
@@ -197,11 +239,29 @@ def test_a_cache_skips_calls_that_are_counted_apart(
     assert session.skipped_calls > 0
 
 
-def test_what_a_family_cannot_do_is_said(folders: dict[str, Path]) -> None:
-    with pytest.raises(
-        InputError, match="--compile: diffusers names no repeated blocks for CogVideoXTransformer3DModel"
+def test_what_a_family_cannot_do_is_said_before_anything_loads(
+    folders: dict[str, Path], lora: Path, tmp_path: Path
+) -> None:
+    for name, flags, sentence in (
+        ("cogvideox-5b", {"compile": True}, "--compile: diffusers names no repeated blocks for CogVideoXTransformer3D"),
+        ("allegro", {"loras": (str(lora),)}, "--lora: diffusers loads no LoRA into a AllegroPipeline"),
+        ("hunyuan-video-i2v", {"cache": "first-block"}, r"--cache first-block does not run in a .*: only pab can"),
+        ("ltx-2", {"cache": "first-block"}, "LTX2Pipeline of diffusers: only pab and taylorseer can"),
+        ("kandinsky-5", {"cache": "pab"}, "--cache pab does not run in a Kandinsky5T2VPipeline of .*: no cache can"),
     ):
-        load(folders["cogvideox-5b"], setup=Setup(offload="none", compile=True))
+        first = tmp_path / "first.png"
+        image().save(first)
+        taken = {"image": str(first)} if "image" in TINY[name].options else {}
+        shape = {"height": TINY[name].height, "width": TINY[name].width, "num_frames": TINY[name].num_frames}
+        wanted: dict[str, Any] = {"model": str(folders[name]), "prompt": "a red circle", **shape, **taken, **flags}
+        with pytest.raises(InputError, match=sentence):
+            resolve(GenerateRequest(**wanted))
+
+
+@families
+def test_blocks_are_compiled_where_diffusers_names_them(folders: dict[str, Path], name: str) -> None:
+    facts = facts_of(folders[name])
+    assert facts.compiles == bool(getattr(diffusers, facts.transformer)._repeated_blocks)
 
 
 # Several processes

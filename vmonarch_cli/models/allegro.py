@@ -51,5 +51,15 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 PIPELINES = (
-    PipelineFacts("AllegroPipeline", "allegro", "AllegroTransformer3DModel", _TEXT, _figures, guidance_by_batch=True),
+    PipelineFacts(
+        "AllegroPipeline",
+        "allegro",
+        "AllegroTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        caches=("pab",),
+        lora=False,
+        compiles=False,
+    ),
 )

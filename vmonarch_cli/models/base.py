@@ -14,6 +14,9 @@ from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
 
+CACHES = ("first-block", "pab", "taylorseer")
+"""Step caches of diffusers that `--cache` offers."""
+
 
 class Defaults(BaseModel):
     """Settings of a run that nobody gave (pixels, frames, frames per second, denoising steps)."""
@@ -62,6 +65,12 @@ class PipelineFacts:
     """Guidance is a component of the pipeline, not an argument of its call."""
     guidance_by_batch: bool = False
     """Guidance is one forward of two samples, not two forwards."""
+    caches: tuple[str, ...] = CACHES
+    """The step caches of diffusers that run in it: each wants something of the pipeline or the transformer."""
+    lora: bool = True
+    """diffusers loads LoRA weights into it."""
+    compiles: bool = True
+    """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
 
 
 class ModelEntry(BaseModel):

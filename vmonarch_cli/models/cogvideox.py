@@ -108,7 +108,13 @@ _TEXT = ("prompt_embeds", "negative_prompt_embeds")
 
 PIPELINES = (
     PipelineFacts(
-        "CogVideoXPipeline", "cogvideox", "CogVideoXTransformer3DModel", _TEXT, _figures, guidance_by_batch=True
+        "CogVideoXPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
     ),
     PipelineFacts(
         "CogVideoXImageToVideoPipeline",
@@ -117,6 +123,7 @@ PIPELINES = (
         _TEXT,
         _figures,
         guidance_by_batch=True,
+        compiles=False,
         takes_image=True,
     ),
 )

@@ -119,6 +119,8 @@ def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[st
 _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _TEXT_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
+_CACHES_15 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+
 PIPELINES = (
     PipelineFacts(
         "HunyuanVideoPipeline",
@@ -137,6 +139,7 @@ PIPELINES = (
         negative="never",
         takes_image=True,
         text_with_image=True,
+        caches=("pab",),  # the others keep their state in cache_context, which the pipeline does not enter
     ),
     PipelineFacts(
         "HunyuanVideo15Pipeline",
@@ -146,6 +149,8 @@ PIPELINES = (
         _figures,
         negative="apart",
         guider=True,
+        caches=_CACHES_15,
+        lora=False,
     ),
     PipelineFacts(
         "HunyuanVideo15ImageToVideoPipeline",
@@ -156,6 +161,8 @@ PIPELINES = (
         negative="apart",
         takes_image=True,
         guider=True,
+        caches=_CACHES_15,
+        lora=False,
     ),
 )
 

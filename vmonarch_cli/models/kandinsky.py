@@ -64,9 +64,19 @@ def _from_image(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, 
 _TEXT = ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens")
 _CLASS = "Kandinsky5Transformer3DModel"
 
+# Its pipelines enter no cache_context and have no current_timestep, and it names the blocks' input in its own way.
+_CACHES = ()
+
 PIPELINES = (
-    PipelineFacts("Kandinsky5T2VPipeline", "kandinsky-5", _CLASS, _TEXT, _figures, negative="apart"),
+    PipelineFacts("Kandinsky5T2VPipeline", "kandinsky-5", _CLASS, _TEXT, _figures, negative="apart", caches=_CACHES),
     PipelineFacts(
-        "Kandinsky5I2VPipeline", "kandinsky-5", _CLASS, _TEXT, _from_image, negative="apart", takes_image=True
+        "Kandinsky5I2VPipeline",
+        "kandinsky-5",
+        _CLASS,
+        _TEXT,
+        _from_image,
+        negative="apart",
+        takes_image=True,
+        caches=_CACHES,
     ),
 )

@@ -95,6 +95,8 @@ def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
 
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
+_CACHES_2 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+
 PIPELINES = (
     PipelineFacts(
         "LTXPipeline",
@@ -121,6 +123,7 @@ PIPELINES = (
         _TEXT,
         _ltx2,
         guidance_by_batch=True,
+        caches=_CACHES_2,
         image_pipeline="LTX2ImageToVideoPipeline",
     ),
     PipelineFacts(
@@ -130,6 +133,7 @@ PIPELINES = (
         _TEXT,
         _ltx2,
         guidance_by_batch=True,
+        caches=_CACHES_2,
         takes_image=True,
     ),
 )

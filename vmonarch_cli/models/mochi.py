@@ -51,5 +51,7 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 PIPELINES = (
-    PipelineFacts("MochiPipeline", "mochi", "MochiTransformer3DModel", _TEXT, _figures, guidance_by_batch=True),
+    PipelineFacts(
+        "MochiPipeline", "mochi", "MochiTransformer3DModel", _TEXT, _figures, guidance_by_batch=True, compiles=False
+    ),
 )

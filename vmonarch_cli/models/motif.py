@@ -55,6 +55,8 @@ _TEXT = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "ne
 
 _CLASS = "MotifVideoTransformer3DModel"
 
+_CACHES = ("pab", "taylorseer")  # first-block takes the text tokens of its decoder blocks for video
+
 PIPELINES = (
     PipelineFacts(
         "MotifVideoPipeline",
@@ -63,6 +65,8 @@ PIPELINES = (
         _TEXT,
         _figures,
         guider=True,
+        caches=_CACHES,
+        lora=False,
         image_pipeline="MotifVideoImage2VideoPipeline",
     ),
     PipelineFacts(
@@ -72,6 +76,8 @@ PIPELINES = (
         _TEXT,
         _from_image,
         guider=True,
+        caches=_CACHES,
+        lora=False,
         takes_image=True,
         vae_in_dtype=True,
     ),

@@ -47,7 +47,11 @@ ENTRIES: tuple[ModelEntry, ...] = (T2V_14B, I2V_14B)
 _TEXT = ("prompt_embeds", "negative_prompt_embeds")
 _CLASS = "SkyReelsV2Transformer3DModel"
 
+_CACHES = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+
 PIPELINES = (
-    PipelineFacts("SkyReelsV2Pipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures),
-    PipelineFacts("SkyReelsV2ImageToVideoPipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, takes_image=True),
+    PipelineFacts("SkyReelsV2Pipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, caches=_CACHES),
+    PipelineFacts(
+        "SkyReelsV2ImageToVideoPipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, takes_image=True, caches=_CACHES
+    ),
 )
