@@ -6,6 +6,7 @@ import atexit
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,12 +38,12 @@ def split(pipeline: Any, device: torch.device) -> None:
         if getattr(transformer, "_cp_plan", None) is None:
             raise InputError(
                 f"{name} cannot be split over {count} processes: diffusers has no context-parallel plan for it "
-                "(it has one for Wan)"
+                "(it has one for Wan and LTX-Video)"
             )
-        if name.startswith("LTX"):
-            # In 0.42.1 the unswapped model fails, too: its mask has all heads where each process has a part of them.
+        if name.startswith("LTX2"):
             raise InputError(
-                f"{name} cannot be split over {count} processes: diffusers' plan for it fails on the mask of its text"
+                f"{name} cannot be split over {count} processes: its sound attends to all of the video, of which "
+                "diffusers' plan gives each process a part"
             )
         if heads % count:
             raise InputError(f"{count} processes cannot share the {heads} heads of {name} evenly")
@@ -53,7 +54,25 @@ def split(pipeline: Any, device: torch.device) -> None:
         atexit.register(_stop)
     with nullcontext() if device.type == "cuda" else _cpu_as_an_accelerator():
         for transformer in transformers_of(pipeline):
-            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
+            transformer.enable_parallelism(
+                config=ContextParallelConfig(ulysses_degree=count), cp_plan=_plan_of(transformer)
+            )
+            for name, module in transformer.named_modules():
+                if name.endswith(".attn2"):  # all of the text for a part of the video: nothing to exchange
+                    module.processor._parallel_config = None
+
+
+def _plan_of(transformer: Any) -> dict[str, Any]:
+    """Which tensors are split by tokens, as diffusers says; for LTX-Video without its text.
+
+    In diffusers 0.42 the plan of LTX-Video splits the text, too, and fails: the mask of the text has all heads where
+    each process has a part of them. The timesteps are one for each token when a clip continues a first frame.
+    """
+    plan: dict[str, Any] = dict(transformer._cp_plan)
+    if type(transformer).__name__ == "LTXVideoTransformer3DModel":
+        of_video = plan[""]["hidden_states"]  # (B, tokens, channels)
+        plan[""] = {"hidden_states": of_video, "timestep": replace(of_video, expected_dims=2)}
+    return plan
 
 
 def check_tokens(tokens: int) -> None:

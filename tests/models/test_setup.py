@@ -109,6 +109,20 @@ def stored_dtypes(parameter: torch.Tensor) -> set[torch.dtype]:
     return {parameter.dtype, *(getattr(parameter, name).dtype for name in names)}
 
 
+def test_a_quiet_run_with_int8_prints_its_path_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own: libraries warn when they are imported."""
+    tiny = TINY["wan"]
+    shape = ["--size", f"{tiny.width}x{tiny.height}", "--num-frames", str(tiny.num_frames), "--steps", "1"]
+    command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(folders["wan"]), "-p", "a red circle"]
+    done = subprocess.run(
+        [*command, *shape, "--quantize", "int8", "--device", "cpu", "--quiet", "-o", str(tmp_path / "x.gif")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'x.gif'}\n", "")
+
+
 def test_int8_without_torchao_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else found(name, *a))
@@ -288,7 +302,7 @@ if read_rank().is_main:
 """
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-two-stage"])
+@pytest.mark.parametrize("name", ["wan", "wan-two-stage", "wan-i2v", "ltx-video", "ltx-video-i2v"])
 def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     out, tiny = tmp_path / "latents.pt", TINY[name]
     script = tmp_path / "worker.py"
@@ -327,9 +341,9 @@ def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: 
     with pytest.raises(InputError, match="diffusers has no context-parallel plan for it"):
         load(folders["hunyuan-video"], share_clip=True)
     with pytest.raises(
-        InputError, match="LTXVideoTransformer3DModel cannot be split over 2 processes: diffusers' plan"
+        InputError, match="LTX2VideoTransformer3DModel cannot be split over 2 processes: its sound attends to all"
     ):
-        load(folders["ltx-video"], share_clip=True)
+        load(folders["ltx-2"], share_clip=True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
         load(folders["wan"], share_clip=True)
