@@ -176,6 +176,7 @@ def _score_of_nothing() -> dict[str, Any]:
         "device": "CPU",
         "settings": {"size": 32, "guidance": 4.0, "steps": 1},
         "reader": {"clips": 0, **shares},
+        "reader_through_vae": {"clips": 0, **shares},
         "vae": {"clips": 0, **vae},
         "presets": {"dense": {"prompts": 0, "pairs": 0, **shares, "single": shares, "pair": shares}},
     }

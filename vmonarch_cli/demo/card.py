@@ -72,6 +72,7 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
 | --- | --- | --- | --- | --- |
 {agreement}
 | the reader itself, on {reader_clips} rendered clips | {reader} |
+| and on the autoencoder's reconstructions of {through_clips} of them | {through} |
 {distances}
 ## Limits
 
@@ -148,6 +149,8 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
         distances="\n".join(_distances(presets)),
         reader_clips=score["reader"]["clips"],
         reader=_row(score["reader"]),
+        through_clips=score["reader_through_vae"]["clips"],
+        through=_row(score["reader_through_vae"]),
     )
 
 

@@ -4,9 +4,11 @@
 - Objects: pixels far from every tone of the background, by their nearest object colour (hue weighs more than
   lightness, since objects are lit). One or two colours that cover enough are the objects.
 - Motion: from centroid, area and silhouette over time, by rules.
-- Shape: the rendered template (over rotations) that the silhouette matches best, several frames voting.
+- Shape: the rendered template (over rotations, sharp and softened) that the silhouette matches best, several frames
+  voting.
 
-The reader knows nothing of the model; it is itself checked on rendered clips before it may judge generated ones.
+The reader knows nothing of the model; it is itself checked on rendered clips before it may judge generated ones, and
+on rendered clips that went through the autoencoder, which says how much of a miss is not the transformer's.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, SHAPES
 _FAR_FROM_BACKGROUND = 21.0  # CIE Lab distance
 _TEMPLATE = 32
 _ROTATIONS = 24
+_SOFTNESSES = (0.0, 0.25)  # as rendered, and as the autoencoder leaves small or fast objects
+_REACH = 1.9  # half the side of the square in which templates are drawn, in units of the shape's size
+_EDGE = 6.0  # how steep a softened outline is made again
 _LEAST_PIXELS = 12.0
 _TRAIL = 4  # pixels
 _SECOND_SHARE = 0.10  # of the larger object's pixels; an object that grows is small for a while
@@ -289,22 +294,43 @@ def _template_grid(device: torch.device) -> Tensor:
 
 @cache
 def _templates() -> Tensor:
-    """Silhouettes (shapes, rotations, t, t) centred on their centroid and scaled to one area."""
-    fine = torch.linspace(-1.5, 1.5, 301)
-    v, u = torch.meshgrid(fine, fine, indexing="ij")
+    """Silhouettes (shapes, softnesses x rotations, t, t) centred on their centroid and scaled to one area."""
+    grid = _template_grid(torch.device("cpu"))
     rows = []
     for shape in SHAPES:
-        filled = (signed_distance(shape, u, v, torch.ones(())) < 0).float()
-        area = filled.sum() * (3 / 300) ** 2
-        cx, cy = float((u * filled).sum() / filled.sum()), float((v * filled).sum() / filled.sum())
-        unit = float((area / math.pi).sqrt())
         turned = []
-        for k in range(_ROTATIONS):
-            angle = 2 * math.pi * k / _ROTATIONS
-            grid = _template_grid(torch.device("cpu")) * unit
-            c, s = math.cos(angle), math.sin(angle)
-            du, dv = grid[..., 0] * c + grid[..., 1] * s + cx, grid[..., 1] * c - grid[..., 0] * s + cy
-            distance = signed_distance(shape, du, dv, torch.ones(()))
-            turned.append((0.5 - distance / 0.12).clamp(0, 1))
+        for softness in _SOFTNESSES:
+            outline, (cx, cy), unit = _soft_outline(shape, softness)
+            for k in range(_ROTATIONS):
+                angle = 2 * math.pi * k / _ROTATIONS
+                c, s = math.cos(angle) * unit, math.sin(angle) * unit
+                u, v = grid[..., 0] * c + grid[..., 1] * s + cx, grid[..., 1] * c - grid[..., 0] * s + cy
+                points = torch.stack([u, v], dim=-1)[None] / _REACH
+                turned.append(F.grid_sample(outline[None, None], points, align_corners=True)[0, 0])
         rows.append(torch.stack(turned))
     return torch.stack(rows)
+
+
+def _soft_outline(shape: str, softness: float) -> tuple[Tensor, tuple[float, float], float]:
+    """A shape whose outline is blurred and cut again: (0 to 1 inside, its centroid, the radius of a disc of its area).
+
+    ``softness`` is the blur's sigma over that radius. Arms get shorter and corners round, as they do in a clip that
+    was decoded from latents, which is what a plain template takes for another shape.
+    """
+    side = 305
+    span = torch.linspace(-_REACH, _REACH, side)
+    v, u = torch.meshgrid(span, span, indexing="ij")
+    pixel = 2 * _REACH / (side - 1)
+    distance = signed_distance(shape, u, v, torch.ones(()))
+    soft = (0.5 - distance / pixel).clamp(0, 1)
+    if softness:
+        sigma = softness * math.sqrt(float((distance < 0).sum()) / math.pi)  # in pixels
+        offsets = torch.arange(-int(3 * sigma) - 1, int(3 * sigma) + 2)
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+        soft = F.conv2d(soft[None, None], kernel, padding="same")
+        soft = F.conv2d(soft, kernel.mT, padding="same")[0, 0]
+    filled = (soft > 0.5).float()
+    area = filled.sum()
+    centre = float((u * filled).sum() / area), float((v * filled).sum() / area)
+    return ((soft - 0.5) * _EDGE + 0.5).clamp(0, 1), centre, pixel * math.sqrt(float(area) / math.pi)

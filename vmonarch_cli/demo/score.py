@@ -59,15 +59,22 @@ def held_out_specs(count: int) -> list[ClipSpec]:
     return [sample_spec("heldout", _HELD_OUT_SEED, i) for i in range(count)]
 
 
-def check_reader(count: int, device: Any, size: int = 96) -> dict[str, float]:
-    """Share of rendered training clips whose attributes are read right."""
+def check_reader(count: int, device: Any, size: int = 96, vae: Any = None) -> dict[str, float]:
+    """Share of rendered training clips whose attributes are read right; with a ``vae``, of what it makes of them."""
+    import torch
+
     from vmonarch_cli.demo.clips import render
     from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
+    from vmonarch_cli.whole_clip import decode_raw, encode_mean
 
     right = dict.fromkeys(ATTRIBUTES, 0)
-    for start in range(0, count, 8):
-        specs = [sample_spec("train", 3, i) for i in range(start, min(start + 8, count))]
-        for spec, video in zip(specs, render(specs, size=size, device=device), strict=True):
+    for start in range(0, count, 4):
+        specs = [sample_spec("train", 3, i) for i in range(start, min(start + 4, count))]
+        videos = render(specs, size=size, device=device)
+        if vae is not None:
+            with torch.no_grad():
+                videos = decode_raw(vae, encode_mean(vae, videos)).clamp(-1, 1)
+        for spec, video in zip(specs, videos, strict=True):
             found = agreement(spec, read_clip(video))
             for name in ATTRIBUTES:
                 right[name] += bool(getattr(found, name))
@@ -196,6 +203,8 @@ def score(
     pipeline = load(weights, device)
     if vae_clips:
         result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, size=settings.size)[0]
+        shares = check_reader(vae_clips, device, settings.size, pipeline.vae)
+        result["reader_through_vae"] = {"clips": vae_clips, **shares}
     specs = held_out_specs(settings.prompts)
     result["presets"] = {}
     reference: tuple[Tensor, Tensor] | None = None
@@ -232,6 +241,9 @@ def show(result: dict[str, Any]) -> None:
     if "reader" in result:
         reader = result["reader"]
         table.add_row("reader on rendered clips", str(reader["clips"]), *(percent(reader[a]) for a in ATTRIBUTES))
+    if "reader_through_vae" in result:
+        reader = result["reader_through_vae"]
+        table.add_row("  through the autoencoder", str(reader["clips"]), *(percent(reader[a]) for a in ATTRIBUTES))
     for name, entry in result["presets"].items():
         table.add_row(name, str(entry["prompts"]), *(percent(entry[a]) for a in ATTRIBUTES))
         singles = entry["prompts"] - entry["pairs"]
@@ -277,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
     parser.add_argument("--device")
     parser.add_argument("--reader-clips", type=int, default=120, help="rendered clips to check the reader on; 0: none")
-    parser.add_argument("--vae-clips", type=int, default=16, help="held-out clips for the autoencoder; 0: none")
+    parser.add_argument("--vae-clips", type=int, default=16, help="clips for the autoencoder; 0: none")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
     args = parser.parse_args(argv)
