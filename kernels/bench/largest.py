@@ -8,7 +8,6 @@ allocator's, weights included.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
+from vmonarch_cli.profile.record import Recorder, this_machine
 
 
 def measure(entry: ModelEntry, transformer: Any, size: tuple[int, int], frames: int, preset: str) -> dict[str, Any]:
-    """Seconds and peak bytes of one forward, or why there are none."""
+    """Seconds and peak bytes of one forward, whose prediction must be finite; or why there are none."""
     width, height = size
     grid = entry.grid(height, width, frames)
     clip = clip_in_latents(entry, height, width, frames)
@@ -66,23 +66,18 @@ def main() -> None:
     args = parser.parse_args()
     entry = next(e for e in ENTRIES if e.alias == args.model)
     width, height = (int(side) for side in args.size.split("x"))
-    transformer = random_transformer(entry, torch.device("cuda"), torch.bfloat16)
-    result: dict[str, Any] = {
-        "model": args.model,
-        "size": args.size,
-        "preset": args.preset,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": os.environ.get("VMONARCH_COMMIT"),
-        "lengths": [],
-    }
+    device = torch.device("cuda")
+    transformer = random_transformer(entry, device, torch.bfloat16)
+    settings = {"model": args.model, "size": args.size, "preset": args.preset, "dtype": "bfloat16"}
+    recorder = Recorder("largest", str(args.json), this_machine(device), settings, "python kernels/bench/largest.py")
+    lengths: list[dict[str, Any]] = []
     for frames in args.frames:
-        found = measure(entry, transformer, (width, height), frames, args.preset)
-        result["lengths"].append(found)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-        print(json.dumps(found))
-        if "error" in found:
+        lengths.append(measure(entry, transformer, (width, height), frames, args.preset))
+        recorder.save(lengths=lengths)
+        print(json.dumps(lengths[-1]))
+        if "error" in lengths[-1]:
             break
+    recorder.finish(any("step_s" in length for length in lengths))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     torchrun --standalone --nproc-per-node 2 kernels/bench/scaling.py --model wan2.1-1.3b --size 832x480 --json two.json
 
 Every process holds the model with the same random weights and splits its attention by heads, as `vmonarch generate`
-does under torchrun. The first process also runs it alone: those figures are the one card that the others are compared
-with, and every split prediction is checked against it, cold and warm. The exchange between the processes is timed on
-its own, layer by layer, with nothing computed between.
+does under torchrun. Afterwards the first process runs it alone: those figures are the one card that the others are
+compared with, and every split prediction is checked against it, cold and warm. The exchange between the processes is
+timed on its own, layer by layer, with nothing computed between.
 """
 
 import argparse
-import json
+import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,23 +31,24 @@ from vmonarch_cli.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.registry import ENTRIES
-from vmonarch_cli.presets import load_preset
-from vmonarch_cli.profile.contenders import Contender, contenders
+from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.profile.contenders import Contender, skipped, structured
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
-from vmonarch_cli.profile.record import commit, this_machine
+from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import timed
-from vmonarch_cli.profile.results import Spread
+from vmonarch_cli.profile.results import Spread, StepRow
 from vmonarch_cli.ranks import read_rank
-from vmonarch_kernels import dense_backends
 
 # What rounding adds up to over a model's layers when its heads are computed elsewhere.
 TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WAN_ENTRIES = [entry for entry in (DEMO, *ENTRIES) if entry.pipeline == "WanPipeline"]
+Size = tuple[int, int]
 
 
 def forward_arguments(
-    entry: ModelEntry, size: tuple[int, int], frames: int, device: torch.device, dtype: torch.dtype
+    entry: ModelEntry, size: Size, frames: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What one forward takes, the same in every process."""
     clip = clip_in_latents(entry, size[1], size[0], frames)
@@ -62,28 +63,40 @@ def forward_arguments(
     }
 
 
+def contenders(transformer: Any, presets: list[Preset]) -> list[Contender]:
+    """Dense attention on the device's fastest backend, the presets, and skipped attention."""
+    layers = len(FAMILIES[type(transformer).__name__].self_attentions(transformer))
+    found = [
+        structured(transformer, StepRow(preset.name, preset.attention), AttentionSession(preset, [layers]))
+        for preset in (load_preset("dense"), *presets)
+    ]
+    return [*found, skipped(transformer, layers)]
+
+
 def step(contender: Contender, transformer: Any, arguments: dict[str, Any]) -> torch.Tensor:
-    """One step's prediction; the session of a structured contender adds the step to its own."""
+    """One step's prediction; the contender's session adds the step to its own."""
+    session = contender.session
+    assert session is not None
     with contender.enter():
-        if contender.session is not None:
-            contender.session.begin_step()
+        session.begin_step()
         prediction: torch.Tensor = transformer(**arguments)[0]
-        if contender.session is not None:
-            contender.session.end_step()
+        session.end_step()
     return prediction
 
 
 def measure(
-    found: list[Contender], transformer: Any, arguments: dict[str, Any], device: torch.device, repeats: int
+    transformer: Any, presets: list[Preset], arguments: dict[str, Any], device: torch.device, repeats: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[torch.Tensor]]]:
     """Per contender: times, attention's part of them and peak memory; and its predictions, cold and then warm."""
     predictions: dict[str, list[torch.Tensor]] = {}
     peaks: dict[str, int | None] = {}
+    found = contenders(transformer, presets)
+    on_gpu = device.type == "cuda"
     for contender in found:
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         predictions[contender.row.name] = [step(contender, transformer, arguments).cpu() for _ in range(2)]
-        peaks[contender.row.name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        peaks[contender.row.name] = torch.cuda.max_memory_allocated(device) if on_gpu else None
     calls: dict[str, Callable[[], Any]] = {
         c.row.name: lambda c=c: step(c, transformer, arguments)  # type: ignore[misc]
         for c in found
@@ -91,11 +104,13 @@ def measure(
     seconds = timed(calls, device, repeats)
     rows = {}
     for contender in found:
-        spread = Spread.of(seconds[contender.row.name])
+        name, session = contender.row.name, contender.session
+        assert session is not None
+        spread = Spread.of(seconds[name])
         row = {"step_s": spread.median, "quartiles_s": [spread.low, spread.high], "repeats": spread.count}
-        if isinstance(contender.session, AttentionSession) and contender.row.kind == "structured":
-            row["attention_s"] = statistics.median(s.attention_s for s in contender.session.steps[-repeats:])
-        rows[contender.row.name] = row | {"peak_bytes": peaks[contender.row.name]}
+        if contender.row.kind != "skipped":
+            row["attention_s"] = statistics.median(s.attention_s for s in session.steps[-spread.count :])
+        rows[name] = row | {"peak_bytes": peaks[name]}
     return rows, predictions
 
 
@@ -114,16 +129,32 @@ def exchange_seconds(transformer: Any, entry: ModelEntry, tokens: int, device: t
     return statistics.median(timed({"exchange": exchange}, device, repeats)["exchange"])
 
 
-def efficiency(alone_s: float, together_s: float) -> float:
-    """Share of the ideal speedup: 1 when N processes take an Nth of the time."""
-    return alone_s / (read_rank().world * together_s)
+def compared(
+    together: dict[str, dict[str, Any]],
+    predictions: dict[str, list[torch.Tensor]],
+    alone: dict[str, dict[str, Any]],
+    expected: dict[str, list[torch.Tensor]],
+    tolerance: float,
+) -> dict[str, dict[str, Any]]:
+    """Rows of the record; the efficiency is 1 when N processes take an Nth of the time."""
+    rows = {}
+    for name, row in together.items():
+        error = max(relative_error(*pair) for pair in zip(predictions[name], expected[name], strict=True))
+        rows[name] = {
+            "alone": alone[name],
+            "together": row,
+            "efficiency": alone[name]["step_s"] / (read_rank().world * row["step_s"]),
+            "error": error,
+            "passed": error <= tolerance,
+        }
+    return rows
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the table of the record."""
-    count = result["processes"]
-    columns = ("self-attention", "one, ms", f"{count}, ms", "attention, ms", "efficiency", "error", "check")
-    table = Table(*columns, title=f"{result['model']} {result['size']}, {result['frames']} frames, one forward")
+def show(result: dict[str, Any], caption: str) -> None:
+    """Print the table of one size."""
+    count = read_rank().world
+    columns = ("self-attention", "one, ms", f"{count}, ms", "of it attention, ms", "efficiency", "error", "check")
+    table = Table(*columns, title=f"{result['size']}, {result['tokens']:,} tokens, one forward", caption=caption)
     for name, row in result["rows"].items():
         attention = row["together"].get("attention_s")
         table.add_row(
@@ -137,32 +168,37 @@ def show(result: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"exchange between the processes: {1e3 * result['exchange_s']:.1f} ms a forward; {result['caption']}")
+    console.print(f"exchange between the processes: {1e3 * result['exchange_s']:.1f} ms a forward")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[e.alias for e in WAN_ENTRIES], default="wan2.1-1.3b")
+    parser.add_argument("--size", action="append", help="WIDTHxHEIGHT, repeatable (default: 832x480)")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--preset", action="append", help="repeatable (default: paper and balanced)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
 
 
 def main() -> int:
     """Measure, check and write; 1 when a split prediction is not the one of a single process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[e.alias for e in WAN_ENTRIES], default="wan2.1-1.3b")
-    parser.add_argument("--size", default="832x480", help="WIDTHxHEIGHT")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--preset", action="append", help="repeatable (default: paper and balanced)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parsed()
     entry = next(e for e in WAN_ENTRIES if e.alias == args.model)
-    width, height = (int(side) for side in args.size.split("x"))
     presets = [load_preset(name) for name in args.preset or ("paper", "balanced")]
     device = distributed.own_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    entry.check_shape(height, width, args.frames)
-    grid = entry.grid(height, width, args.frames)
-    tokens = grid[0] * grid[1] * grid[2]
-    backends = dense_backends(device, dtype)[:1] if device.type == "cuda" else ()
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    sizes: list[Size] = []
     try:
         if read_rank().world == 1:
             raise InputError("one process has nothing to share: start this with torchrun --nproc-per-node 2 or more")
-        distributed.check_tokens(tokens)
+        for text in args.size or ("832x480",):
+            width, height = (int(side) for side in text.split("x"))
+            entry.check_shape(height, width, args.frames)
+            distributed.check_tokens(tokens_of(entry, (width, height), args.frames))
+            sizes.append((width, height))
         transformer = random_transformer(entry, device, dtype)
         distributed.split(SimpleNamespace(transformer=transformer), device)
     except InputError as error:
@@ -170,41 +206,65 @@ def main() -> int:
             sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     with torch.no_grad():
-        arguments = forward_arguments(entry, (width, height), args.frames, device, dtype)
-        together, predictions = measure(
-            contenders(transformer, presets, device, dtype, backends), transformer, arguments, device, args.repeats
-        )
-        exchange_s = exchange_seconds(transformer, entry, tokens, device, args.repeats)
-        peaks: list[Any] = [None] * read_rank().world
+        return run(args, entry, presets, sizes, transformer, device, dtype)
+
+
+def tokens_of(entry: ModelEntry, size: Size, frames: int) -> int:
+    grid = entry.grid(size[1], size[0], frames)
+    return grid[0] * grid[1] * grid[2]
+
+
+def run(
+    args: argparse.Namespace,
+    entry: ModelEntry,
+    presets: list[Preset],
+    sizes: list[Size],
+    transformer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """All sizes together, then all of them alone in the first process, which compares and writes."""
+    main_process, world = read_rank().is_main, read_rank().world
+    shared: list[tuple[dict[str, Any], dict[str, Any], float]] = []
+    for size in sizes:
+        arguments = forward_arguments(entry, size, args.frames, device, dtype)
+        together, predictions = measure(transformer, presets, arguments, device, args.repeats)
+        exchange_s = exchange_seconds(transformer, entry, tokens_of(entry, size, args.frames), device, args.repeats)
+        peaks: list[Any] = [None] * world
         dist.all_gather_object(peaks, {name: row["peak_bytes"] for name, row in together.items()})
-        failed = False
-        if read_rank().is_main:
-            single = random_transformer(entry, device, dtype)
-            alone, expected = measure(
-                contenders(single, presets, device, dtype, backends), single, arguments, device, args.repeats
-            )
-            machine = this_machine(device)
-            result: dict[str, Any] = {
-                "kind": "scaling", "model": args.model, "size": args.size, "frames": args.frames, "tokens": tokens,
-                "processes": read_rank().world, "dtype": str(dtype).removeprefix("torch."),
-                "device": machine.details, "versions": machine.versions, "caption": machine.caption(),
-                "commit": commit(), "exchange_s": exchange_s, "rows": {},
+        for name, row in together.items():
+            row["peak_bytes"] = [peak[name] for peak in peaks]
+        shared.append((together, predictions, exchange_s))
+    del transformer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    passed = True
+    if main_process:
+        machine = this_machine(device)
+        settings = {
+            "model": args.model, "frames": args.frames, "processes": world, "repeats": args.repeats,
+            "dtype": str(dtype).removeprefix("torch."), "presets": [preset.model_dump() for preset in presets],
+        }  # fmt: skip
+        program = f"torchrun --standalone --nproc-per-node {world} kernels/bench/scaling.py"
+        recorder = Recorder("scaling", args.json and str(args.json), machine, settings, program)
+        single = random_transformer(entry, device, dtype)
+        found: list[dict[str, Any]] = []
+        for size, (together, predictions, exchange_s) in zip(sizes, shared, strict=True):
+            arguments = forward_arguments(entry, size, args.frames, device, dtype)
+            alone, expected = measure(single, presets, arguments, device, args.repeats)
+            rows = compared(together, predictions, alone, expected, TOLERANCE[dtype])
+            result = {
+                "size": "x".join(map(str, size)), "tokens": tokens_of(entry, size, args.frames),
+                "exchange_s": exchange_s, "rows": rows,
             }  # fmt: skip
-            for name, row in together.items():
-                error = max(relative_error(*pair) for pair in zip(predictions[name], expected[name], strict=True))
-                result["rows"][name] = {
-                    "alone": alone[name],
-                    "together": row | {"peak_bytes": [peak[name] for peak in peaks]},
-                    "efficiency": efficiency(alone[name]["step_s"], row["step_s"]),
-                    "error": error,
-                    "passed": error <= TOLERANCE[dtype],
-                }
-            failed = not all(row["passed"] for row in result["rows"].values())
-            if args.json is not None:
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
-            show(result)
-        dist.barrier()
-    return int(failed)
+            found.append(result)
+            recorder.save(clips=found)
+            show(result, machine.caption())
+        passed = all(row["passed"] for result in found for row in result["rows"].values())
+        recorder.finish(passed)
+    dist.barrier()
+    return int(not passed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ stands the measured peak: of the allocator, and of the whole process as the driv
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from vmonarch_cli.demo.model import build_tokenizer
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.profile.model import random_transformer
+from vmonarch_cli.profile.record import Recorder, this_machine
 
 GIB = 2**30
 # The autoencoders of Wan 2.1 and of Wan 2.2 5B, by their number of latent channels.
@@ -132,18 +132,15 @@ def main() -> None:
     folder = args.work / args.model
     if not (folder / "model_index.json").is_file():
         write_model(entry, folder)
-    result = {
-        "model": args.model,
-        "arguments": args.arguments,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": os.environ.get("VMONARCH_COMMIT"),
-        "cards": [],
-    }
+    settings = {"model": args.model, "arguments": args.arguments, "dtype": "bfloat16"}
+    machine = this_machine(torch.device("cuda"))
+    recorder = Recorder("card", str(args.json), machine, settings, "python kernels/bench/small_card.py")
+    cards: list[dict[str, Any]] = []
     for card in args.card or [24.0]:
-        result["cards"].append(measure(folder, card, args.arguments, args.timeout))
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-        print(json.dumps(result["cards"][-1], indent=2))
+        cards.append(measure(folder, card, args.arguments, args.timeout))
+        recorder.save(cards=cards)
+        print(json.dumps(cards[-1], indent=2))
+    recorder.finish(all(card["exit"] == 0 for card in cards))
 
 
 if __name__ == "__main__":

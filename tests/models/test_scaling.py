@@ -24,15 +24,18 @@ def test_two_processes_predict_what_one_does(tmp_path: Path) -> None:
     done = scaling(2, "--json", str(tmp_path / "two.json"))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "two.json").read_text())
-    assert record["processes"] == 2
-    assert set(record["rows"]) == {"sdpa", "paper", "balanced", "skipped"}
-    for row in record["rows"].values():
+    assert record["checks_passed"]
+    assert record["settings"]["processes"] == 2
+    (clip,) = record["clips"]
+    assert clip["size"] == "48x48"
+    assert set(clip["rows"]) == {"dense", "paper", "balanced", "skipped"}
+    for row in clip["rows"].values():
         assert row["passed"]
         assert row["error"] < 1e-4
         assert row["efficiency"] > 0
         assert len(row["together"]["peak_bytes"]) == 2
-    assert record["rows"]["paper"]["together"]["attention_s"] > 0
-    assert record["exchange_s"] > 0
+    assert clip["rows"]["paper"]["together"]["attention_s"] > 0
+    assert clip["exchange_s"] > 0
 
 
 def test_heads_that_cannot_be_shared_are_said_once() -> None:

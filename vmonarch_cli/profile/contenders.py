@@ -71,9 +71,13 @@ def contenders(
             measured = preset.model_copy(update={"dense_steps": 0})
             row = StepRow(preset.name, "structured", note="warm" if preset.warm_start else "")
             found.append(structured(transformer, row, AttentionSession(measured, [len(layers)])))
-    skipped = SkippedAttention(Preset(name="skipped", attention="dense"), [len(layers)])
-    found.append(structured(transformer, StepRow("skipped", "skipped"), skipped))
-    return found
+    return [*found, skipped(transformer, len(layers))]
+
+
+def skipped(transformer: Any, layers: int) -> Contender:
+    """The transformer without its self-attention."""
+    session = SkippedAttention(Preset(name="skipped", attention="dense"), [layers])
+    return structured(transformer, StepRow("skipped", "skipped"), session)
 
 
 def structured(transformer: Any, row: StepRow, session: AttentionSession) -> Contender:

@@ -87,13 +87,15 @@ def _git(root: Path, *arguments: str) -> str | None:
 class Recorder:
     """Keeps the record of one run and, given a path, its file up to date."""
 
-    def __init__(self, kind: str, target: str | None, machine: Machine, settings: dict[str, Any]) -> None:
-        """target: a file, "-" (the caller prints `data` at the end) or None."""
+    def __init__(
+        self, kind: str, target: str | None, machine: Machine, settings: dict[str, Any], program: str = "vmonarch"
+    ) -> None:
+        """target: a file, "-" (the caller prints `data` at the end) or None; program: what the arguments were for."""
         self._path = None if target in (None, "-") else Path(str(target))
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
-            "command": shlex.join(["vmonarch", *sys.argv[1:]]),
+            "command": f"{program} {shlex.join(sys.argv[1:])}",
             "started": _now(),
             "finished": None,
             "commit": commit(),
