@@ -14,6 +14,7 @@ from vmonarch_cli.plan import Plan
 from vmonarch_cli.preflight import Machine
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_cli.wording import binary_size, flops
+from vmonarch_kernels.cost import window_frames
 
 ABSENT = "·"
 
@@ -57,7 +58,7 @@ def preset_words(plan: Plan) -> str:
     iterations = _counted(preset.num_steps, "iteration")
     words = [f"warm start, {iterations} in the first step" if preset.warm_start else iterations]
     if preset.band is not None:
-        frames = "own frame" if preset.band == 0 else f"{min(2 * preset.band + 1, plan.grid[0])} nearest frames"
+        frames = "own frame" if preset.band == 0 else f"{window_frames(plan.grid[0], preset.band)} nearest frames"
         words.append(f"{frames} exact")
     if preset.first_frame:
         words.append("first frame exact")

@@ -364,12 +364,12 @@ def l_lse_kernel(
 @triton.jit
 def _l_entries(
     q, rk, c_l, p_exact_lse, p_row_lse, stat_l, o_l, o_k, frames, band, width, qk_scale,
-    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, ONE_TILE: tl.constexpr,
+    HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Normalised entries of L [BLOCK_L, BLOCK_K]: with ONE_TILE whole rows, otherwise by their stored log-sum-exps."""
+    """Normalised entries of L [BLOCK_L, BLOCK_K]: whole rows as they are, parts of rows by their log-sum-exps."""
     logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
-    if not ONE_TILE:
+    if not WHOLE_ROWS:
         row_lse = tl.load(p_row_lse + stat_l, mask=o_l < frames, other=0.0)
         return tl.math.exp2(logits - row_lse[:, None])
     elif HAS_EXACT:
@@ -387,7 +387,7 @@ def _beta_tile(
     p_q, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
     frames, positions, heads, head_dim, band, width,
     BLOCK_L: tl.constexpr, HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    FROM_L: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_L: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the query frames from l_first on to the sums of L q and of L."""
     o_l = l_first + tl.arange(0, BLOCK_L)
@@ -399,7 +399,7 @@ def _beta_tile(
     else:
         entries = _l_entries(
             q, rk, c_l, p_exact_lse, p_row_lse, ((b * heads + h) * frames + o_l) * positions + j,
-            o_l, o_k, frames, band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, ONE_TILE, PRECISION,
+            o_l, o_k, frames, band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS, PRECISION,
         )  # fmt: skip
     entries = tl.where((o_l < frames)[:, None], entries, 0.0)
     acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
@@ -416,12 +416,13 @@ def next_beta_kernel(
     frames, positions, heads, head_dim, band, width,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
-    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """beta[k, j] = sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
 
     One program: one head, STRIP positions after one another, BLOCK_K key frames; query frames in tiles of BLOCK_L.
-    With ONE_TILE all frames are in the tile and the rows of L are normalised here.
+    With WHOLE_ROWS all key frames are in the tile and the rows of L are normalised here; with ONE_TILE all query frames
+    are, too.
     """
     j_first = (tl.program_id(0) // heads) * STRIP
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -448,14 +449,14 @@ def next_beta_kernel(
             acc, c_r = _beta_tile(
                 p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, 0, o_k, o_d, acc, c_r, qk_scale,
                 frames, positions, heads, head_dim, band, width,
-                BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, True, PRECISION,
+                BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, WHOLE_ROWS, PRECISION,
             )  # fmt: skip
         else:
             for l_first in tl.range(0, frames, BLOCK_L, num_stages=STAGES):
                 acc, c_r = _beta_tile(
                     p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
                     frames, positions, heads, head_dim, band, width,
-                    BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, False, PRECISION,
+                    BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, WHOLE_ROWS, PRECISION,
                 )  # fmt: skip
         beta = (acc / tl.maximum(c_r, c_floor)[:, None]).to(p_beta.dtype.element_ty)
         tl.store(p_beta + o_row, beta, mask=m_k)

@@ -83,7 +83,7 @@ def monarch_attention(
     num_steps: int = ...,
     c_floor: float = ...,
     first_frame: bool = ...,
-    band: int | None = ...,
+    band: float | None = ...,
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
@@ -102,7 +102,7 @@ def monarch_attention(
     num_steps: int = ...,
     c_floor: float = ...,
     first_frame: bool = ...,
-    band: int | None = ...,
+    band: float | None = ...,
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
@@ -120,7 +120,7 @@ def monarch_attention(
     num_steps: int = 2,
     c_floor: float = 0.1,
     first_frame: bool = True,
-    band: int | None = None,
+    band: float | None = None,
     scale: float | None = None,
     impl: str = "auto",
     l_prev: Tensor | None = None,
@@ -136,7 +136,8 @@ def monarch_attention(
         num_steps: iterations of R-step and L-step, 1 or more (paper: 2).
         c_floor: lower bound of c_r, in (0, 1] (paper: 0.1).
         first_frame: frame 0's queries see every token exactly (paper, first-frame recomputation).
-        band: None, or w >= 0: every query frame sees its 2w + 1 nearest key frames exactly (ours).
+        band: None, or w >= 0 in halves: every query frame sees its 2w + 1 nearest key frames exactly (ours);
+            w = 0.5 is its own frame and the one before.
             All frames in the window (w >= T - 1 at the latest) is dense attention.
         scale: factor of the scores; 1 / sqrt(D) when None.
         impl: "auto", "reference", "torch" or "triton"; see ``resolve_impl``.
@@ -184,7 +185,7 @@ def _check(
     grid: tuple[int, int, int],
     num_steps: int,
     c_floor: float,
-    band: int | None,
+    band: float | None,
     l_prev: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
 ) -> None:
@@ -201,8 +202,8 @@ def _check(
         raise ValueError(f"num_steps is {num_steps}; valid are integers from 1.")
     if not 0 < c_floor <= 1:
         raise ValueError(f"c_floor is {c_floor}; valid are numbers above 0 and up to 1.")
-    if band is not None and band < 0:
-        raise ValueError(f"band is {band}; valid are None and integers from 0.")
+    if band is not None and (band < 0 or band % 0.5):
+        raise ValueError(f"band is {band}; valid are None and multiples of 0.5 from 0.")
     if l_prev is not None:
         expected = _l_shape(q, grid[0])
         if tuple(l_prev.shape) != expected or l_prev.dtype != L_DTYPE:
@@ -232,7 +233,7 @@ def _monarch_op(
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: int | None,
+    band: float | None,
     scale: float,
     impl: str,
     return_l: bool,
@@ -267,7 +268,7 @@ def _(
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: int | None,
+    band: float | None,
     scale: float,
     impl: str,
     return_l: bool,
@@ -295,7 +296,7 @@ def _reference(
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: int | None,
+    band: float | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:

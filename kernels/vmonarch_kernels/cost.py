@@ -5,15 +5,22 @@ dense attention costs 4 T units, an R-step 4 (6 with V beside K), the exact band
 first frame 4, an L-step 4 T / P. The paper's own figures leave out the first-frame recomputation.
 """
 
+import math
+
 Grid = tuple[int, int, int]
 
 
-def window_frames(frames: int, band: int | None) -> int:
+def window_frames(frames: int, band: float | None) -> int:
     """Number of key frames that every query frame sees exactly (0 without a band)."""
-    return 0 if band is None else min(2 * band + 1, frames)
+    return 0 if band is None else min(int(2 * band) + 1, frames)
 
 
-def is_exact(frames: int, band: int | None) -> bool:
+def frames_before(band: float | None) -> int:
+    """How many of a band's key frames come before the query's own: of an odd number beside it, one more than after."""
+    return 0 if band is None else math.ceil(band)
+
+
+def is_exact(frames: int, band: float | None) -> bool:
     """Whether the structure degenerates to dense attention: one frame, or a band over all frames.
 
     ``band >= T - 1`` by definition; a clamped window also covers all frames once 2w + 1 >= T.
@@ -35,7 +42,7 @@ def monarch_flops(
     *,
     num_steps: int = 2,
     first_frame: bool = True,
-    band: int | None = None,
+    band: float | None = None,
     warm: bool = False,
 ) -> int:
     """Operations of one structured call with everything counted, L-steps and exact parts included.
@@ -81,7 +88,7 @@ def monarch_bytes(
     *,
     num_steps: int = 2,
     first_frame: bool = True,
-    band: int | None = None,
+    band: float | None = None,
     warm: bool = False,
     keep_l: bool = False,
 ) -> int:

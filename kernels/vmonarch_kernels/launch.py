@@ -17,7 +17,7 @@ from vmonarch_kernels.configs import (
     l_step_config,
     shared_memory_limit,
 )
-from vmonarch_kernels.cost import window_frames
+from vmonarch_kernels.cost import frames_before, window_frames
 from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
 
@@ -41,7 +41,7 @@ class _Call:
     k: Tensor  # (B, N, H, D)
     v: Tensor
     scale: float
-    band: int | None
+    band: float | None
     first_frame: bool
     shared_memory: int
     capability: tuple[int, int]
@@ -73,7 +73,7 @@ class _Call:
 
     @property
     def band_arguments(self) -> tuple[int, int]:
-        return (0 if self.band is None else self.band), self.width
+        return frames_before(self.band), self.width
 
     def statistic(self) -> Tensor:
         """An uninitialised (B, H, T, P) float32 tensor."""
@@ -94,7 +94,7 @@ def monarch_triton(
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: int | None,
+    band: float | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -179,12 +179,12 @@ def _attend(
 ) -> None:
     """Launch an attention kernel; absent tensors are replaced by placeholders that it never touches.
 
-    ``window`` is (band, width) in frames. With ``split_keys`` the programs divide frame 0's
+    ``window`` is (frames before the query's own, width). With ``split_keys`` the programs divide frame 0's
     keys, and out and lse are float32 partials with the split as leading dimension.
     """
     batch, frames, positions, heads, dim = call.sizes
     split = split_keys > 0
-    band, width = window
+    before, width = window
     o = call.q if out is None else out
     o_strides = (o.stride(1), o.stride(0), o.stride(2), o.stride(3)) if split else o.stride()[:4]
     if lse is None:
@@ -202,7 +202,7 @@ def _attend(
         call.q if lse is None else lse,
         *lse_strides,
     )
-    window_arguments = (query_frames[0], band, width, split_keys)
+    window_arguments = (query_frames[0], before, width, split_keys)
     with_k, with_v = rk is not None, out is not None
     options = {
         "BLOCK_D": call.block_d,
@@ -405,7 +405,7 @@ def _next_beta(
     batch, frames, positions, heads, dim = call.sizes
     config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact_lse is not None)
     beta = call.like_q()
-    one_tile = frames <= config.block_k
+    whole_rows = frames <= config.block_k
     row_lse = None
     strips = triton.cdiv(positions, config.strip) * heads
     shared = {
@@ -419,7 +419,7 @@ def _next_beta(
         "num_warps": config.num_warps,
         **_FUSION,
     }
-    if l_prev is None and not one_tile:
+    if l_prev is None and not whole_rows:
         row_lse = call.statistic()
         grid = (positions * heads, triton.cdiv(frames, config.block_l), batch)
         kernels.l_lse_kernel[grid](
@@ -458,7 +458,8 @@ def _next_beta(
         STRIP=config.strip,
         STAGES=config.num_stages,
         FROM_L=l_prev is not None,
-        ONE_TILE=one_tile,
+        WHOLE_ROWS=whole_rows,
+        ONE_TILE=whole_rows and frames <= config.block_l,
         **shared,
     )
     return beta

@@ -45,7 +45,7 @@ def monarch_factors(
     num_steps: int = 2,
     c_floor: float = 0.1,
     first_frame: bool = True,
-    band: int | None = None,
+    band: float | None = None,
     scale: float | None = None,
     l_prev: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,

@@ -26,7 +26,7 @@ def monarch_torch(
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: int | None,
+    band: float | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +133,7 @@ def _first_frame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: float, first_frame: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out (B, T, P, H, D), lse (B, T, P, H)) of the exact band, no keys copied."""
     batch, frames, positions, heads, dim = q.shape
     width = window_frames(frames, band)
