@@ -70,9 +70,8 @@ def kill_one(folder: Path, after: int, timeout: float) -> int:
 
 def pixels(folder: Path) -> dict[str, tuple[bytes, ...]]:
     """File contents of every clip's frames."""
-    return {
-        clip.name: tuple(frame.read_bytes() for frame in sorted(clip.iterdir())) for clip in sorted(folder.glob("*.png"))
-    }
+    clips = sorted(folder.glob("*.png"))
+    return {clip.name: tuple(frame.read_bytes() for frame in sorted(clip.iterdir())) for clip in clips}
 
 
 def result_of(name: str, folder: Path, wall_s: float, clips: int, expected: dict[str, Any] | None) -> dict[str, Any]:
