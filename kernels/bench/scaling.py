@@ -199,14 +199,12 @@ def main() -> int:
             entry.check_shape(height, width, args.frames)
             distributed.check_tokens(tokens_of(entry, (width, height), args.frames))
             sizes.append((width, height))
-        transformer = random_transformer(entry, device, dtype)
-        distributed.split(SimpleNamespace(transformer=transformer), device)
+        with torch.no_grad():
+            return run(args, entry, presets, sizes, device, dtype)
     except InputError as error:
         if read_rank().is_main:
             sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    with torch.no_grad():
-        return run(args, entry, presets, sizes, transformer, device, dtype)
 
 
 def tokens_of(entry: ModelEntry, size: Size, frames: int) -> int:
@@ -219,12 +217,13 @@ def run(
     entry: ModelEntry,
     presets: list[Preset],
     sizes: list[Size],
-    transformer: Any,
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
     """All sizes together, then all of them alone in the first process, which compares and writes."""
     main_process, world = read_rank().is_main, read_rank().world
+    transformer = random_transformer(entry, device, dtype)
+    distributed.split(SimpleNamespace(transformer=transformer), device)
     shared: list[tuple[dict[str, Any], dict[str, Any], float]] = []
     for size in sizes:
         arguments = forward_arguments(entry, size, args.frames, device, dtype)
@@ -235,9 +234,9 @@ def run(
         for name, row in together.items():
             row["peak_bytes"] = [peak[name] for peak in peaks]
         shared.append((together, predictions, exchange_s))
-    del transformer
+    del transformer, arguments, together, predictions
     gc.collect()
-    if device.type == "cuda":
+    if device.type == "cuda":  # what one card needs alone is measured from here on
         torch.cuda.empty_cache()
     passed = True
     if main_process:
