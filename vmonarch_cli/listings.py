@@ -13,7 +13,7 @@ from rich.text import Text
 from vmonarch_cli import memory
 from vmonarch_cli.here import device_key
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.plan import Plan, warm_bytes
+from vmonarch_cli.plan import Plan, kept_bytes
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.report import facts, flops_words, seconds
 from vmonarch_cli.timings import expect, resolved_dtype
@@ -62,8 +62,8 @@ def dry_run(plan: Plan) -> Group:
         ("attention", flops_words(plan)),
         ("memory", f"at least {binary_size(need)} in {dtype} with all weights loaded"),
     ]
-    if plan.preset.warm_start and plan.preset.attention != "dense":
-        rows.append(("warm start", f"keeps up to {binary_size(warm_bytes(plan))} of L factors between steps"))
+    if kept_bytes(plan):
+        rows.append(("kept", f"up to {binary_size(kept_bytes(plan))} of factors and corrections between steps"))
     rows.append(("time", _time_words(plan)))
     rows += [("file", f"{path} (replaced)" if path.exists() else str(path)) for path in plan.outputs[:10]]
     if len(plan.outputs) > 10:
@@ -77,7 +77,7 @@ def estimates(plan: Plan) -> dict[str, Any]:
     return {
         "memory": {
             "at_least_bytes": memory_bytes(plan),
-            "warm_state_bytes": warm_bytes(plan),
+            "warm_state_bytes": kept_bytes(plan),
             "dtype": resolved_dtype(plan),
         },
         "time": None if expected is None else {**expected.to_json(), "all_clips_s": expected.clip_s * plan.num_videos},

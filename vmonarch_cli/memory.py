@@ -46,17 +46,19 @@ def peaks(
     *,
     quantize: str | None = None,
     vae_tiling: bool = False,
+    kept: int = 0,
 ) -> dict[str, int]:
     """Estimated peak bytes on the device in each offload mode, the fastest mode first.
 
     A step's working set is taken as twice the lower bound of `activation_bytes`, decoding as 40 float32 channels of
-    one group of frames at full size (a sixth of it in tiles) beside the frames.
+    one group of frames at full size (a sixth of it in tiles) beside the frames. ``kept`` is what attention hands on
+    from step to step.
     """
     width_of = _BYTES[dtype]
     transformer = model.transformer_params * (1 if quantize else width_of)
     text = model.text_encoder_params * width_of
     vae = model.vae_params * (4 if model.vae_float32 else width_of)
-    working = 2 * activation_bytes(model, grid, dtype) + model.transformer_params // model.layers * width_of
+    working = kept + 2 * activation_bytes(model, grid, dtype) + model.transformer_params // model.layers * width_of
     group = model.vae_temporal * height * width * 40 * (4 if model.vae_float32 else width_of)
     decoding = decode_bytes(height, width, num_frames) + (group // 6 if vae_tiling else group)
     layer = 4 * (transformer // model.layers)

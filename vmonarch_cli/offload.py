@@ -8,6 +8,7 @@ import torch
 
 from vmonarch_cli import memory
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.plan import kept_bytes
 from vmonarch_cli.wording import binary_size
 
 WORDS = {
@@ -48,6 +49,7 @@ def peaks_of(plan: Any, dtype: str) -> dict[str, int]:
         dtype,
         quantize=plan.setup.quantize,
         vae_tiling=plan.setup.vae_tiling,
+        kept=kept_bytes(plan),
     )
 
 

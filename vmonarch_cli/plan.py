@@ -21,7 +21,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, fi
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 from vmonarch_cli.setup import Setup
 from vmonarch_cli.targets import check_rate, resolve_targets
-from vmonarch_kernels.cost import dense_flops, monarch_flops, warm_state_bytes
+from vmonarch_kernels.cost import dense_flops, monarch_flops, residual_bytes, warm_state_bytes
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
@@ -278,6 +278,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
             first_frame=preset.first_frame,
             band=preset.band,
             warm=warm,
+            refresh=preset.refresh,
         )
 
     structured_layers = max(0, model.layers - preset.dense_layers)
@@ -295,11 +296,17 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
     )
 
 
-def warm_bytes(plan: Plan) -> int:
-    """Bytes of L factors that a warm start keeps: one byte per entry, per layer, guidance branch and transformer."""
-    layers = max(0, plan.model.layers - plan.preset.dense_layers)
-    branches = branches_of(plan.model, plan.guidance_scale)
-    return warm_state_bytes(plan.grid, plan.model.heads) * layers * branches * plan.model.transformers
+def kept_bytes(plan: Plan) -> int:
+    """Bytes kept from step to step, one per entry of L (warm start) and of the output (frame refresh), for every layer
+    and guidance branch of the transformer at work.
+    """
+    model, preset = plan.model, plan.preset
+    if preset.attention == "dense":
+        return 0
+    layers = max(0, model.layers - preset.dense_layers)
+    call = warm_state_bytes(plan.grid, model.heads) if preset.warm_start else 0
+    call += residual_bytes(plan.grid, model.heads, model.head_dim) if preset.refresh else 0
+    return call * layers * branches_of(model, plan.guidance_scale)
 
 
 def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:

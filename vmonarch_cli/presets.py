@@ -35,7 +35,8 @@ class Preset(BaseModel):
     warm_start: bool = False
     c_floor: float = Field(default=0.1, gt=0.0, le=1.0)
     first_frame: bool = True
-    band: float | None = Field(default=None, ge=0, le=MAX_BAND_FRAMES, multiple_of=0.5)
+    band: int | None = Field(default=None, ge=0, le=MAX_BAND_FRAMES)
+    refresh: int = Field(default=0, ge=0, le=MAX_BAND_FRAMES)
     dense_steps: int = Field(default=0, ge=0, le=MAX_DENSE)
     dense_layers: int = Field(default=0, ge=0, le=MAX_DENSE)
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -45,12 +46,6 @@ class Preset(BaseModel):
     def _band_none(cls, value: object) -> object:
         """TOML has no null: the string "none" stands for "no exact band"."""
         return None if value == "none" else value
-
-    @field_validator("band")
-    @classmethod
-    def _band_whole(cls, value: float | None) -> float | None:
-        """Whole bands stay whole numbers in tables and records."""
-        return int(value) if value is not None and value == int(value) else value
 
 
 @dataclass(frozen=True)
@@ -82,9 +77,14 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     ),
     "band": FieldDoc(
         "latent frames",
-        f'a multiple of 0.5 from 0 to {MAX_BAND_FRAMES}, or "none"',
-        "Key frames on each side of a query's frame that are attended exactly; 0 is the own frame alone, 0.5 it and "
-        "the one before.",
+        f'a whole number from 0 to {MAX_BAND_FRAMES}, or "none"',
+        "Key frames on each side of a query's frame that are attended exactly; 0 is the own frame alone.",
+    ),
+    "refresh": FieldDoc(
+        "latent frames per step",
+        f"a whole number from 0 to {MAX_BAND_FRAMES}",
+        "Query frames recomputed exactly in every denoising step, in turn; what that changed is kept, in 8 bits, and "
+        "corrects the frame until its next turn.",
     ),
     "dense_steps": FieldDoc(
         "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."

@@ -14,7 +14,6 @@ from vmonarch_cli.plan import Plan
 from vmonarch_cli.preflight import Machine
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_cli.wording import binary_size, flops
-from vmonarch_kernels.cost import window_frames
 
 ABSENT = "·"
 
@@ -58,10 +57,12 @@ def preset_words(plan: Plan) -> str:
     iterations = _counted(preset.num_steps, "iteration")
     words = [f"warm start, {iterations} in the first step" if preset.warm_start else iterations]
     if preset.band is not None:
-        frames = "own frame" if preset.band == 0 else f"{window_frames(plan.grid[0], preset.band)} nearest frames"
+        frames = "own frame" if preset.band == 0 else f"{min(2 * preset.band + 1, plan.grid[0])} nearest frames"
         words.append(f"{frames} exact")
     if preset.first_frame:
         words.append("first frame exact")
+    if preset.refresh:
+        words.append(f"{preset.refresh} more frame{'s' if preset.refresh > 1 else ''} exact in turn")
     if preset.dense_steps:
         words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
     if preset.dense_layers:
@@ -147,7 +148,7 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         rows.append(("first call", f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above"))
     if timing.peak_memory_bytes is not None:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""
-        warm = f", of it {binary_size(timing.warm_state_bytes)} for the warm start" if timing.warm_state_bytes else ""
+        warm = f", of it {binary_size(timing.warm_state_bytes)} kept between steps" if timing.warm_state_bytes else ""
         rows.append(("memory", f"peak {binary_size(timing.peak_memory_bytes)}{kind}{warm}"))
     rows.append(("seed", str(result.seed)))
     rows.append(("record", str(result.record_path)))

@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the records in results/*.json, which `vmonarch profile ... --json` made.
+"""Write RESULTS.md from the records in results/*.json, which `vmonarch profile ... --json` and the scripts here made.
 
     python kernels/bench/report.py            # writes kernels/bench/RESULTS.md
     python kernels/bench/report.py --check    # exit 1 when it is not what the records give
@@ -36,8 +36,8 @@ def load(folder: Path) -> list[tuple[str, Record]]:
             raise RefusedRecord(f"{path} is not valid JSON.") from None
         refuse(path, record)
         found.append((path.name, record))
-    order = {"kernel": 0, "model": 1, "quality": 2}
-    return sorted(found, key=lambda item: (order[item[1]["kind"]], item[0]))
+    order = list(_SECTIONS)
+    return sorted(found, key=lambda item: (order.index(item[1]["kind"]), item[0]))
 
 
 def refuse(path: Path, record: Record) -> None:
@@ -201,7 +201,110 @@ def _quality(record: Record) -> list[str]:
     return [how, "", *_table(titles, rows), "", note]
 
 
-_SECTIONS: dict[str, Callable[[Record], list[str]]] = {"kernel": _kernel, "model": _model, "quality": _quality}
+def _scaling(record: Record) -> list[str]:
+    settings = record["settings"]
+    count = settings["processes"]
+    lines = [
+        f"{settings['model']}, {settings['frames']} frames, {settings['dtype']}, random weights, eager, one forward on "
+        f"{count} GPUs and on one of them. *Exchange*: all that the processes send each other in a forward, timed on its "
+        "own. *Error*: of what the GPUs predict together against one alone.",
+        "",
+    ]
+    rows = []
+    for clip in record["clips"]:
+        for name, row in clip["rows"].items():
+            alone, together = row["alone"], row["together"]
+            rows.append(
+                [
+                    clip["size"],
+                    name,
+                    _ms(alone["step_s"]),
+                    _ms(together["step_s"]),
+                    f"{alone['step_s'] / together['step_s']:.2f}x",
+                    f"{100 * row['efficiency']:.0f} %",
+                    _maybe(together.get("attention_s"), _ms),
+                    _ms(clip["exchange_s"]),
+                    _gib(alone["peak_bytes"]),
+                    _gib(max(together["peak_bytes"])),
+                    f"{row['error']:.1e}",
+                ]
+            )
+    titles = [
+        "size", "self-attention", "one, ms", f"{count}, ms", "gain", "efficiency", "of it attention, ms", "exchange, ms",
+        "peak of one, GiB", "peak a card, GiB", "error",
+    ]  # fmt: skip
+    return [*lines, *_table(titles, rows)]
+
+
+def _batch(record: Record) -> list[str]:
+    settings = record["settings"]
+    how = (
+        f"{settings['clips']} clips of the demo model, one process and {settings['processes']}. Every clip was made once "
+        "and has the same pixels in all runs. *Working*: from the first clip's start to the last one's end."
+    )
+    first = record["runs"][0]["working_s"]
+    rows = [
+        [
+            run["name"],
+            f"{run['wall_s']:.1f}",
+            f"{run['working_s']:.1f}",
+            f"{first / run['working_s']:.2f}x" if "killed_after" not in run else ABSENT,
+            " + ".join(map(str, run["by_process"])),
+            f"after {run['killed_after']} clips" if "killed_after" in run else ABSENT,
+        ]
+        for run in record["runs"]
+    ]
+    titles = ["run", "wall, s", "working, s", "gain", "clips by process", "one process killed"]
+    return [how, "", *_table(titles, rows)]
+
+
+def _card(record: Record) -> list[str]:
+    settings = record["settings"]
+    how = (
+        f"`vmonarch generate -m {settings['model']} {' '.join(settings['arguments'])}`, random weights of the true size, "
+        "no flag for memory, with so much of the GPU's memory left free."
+    )
+    rows = [
+        [
+            f"{card['card_gib']:g}",
+            "; ".join(line.removeprefix("memory").strip() for line in card["said"] if "peak" not in line),
+            f"{card['allocator_peak_gib']:.1f}",
+            f"{card['process_peak_gib']:.1f}",
+            f"{card['timing']['denoise_s']:.1f}",
+            f"{card['timing']['decode_s']:.1f}",
+        ]
+        for card in record["cards"]
+    ]
+    titles = ["free, GiB", "what it said", "allocator's peak, GiB", "process's peak, GiB", "denoise, s", "decode, s"]
+    return [how, "", *_table(titles, rows)]
+
+
+def _largest(record: Record) -> list[str]:
+    settings = record["settings"]
+    how = f"{settings['model']}, {settings['size']}, preset {settings['preset']}, {settings['dtype']}, one forward."
+    rows = [
+        [
+            str(length["frames"]),
+            f"{length['tokens']:,}",
+            length.get("error") or _ms(length["step_s"]),
+            _maybe(length.get("attention_s"), _ms),
+            _gib(length["peak_bytes"]),
+        ]
+        for length in record["lengths"]
+    ]
+    return [how, "", *_table(["frames", "tokens", "step, ms", "of it attention, ms", "peak, GiB"], rows)]
+
+
+_SECTIONS: dict[str, Callable[[Record], list[str]]] = {
+    "kernel": _kernel,
+    "model": _model,
+    "quality": _quality,
+    "scaling": _scaling,
+    "batch": _batch,
+    "card": _card,
+    "largest": _largest,
+}
+"""By kind of record, in the order of the page."""
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -212,6 +315,10 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _ms(seconds: float) -> str:
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _gib(count: float | None) -> str:
+    return ABSENT if count is None else f"{count / 2**30:.1f}"
 
 
 def _times(value: float | None) -> str:

@@ -47,7 +47,7 @@ def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], li
     if kind == "rv":
         return lambda: launch._r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
     if kind == "first":
-        return lambda: launch._attend_first_frame(call, out, lse), [out[:, 0]], 4
+        return lambda: launch._attend_frame(call, call.q, out, lse), [out[:, 0]], 4
     run = lambda: launch._attend(  # noqa: E731
         call, call.q, rk=None, c_l=None, out=out, lse=lse, query_frames=(0, frames), window=(1, 3)
     )

@@ -1,7 +1,7 @@
 """Monarch-structured attention for video tokens: one public call and its oracle.
 
 ``monarch_attention`` implements VMonarch (arXiv 2601.22275) on (B, N, heads, D) tensors, with the
-exact band and the warm start that this project adds; ``../README.md`` holds the derivation.
+exact band, the warm start and the frame refresh that this project adds; ``../README.md`` holds the derivation.
 Importing this package does not import torch: names load on first use, so that
 ``vmonarch_kernels.cost`` serves a command line that only counts.
 """
@@ -10,27 +10,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmonarch_kernels.api import ImplUnavailable, monarch_attention, resolve_impl
+    from vmonarch_kernels.api import ImplUnavailable, frame_attention, monarch_attention, resolve_impl
     from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends
     from vmonarch_kernels.reference import Factors, monarch_factors
+    from vmonarch_kernels.residual import Residual
 
 _HOMES = {
     "monarch_attention": "api",
     "resolve_impl": "api",
+    "frame_attention": "api",
     "ImplUnavailable": "api",
     "attention_lse": "dense",
     "dense_attention": "dense",
     "dense_backends": "dense",
     "monarch_factors": "reference",
     "Factors": "reference",
+    "Residual": "residual",
 }
 
 __all__ = [
     "Factors",
     "ImplUnavailable",
+    "Residual",
     "attention_lse",
     "dense_attention",
     "dense_backends",
+    "frame_attention",
     "monarch_attention",
     "monarch_factors",
     "resolve_impl",

@@ -255,11 +255,12 @@ def l_output_kernel(
     p_exact, p_exact_lse,  # exact part (B, T, P, H, D) and its log-sum-exp (B, H, T, P)
     p_o,  # out (B, T, P, H, D)
     p_l,  # L (B, P, H, T, T)
+    p_residual, p_residual_scale,  # what is added: e4m3 (B, T, P, H, D) times float32 (B, H, T)
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
-    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Last L-step: o[l, j] = sum_k L y[k, j], the exact part being one more entry of the softmax.
 
@@ -315,7 +316,12 @@ def l_output_kernel(
                         q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION
                     )  # fmt: skip
                     _store_l(p_l_j, logits, top, total, o_l, o_k, frames)
-        o = (acc / total[:, None]).to(p_o.dtype.element_ty)
+        o = acc / total[:, None]
+        if HAS_RESIDUAL:
+            residual = tl.load(p_residual + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
+            scale = tl.load(p_residual_scale + (b * heads + h) * frames + o_l, mask=o_l < frames, other=0.0)
+            o += residual.to(tl.float32) * scale[:, None]
+        o = o.to(p_o.dtype.element_ty)
         tl.store(p_o + row_l[:, None] * head_dim + o_d[None, :], o, mask=m_l & (o_l >= first_row)[:, None])
 
 

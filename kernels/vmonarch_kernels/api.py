@@ -10,8 +10,8 @@ from torch import Tensor
 from vmonarch_kernels.cost import is_exact
 from vmonarch_kernels.dense import attention_lse, dense_attention
 from vmonarch_kernels.reference import monarch_factors
-from vmonarch_kernels.structure import merge_exact
-from vmonarch_kernels.torch_impl import L_DTYPE, monarch_torch
+from vmonarch_kernels.structure import merge_exact, split_frames
+from vmonarch_kernels.torch_impl import L_DTYPE, frame_torch, monarch_torch
 
 IMPLS = ("auto", "reference", "torch", "triton")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -83,11 +83,12 @@ def monarch_attention(
     num_steps: int = ...,
     c_floor: float = ...,
     first_frame: bool = ...,
-    band: float | None = ...,
+    band: int | None = ...,
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
     extra: tuple[Tensor, Tensor] | None = ...,
+    residual: tuple[Tensor, Tensor] | None = ...,
     return_l: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -102,11 +103,12 @@ def monarch_attention(
     num_steps: int = ...,
     c_floor: float = ...,
     first_frame: bool = ...,
-    band: float | None = ...,
+    band: int | None = ...,
     scale: float | None = ...,
     impl: str = ...,
     l_prev: Tensor | None = ...,
     extra: tuple[Tensor, Tensor] | None = ...,
+    residual: tuple[Tensor, Tensor] | None = ...,
     return_l: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -120,11 +122,12 @@ def monarch_attention(
     num_steps: int = 2,
     c_floor: float = 0.1,
     first_frame: bool = True,
-    band: float | None = None,
+    band: int | None = None,
     scale: float | None = None,
     impl: str = "auto",
     l_prev: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
+    residual: tuple[Tensor, Tensor] | None = None,
     return_l: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Monarch-structured self-attention of a video's tokens (VMonarch, arXiv 2601.22275).
@@ -136,8 +139,7 @@ def monarch_attention(
         num_steps: iterations of R-step and L-step, 1 or more (paper: 2).
         c_floor: lower bound of c_r, in (0, 1] (paper: 0.1).
         first_frame: frame 0's queries see every token exactly (paper, first-frame recomputation).
-        band: None, or w >= 0 in halves: every query frame sees its 2w + 1 nearest key frames exactly (ours);
-            w = 0.5 is its own frame and the one before.
+        band: None, or w >= 0: every query frame sees its 2w + 1 nearest key frames exactly (ours).
             All frames in the window (w >= T - 1 at the latest) is dense attention.
         scale: factor of the scores; 1 / sqrt(D) when None.
         impl: "auto", "reference", "torch" or "triton"; see ``resolve_impl``.
@@ -145,6 +147,8 @@ def monarch_attention(
         extra: (out (B, N, heads, D), lse (B, N, heads) float32, natural logarithm) of every query's
             attention over keys outside the video, such as a prompt's; merged exactly (ours). Queries
             without such keys have lse = -inf and finite out.
+        residual: (values (B, N, heads, D) float8_e4m3fn, scale (B, heads, T) float32), whose product is added to the
+            output (ours; ``Residual`` keeps it). Frames that are exact already must have scale 0.
         return_l: also return L for the next call's warm start.
 
     Returns:
@@ -158,6 +162,7 @@ def monarch_attention(
     named implementation cannot run here.
     """
     _check(q, k, v, grid, num_steps, c_floor, band, l_prev, extra)
+    _check_residual(q, grid, residual)
     chosen = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, l_new = _monarch_op(
@@ -166,6 +171,7 @@ def monarch_attention(
         v,
         l_prev,
         *((None, None) if extra is None else extra),
+        *((None, None) if residual is None else residual),
         list(grid),
         num_steps,
         c_floor,
@@ -185,7 +191,7 @@ def _check(
     grid: tuple[int, int, int],
     num_steps: int,
     c_floor: float,
-    band: float | None,
+    band: int | None,
     l_prev: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
 ) -> None:
@@ -202,8 +208,8 @@ def _check(
         raise ValueError(f"num_steps is {num_steps}; valid are integers from 1.")
     if not 0 < c_floor <= 1:
         raise ValueError(f"c_floor is {c_floor}; valid are numbers above 0 and up to 1.")
-    if band is not None and (band < 0 or band % 0.5):
-        raise ValueError(f"band is {band}; valid are None and multiples of 0.5 from 0.")
+    if band is not None and band < 0:
+        raise ValueError(f"band is {band}; valid are None and integers from 0.")
     if l_prev is not None:
         expected = _l_shape(q, grid[0])
         if tuple(l_prev.shape) != expected or l_prev.dtype != L_DTYPE:
@@ -215,6 +221,51 @@ def _check(
             f"extra is {tuple(extra[0].shape)} and {tuple(extra[1].shape)}; "
             f"these tensors need {tuple(q.shape)} and {tuple(q.shape[:3])}."
         )
+
+
+def _check_residual(q: Tensor, grid: tuple[int, int, int], residual: tuple[Tensor, Tensor] | None) -> None:
+    if residual is None:
+        return
+    values, scale = residual
+    expected = (q.shape[0], q.shape[2], grid[0])
+    if values.shape != q.shape or values.dtype != L_DTYPE or tuple(scale.shape) != expected:
+        raise ValueError(
+            f"residual is {tuple(values.shape)} {values.dtype} and {tuple(scale.shape)}; "
+            f"these tensors need {tuple(q.shape)} {L_DTYPE} and {expected}."
+        )
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int, int],
+    frame: int,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    extra: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Exact attention of one latent frame's queries over all keys (the paper's recomputation, of any frame).
+
+    Args as in ``monarch_attention``; ``frame`` counts from 0. Returns (B, H * W, heads, D) in q's dtype.
+
+    Raises ValueError for a frame that the grid does not have, ImplUnavailable when a named implementation cannot run.
+    """
+    _check(q, k, v, grid, 1, 1.0, None, None, extra)
+    if not 0 <= frame < grid[0]:
+        raise ValueError(f"frame is {frame}; valid are 0 to {grid[0] - 1}.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries = split_frames(q, grid[0])[:, frame]
+    if resolve_impl(impl, q.device, q.dtype, q.shape[-1]) == "triton":
+        from vmonarch_kernels.launch import frame_triton
+
+        out, lse = frame_triton(q, k, v, grid[0], frame, scale)
+    else:
+        out, lse = frame_torch(queries, k, v, scale)
+    if extra is not None:
+        out, _ = merge_exact(out, lse, *(split_frames(x, grid[0])[:, frame] for x in extra))
+    return out.to(q.dtype)
 
 
 def _l_shape(q: Tensor, frames: int) -> tuple[int, ...]:
@@ -229,20 +280,25 @@ def _monarch_op(
     l_prev: Tensor | None,
     extra_out: Tensor | None,
     extra_lse: Tensor | None,
+    residual_values: Tensor | None,
+    residual_scale: Tensor | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: float | None,
+    band: int | None,
     scale: float,
     impl: str,
     return_l: bool,
 ) -> tuple[Tensor, Tensor]:
     frames = grid[0]
     extra = None if extra_out is None or extra_lse is None else (extra_out, extra_lse)
+    residual = None if residual_values is None or residual_scale is None else (residual_values, residual_scale)
     l_new: Tensor | None = None
     if impl == "reference":
-        out, l_new = _reference(q, k, v, l_prev, extra, grid, num_steps, c_floor, first_frame, band, scale, return_l)
+        out, l_new = _reference(
+            q, k, v, l_prev, extra, residual, grid, num_steps, c_floor, first_frame, band, scale, return_l
+        )
     elif is_exact(frames, band):
         out = _dense(q, k, v, extra, scale)
         if return_l:
@@ -252,7 +308,9 @@ def _monarch_op(
             from vmonarch_kernels.launch import monarch_triton as run
         else:
             run = monarch_torch
-        out, l_new = run(q, k, v, l_prev, extra, frames, num_steps, c_floor, first_frame, band, scale, return_l)
+        out, l_new = run(
+            q, k, v, l_prev, extra, residual, frames, num_steps, c_floor, first_frame, band, scale, return_l
+        )
     return out, q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
 
 
@@ -264,11 +322,13 @@ def _(
     l_prev: Tensor | None,
     extra_out: Tensor | None,
     extra_lse: Tensor | None,
+    residual_values: Tensor | None,
+    residual_scale: Tensor | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: float | None,
+    band: int | None,
     scale: float,
     impl: str,
     return_l: bool,
@@ -292,11 +352,12 @@ def _reference(
     v: Tensor,
     l_prev: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
+    residual: tuple[Tensor, Tensor] | None,
     grid: list[int],
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: float | None,
+    band: int | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -313,6 +374,7 @@ def _reference(
         scale=scale,
         l_prev=l_prev,
         extra=extra,
+        residual=residual,
         compute_dtype=torch.promote_types(q.dtype, torch.float32),
     )
     l_new = factors.L.permute(0, 4, 1, 2, 3).to(L_DTYPE).contiguous() if return_l else None

@@ -102,16 +102,25 @@ def hopper_config(
 
 
 def l_step_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, exact: bool) -> LStepConfig:
-    """Tile of the L-step, with or without an ``exact`` part to merge: one tile of all frames up to 32 (64 where
-    registers allow), else 32 x 32; as many stages as fit ``limit`` bytes of shared memory.
+    """Tile of the L-step; ``exact``: it merges an exact part or reads a stored L, for which fewer registers are left.
+
+    One tile of all frames up to 32 (64 where registers allow); then all key frames beside 32 query frames up to 128
+    (also where registers allow), so that rows of L are whole; else 32 x 32. As many stages as fit ``limit`` bytes of
+    shared memory.
     """
-    largest = 64 if block_d <= 128 and dtype != torch.float32 else 32
+    narrow = block_d <= 128 and dtype != torch.float32
     padded = max(16, 1 << (frames - 1).bit_length())
-    one_tile = padded <= largest
-    block = padded if one_tile else 32
-    warps = {16: 2, 32: 4, 64: 8 if exact else 4}[block]
-    stages = 2 if block == 64 or not one_tile else 3
-    scratch = 1024 + (2 if exact else 1) * block * block_d * dtype.itemsize
-    while stages > 1 and scratch + 3 * stages * block * block_d * dtype.itemsize > limit:
+    if padded <= (64 if narrow else 32):
+        block_l = block_k = padded
+    else:
+        block_l, block_k = 32, padded if narrow and padded == 128 else 32
+    strip, stages = 1, 2
+    if frames <= block_l:
+        # Prefetching the next position's rows pays only while they fit the registers beside this one's.
+        strip, stages = (1, 1) if exact and padded == 64 else (8, 2 if padded == 64 else 3)
+    warps = 2 if block_k == 16 else 4
+    rows_held = 3 if block_k == block_l else 2  # tiles in flight for each stage
+    scratch = 1024 + (2 if exact else 1) * block_l * block_d * dtype.itemsize
+    while stages > 1 and scratch + rows_held * stages * block_k * block_d * dtype.itemsize > limit:
         stages -= 1
-    return LStepConfig(block, block, warps, stages, 8 if one_tile else 1)
+    return LStepConfig(block_l, block_k, warps, stages, strip)

@@ -2,30 +2,28 @@
 
 A multiply-add counts as two operations. With N = T * P tokens the unit is N * P * D per head:
 dense attention costs 4 T units, an R-step 4 (6 with V beside K), the exact band 4 (2w + 1), the
-first frame 4, an L-step 4 T / P. The paper's own figures leave out the first-frame recomputation.
+first frame and every other recomputed one 4, an L-step 4 T / P. The paper's own figures leave out the first-frame recomputation.
 """
-
-import math
 
 Grid = tuple[int, int, int]
 
 
-def window_frames(frames: int, band: float | None) -> int:
+def window_frames(frames: int, band: int | None) -> int:
     """Number of key frames that every query frame sees exactly (0 without a band)."""
-    return 0 if band is None else min(int(2 * band) + 1, frames)
+    return 0 if band is None else min(2 * band + 1, frames)
 
 
-def frames_before(band: float | None) -> int:
-    """How many of a band's key frames come before the query's own: of an odd number beside it, one more than after."""
-    return 0 if band is None else math.ceil(band)
-
-
-def is_exact(frames: int, band: float | None) -> bool:
+def is_exact(frames: int, band: int | None) -> bool:
     """Whether the structure degenerates to dense attention: one frame, or a band over all frames.
 
     ``band >= T - 1`` by definition; a clamped window also covers all frames once 2w + 1 >= T.
     """
     return frames == 1 or window_frames(frames, band) >= frames
+
+
+def band_with_refresh(frames: int, band: int | None, refresh: int, *, first_frame: bool) -> int | None:
+    """The band, or one over all frames where every frame would be recomputed in every call."""
+    return frames if refresh and refresh + int(first_frame) >= frames else band
 
 
 def dense_flops(grid: Grid, heads: int, head_dim: int, batch: int = 1) -> int:
@@ -42,19 +40,20 @@ def monarch_flops(
     *,
     num_steps: int = 2,
     first_frame: bool = True,
-    band: float | None = None,
+    band: int | None = None,
     warm: bool = False,
+    refresh: int = 0,
 ) -> int:
     """Operations of one structured call with everything counted, L-steps and exact parts included.
 
     ``warm`` adds the product that turns the stored L into the first R-step's queries.
     """
     frames, positions = grid[0], grid[1] * grid[2]
-    if is_exact(frames, band):
+    if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
         return dense_flops(grid, heads, head_dim, batch)
     unit = frames * positions * positions * head_dim * heads * batch
     r_steps = 4 * (num_steps - 1) + 6
-    exact = 4 * window_frames(frames, band) + (4 if first_frame else 0)
+    exact = 4 * window_frames(frames, band) + 4 * (int(first_frame) + refresh)
     l_products = 2 * num_steps + (1 if warm else 0)
     l_steps = l_products * 2 * frames * frames * positions * head_dim * heads * batch
     return unit * (r_steps + exact) + l_steps
@@ -74,6 +73,11 @@ def warm_state_bytes(grid: Grid, heads: int, batch: int = 1) -> int:
     return batch * heads * positions * frames * frames
 
 
+def residual_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1) -> int:
+    """Bytes of the corrections that frame refresh keeps (e4m3) of one layer and guidance branch, scales left out."""
+    return batch * grid[0] * grid[1] * grid[2] * heads * head_dim
+
+
 def dense_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1, itemsize: int = 2) -> int:
     """Bytes that one dense call must move: q, k, v and the output once."""
     return 4 * grid[0] * grid[1] * grid[2] * heads * head_dim * batch * itemsize
@@ -88,9 +92,10 @@ def monarch_bytes(
     *,
     num_steps: int = 2,
     first_frame: bool = True,
-    band: float | None = None,
+    band: int | None = None,
     warm: bool = False,
     keep_l: bool = False,
+    refresh: int = 0,
 ) -> int:
     """Bytes that one structured call must move when every step reads each input and writes each output once.
 
@@ -98,10 +103,13 @@ def monarch_bytes(
     first frame 2, a warm start 2 and the stored L, which ``keep_l`` writes again. Float32 statistics are left out.
     """
     frames = grid[0]
-    if is_exact(frames, band):
+    if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
         return dense_bytes(grid, heads, head_dim, batch, itemsize)
     tensors = 3 * num_steps + 2 + 3 * (num_steps - 1) + 4 + (2 if first_frame else 0) + (2 if warm else 0)
     if band is not None:
         tensors += 4 + 1
     tensor = dense_bytes(grid, heads, head_dim, batch, itemsize) // 4
-    return tensors * tensor + (int(warm) + int(keep_l)) * warm_state_bytes(grid, heads, batch)
+    if refresh:  # every recomputed frame reads all keys and values; the corrections are read once
+        tensors += 2 * refresh
+    corrections = residual_bytes(grid, heads, head_dim, batch) if refresh else 0
+    return corrections + tensors * tensor + (int(warm) + int(keep_l)) * warm_state_bytes(grid, heads, batch)

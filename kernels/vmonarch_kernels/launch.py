@@ -17,7 +17,7 @@ from vmonarch_kernels.configs import (
     l_step_config,
     shared_memory_limit,
 )
-from vmonarch_kernels.cost import frames_before, window_frames
+from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.structure import merge_exact, split_frames
 from vmonarch_kernels.torch_impl import L_DTYPE
 
@@ -41,7 +41,7 @@ class _Call:
     k: Tensor  # (B, N, H, D)
     v: Tensor
     scale: float
-    band: float | None
+    band: int | None
     first_frame: bool
     shared_memory: int
     capability: tuple[int, int]
@@ -73,7 +73,7 @@ class _Call:
 
     @property
     def band_arguments(self) -> tuple[int, int]:
-        return frames_before(self.band), self.width
+        return (0 if self.band is None else self.band), self.width
 
     def statistic(self) -> Tensor:
         """An uninitialised (B, H, T, P) float32 tensor."""
@@ -90,11 +90,12 @@ def monarch_triton(
     v: Tensor,
     l_prev: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
+    residual: tuple[Tensor, Tensor] | None,
     frames: int,
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: float | None,
+    band: int | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -102,10 +103,7 @@ def monarch_triton(
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    limit = shared_memory_limit(q.device)
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    call = _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit, capability)
+    call = _call(q, k, v, frames, scale, band, first_frame)
     out = call.like_q()
     exact = exact_lse = None
     if extra is not None:
@@ -123,13 +121,30 @@ def monarch_triton(
         beta = _next_beta(call, c_floor, rk=rk, c_l=c_l, exact_lse=exact_lse)
     y = call.like_q()
     _r_step(call, beta, rk, c_l, y)
-    l_new = _l_output(call, rk, c_l, y, exact, exact_lse, out, return_l)
+    l_new = _l_output(call, rk, c_l, y, exact, exact_lse, residual, out, return_l)
     if first_frame and band is None:
         first_lse = call.statistic() if extra is not None else None
-        _attend_first_frame(call, out, first_lse)
+        _attend_frame(call, call.q, out, first_lse)
         if first_lse is not None and exact is not None and exact_lse is not None:
             out[:, :1], _ = _merge(out[:, :1], first_lse[:, :, :1], exact[:, :1], exact_lse[:, :, :1])
     return out.flatten(1, 2), l_new
+
+
+def frame_triton(q: Tensor, k: Tensor, v: Tensor, frames: int, frame: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32)."""
+    call = _call(q, k, v, frames, scale, None, first_frame=True)
+    batch, _, positions, heads, dim = call.sizes
+    out = call.q.new_empty((batch, 1, positions, heads, dim))
+    lse = call.q.new_empty((batch, heads, 1, positions), dtype=torch.float32)
+    _attend_frame(call, call.q[:, frame:], out, lse)
+    return out[:, 0], lse[:, :, 0].transpose(1, 2)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, frames: int, scale: float, band: int | None, first_frame: bool) -> _Call:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    limit = shared_memory_limit(q.device)
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
+    return _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit, capability)
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor | None, other_lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +165,7 @@ def _attend_band(call: _Call, exact: Tensor, exact_lse: Tensor) -> None:
     frames = call.sizes[1]
     first = 0
     if call.first_frame:
-        _attend_first_frame(call, exact, exact_lse)
+        _attend_frame(call, call.q, exact, exact_lse)
         first = 1
     _attend(
         call,
@@ -179,12 +194,12 @@ def _attend(
 ) -> None:
     """Launch an attention kernel; absent tensors are replaced by placeholders that it never touches.
 
-    ``window`` is (frames before the query's own, width). With ``split_keys`` the programs divide frame 0's
+    ``window`` is (band, width) in frames. With ``split_keys`` the programs divide frame 0's
     keys, and out and lse are float32 partials with the split as leading dimension.
     """
     batch, frames, positions, heads, dim = call.sizes
     split = split_keys > 0
-    before, width = window
+    band, width = window
     o = call.q if out is None else out
     o_strides = (o.stride(1), o.stride(0), o.stride(2), o.stride(3)) if split else o.stride()[:4]
     if lse is None:
@@ -202,7 +217,7 @@ def _attend(
         call.q if lse is None else lse,
         *lse_strides,
     )
-    window_arguments = (query_frames[0], before, width, split_keys)
+    window_arguments = (query_frames[0], band, width, split_keys)
     with_k, with_v = rk is not None, out is not None
     options = {
         "BLOCK_D": call.block_d,
@@ -317,8 +332,8 @@ def _rows(x_BNHD: Tensor) -> Tensor | None:
     return x_BNHD.as_strided((batch * tokens, heads * dim), (x_BNHD.stride(1), 1))
 
 
-def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
-    """Exact attention of frame 0 over all keys, into frame 0 of ``out`` and ``lse``.
+def _attend_frame(call: _Call, queries: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Exact attention of frame 0 of ``queries`` (B, T, P, H, D) over all keys, into frame 0 of ``out`` and ``lse``.
 
     One frame's queries give too few programs for a large chip, so the keys are split as well.
     """
@@ -332,7 +347,7 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
     if splits == 1:
         _attend(
             call,
-            call.q,
+            queries,
             rk=None,
             c_l=None,
             out=out,
@@ -348,7 +363,7 @@ def _attend_first_frame(call: _Call, out: Tensor, lse: Tensor | None) -> None:
     part_lse = call.q.new_empty((splits, batch, heads, positions), dtype=torch.float32)
     _attend(
         call,
-        call.q,
+        queries,
         rk=None,
         c_l=None,
         out=part.transpose(2, 3),
@@ -403,7 +418,8 @@ def _next_beta(
     apply the score scale, so that beta has the magnitude of a query.
     """
     batch, frames, positions, heads, dim = call.sizes
-    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact_lse is not None)
+    crowded = exact_lse is not None or l_prev is not None
+    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=crowded)
     beta = call.like_q()
     whole_rows = frames <= config.block_k
     row_lse = None
@@ -446,7 +462,7 @@ def _next_beta(
         unused if c_l is None else c_l,
         unused if exact_lse is None else exact_lse,
         unused if row_lse is None else row_lse,
-        unused if l_prev is None else _kernel_l(l_prev),
+        unused if l_prev is None else _kernel_8bit(l_prev),
         beta,
         call.scale,
         c_floor,
@@ -472,6 +488,7 @@ def _l_output(
     y: Tensor,
     exact: Tensor | None,
     exact_lse: Tensor | None,
+    residual: tuple[Tensor, Tensor] | None,
     out: Tensor,
     return_l: bool,
 ) -> Tensor | None:
@@ -480,7 +497,7 @@ def _l_output(
     l_new = None
     if return_l:
         shape = (batch, positions, heads, frames, frames)
-        l_new = call.q.new_empty(shape, dtype=_kernel_l_dtype(call.q.device))
+        l_new = call.q.new_empty(shape, dtype=_kernel_8bit_dtype(call.q.device))
     grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_l), batch)
     kernels.l_output_kernel[grid](
         call.q,
@@ -492,6 +509,8 @@ def _l_output(
         call.q if exact_lse is None else exact_lse,
         out,
         call.q if l_new is None else l_new,
+        call.q if residual is None else _kernel_8bit(residual[0]),
+        call.q if residual is None else residual[1],
         call.scale,
         frames,
         positions,
@@ -508,6 +527,7 @@ def _l_output(
         BANDED=call.band is not None,
         FIRST_FRAME=call.first_frame,
         STORE_L=l_new is not None,
+        HAS_RESIDUAL=residual is not None,
         ONE_TILE=frames <= config.block_k,
         PRECISION=call.precision,
         num_warps=config.num_warps,
@@ -516,13 +536,13 @@ def _l_output(
     return None if l_new is None else l_new.to(L_DTYPE)
 
 
-def _kernel_l_dtype(device: torch.device) -> torch.dtype:
-    """dtype in which the kernels read and write L: GPUs before compute capability 8.9 and the
+def _kernel_8bit_dtype(device: torch.device) -> torch.dtype:
+    """dtype in which the kernels read and write L and corrections: GPUs before compute capability 8.9 and the
     interpreter cannot convert e4m3, so there float16 goes between.
     """
     converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return L_DTYPE if converts else torch.float16
 
 
-def _kernel_l(l_prev: Tensor) -> Tensor:
-    return l_prev.contiguous().to(_kernel_l_dtype(l_prev.device))
+def _kernel_8bit(x: Tensor) -> Tensor:
+    return x.contiguous().to(_kernel_8bit_dtype(x.device))

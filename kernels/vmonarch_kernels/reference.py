@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels.cost import is_exact
-from vmonarch_kernels.structure import exact_pairs, merge_exact, split_frames
+from vmonarch_kernels.structure import dequantised, exact_pairs, merge_exact, split_frames
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ def monarch_factors(
     num_steps: int = 2,
     c_floor: float = 0.1,
     first_frame: bool = True,
-    band: float | None = None,
+    band: int | None = None,
     scale: float | None = None,
     l_prev: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
+    residual: tuple[Tensor, Tensor] | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Factors:
     """Steps 1-5 of the algorithm on (B, N, H, D) tensors, with L and R materialised.
@@ -91,6 +92,8 @@ def monarch_factors(
         alpha_r, c_r = _gather_queries(L, q_BHTPD)
 
     out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD) + L_exact[..., None] * o_exact
+    if residual is not None:
+        out = out + dequantised(*residual, frames).permute(0, 3, 1, 2, 4)
     if first_frame and not exact.any():
         first, lse = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
         out[:, :, 0], _ = merge_exact(first, lse, o_exact[:, :, 0], lse_exact[:, :, 0])

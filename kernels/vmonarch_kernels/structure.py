@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.cost import frames_before, window_frames
+from vmonarch_kernels.cost import window_frames
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class FrameGroup:
     stride: int
 
 
-def window_start(frame: int, frames: int, band: float) -> int:
+def window_start(frame: int, frames: int, band: int) -> int:
     """First key frame of a query frame's window, clamped so that every window is equally long."""
-    return min(max(frame - frames_before(band), 0), frames - window_frames(frames, band))
+    return min(max(frame - band, 0), frames - window_frames(frames, band))
 
 
 @lru_cache(maxsize=64)
-def band_groups(frames: int, band: float, first_frame: bool) -> tuple[FrameGroup, ...]:
+def band_groups(frames: int, band: int, first_frame: bool) -> tuple[FrameGroup, ...]:
     """Split the query frames where the clamped window stops following them.
 
     Within a group the window either stands still (stride 0: one attention with more queries) or
@@ -37,18 +37,18 @@ def band_groups(frames: int, band: float, first_frame: bool) -> tuple[FrameGroup
     With ``first_frame`` frame 0 is left out, because it sees every key frame.
     """
     first = 1 if first_frame else 0
-    before, width = frames_before(band), window_frames(frames, band)
-    moving_first, moving_last = max(before + 1, first), frames - width + before - 1
+    width = window_frames(frames, band)
+    moving_first, moving_last = max(band + 1, first), frames - width + band - 1
     groups = [
-        FrameGroup(first, min(before + 1, frames) - first, 0, 0),
-        FrameGroup(moving_first, moving_last - moving_first + 1, moving_first - before, 1),
+        FrameGroup(first, min(band + 1, frames) - first, 0, 0),
+        FrameGroup(moving_first, moving_last - moving_first + 1, moving_first - band, 1),
     ]
     tail = max(moving_first, moving_last + 1)
     groups.append(FrameGroup(tail, frames - tail, frames - width, 0))
     return tuple(group for group in groups if group.count > 0)
 
 
-def exact_pairs(frames: int, band: float, first_frame: bool, device: torch.device) -> Tensor:
+def exact_pairs(frames: int, band: int, first_frame: bool, device: torch.device) -> Tensor:
     """(T, T) bool, true where query frame l sees key frame k exactly (algorithm: the exact band)."""
     width = window_frames(frames, band)
     starts = torch.tensor([window_start(f, frames, band) for f in range(frames)], device=device)
@@ -64,6 +64,12 @@ def merge_exact(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((part - lse).exp()[..., None] for part in (lse_a, lse_b))
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
+
+
+def dequantised(values_BNHD: Tensor, scale_BHT: Tensor, frames: int) -> Tensor:
+    """The correction of every token in float32, (B, T, P, H, D), from 8 bits and a scale for each frame and head."""
+    wide = split_frames(values_BNHD.float(), frames)
+    return wide * scale_BHT.transpose(1, 2)[:, :, None, :, None]
 
 
 def split_frames(x_BNHD: Tensor, frames: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.dense import attention_lse
-from vmonarch_kernels.structure import band_groups, exact_pairs, merge_exact, split_frames
+from vmonarch_kernels.structure import band_groups, dequantised, exact_pairs, merge_exact, split_frames
 
 L_DTYPE = torch.float8_e4m3fn
 _CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that they stay in cache
@@ -22,11 +22,12 @@ def monarch_torch(
     v: Tensor,
     l_prev: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
+    residual: tuple[Tensor, Tensor] | None,
     frames: int,
     num_steps: int,
     c_floor: float,
     first_frame: bool,
-    band: float | None,
+    band: int | None,
     scale: float,
     return_l: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -64,8 +65,10 @@ def monarch_torch(
             if return_l:
                 l_new = _empty_l(q_BTPHD)
             _l_step(q_BTPHD, alpha, c_l, y, exact, pairs, scale, c_floor, out, l_new)
+    if residual is not None:
+        out += dequantised(*residual, frames)
     if first_frame and band is None:
-        first, first_lse = _first_frame(q_BTPHD, k_BTPHD, v_BTPHD, scale)
+        first, first_lse = frame_torch(q_BTPHD[:, 0], k, v, scale)
         if extra is not None:
             first, _ = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
         out[:, 0] = first
@@ -126,21 +129,20 @@ def _r_step_cpu(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tens
     return alpha, y, lse
 
 
-def _first_frame(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Exact attention of frame 0 over all tokens (paper, first-frame recomputation)."""
-    keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
-    out, lse = attention_lse(q[:, 0].transpose(1, 2), keys, values, scale=scale)
+def frame_torch(q_BPHD: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of one frame's queries over all tokens: (out (B, P, H, D), lse (B, P, H))."""
+    out, lse = attention_lse(q_BPHD.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: float, first_frame: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out (B, T, P, H, D), lse (B, T, P, H)) of the exact band, no keys copied."""
     batch, frames, positions, heads, dim = q.shape
     width = window_frames(frames, band)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     if first_frame:
-        out[:, 0], lse[:, 0] = _first_frame(q, k, v, scale)
+        out[:, 0], lse[:, 0] = frame_torch(q[:, 0], k.flatten(1, 2), v.flatten(1, 2), scale)
     for group in band_groups(frames, band, first_frame):
         rows = slice(group.first, group.first + group.count)
         for b in range(batch):

@@ -106,11 +106,11 @@ def test_presets_are_listed_and_shown() -> None:
 def test_presets_check(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text("band = 1\n")
-    bad.write_text("band = 1.2\n")
+    bad.write_text("band = 1.5\n")
     assert call("presets", "check", str(good)).stdout == f"{good} is valid: preset 'good'\n"
     result = call("presets", "check", str(bad))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {bad}: field 'band' takes a multiple of 0.5 from 0 to 4096, or \"none\", got 1.2\n"
+    assert result.stderr == f"error: {bad}: field 'band' takes a whole number from 0 to 4096, or \"none\", got 1.5\n"
 
 
 def test_models_are_listed() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from vmonarch_cli.errors import InputError, PresetError, VmonarchError
 from vmonarch_cli.models.wan import NEGATIVE_PROMPT
-from vmonarch_cli.plan import GenerateRequest, Plan, count_flops, resolve, warm_bytes
+from vmonarch_cli.plan import GenerateRequest, Plan, count_flops, kept_bytes, resolve
 from vmonarch_cli.presets import load_preset
 
 
@@ -91,9 +91,12 @@ def test_flops_count_dense_steps_layers_and_cold_starts() -> None:
     assert mixed.planned == 2 * (3 * 27 * mixed.structured_call + (5 * 30 - 3 * 27) * mixed.dense_call)
 
 
-def test_warm_state_memory() -> None:
+def test_memory_kept_between_steps() -> None:
     # N * T * heads bytes in e4m3: 8.3 MB per layer and branch for this model and size.
-    assert warm_bytes(plan(preset="fast")) == 32760 * 21 * 12 * 30 * 2
+    factors = 32760 * 21 * 12 * 30 * 2
+    assert kept_bytes(plan(preset="fast", overrides=("refresh=0",))) == factors
+    assert kept_bytes(plan(preset="balanced")) == factors + 32760 * 12 * 128 * 30 * 2
+    assert kept_bytes(plan(preset="paper")) == kept_bytes(plan(preset="dense")) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from vmonarch_cli.attention.sampling import DenseSample, sample_dense
 from vmonarch_cli.attention.warm import CallKey, WarmState
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage, StepAttention
-from vmonarch_kernels import monarch_attention, resolve_impl
-from vmonarch_kernels.cost import is_exact
+from vmonarch_kernels import Residual, monarch_attention, resolve_impl
+from vmonarch_kernels.cost import band_with_refresh, is_exact
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
@@ -256,9 +256,16 @@ class AttentionSession:
         impl = self.resolve_impl(q.device, q.dtype, q.shape[3])
         key = CallKey(transformer, layer, step.forward.branch)
         # When the band covers every frame there is no L, and nothing to keep.
-        keeps = self.preset.warm_start and not is_exact(grid[0], self.preset.band)
+        preset = self.preset
+        band = band_with_refresh(grid[0], preset.band, preset.refresh, first_frame=preset.first_frame)
+        inexact = not is_exact(grid[0], band)
+        keeps = preset.warm_start and inexact
         l_prev = self._warm.get(key, grid, q) if keeps else None
-        run = functools.partial(self._structured_call, q, k, v, text, grid, impl, l_prev, keeps)
+        residual = None
+        if preset.refresh and inexact:
+            video = q if text is None else text.split(q)[0]
+            residual = self._warm.residual(key, grid[0], video, preset.first_frame)
+        run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps, residual)
         self._first_call(step, run, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
         start = step.clock.mark()
         out, factor = run()
@@ -289,16 +296,18 @@ class AttentionSession:
         v: torch.Tensor,
         text: Text | None,
         grid: tuple[int, int, int],
+        band: int | None,
         impl: str,
         l_prev: torch.Tensor | None,
         return_l: bool,
+        residual: Residual | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out, L of the last iteration if asked for). A call that starts warm does one iteration."""
         options: dict[str, Any] = {
             "num_steps": self.preset.num_steps if l_prev is None else 1,
             "c_floor": self.preset.c_floor,
             "first_frame": self.preset.first_frame,
-            "band": self.preset.band,
+            "band": band,
             "impl": impl,
             "l_prev": l_prev,
         }
@@ -307,7 +316,9 @@ class AttentionSession:
             options["extra"] = text_entry(q, k, v, text)
             video = (text.split(q)[0], text.split(k)[0], text.split(v)[0])
         factor: torch.Tensor | None = None
-        if return_l:
+        if residual is not None:
+            out, factor = residual.attention(*video, grid, self.preset.refresh, return_l=return_l, **options)
+        elif return_l:
             out, factor = monarch_attention(*video, grid, return_l=True, **options)
         else:
             out = monarch_attention(*video, grid, return_l=False, **options)

@@ -1,10 +1,12 @@
-"""State of the warm start: the L factor of every call's predecessor, for one clip."""
+"""What a clip's calls hand on to the next denoising step: L for the warm start, corrections for the frame refresh."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+from vmonarch_kernels import Residual
 
 
 class CallKey(NamedTuple):
@@ -17,10 +19,11 @@ class CallKey(NamedTuple):
 
 
 class WarmState:
-    """L factors, float8_e4m3fn (B, P, heads, T, T), one per CallKey."""
+    """L factors, float8_e4m3fn (B, P, heads, T, T), and corrections of frames, one of each per CallKey."""
 
     def __init__(self) -> None:
         self._factors: dict[CallKey, tuple[tuple[int, int, int], torch.Tensor]] = {}
+        self._residuals: dict[CallKey, Residual] = {}
         self.peak_bytes = 0
 
     def get(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
@@ -34,13 +37,22 @@ class WarmState:
     def put(self, key: CallKey, grid: tuple[int, int, int], factor: torch.Tensor) -> None:
         self._factors[key] = (grid, factor)
 
+    def residual(self, key: CallKey, frames: int, q: torch.Tensor, first_frame: bool) -> Residual:
+        """The corrections of a call with q (B, N, heads, D) of so many frames; fresh ones where there are none."""
+        kept = self._residuals.get(key)
+        if kept is None or not kept.fits(q, frames):
+            kept = self._residuals[key] = Residual(q, frames, first_frame=first_frame)
+        return kept
+
     def drop(self) -> None:
         """Start cold from here on."""
         self._factors.clear()
+        self._residuals.clear()
 
     def note_peak(self) -> None:
         """Update ``peak_bytes``; once per step is enough, a factor is replaced by one of its own size."""
-        held = sum(factor.numel() * factor.element_size() for _, factor in self._factors.values())
+        held = sum(factor.nbytes for _, factor in self._factors.values())
+        held += sum(residual.nbytes for residual in self._residuals.values())
         self.peak_bytes = max(self.peak_bytes, held)
 
     def clear(self) -> None:

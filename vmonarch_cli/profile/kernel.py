@@ -16,8 +16,8 @@ from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference,
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
-from vmonarch_kernels import monarch_attention, resolve_impl
-from vmonarch_kernels.cost import dense_bytes, dense_flops, is_exact, monarch_bytes, monarch_flops
+from vmonarch_kernels import Residual, monarch_attention, resolve_impl
+from vmonarch_kernels.cost import band_with_refresh, dense_bytes, dense_flops, is_exact, monarch_bytes, monarch_flops
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 OnWork = Callable[[str], None]
@@ -214,17 +214,18 @@ def _structured(
         "num_steps": preset.num_steps,
         "c_floor": preset.c_floor,
         "first_frame": preset.first_frame,
-        "band": preset.band,
+        "band": band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame),
     }
-    exact = is_exact(frames, preset.band)
+    exact = is_exact(frames, options["band"])
     warm = preset.warm_start and not exact
+    refresh = 0 if exact else preset.refresh
     if warm:
         _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)
         options["num_steps"] = 1
     counted = {name: options[name] for name in ("num_steps", "first_frame", "band")}
     size = (grid, settings.heads, settings.head_dim, settings.batch)
-    work = monarch_flops(*size, warm=warm, **counted)
-    moved = monarch_bytes(*size, settings.dtype.itemsize, warm=warm, keep_l=warm, **counted)
+    work = monarch_flops(*size, warm=warm, refresh=refresh, **counted)
+    moved = monarch_bytes(*size, settings.dtype.itemsize, warm=warm, keep_l=warm, refresh=refresh, **counted)
     row = KernelRow(
         preset.name,
         "structured",
@@ -234,7 +235,13 @@ def _structured(
         floor_s=chip.floor(work, moved),
     )
 
+    residual = Residual(tensors[0], frames, first_frame=preset.first_frame) if refresh else None
+
     def run() -> Tensor:
+        if residual is not None:
+            # On tensors that never change, corrections would soon be the whole error: only the work is measured.
+            residual.forget()
+            return residual.attention(*tensors, grid, refresh, impl=impl, return_l=warm, **options)[0]
         if warm:
             return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
         out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
@@ -243,13 +250,13 @@ def _structured(
     def check(out: Tensor, error: float) -> Check:
         if exact:
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
-        return _structured_check(out, tensors, grid, impl, options)
+        return _structured_check(out, tensors, grid, impl, refresh, options)
 
     return _Contender(row, run, check)
 
 
 def _structured_check(
-    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, options: dict[str, Any]
+    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: int, options: dict[str, Any]
 ) -> Check:
     """The output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
@@ -261,8 +268,14 @@ def _structured_check(
     other = "reference" if impl == "torch" and fits else "torch"
     on_cpu = out.device.type == "cpu"
     wide = torch.float64 if dtype == torch.float32 and on_cpu else torch.float32
-    q, k, v = (x.to(wide) for x in tensors)
-    truth: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
-    eager: Tensor = monarch_attention(*tensors, grid, impl=other, **options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if refresh:
+            residual = Residual(q, grid[0], first_frame=options["first_frame"])
+            return residual.attention(q, k, v, grid, refresh, impl=other, **options)[0]
+        found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
+        return found
+
+    truth, eager = attend(*(x.to(wide) for x in tensors)), attend(*tensors)
     budget = max(_ROUNDING[dtype], EAGER_FACTOR * difference(eager, truth))
     return Check(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")

@@ -85,8 +85,12 @@ def _fields() -> list[Variant]:
     found += [
         Variant("warm, no band" if w is None else f"warm, band {w}", "warm start", _warm(w)) for w in (None, 0, 1, 2, 3)
     ]
+    found += [
+        Variant(f"warm, band 0, refresh {n}", "frame refresh", _warm(0).model_copy(update={"refresh": n}))
+        for n in (1, 2, 3, 4)
+    ]
     found += [Variant(f"paper, c_floor {c:g}", "c_floor", _cold(c_floor=c)) for c in (0.01, 0.5, 1.0)]
-    for name, preset in (("paper", _cold()), ("balanced", _warm(1))):
+    for name, preset in (("paper", _cold()), ("balanced", load_preset("balanced"))):
         for steps in (2, 4, 8):
             dense = preset.model_copy(update={"dense_steps": steps})
             found.append(Variant(f"{name}, {steps} dense steps", "dense steps", dense))
@@ -102,7 +106,7 @@ def _cold(**fields: object) -> Preset:
 
 
 def _warm(band: int | None) -> Preset:
-    return load_preset("fast").model_copy(update={"band": band})
+    return load_preset("fast").model_copy(update={"band": band, "first_frame": True, "refresh": 0})
 
 
 def _distinct(found: list[Variant]) -> list[Variant]:
