@@ -205,9 +205,9 @@ def _scaling(record: Record) -> list[str]:
     settings = record["settings"]
     count = settings["processes"]
     lines = [
-        f"{settings['model']}, {settings['frames']} frames, {settings['dtype']}, random weights, eager, one forward on "
-        f"{count} GPUs and on one of them. *Exchange*: all that the processes send each other in a forward, timed on its "
-        "own. *Error*: of what the GPUs predict together against one alone.",
+        f"{settings['model']}, {settings['frames']} frames, {settings['dtype']}, random weights, eager, one forward "
+        f"on {count} GPUs and on one of them. *Exchange*: all that the processes send each other in a forward, timed "
+        "on its own. *Error*: of what the GPUs predict together against one alone.",
         "",
     ]
     rows = []
@@ -230,8 +230,8 @@ def _scaling(record: Record) -> list[str]:
                 ]
             )
     titles = [
-        "size", "self-attention", "one, ms", f"{count}, ms", "gain", "efficiency", "of it attention, ms", "exchange, ms",
-        "peak of one, GiB", "peak a card, GiB", "error",
+        "size", "self-attention", "one, ms", f"{count}, ms", "gain", "efficiency", "of it attention, ms",
+        "exchange, ms", "peak of one, GiB", "peak a card, GiB", "error",
     ]  # fmt: skip
     return [*lines, *_table(titles, rows)]
 
@@ -239,8 +239,8 @@ def _scaling(record: Record) -> list[str]:
 def _batch(record: Record) -> list[str]:
     settings = record["settings"]
     how = (
-        f"{settings['clips']} clips of the demo model, one process and {settings['processes']}. Every clip was made once "
-        "and has the same pixels in all runs. *Working*: from the first clip's start to the last one's end."
+        f"{settings['clips']} clips of the demo model, one process and {settings['processes']}. Every clip was made "
+        "once and has the same pixels in all runs. *Working*: from the first clip's start to the last one's end."
     )
     first = record["runs"][0]["working_s"]
     rows = [
@@ -261,8 +261,8 @@ def _batch(record: Record) -> list[str]:
 def _card(record: Record) -> list[str]:
     settings = record["settings"]
     how = (
-        f"`vmonarch generate -m {settings['model']} {' '.join(settings['arguments'])}`, random weights of the true size, "
-        "no flag for memory, with so much of the GPU's memory left free."
+        f"`vmonarch generate -m {settings['model']} {' '.join(settings['arguments'])}`, random weights of the true "
+        "size, no flag for memory, with so much of the GPU's memory left free."
     )
     rows = [
         [

@@ -2,7 +2,8 @@
 
 A multiply-add counts as two operations. With N = T * P tokens the unit is N * P * D per head:
 dense attention costs 4 T units, an R-step 4 (6 with V beside K), the exact band 4 (2w + 1), the
-first frame and every other recomputed one 4, an L-step 4 T / P. The paper's own figures leave out the first-frame recomputation.
+first frame and every other recomputed one 4, an L-step 4 T / P. The paper's own figures leave out
+the first-frame recomputation.
 """
 
 Grid = tuple[int, int, int]

@@ -39,9 +39,9 @@ class Residual:
         """Bytes held."""
         return self.values.nbytes + self.scale.nbytes
 
-    def fits(self, q: Tensor, frames: int) -> bool:
-        """Whether it is of a call with q's shape, device and so many frames."""
-        return self.values.shape == q.shape and self.values.device == q.device and self.scale.shape[2] == frames
+    def fits(self, q: Tensor) -> bool:
+        """Whether it is of a call with q's shape and device."""
+        return self.values.shape == q.shape and self.values.device == q.device
 
     def forget(self) -> None:
         """Know nothing again, and begin with the first turn."""
@@ -84,8 +84,8 @@ class Residual:
     def _keep(self, frame: int, exact: Tensor, structured: Tensor) -> None:
         """Remember a frame's correction (B, P, heads, D), scaled to the range of 8 bits by its largest entry."""
         difference = exact - structured
-        largest = torch.linalg.vector_norm(difference, ord=float("inf"), dim=(1, 3), dtype=torch.float32)
-        scale = largest.clamp_min_(1e-30).div_(_LARGEST)
+        largest = torch.linalg.vector_norm(difference, ord=float("inf"), dim=(1, 3)).float()
+        scale = largest.clamp_min(1e-30) / _LARGEST
         kept = split_frames(self.values, self.scale.shape[2])[:, frame]
         kept.copy_(difference / scale[:, None, :, None])
         self.scale[:, :, frame] = scale

@@ -20,6 +20,9 @@ CALLS = LAYERS * 2 * STEPS  # with guidance a step has two forwards
 EXACT = Preset(name="exact", band=1024)
 PAPER = Preset(name="paper")
 WARM = Preset(name="warm", warm_start=True, band=0)
+REFRESH = WARM.model_copy(update={"refresh": 1})
+KEEPING = pytest.mark.parametrize("preset", [WARM, REFRESH], ids=["warm", "refresh"])
+"""Presets that keep something from step to step."""
 DENSE = Preset(name="dense", attention="dense")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, four steps of a three-layer model, latents of size one
 
@@ -309,30 +312,42 @@ def test_warm_start_is_used_from_the_second_step_on(pipeline: Any) -> None:
     assert not torch.allclose(run(pipeline, WARM), run(pipeline, cold), **CLOSE)
 
 
-def test_a_batch_of_two_prompts_equals_two_single_runs(pipeline: Any) -> None:
+def test_refreshed_frames_bring_the_clip_closer_to_dense(pipeline: Any, stock: torch.Tensor) -> None:
+    with swapped(pipeline, REFRESH) as session:
+        refreshed, kept = latents_of(pipeline), session.warm_state_bytes
+    with swapped(pipeline, WARM) as session:
+        warm = latents_of(pipeline)
+        assert kept > session.warm_state_bytes > 0
+    assert (refreshed - stock).norm() < (warm - stock).norm()
+
+
+@KEEPING
+def test_a_batch_of_two_prompts_equals_two_single_runs(pipeline: Any, preset: Preset) -> None:
     prompts = ["a red circle moving left", "a blue square"]
-    both = run(pipeline, WARM, prompt=prompts, seed=[3, 4])
+    both = run(pipeline, preset, prompt=prompts, seed=[3, 4])
     for index, prompt in enumerate(prompts):
-        alone = run(pipeline, WARM, prompt=prompt, seed=3 + index)
+        alone = run(pipeline, preset, prompt=prompt, seed=3 + index)
         torch.testing.assert_close(both[index : index + 1], alone, **CLOSE)
     assert not torch.allclose(both[0], both[1], **CLOSE)
 
 
-def test_nothing_leaks_into_the_next_clip(pipeline: Any) -> None:
-    alone = run(pipeline, WARM, prompt="a blue square", seed=5)
-    with swapped(pipeline, WARM):
+@KEEPING
+def test_nothing_leaks_into_the_next_clip(pipeline: Any, preset: Preset) -> None:
+    alone = run(pipeline, preset, prompt="a blue square", seed=5)
+    with swapped(pipeline, preset):
         latents_of(pipeline, "a red circle", seed=1)
         second = latents_of(pipeline, "a blue square", seed=5)
     assert torch.equal(second, alone)
 
 
-def test_nothing_leaks_from_a_clip_that_was_stopped(pipeline: Any) -> None:
-    alone = run(pipeline, WARM, seed=5)
+@KEEPING
+def test_nothing_leaks_from_a_clip_that_was_stopped(pipeline: Any, preset: Preset) -> None:
+    alone = run(pipeline, preset, seed=5)
 
     def stop(*_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    with swapped(pipeline, WARM) as session:
+    with swapped(pipeline, preset) as session:
         with pytest.raises(KeyboardInterrupt):
             pipeline(
                 "a blue square",
@@ -346,16 +361,18 @@ def test_nothing_leaks_from_a_clip_that_was_stopped(pipeline: Any) -> None:
         assert len(session.steps) == STEPS
 
 
-def test_another_shape_starts_cold(pipeline: Any) -> None:
+@KEEPING
+def test_another_shape_starts_cold(pipeline: Any, preset: Preset) -> None:
     other: dict[str, Any] = {"height": 48, "width": 32, "num_frames": 9}
-    alone = run(pipeline, WARM, **other)
-    with swapped(pipeline, WARM) as session:
+    alone = run(pipeline, preset, **other)
+    with swapped(pipeline, preset) as session:
         latents_of(pipeline)
         assert torch.equal(latents_of(pipeline, **other), alone)
         assert session.grid == (3, 3, 2)
 
 
-def test_a_shape_or_batch_that_changes_within_a_clip_starts_cold() -> None:
+@KEEPING
+def test_a_shape_or_batch_that_changes_within_a_clip_starts_cold(preset: Preset) -> None:
     transformer = tiny_transformer()
     session: AttentionSession
 
@@ -373,25 +390,26 @@ def test_a_shape_or_batch_that_changes_within_a_clip_starts_cold() -> None:
         return out
 
     for grid, batch in [((3, 3, 2), 1), ((5, 3, 2), 1), (GRID, 2)]:
-        with torch.no_grad(), swapped(transformer, WARM) as session:
+        with torch.no_grad(), swapped(transformer, preset) as session:
             forward(GRID, 1)
             after_another = forward(grid, batch)
             session.begin_clip()
             assert torch.equal(forward(grid, batch), after_another)
 
 
-def test_guidance_branches_do_not_share_warm_state(pipeline: Any) -> None:
+@KEEPING
+def test_guidance_branches_do_not_share_warm_state(pipeline: Any, preset: Preset) -> None:
     """With the same prompt on both sides guidance changes nothing, unless one branch starts from the other's L."""
     prompt = "a red circle"
-    unguided = run(pipeline, WARM, prompt=prompt, guidance_scale=1.0)
-    guided = run(pipeline, WARM, prompt=prompt, negative_prompt=prompt, guidance_scale=4.0)
+    unguided = run(pipeline, preset, prompt=prompt, guidance_scale=1.0)
+    guided = run(pipeline, preset, prompt=prompt, negative_prompt=prompt, guidance_scale=4.0)
     torch.testing.assert_close(guided, unguided, **CLOSE)
 
 
 # Compilation
 
 
-@pytest.mark.parametrize("preset", [PAPER, WARM], ids=["paper", "warm"])
+@pytest.mark.parametrize("preset", [PAPER, WARM, REFRESH], ids=["paper", "warm", "refresh"])
 def test_repeated_blocks_compile_once_without_graph_breaks(preset: Preset) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 

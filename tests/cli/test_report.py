@@ -46,8 +46,8 @@ def test_header_names_everything(make: Any) -> None:
         "model Wan2.1-T2V-1.3B 30 layers, 12 heads x 128",
         "clip 832x480, 81 frames at 16 fps, 4 steps",
         "tokens 32,760 = 21 x 30 x 52 (latent frames x rows x columns)",
-        "preset quality warm start, 2 iterations in the first step, 5 nearest frames exact, first frame exact, "
-        "first 4 steps dense",
+        "preset quality warm start, 2 iterations in the first step, own frame exact, first frame exact, 4 more "
+        "frames exact in turn, first 4 steps dense",
         "device NVIDIA H100 80GB HBM3, bfloat16, attention by triton",
     ):
         assert words in shown
@@ -79,7 +79,7 @@ def test_summary(make: Any) -> None:
         "of which text 500 ms, denoise 8 s, decode 1.25 s, write 100 ms",
         "load 1.5 s for the model, in no figure above",
         "coverage 174 of 240 self-attention calls structured; dense: 60 (dense_steps), 6 (dense_layers)",
-        "memory peak 3.0 GiB (device), of it 12 MiB for the warm start",
+        "memory peak 3.0 GiB (device), of it 12 MiB kept between steps",
         "seed 0",
     ):
         assert words in shown

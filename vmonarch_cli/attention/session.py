@@ -264,7 +264,7 @@ class AttentionSession:
         residual = None
         if preset.refresh and inexact:
             video = q if text is None else text.split(q)[0]
-            residual = self._warm.residual(key, grid[0], video, preset.first_frame)
+            residual = self._warm.residual(key, grid, video, preset.first_frame)
         run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps, residual)
         self._first_call(step, run, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
         start = step.clock.mark()

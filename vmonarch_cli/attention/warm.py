@@ -23,7 +23,7 @@ class WarmState:
 
     def __init__(self) -> None:
         self._factors: dict[CallKey, tuple[tuple[int, int, int], torch.Tensor]] = {}
-        self._residuals: dict[CallKey, Residual] = {}
+        self._residuals: dict[CallKey, tuple[tuple[int, int, int], Residual]] = {}
         self.peak_bytes = 0
 
     def get(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
@@ -37,11 +37,12 @@ class WarmState:
     def put(self, key: CallKey, grid: tuple[int, int, int], factor: torch.Tensor) -> None:
         self._factors[key] = (grid, factor)
 
-    def residual(self, key: CallKey, frames: int, q: torch.Tensor, first_frame: bool) -> Residual:
-        """The corrections of a call with q (B, N, heads, D) of so many frames; fresh ones where there are none."""
-        kept = self._residuals.get(key)
-        if kept is None or not kept.fits(q, frames):
-            kept = self._residuals[key] = Residual(q, frames, first_frame=first_frame)
+    def residual(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor, first_frame: bool) -> Residual:
+        """The corrections of a call with q (B, N, heads, D) of that grid; fresh ones where there are none."""
+        kept_grid, kept = self._residuals.get(key, (None, None))
+        if kept is None or kept_grid != grid or not kept.fits(q):
+            kept = Residual(q, grid[0], first_frame=first_frame)
+            self._residuals[key] = (grid, kept)
         return kept
 
     def drop(self) -> None:
@@ -52,7 +53,7 @@ class WarmState:
     def note_peak(self) -> None:
         """Update ``peak_bytes``; once per step is enough, a factor is replaced by one of its own size."""
         held = sum(factor.nbytes for _, factor in self._factors.values())
-        held += sum(residual.nbytes for residual in self._residuals.values())
+        held += sum(residual.nbytes for _, residual in self._residuals.values())
         self.peak_bytes = max(self.peak_bytes, held)
 
     def clear(self) -> None:
