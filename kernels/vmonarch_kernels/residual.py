@@ -66,7 +66,7 @@ class Residual:
 
         """
         count = min(refresh, len(self._order))
-        chosen = [self._order[(self._next + i) % len(self._order)] for i in range(count)]
+        chosen = list(dict.fromkeys(self._order[(self._next + i) % len(self._order)] for i in range(count)))
         self._next = (self._next + count) % len(self._order)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
@@ -92,5 +92,11 @@ class Residual:
 
 
 def turns(frames: int, first_frame: bool) -> list[int]:
-    """The order in which frames are recomputed: by the golden ratio, so that neighbours' turns lie far apart."""
-    return sorted(range(1 if first_frame else 0, frames), key=lambda frame: frame * _GOLDEN % 1)
+    """The order in which frames are recomputed: by the golden ratio, so that neighbours' turns lie far apart.
+
+    Where frame 0, on which later frames lean, is not exact in every call (``first_frame``), it has every fourth turn.
+    """
+    later = sorted(range(1, frames), key=lambda frame: frame * _GOLDEN % 1)
+    if first_frame:
+        return later
+    return [frame for i in range(0, max(1, len(later)), 3) for frame in (0, *later[i : i + 3])]

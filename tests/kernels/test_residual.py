@@ -31,9 +31,15 @@ def error(a: Tensor, b: Tensor) -> float:
 
 def test_every_frame_has_its_turn_and_neighbours_turns_lie_apart() -> None:
     assert sorted(turns(21, first_frame=True)) == list(range(1, 21))
+    assert all(abs(a - b) > 2 for a, b in itertools.pairwise(turns(21, first_frame=True)))
+
+
+def test_the_first_frame_has_every_fourth_turn_where_it_is_not_exact_anyway() -> None:
     order = turns(21, first_frame=False)
-    assert sorted(order) == list(range(21))
-    assert all(abs(a - b) > 2 for a, b in itertools.pairwise(order))
+    assert set(order) == set(range(21))
+    assert [i for i, frame in enumerate(order) if frame == 0] == list(range(0, len(order), 4))
+    assert [frame for frame in order if frame] == turns(21, first_frame=True)
+    assert turns(1, first_frame=False) == [0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
