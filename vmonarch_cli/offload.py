@@ -19,8 +19,12 @@ WORDS = {
 }
 
 
-def choose(wanted: str, peaks: dict[str, int], free: int, device: torch.device) -> tuple[str, str]:
+def choose(
+    wanted: str, peaks: dict[str, int], free: int, device: torch.device, *, refreshes: bool = False
+) -> tuple[str, str]:
     """(mode, one line that says why). "auto" takes the first mode whose peak fits; a named mode is never changed.
+
+    ``refreshes``: the preset keeps corrections, without which less is needed.
 
     Raises ModelError when none fits, or the named one does not even by the lower bound of the estimate.
     """
@@ -32,9 +36,11 @@ def choose(wanted: str, peaks: dict[str, int], free: int, device: torch.device) 
         if peak <= free:
             return mode, f"offload {mode}: {WORDS[mode]}, about {binary_size(peak)} of {binary_size(free)} free"
     least = min(peaks.values())
+    lighter = "--set refresh=0, " if refreshes else ""
     raise ModelError(
         f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
-        f"{binary_size(free)} are free; choose a smaller size, fewer frames, --vae-tiling or --quantize fp8"
+        f"{binary_size(free)} are free; choose a smaller size, fewer frames, {lighter}--vae-tiling or "
+        "--quantize fp8"
     )
 
 

@@ -347,7 +347,8 @@ def offload_mode(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[
     if device.type == "cpu":
         return offload.choose(plan.setup.offload, {}, 0, device)
     free = torch.cuda.mem_get_info(device)[0]
-    return offload.choose(plan.setup.offload, offload.peaks_of(plan, _name(dtype)), free, device)
+    peaks = offload.peaks_of(plan, _name(dtype))
+    return offload.choose(plan.setup.offload, peaks, free, device, refreshes=plan.preset.refresh > 0)
 
 
 def _timing(denoised: Denoised, decode_s: float, write_s: float, peak: int, peak_kind: str) -> ClipTiming:

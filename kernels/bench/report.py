@@ -82,12 +82,22 @@ def _origin(name: str, record: Record) -> list[str]:
         "",
         f"Record `{name}`, commit {tree}, {known}.",
     ]
+    if presets := [preset for preset in record.get("settings", {}).get("presets") or [] if preset["name"] != "paper"]:
+        lines.append(f"Presets as they were in this run: {'; '.join(map(_preset, presets))}.")
     if chip := record.get("chip"):
         peaks = f"{chip['flops_per_s'] / 1e12:.3g} TFLOP/s in a matrix product, {chip['bytes_per_s'] / 1e12:.3g} TB/s"
         lines.append(f"The chip in this run: {peaks} in a copy.")
     for left_out in record.get("skipped") or []:
         lines.append(f"Left out: {left_out['what']} ({left_out['why']}).")
     return lines
+
+
+def _preset(preset: Record) -> str:
+    """What sets a preset apart: `balanced`: warm start, band 0, refresh 2."""
+    words = ["warm start" if preset["warm_start"] else f"{preset['num_steps']} cold iterations"]
+    words += [f"{name} {preset[name]}" for name in ("band", "refresh", "dense_steps") if preset.get(name)]
+    words += ["band 0"] * (preset["band"] == 0) + ["first frame not exact in itself"] * (not preset["first_frame"])
+    return f"`{preset['name']}`: {', '.join(words)}"
 
 
 def _kernel(record: Record) -> list[str]:

@@ -361,7 +361,7 @@ def test_custom_op_is_well_formed() -> None:
     q, k, v = inputs(shape, torch.float32)
     op = torch.ops.vmonarch_kernels.monarch_attention.default
     for band, return_l in itertools.product((None, 0), (False, True)):
-        args = (q, k, v, None, None, None, list(shape.grid), 2, 0.1, True, band, 0.25, "torch", return_l)
+        args = (q, k, v, *[None] * 5, list(shape.grid), 2, 0.1, True, band, 0.25, "torch", return_l)
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

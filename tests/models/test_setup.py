@@ -159,6 +159,15 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
     with pytest.raises(ModelError, match=r"does not fit the memory in any offload mode: it needs about .* are free"):
         mode(WAN21_14B, 1 * GB)
     assert offload.choose("auto", {}, 0, CPU)[0] == "none"
+    with pytest.raises(ModelError, match="fewer frames, --set refresh=0, --vae-tiling or --quantize fp8"):
+        offload.choose("auto", {"none": 2 * GB}, GB, cuda, refreshes=True)
+
+
+def test_what_is_kept_between_steps_counts_in_every_mode_that_denoises_with_it() -> None:
+    shape: Any = (WAN21_14B, (21, 45, 80), 720, 1280, 81, "bfloat16")
+    without, with_it = memory.peaks(*shape), memory.peaks(*shape, kept=31 * GB)
+    assert with_it["none"] - without["none"] == 31 * GB
+    assert all(with_it[mode] > without[mode] for mode in without)
 
 
 # LoRA

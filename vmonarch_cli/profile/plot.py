@@ -15,8 +15,8 @@ ENDINGS = (".png", ".svg")
 PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))
 """(tokens, speedup over FlashAttention-2, ">" where only a bound is given) of the kernel in the VMonarch paper."""
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes; one per preset, in the order of the list.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F2B")
+# Okabe and Ito's colours, which stay apart for colour-blind eyes, and two more; one per preset or group.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F2B", "#882255")
 _GREY = "#777777"
 
 
@@ -126,6 +126,9 @@ def plot_model(profile: ModelProfile, caption: str, path: Path) -> None:
     _save(figure, path)
 
 
+_NO_ROOM_LEFT = 0.16  # of the work of dense attention: names to the left would run into the axis
+
+
 def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
     """Latent error over work, presets named, the frontier as a line."""
     figure, axes = _figure(1, caption)
@@ -154,7 +157,8 @@ def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
     named = {row.name: row for row in [*frontier, *(row for row in rows if row.is_preset)]}
     for row in named.values():
         # Below and to the left of the frontier there is nothing, so that is where its names go.
-        offset, align = ((6, 4), "left") if row.is_preset else ((-5, -8), "right")
+        at_the_axis = (row.flops_share or 0) < _NO_ROOM_LEFT
+        offset, align = ((6, 4), "left") if row.is_preset or at_the_axis else ((-5, -8), "right")
         axis.annotate(
             row.name,
             (100 * (row.flops_share or 0), row.latent_error or 0),
