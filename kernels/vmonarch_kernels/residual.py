@@ -5,6 +5,7 @@ R V, is shared by all query frames. It changes slowly from one denoising step to
 frame's exact attention made stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ class Residual:
     def fits(self, q: Tensor) -> bool:
         """Whether it is of a call with q's shape and device."""
         return self.values.shape == q.shape and self.values.device == q.device
+
+    def fresh(self) -> "Residual":
+        """Another one for calls of the same shape, which knows nothing yet."""
+        other = copy.copy(self)
+        other.values = torch.zeros_like(self.values.view(torch.uint8)).view(RESIDUAL_DTYPE)
+        other.scale = torch.zeros_like(self.scale)
+        other._next = 0
+        return other
 
     def forget(self) -> None:
         """Know nothing again, and begin with the first turn."""

@@ -302,6 +302,19 @@ def test_the_first_call_of_a_kernel_variant_is_kept_out_of_the_figures() -> None
     torch.testing.assert_close(latents, by_torch, rtol=1e-2, atol=1e-2)
 
 
+def test_a_first_call_leaves_no_corrections_behind() -> None:
+    pytest.importorskip("vmonarch_kernels.launch", reason="needs the Triton kernels")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs where there is no GPU")
+    pipeline = tiny_pipeline()
+    with swapped(pipeline, REFRESH.model_copy(update={"impl": "triton"})) as session:
+        with_first_calls = latents_of(pipeline, steps=3, guidance_scale=1.0)
+        assert session.steps[0].first_call_s is not None
+        without = latents_of(pipeline, steps=3, guidance_scale=1.0)
+        assert session.steps[0].first_call_s is None
+    assert torch.equal(without, with_first_calls)
+
+
 # Warm start
 
 

@@ -100,8 +100,11 @@ def test_a_correction_fades_and_is_forgotten(impl: str) -> None:
     residual.attention(q, k, v, GRID, 1, impl=impl)
     last = turns(GRID[0], first_frame=True)[-1]
     assert torch.equal(residual.scale[:, :, last], kept[:, :, last] * DECAY)
+    fresh, _ = residual.fresh().attention(q, k, v, GRID, 1, impl=impl)
+    assert torch.equal(residual.scale[:, :, last], kept[:, :, last] * DECAY), "a fresh one shares nothing"
     residual.forget()
     again, _ = residual.attention(q, k, v, GRID, 1, impl=impl)
+    assert torch.equal(again, fresh)
     assert torch.equal(again, Residual(q, GRID[0]).attention(q, k, v, GRID, 1, impl=impl)[0])
 
 

@@ -265,10 +265,15 @@ class AttentionSession:
         if preset.refresh and inexact:
             video = q if text is None else text.split(q)[0]
             residual = self._warm.residual(key, grid, video, preset.first_frame)
-        run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps, residual)
-        self._first_call(step, run, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
+        run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps)
+
+        def unseen() -> None:
+            """The call without a trace: corrections that it left would make this clip differ from the next one."""
+            run(None if residual is None else residual.fresh())
+
+        self._first_call(step, unseen, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
         start = step.clock.mark()
-        out, factor = run()
+        out, factor = run(residual)
         call = _Call(start, step.clock.mark(), structured=True)
         step.calls.append(call)
         self._structured += 1
