@@ -12,7 +12,7 @@ from rich.text import Text
 from vmonarch_cli import memory
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.families import PIPELINES
-from vmonarch_cli.plan import Flops, branches_of, count_flops
+from vmonarch_cli.plan import Flops, branches_of, count_flops, kept_by
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.report import facts
 from vmonarch_cli.wording import binary_size, flops
@@ -93,7 +93,8 @@ def _step(model: ModelEntry) -> Flops:
 def _peaks(model: ModelEntry) -> dict[str, int]:
     d = model.defaults
     grid = model.grid(d.height, d.width, d.num_frames)
-    return memory.peaks(model, grid, d.height, d.width, d.num_frames, "bfloat16")
+    kept = kept_by(model, grid, load_preset(d.preset), d.guidance_scale)
+    return memory.peaks(model, grid, d.height, d.width, d.num_frames, "bfloat16", kept=kept)
 
 
 def _tokens(model: ModelEntry) -> int:

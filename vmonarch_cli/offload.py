@@ -20,11 +20,11 @@ WORDS = {
 
 
 def choose(
-    wanted: str, peaks: dict[str, int], free: int, device: torch.device, *, refreshes: bool = False
+    wanted: str, peaks: dict[str, int], free: int, device: torch.device, *, without_refresh: int | None = None
 ) -> tuple[str, str]:
     """(mode, one line that says why). "auto" takes the first mode whose peak fits; a named mode is never changed.
 
-    ``refreshes``: the preset keeps corrections, without which less is needed.
+    ``without_refresh``: least peak of the same clip if its preset kept no corrections of frames.
 
     Raises ModelError when none fits, or the named one does not even by the lower bound of the estimate.
     """
@@ -36,10 +36,12 @@ def choose(
         if peak <= free:
             return mode, f"offload {mode}: {WORDS[mode]}, about {binary_size(peak)} of {binary_size(free)} free"
     least = min(peaks.values())
-    lighter = "--set refresh=0, " if refreshes else ""
+    lighter = ""
+    if without_refresh is not None and without_refresh <= free:
+        lighter = f"with --set refresh=0 it needs about {binary_size(without_refresh)}, or "
     raise ModelError(
         f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
-        f"{binary_size(free)} are free; choose a smaller size, fewer frames, {lighter}--vae-tiling or "
+        f"{binary_size(free)} are free; {lighter}choose a smaller size, fewer frames, --vae-tiling or "
         "--quantize fp8"
     )
 
@@ -57,6 +59,14 @@ def peaks_of(plan: Any, dtype: str) -> dict[str, int]:
         vae_tiling=plan.setup.vae_tiling,
         kept=kept_bytes(plan),
     )
+
+
+def least_without_refresh(plan: Any, dtype: str) -> int | None:
+    """Least peak of a plan if its preset kept no corrections of frames; None where it keeps none."""
+    if not plan.preset.refresh:
+        return None
+    lighter = plan.model_copy(update={"preset": plan.preset.model_copy(update={"refresh": 0})})
+    return min(peaks_of(lighter, dtype).values())
 
 
 def place(pipeline: Any, mode: str, device: torch.device) -> None:

@@ -297,16 +297,20 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
 
 
 def kept_bytes(plan: Plan) -> int:
+    """Bytes kept from step to step by a clip as planned; see ``kept_by``."""
+    return kept_by(plan.model, plan.grid, plan.preset, plan.guidance_scale)
+
+
+def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float) -> int:
     """Bytes kept from step to step, one per entry of L (warm start) and of the output (frame refresh), for every layer
     and guidance branch of the transformer at work.
     """
-    model, preset = plan.model, plan.preset
     if preset.attention == "dense":
         return 0
     layers = max(0, model.layers - preset.dense_layers)
-    call = warm_state_bytes(plan.grid, model.heads) if preset.warm_start else 0
-    call += residual_bytes(plan.grid, model.heads, model.head_dim) if preset.refresh else 0
-    return call * layers * branches_of(model, plan.guidance_scale)
+    call = warm_state_bytes(grid, model.heads) if preset.warm_start else 0
+    call += residual_bytes(grid, model.heads, model.head_dim) if preset.refresh else 0
+    return call * layers * branches_of(model, guidance_scale)
 
 
 def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:

@@ -159,8 +159,17 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
     with pytest.raises(ModelError, match=r"does not fit the memory in any offload mode: it needs about .* are free"):
         mode(WAN21_14B, 1 * GB)
     assert offload.choose("auto", {}, 0, CPU)[0] == "none"
-    with pytest.raises(ModelError, match="fewer frames, --set refresh=0, --vae-tiling or --quantize fp8"):
-        offload.choose("auto", {"none": 2 * GB}, GB, cuda, refreshes=True)
+    with pytest.raises(ModelError, match=r"are free; with --set refresh=0 it needs about .*, or choose a smaller size"):
+        offload.choose("auto", {"none": 2 * GB}, GB, cuda, without_refresh=GB // 2)
+
+
+def test_a_clip_that_fits_without_refresh_alone_is_told_so() -> None:
+    request: dict[str, Any] = {"prompt": "a cat", "model": "wan2.1-14b"}
+    balanced = resolve(GenerateRequest(**request, preset="balanced"))
+    least = offload.least_without_refresh(balanced, "bfloat16")
+    assert least is not None
+    assert least < 24 * GB < min(offload.peaks_of(balanced, "bfloat16").values())
+    assert offload.least_without_refresh(resolve(GenerateRequest(**request, preset="paper")), "bfloat16") is None
 
 
 def test_what_is_kept_between_steps_counts_in_every_mode_that_denoises_with_it() -> None:
