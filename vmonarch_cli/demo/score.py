@@ -294,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
     args = parser.parse_args(argv)
     from vmonarch_cli.demo.training import pick_device
+    from vmonarch_cli.loading import quiet_libraries
 
+    quiet_libraries()
     settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size)
     result = score(
         args.weights,
