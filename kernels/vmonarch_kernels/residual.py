@@ -5,7 +5,6 @@ R V, is shared by all query frames. It changes slowly from one denoising step to
 frame's exact attention made stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from vmonarch_kernels.api import frame_attention, monarch_attention
 from vmonarch_kernels.structure import split_frames
+from vmonarch_kernels.torch_impl import L_DTYPE
 
 DECAY = 0.95
 """What of a correction is left after each call: it fades as it ages."""
-RESIDUAL_DTYPE = torch.float8_e4m3fn
-_LARGEST = torch.finfo(RESIDUAL_DTYPE).max
+_LARGEST = torch.finfo(L_DTYPE).max
 _GOLDEN = 0.6180339887498949
 
 
@@ -30,7 +29,7 @@ class Residual:
     def __init__(self, q: Tensor, frames: int, *, first_frame: bool = True) -> None:
         """Nothing known yet for tensors of q's shape (B, N, heads, D); with ``first_frame`` frame 0 needs no turn."""
         batch, _, heads, _ = q.shape
-        self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(RESIDUAL_DTYPE)
+        self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(L_DTYPE)
         self.scale = torch.zeros(batch, heads, frames, dtype=torch.float32, device=q.device)
         self._order = turns(frames, first_frame)
         self._next = 0
@@ -46,11 +45,7 @@ class Residual:
 
     def fresh(self) -> "Residual":
         """Another one for calls of the same shape, which knows nothing yet."""
-        other = copy.copy(self)
-        other.values = torch.zeros_like(self.values.view(torch.uint8)).view(RESIDUAL_DTYPE)
-        other.scale = torch.zeros_like(self.scale)
-        other._next = 0
-        return other
+        return Residual(self.values, self.scale.shape[2], first_frame=0 not in self._order)
 
     def forget(self) -> None:
         """Know nothing again, and begin with the first turn."""

@@ -18,10 +18,10 @@ IMPLS = ["reference", "torch", "triton"]
 GRID = (5, 2, 3)
 
 
-def inputs(seed: int = 0, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, GRID[0] * GRID[1] * GRID[2], 2, 32)
-    q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    shape = (2, GRID[0] * GRID[1] * GRID[2], 2, 32)
+    q, k, v = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3))
     return 2 * q, k, v
 
 
