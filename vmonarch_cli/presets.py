@@ -36,7 +36,7 @@ class Preset(BaseModel):
     c_floor: float = Field(default=0.1, gt=0.0, le=1.0)
     first_frame: bool = True
     band: int | None = Field(default=None, ge=0, le=MAX_BAND_FRAMES)
-    refresh: int = Field(default=0, ge=0, le=MAX_BAND_FRAMES)
+    refresh: float = Field(default=0, ge=0, le=MAX_BAND_FRAMES)
     dense_steps: int = Field(default=0, ge=0, le=MAX_DENSE)
     dense_layers: int = Field(default=0, ge=0, le=MAX_DENSE)
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -82,9 +82,9 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     ),
     "refresh": FieldDoc(
         "latent frames per step",
-        f"a whole number from 0 to {MAX_BAND_FRAMES}",
-        "Query frames recomputed exactly in every denoising step, in turn; what that changed is kept, in 8 bits, and "
-        "corrects the frame until its next turn.",
+        f"a number from 0 to {MAX_BAND_FRAMES}",
+        "Query frames recomputed exactly in every denoising step, in turn (0.75: in three steps of four); what that "
+        "changed is kept, in 8 bits, and corrects the frame until its next turn.",
     ),
     "dense_steps": FieldDoc(
         "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."
@@ -106,6 +106,8 @@ def format_value(value: object) -> str:
         return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

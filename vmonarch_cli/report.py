@@ -62,7 +62,7 @@ def preset_words(plan: Plan) -> str:
     if preset.first_frame:
         words.append("first frame exact")
     if preset.refresh:
-        words.append(f"{preset.refresh} more frame{'s' if preset.refresh > 1 else ''} exact in turn")
+        words.append(f"{preset.refresh:g} more frame{'s' if preset.refresh > 1 else ''} exact in turn")
     if preset.dense_steps:
         words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
     if preset.dense_layers:

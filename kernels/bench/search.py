@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from vmonarch_kernels import launch
 from vmonarch_kernels.configs import AttendConfig, HopperConfig, LStepConfig, shared_memory_bytes
-from vmonarch_kernels.structure import split_frames
+from vmonarch_kernels.structure import L_DTYPE, empty_l, split_frames
 
 KINDS = ("r", "rv", "first", "band")
 
@@ -47,11 +47,11 @@ def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], li
     if kind == "rv":
         return lambda: launch._r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
     if kind == "first":
-        return lambda: launch._attend_frame(call, call.q, out, lse), [out[:, 0]], 4
+        return lambda: launch._attend_frame(call, 0, out[:, 0], lse[:, :, 0]), [out[:, 0]], 4
     run = lambda: launch._attend(  # noqa: E731
-        call, call.q, rk=None, c_l=None, out=out, lse=lse, query_frames=(0, frames), window=(1, 3)
+        call, call.q, rk=None, c_l=None, out=out, lse=lse, query_frames=(0, frames), window=(0, 1)
     )
-    return run, [out, lse], 12
+    return run, [out, lse], 4
 
 
 def median_ms(run: Callable[[], object], repeats: int = 15) -> float:
@@ -76,11 +76,12 @@ def use_attend(config: AttendConfig | HopperConfig) -> None:
 
 
 def use_table() -> None:
-    launch.attend_config, launch.hopper_config, launch.l_step_config = TABLE
+    launch.attend_config, launch.hopper_config, launch.l_output_config, launch.next_beta_config = TABLE
 
 
 def use_l_step(config: LStepConfig) -> None:
-    launch.l_step_config = lambda *_, **__: config  # type: ignore[assignment]
+    launch.l_output_config = lambda *_, **__: config  # type: ignore[assignment]
+    launch.next_beta_config = lambda *_, **__: config  # type: ignore[assignment]
 
 
 def try_attend(shape: tuple[int, int, int, int], kind: str, config: AttendConfig | HopperConfig) -> str:
@@ -141,31 +142,44 @@ def search_attend(shape: tuple[int, int, int, int], kind: str) -> list[dict[str,
     return rows
 
 
-def l_candidates(frames: int) -> list[LStepConfig]:
+def l_candidates(frames: int, dim: int) -> list[LStepConfig]:
+    """One tile of all frames up to 64; up to 128 all key frames, or all query frames, beside fewer of the others."""
     padded = max(16, 1 << (frames - 1).bit_length())
-    blocks = {min(padded, 64), 32} if padded > 16 else {16}
-    strips = {block: (4, 8, 16) if block >= frames else (1,) for block in blocks}
+    if padded <= 64:
+        tiles = [(padded, padded)]
+    else:
+        tiles = [(32, 128), (128, 64), (128, 32)] if padded == 128 else [(32, 32)]
+    rows = ((1, 1), (1, 8), (2, 8), (3, 8)) if padded <= 128 else ((1, 1), (2, 1))
+    parts = (1, 2) if 32 <= padded <= 128 and dim == 128 else (1,)
     return [
-        LStepConfig(block, block, warps, stages, strip)
-        for block in sorted(blocks)
-        for warps, stages, strip in itertools.product((2, 4, 8), (1, 2, 3), strips[block])
+        LStepConfig(block_l, block_k, warps, stages, strip, part)
+        for (block_l, block_k), warps, (stages, strip), part in itertools.product(tiles, (2, 4, 8), rows, parts)
     ]
 
 
-def l_runners(call: launch._Call) -> dict[str, Callable[[], object]]:
+def l_runners(call: launch._Call, config: LStepConfig) -> dict[str, Callable[[], object]]:
+    """The L-step kernels as `paper` and as `fast` run them, those that the tile fits."""
+    frames, positions = call.sizes[1:3]
     rk, y, out = call.like_q().normal_(), call.like_q().normal_(), call.like_q()
     c_l = call.statistic().normal_()
-    return {
-        "beta": lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l),
-        "out": lambda: launch._l_output(call, rk, c_l, y, None, None, out, False),
-        "out+L": lambda: launch._l_output(call, rk, c_l, y, None, None, out, True),
-    }
+    l_prev = empty_l(call.q).copy_(torch.rand(frames, frames, device="cuda") / frames)
+    exact, exact_lse = call.like_q().normal_(), call.statistic().normal_()
+    values = call.like_q().normal_().to(L_DTYPE)
+    residual = (values, torch.rand(1, positions, call.sizes[3], frames, device="cuda"))
+    banded = replace(call, band=0, first_frame=False)
+    whole_rows = frames <= config.block_k or config.block_l == config.block_k
+    runners: dict[str, Callable[[], object]] = {"beta from L": lambda: launch._next_beta(call, 0.1, l_prev=l_prev)}
+    if whole_rows:
+        runners["beta"] = lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l)
+        runners["out"] = lambda: launch._l_output(call, rk, c_l, y, None, None, None, out, False)
+        runners["out fast"] = lambda: launch._l_output(banded, rk, c_l, y, exact, exact_lse, residual, out, True)
+    return runners
 
 
 def try_l(shape: tuple[int, int, int, int], config: LStepConfig) -> str:
     """As ``try_attend``, for the L-step kernels."""
     use_l_step(config)
-    for run in l_runners(make_call(shape, torch.bfloat16)).values():
+    for run in l_runners(make_call(shape, torch.bfloat16), config).values():
         run()
     torch.cuda.synchronize()
     return "ok"
@@ -174,9 +188,9 @@ def try_l(shape: tuple[int, int, int, int], config: LStepConfig) -> str:
 def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     call = make_call(shape, torch.bfloat16)
     rows = []
-    for config in l_candidates(shape[0]):
+    for config in l_candidates(shape[0], shape[3]):
         use_l_step(config)
-        for name, run in l_runners(call).items():
+        for name, run in l_runners(call, config).items():
             row: dict[str, Any] = {"kind": name, "config": asdict(config), "ms": float("nan")}
             try:
                 row["ms"] = median_ms(run)
@@ -187,7 +201,7 @@ def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-TABLE = (launch.attend_config, launch.hopper_config, launch.l_step_config)
+TABLE = (launch.attend_config, launch.hopper_config, launch.l_output_config, launch.next_beta_config)
 
 
 def main() -> None:
@@ -211,7 +225,7 @@ def main() -> None:
             if kind != "l"
             for config in candidates(shape[3], limit, kind)
         ]
-        jobs += [pool.submit(try_l, shape, config) for config in l_candidates(shape[0]) if "l" in kinds]
+        jobs += [pool.submit(try_l, shape, config) for config in l_candidates(shape[0], shape[3]) if "l" in kinds]
         for job in jobs:
             try:
                 job.result(timeout=max(0.1, arguments.compile_seconds - (time.time() - started)))

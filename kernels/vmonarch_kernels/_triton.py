@@ -26,6 +26,16 @@ def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MA
 
 
 @triton.jit
+def _store_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D: tl.constexpr):
+    """[rows, BLOCK_D] to p + o_row * s_row, as far as row_end."""
+    p_tile = p + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
+    if MASK_D:
+        tl.store(p_tile, rows.to(p.dtype.element_ty), mask=(o_row < row_end)[:, None] & (o_d < d_end)[None, :])
+    else:
+        tl.store(p_tile, rows.to(p.dtype.element_ty), mask=(o_row < row_end)[:, None])
+
+
+@triton.jit
 def _key_range(part, frames, positions, first_query_frame, band, width, split_keys, SPLIT: tl.constexpr):
     """First key token and end of a program's window: the clamped band of a query frame, or a split of frame 0's."""
     if SPLIT:
@@ -161,23 +171,60 @@ def attend_kernel(
 
 
 @triton.jit
+def _keep_change(
+    p_values, p_scale, change, share, frame, b, h, o_j, o_d, frames, positions, heads, head_dim,
+    BLEND: tl.constexpr,
+):  # fmt: skip
+    """Make a frame's correction `change` [rows, BLOCK_D], or with BLEND a `share` of it and the rest what it was.
+
+    Every row is scaled to the range of 8 bits by its largest entry.
+    """
+    m_j = o_j < positions
+    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
+    p_tile = p_values + (((b * frames + frame) * positions + o_j) * heads + h)[:, None] * head_dim + o_d[None, :]
+    p_row = p_scale + ((b * positions + o_j) * heads + h) * frames + frame
+    if BLEND:
+        scale = tl.load(p_row, mask=m_j, other=0.0)
+        before = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32) * scale[:, None]
+        change = share * change + (1.0 - share) * before
+    change = tl.where(m_tile, change, 0.0)
+    scale = tl.maximum(tl.max(tl.abs(change), 1), 1e-30) / 448.0
+    tl.store(p_tile, (change / scale[:, None]).to(p_values.dtype.element_ty), mask=m_tile)
+    tl.store(p_row, scale, mask=m_j)
+
+
+@triton.jit
 def merge_splits_kernel(
     p_part, p_part_lse,  # float32 (S, B, H, P, D) and (S, B, H, P)
-    p_o, s_ob, s_op, s_oh,  # frame 0 of the output
-    p_lse, s_lb, s_lh,  # frame 0 of the log-sum-exp
-    batch, positions, heads, head_dim, splits,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr,
+    p_extra, p_extra_lse,  # one more part: (B, T, P, H, D) and (B, H, T, P)
+    p_o, s_ob, s_op, s_oh,  # the frame's output
+    p_lse, s_lb, s_lh,  # the frame's log-sum-exp
+    p_values, p_scale,  # corrections: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
+    share, blend_before, blend_after,
+    batch, frames, frame, positions, heads, head_dim, splits,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, HAS_EXTRA: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Combine the key splits of the first frame by their log-sum-exps."""
+    """Combine the key splits of one frame's exact attention by their log-sum-exps.
+
+    With KEEP what the frame's output was before becomes its correction, and a ``share`` of it its neighbours'
+    (``blend_before``, ``blend_after``).
+    """
     o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     m_j = o_j < positions
     m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_EXTRA:
+        row = (bh * frames + frame) * positions + o_j
+        top = tl.load(p_extra_lse + row, mask=m_j, other=0.0) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+        row = ((b * frames + frame) * positions + o_j) * heads + h
+        acc = tl.load(p_extra + row[:, None] * head_dim + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(splits):
         row = (split * batch * heads + bh) * positions + o_j
         lse = tl.load(p_part_lse + row, mask=m_j, other=0.0) * LOG2E
@@ -187,9 +234,22 @@ def merge_splits_kernel(
         acc = acc * decay[:, None] + part * weight[:, None]
         total = total * decay + weight
         top = new_top
-    o = (acc / total[:, None]).to(p_o.dtype.element_ty)
-    p_o += b * s_ob + h * s_oh
-    tl.store(p_o + o_j[:, None].to(tl.int64) * s_op + o_d[None, :], o, mask=m_tile)
+    o = acc / total[:, None]
+    p_tile = p_o + b * s_ob + h * s_oh + o_j[:, None].to(tl.int64) * s_op + o_d[None, :]
+    if KEEP:
+        change = o - tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        _keep_change(
+            p_values, p_scale, change, share, frame, b, h, o_j, o_d, frames, positions, heads, head_dim, False
+        )  # fmt: skip
+        if blend_before:
+            _keep_change(
+                p_values, p_scale, change, share, frame - 1, b, h, o_j, o_d, frames, positions, heads, head_dim, True
+            )  # fmt: skip
+        if blend_after:
+            _keep_change(
+                p_values, p_scale, change, share, frame + 1, b, h, o_j, o_d, frames, positions, heads, head_dim, True
+            )  # fmt: skip
+    tl.store(p_tile, o.to(p_o.dtype.element_ty), mask=m_tile)
     if WITH_LSE:
         lse = (top + tl.math.log2(total)) * LN2
         tl.store(p_lse + b * s_lb + h * s_lh + o_j, lse, mask=m_j)
@@ -207,11 +267,10 @@ def _exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME: tl.constexpr):
 
 @triton.jit
 def _l_logits(
-    q, rk, c_l, o_l, o_k, frames, band, width, qk_scale,
-    BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+    product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr
 ):  # fmt: skip
-    """Base-2 L logits [BLOCK_L, BLOCK_K]: s q RK - c_l, minus infinity for exact pairs."""
-    logits = tl.dot(q, tl.trans(rk), input_precision=PRECISION) * qk_scale - c_l[None, :]
+    """Base-2 L logits [BLOCK_L, BLOCK_K] of the product q RK: s q RK - c_l, minus infinity for exact pairs."""
+    logits = product * qk_scale - c_l[None, :]
     valid = (o_k < frames)[None, :]
     if BANDED:
         valid = valid & ~_exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME)
@@ -219,33 +278,45 @@ def _l_logits(
 
 
 @triton.jit
-def _l_output_tile(
-    q, p_rk, p_c, p_y, b, j, h, o_l, k_first, o_d, top, total, acc, qk_scale,
-    frames, positions, heads, head_dim, band, width,
-    BLOCK_K: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
+def _l_product(
+    p_q, s_q, p_rk, s_row, o_l, o_k, frames, head_dim,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, MASK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of an L row over the key frames from k_first on: new top, total, sum and the tile's logits."""
-    o_k = k_first + tl.arange(0, BLOCK_K)
-    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
-    o_row = (((b * frames + o_k) * positions + j) * heads + h)[:, None] * head_dim + o_d[None, :]
-    rk = tl.load(p_rk + o_row, mask=m_k, other=0.0)
-    y = tl.load(p_y + o_row, mask=m_k, other=0.0)
-    c_l = tl.load(p_c + ((b * heads + h) * frames + o_k) * positions + j, mask=o_k < frames, other=0.0)
-    logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    decay = tl.math.exp2(top - new_top)
-    weights = tl.math.exp2(logits - new_top[:, None])
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(y.dtype), y, acc * decay[:, None], input_precision=PRECISION)
-    return new_top, total, acc, logits
+    """q RK [BLOCK_L, BLOCK_K] of one position, PARTS slices of the head dimension after one another.
+
+    Slices halve the registers of a tile, of which these kernels, with many tiles at a time, never have enough.
+    """
+    product = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
+    for part in tl.static_range(PARTS):
+        o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
+        q = _load_rows(p_q, o_l, s_q, o_d, frames, head_dim, True, MASK_D)
+        rk = _load_rows(p_rk, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+        product = tl.dot(q, tl.trans(rk), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
-def _store_l(p_l, logits, top, total, o_l, o_k, frames):
-    """Normalised entries of L to the (T, T) matrix at p_l."""
-    entries = (tl.math.exp2(logits - top[:, None]) / total[:, None]).to(p_l.dtype.element_ty)
-    m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
-    tl.store(p_l + o_l[:, None] * frames + o_k[None, :], entries, mask=m_lk)
+def _store_l(p_l, s_l, entries, o_l, o_k, frames):
+    """Normalised entries of L to rows of s_l bytes at p_l, zeros behind the last key frame."""
+    m_lk = (o_l < frames)[:, None] & (o_k < s_l)[None, :]
+    tl.store(p_l + o_l[:, None] * s_l + o_k[None, :], entries.to(p_l.dtype.element_ty), mask=m_lk)
+
+
+@triton.jit
+def _finish_output(
+    o, exact_weight, p_exact, p_residual, residual_scale, p_o, s_row, o_l, o_d, first_row, frames, head_dim,
+    HAS_EXACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MASK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the weighted exact part and the correction to the rows o (already normalised) and write them."""
+    if HAS_EXACT:
+        exact = _load_rows(p_exact, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        o += exact_weight[:, None] * exact.to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = _load_rows(p_residual, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        o += residual_scale[:, None] * residual.to(tl.float32)
+    # A row that another kernel owns is moved past the end.
+    _store_rows(p_o, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
 
 
 @triton.jit
@@ -254,11 +325,12 @@ def l_output_kernel(
     p_rk, p_c, p_y,  # RK and RV (B, T, P, H, D), c_l (B, H, T, P)
     p_exact, p_exact_lse,  # exact part (B, T, P, H, D) and its log-sum-exp (B, H, T, P)
     p_o,  # out (B, T, P, H, D)
-    p_l,  # L (B, P, H, T, T)
-    p_residual, p_residual_scale,  # what is added: e4m3 (B, T, P, H, D) times float32 (B, H, T)
+    p_l, l_row_eighth,  # L (B, P, H, T, T), rows 8 * l_row_eighth entries apart
+    p_residual, p_residual_scale,  # what is added: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    STRIP: tl.constexpr, STAGES: tl.constexpr, MASK_D: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, STORE_L: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -272,57 +344,87 @@ def l_output_kernel(
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    o_d = tl.arange(0, BLOCK_D)
-    m_l = (o_l < frames)[:, None] & (o_d < head_dim)[None, :]
+    m_l = o_l < frames
+    s_row = positions * heads * head_dim  # from frame to frame
+    s_l = l_row_eighth * 8  # said so, the compiler writes L eight bytes at a time
     p_q += b * s_qb + h * s_qh
 
     for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):
         j = tl.cast(j_now, tl.int64)
-        q = tl.load(p_q + j * s_qp + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
-        row_l = ((b * frames + o_l) * positions + j) * heads + h
+        o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
+        o_stats = (b * heads + h) * frames * positions + j
+        p_q_j = p_q + j * s_qp
+        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * s_l
+        exact_top = tl.full([BLOCK_L], float("-inf"), tl.float32)
         if HAS_EXACT:
-            stat_l = ((b * heads + h) * frames + o_l) * positions + j
-            top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
-            total = tl.full([BLOCK_L], 1.0, tl.float32)
-            acc = tl.load(p_exact + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
-            acc = acc.to(tl.float32)
+            exact_top = tl.load(p_exact_lse + o_stats + o_l * positions, mask=m_l, other=0.0) * LOG2E
+        residual_scale = tl.zeros([BLOCK_L], tl.float32)
+        if HAS_RESIDUAL:
+            o_scale = ((b * positions + j) * heads + h) * frames + o_l
+            residual_scale = tl.load(p_residual_scale + o_scale, mask=m_l, other=0.0)
+        if ONE_TILE:
+            o_k = tl.arange(0, BLOCK_K)
+            product = _l_product(
+                p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
+                BLOCK_L, BLOCK_K, BLOCK_D, PARTS, MASK_D, PRECISION,
+            )  # fmt: skip
+            c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+            logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+            top = tl.maximum(exact_top, tl.max(logits, 1))
+            entries = tl.math.exp2(logits - top[:, None])
+            exact_weight = tl.math.exp2(exact_top - top)
+            inverse = 1.0 / (tl.sum(entries, 1) + exact_weight)
+            entries *= inverse[:, None]
+            if STORE_L:
+                _store_l(p_l_j, s_l, entries, o_l, o_k, frames)
+            weights = entries.to(p_y.dtype.element_ty)
+            for part in tl.static_range(PARTS):
+                o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
+                y = _load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+                o = tl.dot(weights, y, input_precision=PRECISION)
+                _finish_output(
+                    o, exact_weight * inverse, p_exact + o_tokens, p_residual + o_tokens, residual_scale,
+                    p_o + o_tokens, s_row, o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
+                )  # fmt: skip
         else:
-            top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+            o_d = tl.arange(0, BLOCK_D)
+            top = exact_top
             total = tl.zeros([BLOCK_L], tl.float32)
             acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * frames
-        if ONE_TILE:
-            top, total, acc, logits = _l_output_tile(
-                q, p_rk, p_c, p_y, b, j, h, o_l, 0, o_d, top, total, acc, qk_scale,
-                frames, positions, heads, head_dim, band, width, BLOCK_K, BANDED, FIRST_FRAME, PRECISION,
-            )  # fmt: skip
-            if STORE_L:
-                _store_l(p_l_j, logits, top, total, o_l, tl.arange(0, BLOCK_K), frames)
-        else:
+            if HAS_EXACT:
+                total += 1.0
             for k_first in tl.range(0, frames, BLOCK_K, num_stages=STAGES):
-                top, total, acc, logits = _l_output_tile(
-                    q, p_rk, p_c, p_y, b, j, h, o_l, k_first, o_d, top, total, acc, qk_scale,
-                    frames, positions, heads, head_dim, band, width, BLOCK_K, BANDED, FIRST_FRAME, PRECISION,
+                o_k = k_first + tl.arange(0, BLOCK_K)
+                product = _l_product(
+                    p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
+                    BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
                 )  # fmt: skip
+                y = _load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+                c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+                logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+                new_top = tl.maximum(top, tl.max(logits, 1))
+                decay = tl.math.exp2(top - new_top)
+                entries = tl.math.exp2(logits - new_top[:, None])
+                total = total * decay + tl.sum(entries, 1)
+                acc = tl.dot(entries.to(y.dtype), y, acc * decay[:, None], input_precision=PRECISION)
+                top = new_top
+            inverse = 1.0 / total
             if STORE_L:
                 for k_first in range(0, frames, BLOCK_K):
                     o_k = k_first + tl.arange(0, BLOCK_K)
-                    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
-                    row_k = ((b * frames + o_k) * positions + j) * heads + h
-                    rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-                    stat_k = ((b * heads + h) * frames + o_k) * positions + j
-                    c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
-                    logits = _l_logits(
-                        q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION
+                    product = _l_product(
+                        p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
+                        BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
                     )  # fmt: skip
-                    _store_l(p_l_j, logits, top, total, o_l, o_k, frames)
-        o = acc / total[:, None]
-        if HAS_RESIDUAL:
-            residual = tl.load(p_residual + row_l[:, None] * head_dim + o_d[None, :], mask=m_l, other=0.0)
-            scale = tl.load(p_residual_scale + (b * heads + h) * frames + o_l, mask=o_l < frames, other=0.0)
-            o += residual.to(tl.float32) * scale[:, None]
-        o = o.to(p_o.dtype.element_ty)
-        tl.store(p_o + row_l[:, None] * head_dim + o_d[None, :], o, mask=m_l & (o_l >= first_row)[:, None])
+                    c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+                    logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+                    entries = tl.math.exp2(logits - top[:, None]) * inverse[:, None]
+                    _store_l(p_l_j, s_l, entries, o_l, o_k, frames)
+            exact_weight = tl.math.exp2(exact_top - top) * inverse
+            _finish_output(
+                acc * inverse[:, None], exact_weight, p_exact + o_tokens, p_residual + o_tokens, residual_scale,
+                p_o + o_tokens, s_row, o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -332,7 +434,7 @@ def l_lse_kernel(
     p_row_lse,  # base-2 log-sum-exp of every L row (B, H, T, P) float32
     qk_scale,
     frames, positions, heads, head_dim, band, width,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, MASK_D: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalisers of L, needed apart when the key frames do not fit one tile."""
@@ -340,46 +442,42 @@ def l_lse_kernel(
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < head_dim)[None, :]
-    m_l = (o_l < frames)[:, None] & m_d
+    s_row = positions * heads * head_dim
+    o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
+    o_stats = (b * heads + h) * frames * positions + j
     p_q += b * s_qb + j * s_qp + h * s_qh
-    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
-    stat_l = ((b * heads + h) * frames + o_l) * positions + j
+    top = tl.full([BLOCK_L], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_L], tl.float32)
     if HAS_EXACT:
-        top = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
-        total = tl.full([BLOCK_L], 1.0, tl.float32)
-    else:
-        top = tl.full([BLOCK_L], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_L], tl.float32)
+        top = tl.load(p_exact_lse + o_stats + o_l * positions, mask=o_l < frames, other=0.0) * LOG2E
+        total += 1.0
     for k_first in range(0, frames, BLOCK_K):
         o_k = k_first + tl.arange(0, BLOCK_K)
-        m_k = (o_k < frames)[:, None] & m_d
-        row_k = ((b * frames + o_k) * positions + j) * heads + h
-        stat_k = ((b * heads + h) * frames + o_k) * positions + j
-        rk = tl.load(p_rk + row_k[:, None] * head_dim + o_d[None, :], mask=m_k, other=0.0)
-        c_l = tl.load(p_c + stat_k, mask=o_k < frames, other=0.0)
-        logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+        product = _l_product(
+            p_q, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
+            BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
+        )  # fmt: skip
+        c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+        logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.math.exp2(top - new_top)
         total += tl.sum(tl.math.exp2(logits - new_top[:, None]), 1)
         top = new_top
-    tl.store(p_row_lse + stat_l, top + tl.math.log2(total), mask=o_l < frames)
+    tl.store(p_row_lse + o_stats + o_l * positions, top + tl.math.log2(total), mask=o_l < frames)
 
 
 @triton.jit
 def _l_entries(
-    q, rk, c_l, p_exact_lse, p_row_lse, stat_l, o_l, o_k, frames, band, width, qk_scale,
+    product, c_l, p_exact_lse, p_row_lse, o_l, o_k, frames, positions, band, width, qk_scale,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, WHOLE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised entries of L [BLOCK_L, BLOCK_K]: whole rows as they are, parts of rows by their log-sum-exps."""
-    logits = _l_logits(q, rk, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME, PRECISION)
+    logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
     if not WHOLE_ROWS:
-        row_lse = tl.load(p_row_lse + stat_l, mask=o_l < frames, other=0.0)
+        row_lse = tl.load(p_row_lse + o_l * positions, mask=o_l < frames, other=0.0)
         return tl.math.exp2(logits - row_lse[:, None])
     elif HAS_EXACT:
-        exact = tl.load(p_exact_lse + stat_l, mask=o_l < frames, other=0.0) * LOG2E
+        exact = tl.load(p_exact_lse + o_l * positions, mask=o_l < frames, other=0.0) * LOG2E
         top = tl.maximum(tl.max(logits, 1), exact)
         entries = tl.math.exp2(logits - top[:, None])
         return entries / (tl.sum(entries, 1) + tl.math.exp2(exact - top))[:, None]
@@ -389,38 +487,15 @@ def _l_entries(
 
 
 @triton.jit
-def _beta_tile(
-    p_q, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
-    frames, positions, heads, head_dim, band, width,
-    BLOCK_L: tl.constexpr, HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    FROM_L: tl.constexpr, WHOLE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the query frames from l_first on to the sums of L q and of L."""
-    o_l = l_first + tl.arange(0, BLOCK_L)
-    m_l = (o_l < frames)[:, None] & (o_d < head_dim)[None, :]
-    q = tl.load(p_q + o_l[:, None].to(tl.int64) * s_qt + o_d[None, :], mask=m_l, other=0.0)
-    if FROM_L:
-        m_lk = (o_l < frames)[:, None] & (o_k < frames)[None, :]
-        entries = tl.load(p_l + o_l[:, None] * frames + o_k[None, :], mask=m_lk, other=0.0).to(tl.float32)
-    else:
-        entries = _l_entries(
-            q, rk, c_l, p_exact_lse, p_row_lse, ((b * heads + h) * frames + o_l) * positions + j,
-            o_l, o_k, frames, band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS, PRECISION,
-        )  # fmt: skip
-    entries = tl.where((o_l < frames)[:, None], entries, 0.0)
-    acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
-    return acc, c_r + tl.sum(entries, 0)
-
-
-@triton.jit
 def next_beta_kernel(
     p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
     p_rk, p_c, p_exact_lse, p_row_lse,  # of the L-step; unused with FROM_L
-    p_l,  # L (B, P, H, T, T) of an earlier call; unused without FROM_L
+    p_l, l_row_eighth,  # L (B, P, H, T, T) of an earlier call, rows 8 * l_row_eighth apart; unused without FROM_L
     p_beta,  # (B, T, P, H, D)
     qk_scale, c_floor,
     frames, positions, heads, head_dim, band, width,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    STRIP: tl.constexpr, STAGES: tl.constexpr, MASK_D: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
     WHOLE_ROWS: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -428,41 +503,64 @@ def next_beta_kernel(
 
     One program: one head, STRIP positions after one another, BLOCK_K key frames; query frames in tiles of BLOCK_L.
     With WHOLE_ROWS all key frames are in the tile and the rows of L are normalised here; with ONE_TILE all query frames
-    are, too.
+    are in one tile.
     """
     j_first = (tl.program_id(0) // heads) * STRIP
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_d = tl.arange(0, BLOCK_D)
-    m_k = (o_k < frames)[:, None] & (o_d < head_dim)[None, :]
+    s_row = positions * heads * head_dim
+    s_l = l_row_eighth * 8
     p_q += b * s_qb + h * s_qh
 
     for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):
         j = tl.cast(j_now, tl.int64)
-        o_row = (((b * frames + o_k) * positions + j) * heads + h)[:, None] * head_dim + o_d[None, :]
-        if FROM_L:
-            rk = 0.0
-            c_l = 0.0
-        else:
-            rk = tl.load(p_rk + o_row, mask=m_k, other=0.0)
-            c_l = tl.load(p_c + ((b * heads + h) * frames + o_k) * positions + j, mask=o_k < frames, other=0.0)
+        o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
+        o_stats = (b * heads + h) * frames * positions + j
         p_q_j = p_q + j * s_qp
-        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * frames
-        acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        c_r = tl.zeros([BLOCK_K], tl.float32)
+        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * s_l
+        if not FROM_L:
+            c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
         if ONE_TILE:
-            acc, c_r = _beta_tile(
-                p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, 0, o_k, o_d, acc, c_r, qk_scale,
-                frames, positions, heads, head_dim, band, width,
-                BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, WHOLE_ROWS, PRECISION,
-            )  # fmt: skip
-        else:
-            for l_first in tl.range(0, frames, BLOCK_L, num_stages=STAGES):
-                acc, c_r = _beta_tile(
-                    p_q_j, s_qt, rk, c_l, p_exact_lse, p_row_lse, p_l_j, b, j, h, l_first, o_k, o_d, acc, c_r, qk_scale,
-                    frames, positions, heads, head_dim, band, width,
-                    BLOCK_L, HAS_EXACT, BANDED, FIRST_FRAME, FROM_L, WHOLE_ROWS, PRECISION,
+            o_l = tl.arange(0, BLOCK_L)
+            if FROM_L:
+                entries = _load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+            else:
+                product = _l_product(
+                    p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
+                    BLOCK_L, BLOCK_K, BLOCK_D, PARTS, MASK_D, PRECISION,
                 )  # fmt: skip
-        beta = (acc / tl.maximum(c_r, c_floor)[:, None]).to(p_beta.dtype.element_ty)
-        tl.store(p_beta + o_row, beta, mask=m_k)
+                entries = _l_entries(
+                    product, c_l, p_exact_lse + o_stats, p_row_lse + o_stats, o_l, o_k, frames, positions,
+                    band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS,
+                )  # fmt: skip
+                entries = tl.where((o_l < frames)[:, None], entries, 0.0)
+            inverse = 1.0 / tl.maximum(tl.sum(entries, 0), c_floor)
+            weights = tl.trans(entries).to(p_beta.dtype.element_ty)
+            for part in tl.static_range(PARTS):
+                o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
+                q = _load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
+                beta = tl.dot(weights, q, input_precision=PRECISION) * inverse[:, None]
+                _store_rows(p_beta + o_tokens, o_k, s_row, o_d, beta, frames, head_dim, MASK_D)
+        else:
+            o_d = tl.arange(0, BLOCK_D)
+            acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+            c_r = tl.zeros([BLOCK_K], tl.float32)
+            if not FROM_L:
+                rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+            for l_first in tl.range(0, frames, BLOCK_L, num_stages=STAGES):
+                o_l = l_first + tl.arange(0, BLOCK_L)
+                q = _load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
+                if FROM_L:
+                    entries = _load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+                else:
+                    product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
+                    entries = _l_entries(
+                        product, c_l, p_exact_lse + o_stats, p_row_lse + o_stats, o_l, o_k, frames, positions,
+                        band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS,
+                    )  # fmt: skip
+                    entries = tl.where((o_l < frames)[:, None], entries, 0.0)
+                acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
+                c_r += tl.sum(entries, 0)
+            beta = acc / tl.maximum(c_r, c_floor)[:, None]
+            _store_rows(p_beta + o_tokens, o_k, s_row, o_d, beta, frames, head_dim, MASK_D)

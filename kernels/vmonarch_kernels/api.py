@@ -10,8 +10,8 @@ from torch import Tensor
 from vmonarch_kernels.cost import is_exact
 from vmonarch_kernels.dense import attention_lse, dense_attention
 from vmonarch_kernels.reference import monarch_factors
-from vmonarch_kernels.structure import merge_exact, split_frames
-from vmonarch_kernels.torch_impl import L_DTYPE, frame_torch, monarch_torch
+from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.torch_impl import frame_torch, monarch_torch
 
 IMPLS = ("auto", "reference", "torch", "triton")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -147,8 +147,8 @@ def monarch_attention(
         extra: (out (B, N, heads, D), lse (B, N, heads) float32, natural logarithm) of every query's
             attention over keys outside the video, such as a prompt's; merged exactly (ours). Queries
             without such keys have lse = -inf and finite out.
-        residual: (values (B, N, heads, D) float8_e4m3fn, scale (B, heads, T) float32), whose product is added to the
-            output (ours; ``Residual`` keeps it). Frames that are exact already must have scale 0.
+        residual: (values (B, N, heads, D) float8_e4m3fn, scale (B, H * W, heads, T) float32), whose product is added
+            to the output (ours; ``Residual`` keeps it). Frames that are exact already must have scale 0.
         return_l: also return L for the next call's warm start.
 
     Returns:
@@ -227,7 +227,7 @@ def _check_residual(q: Tensor, grid: tuple[int, int, int], residual: tuple[Tenso
     if residual is None:
         return
     values, scale = residual
-    expected = (q.shape[0], q.shape[2], grid[0])
+    expected = (q.shape[0], q.shape[1] // grid[0], q.shape[2], grid[0])
     if values.shape != q.shape or values.dtype != L_DTYPE or tuple(scale.shape) != expected:
         raise ValueError(
             f"residual is {tuple(values.shape)} {values.dtype} and {tuple(scale.shape)}; "
@@ -302,7 +302,7 @@ def _monarch_op(
     elif is_exact(frames, band):
         out = _dense(q, k, v, extra, scale)
         if return_l:
-            l_new = torch.zeros(_l_shape(q, frames), dtype=L_DTYPE, device=q.device)
+            l_new = empty_l(split_frames(q, frames)).zero_()
     else:
         if impl == "triton":
             from vmonarch_kernels.launch import monarch_triton as run
@@ -333,8 +333,8 @@ def _(
     impl: str,
     return_l: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = _l_shape(q, grid[0]) if return_l else (0,)
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=L_DTYPE)
+    l_new = empty_l(split_frames(q, grid[0])) if return_l else q.new_empty(0, dtype=L_DTYPE)
+    return q.new_empty(q.shape), l_new
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, extra: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
@@ -377,5 +377,5 @@ def _reference(
         residual=residual,
         compute_dtype=torch.promote_types(q.dtype, torch.float32),
     )
-    l_new = factors.L.permute(0, 4, 1, 2, 3).to(L_DTYPE).contiguous() if return_l else None
+    l_new = with_padded_rows(factors.L.permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
     return factors.out.to(q.dtype), l_new

@@ -35,13 +35,16 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class LStepConfig:
-    """Tile of the L-step kernels: query frames, key frames, warps, pipeline stages, positions a program."""
+    """Tile of an L-step kernel: query frames, key frames, warps, pipeline stages, positions a program, and slices of
+    the head dimension that it works through one after another (where all frames are in one tile).
+    """
 
     block_l: int
     block_k: int
     num_warps: int
     num_stages: int
     strip: int
+    parts: int = 1
 
 
 def shared_memory_bytes(config: AttendConfig, head_dim: int, itemsize: int, value_tiles: int) -> int:
@@ -101,26 +104,65 @@ def hopper_config(
     return HopperConfig(128, 4, 2)
 
 
-def l_step_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, exact: bool) -> LStepConfig:
-    """Tile of the L-step; ``exact``: it merges an exact part or reads a stored L, for which fewer registers are left.
+def l_output_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, exact: bool) -> LStepConfig:
+    """Tile of the last L-step; ``exact``: it merges an exact part, for which fewer registers are left.
 
     One tile of all frames up to 32 (64 where registers allow); then all key frames beside 32 query frames up to 128
     (also where registers allow), so that rows of L are whole; else 32 x 32. As many stages as fit ``limit`` bytes of
     shared memory.
     """
+    block_l, block_k = _l_tile(frames, block_d, dtype)
+    if frames > block_k:
+        strip, stages = 1, 2
+    elif block_k == 64 and exact:
+        # Prefetching the next position's rows pays only while they fit the registers beside this one's.
+        strip, stages = 1, 1
+    else:
+        strip, stages = 8, (3 if block_k <= 32 else 2)
+    tiles = 2 * block_k + (2 if exact else 1) * block_l  # rows in flight for each stage
+    stages = _fitting_stages(stages, tiles * block_d * dtype.itemsize, limit)
+    parts = 1 if strip == 1 else _parts(block_k, block_d, dtype)
+    return LStepConfig(block_l, block_k, _l_warps(block_k), stages, strip, parts)
+
+
+def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, from_l: bool) -> LStepConfig:
+    """Tile of the step from L to the next R-step's queries; ``from_l``: L is read, not computed.
+
+    As ``l_output_config``, but a stored L needs no whole rows: then all query frames up to 128 beside 64 key frames.
+    """
+    block_l, block_k = _l_tile(frames, block_d, dtype)
+    if from_l and block_k == 128:
+        block_l, block_k = 128, 64
+    one_tile = frames <= block_l
+    if one_tile and block_k <= 32 and not (from_l and block_k == 32):
+        strip, stages = 8, 3
+    else:
+        strip, stages = 1, (1 if one_tile else 2)
+    stages = _fitting_stages(stages, (block_k + block_l) * block_d * dtype.itemsize, limit)
+    parts = 1 if strip == 1 else _parts(block_k, block_d, dtype)
+    return LStepConfig(block_l, block_k, _l_warps(block_k), stages, strip, parts)
+
+
+def _l_tile(frames: int, block_d: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Query and key frames of an L-step's tile in which rows of L are whole, or 32 x 32."""
     narrow = block_d <= 128 and dtype != torch.float32
     padded = max(16, 1 << (frames - 1).bit_length())
     if padded <= (64 if narrow else 32):
-        block_l = block_k = padded
-    else:
-        block_l, block_k = 32, padded if narrow and padded == 128 else 32
-    strip, stages = 1, 2
-    if frames <= block_l:
-        # Prefetching the next position's rows pays only while they fit the registers beside this one's.
-        strip, stages = (1, 1) if exact and padded == 64 else (8, 2 if padded == 64 else 3)
-    warps = 2 if block_k == 16 else 4
-    rows_held = 3 if block_k == block_l else 2  # tiles in flight for each stage
-    scratch = 1024 + (2 if exact else 1) * block_l * block_d * dtype.itemsize
-    while stages > 1 and scratch + rows_held * stages * block_k * block_d * dtype.itemsize > limit:
+        return padded, padded
+    return 32, (128 if narrow and padded == 128 else 32)
+
+
+def _l_warps(block_k: int) -> int:
+    return 2 if block_k == 16 else 4
+
+
+def _parts(block_k: int, block_d: int, dtype: torch.dtype) -> int:
+    """Slices of the head dimension: two where a tile of whole rows would leave no registers to prefetch the next."""
+    return 2 if block_k >= 32 and block_d == 128 and dtype != torch.float32 else 1
+
+
+def _fitting_stages(stages: int, stage_bytes: int, limit: int) -> int:
+    """As many of ``stages`` as fit ``limit`` bytes of shared memory (with 1 KB for what a kernel needs besides)."""
+    while stages > 1 and 1024 + stages * stage_bytes > limit:
         stages -= 1
-    return LStepConfig(block_l, block_k, warps, stages, strip)
+    return stages

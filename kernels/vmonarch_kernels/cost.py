@@ -8,6 +8,9 @@ the first-frame recomputation.
 
 Grid = tuple[int, int, int]
 
+L_ROW_ENTRIES = 8
+"""Entries of L that the kernels read and write at a time: its rows begin on multiples of it."""
+
 
 def window_frames(frames: int, band: int | None) -> int:
     """Number of key frames that every query frame sees exactly (0 without a band)."""
@@ -22,7 +25,7 @@ def is_exact(frames: int, band: int | None) -> bool:
     return frames == 1 or window_frames(frames, band) >= frames
 
 
-def band_with_refresh(frames: int, band: int | None, refresh: int, *, first_frame: bool) -> int | None:
+def band_with_refresh(frames: int, band: int | None, refresh: float, *, first_frame: bool) -> int | None:
     """The band, or one over all frames where every frame would be recomputed in every call."""
     return frames if refresh and refresh + int(first_frame) >= frames else band
 
@@ -43,11 +46,12 @@ def monarch_flops(
     first_frame: bool = True,
     band: int | None = None,
     warm: bool = False,
-    refresh: int = 0,
+    refresh: float = 0,
 ) -> int:
     """Operations of one structured call with everything counted, L-steps and exact parts included.
 
-    ``warm`` adds the product that turns the stored L into the first R-step's queries.
+    ``warm`` adds the product that turns the stored L into the first R-step's queries; ``refresh``, frames recomputed in
+    a call, may be the mean of several.
     """
     frames, positions = grid[0], grid[1] * grid[2]
     if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
@@ -57,7 +61,7 @@ def monarch_flops(
     exact = 4 * window_frames(frames, band) + 4 * (int(first_frame) + refresh)
     l_products = 2 * num_steps + (1 if warm else 0)
     l_steps = l_products * 2 * frames * frames * positions * head_dim * heads * batch
-    return unit * (r_steps + exact) + l_steps
+    return round(unit * (r_steps + exact)) + l_steps
 
 
 def paper_reduction(frames: int, positions: int, num_steps: int = 2) -> float:
@@ -68,15 +72,22 @@ def paper_reduction(frames: int, positions: int, num_steps: int = 2) -> float:
     return frames * positions / (num_steps * (frames + positions))
 
 
+def l_row_entries(frames: int) -> int:
+    """Entries from one row of a stored L to the next."""
+    return -(-frames // L_ROW_ENTRIES) * L_ROW_ENTRIES
+
+
 def warm_state_bytes(grid: Grid, heads: int, batch: int = 1) -> int:
-    """Bytes of the stored L (one e4m3 byte per entry) of one layer and guidance branch."""
+    """Bytes of the stored L (one e4m3 byte per entry, rows padded) of one layer and guidance branch."""
     frames, positions = grid[0], grid[1] * grid[2]
-    return batch * heads * positions * frames * frames
+    return batch * heads * positions * frames * l_row_entries(frames)
 
 
 def residual_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1) -> int:
-    """Bytes of the corrections that frame refresh keeps (e4m3) of one layer and guidance branch, scales left out."""
-    return batch * grid[0] * grid[1] * grid[2] * heads * head_dim
+    """Bytes of the corrections that frame refresh keeps of one layer and guidance branch: e4m3, and a float32 scale for
+    each token and head.
+    """
+    return batch * grid[0] * grid[1] * grid[2] * heads * (head_dim + 4)
 
 
 def dense_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1, itemsize: int = 2) -> int:
@@ -96,7 +107,7 @@ def monarch_bytes(
     band: int | None = None,
     warm: bool = False,
     keep_l: bool = False,
-    refresh: int = 0,
+    refresh: float = 0,
 ) -> int:
     """Bytes that one structured call must move when every step reads each input and writes each output once.
 
@@ -110,7 +121,7 @@ def monarch_bytes(
     if band is not None:
         tensors += 4 + 1
     tensor = dense_bytes(grid, heads, head_dim, batch, itemsize) // 4
+    corrections = 0
     if refresh:  # every recomputed frame reads all keys and values; the corrections are read once
-        tensors += 2 * refresh
-    corrections = residual_bytes(grid, heads, head_dim, batch) if refresh else 0
+        corrections = round(2 * refresh * tensor) + residual_bytes(grid, heads, head_dim, batch)
     return corrections + tensors * tensor + (int(warm) + int(keep_l)) * warm_state_bytes(grid, heads, batch)

@@ -14,12 +14,12 @@ from vmonarch_kernels.configs import (
     HopperConfig,
     attend_config,
     hopper_config,
-    l_step_config,
+    l_output_config,
+    next_beta_config,
     shared_memory_limit,
 )
-from vmonarch_kernels.cost import window_frames
-from vmonarch_kernels.structure import merge_exact, split_frames
-from vmonarch_kernels.torch_impl import L_DTYPE
+from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
+from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
 
 # Below so many tiles for each multiprocessor a persistent kernel gains little and its descriptors cost
 # more to launch than the plain kernel.
@@ -105,10 +105,7 @@ def monarch_triton(
     """
     call = _call(q, k, v, frames, scale, band, first_frame)
     out = call.like_q()
-    exact = exact_lse = None
-    if extra is not None:
-        exact = split_frames(extra[0], frames).contiguous()
-        exact_lse = split_frames(extra[1], frames).permute(0, 3, 1, 2).float().contiguous()  # (B, H, T, P)
+    exact, exact_lse = _extra_part(extra, frames)
     if band is not None:
         band_out, band_lse = call.like_q(), call.statistic()
         _attend_band(call, band_out, band_lse)
@@ -123,10 +120,7 @@ def monarch_triton(
     _r_step(call, beta, rk, c_l, y)
     l_new = _l_output(call, rk, c_l, y, exact, exact_lse, residual, out, return_l)
     if first_frame and band is None:
-        first_lse = call.statistic() if extra is not None else None
-        _attend_frame(call, call.q, out, first_lse)
-        if first_lse is not None and exact is not None and exact_lse is not None:
-            out[:, :1], _ = _merge(out[:, :1], first_lse[:, :, :1], exact[:, :1], exact_lse[:, :, :1])
+        _attend_frame(call, 0, out[:, 0], extra=(exact, exact_lse))
     return out.flatten(1, 2), l_new
 
 
@@ -134,10 +128,56 @@ def frame_triton(q: Tensor, k: Tensor, v: Tensor, frames: int, frame: int, scale
     """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32)."""
     call = _call(q, k, v, frames, scale, None, first_frame=True)
     batch, _, positions, heads, dim = call.sizes
-    out = call.q.new_empty((batch, 1, positions, heads, dim))
-    lse = call.q.new_empty((batch, heads, 1, positions), dtype=torch.float32)
-    _attend_frame(call, call.q[:, frame:], out, lse)
-    return out[:, 0], lse[:, :, 0].transpose(1, 2)
+    out = call.q.new_empty((batch, positions, heads, dim))
+    lse = call.q.new_empty((batch, heads, positions), dtype=torch.float32)
+    _attend_frame(call, frame, out, lse)
+    return out, lse.transpose(1, 2)
+
+
+def refresh_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    corrections: tuple[Tensor, Tensor],
+    frames: int,
+    frame: int,
+    neighbours: list[int],
+    share: float,
+    scale: float,
+) -> None:
+    """Replace one frame of the output (B, N, H, D) by its exact attention, and keep what that changed.
+
+    ``corrections``, (values, scale) as in ``Residual``, get the difference for the frame itself, and for ``neighbours``
+    (of the frames before and after it) a ``share`` of it and of their own the rest.
+    """
+    call = _call(q, k, v, frames, scale, None, first_frame=True)
+    values, scales = corrections
+    converted = _kernel_8bit(values)
+    keep = _Keep(converted, scales, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
+    _attend_frame(call, frame, split_frames(out, frames)[:, frame], extra=_extra_part(extra, frames), keep=keep)
+    if converted is not values:
+        values.copy_(converted)
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """Where a recomputed frame's corrections go, and which neighbours get a share of them."""
+
+    values: Tensor  # (B, N, H, D)
+    scale: Tensor  # (B, P, H, T)
+    share: float
+    before: bool
+    after: bool
+
+
+def _extra_part(extra: tuple[Tensor, Tensor] | None, frames: int) -> tuple[Tensor | None, Tensor | None]:
+    """The extra part as the kernels read it, out (B, T, P, H, D) and log-sum-exp (B, H, T, P) float32."""
+    if extra is None:
+        return None, None
+    out, lse = (split_frames(x, frames) for x in extra)
+    return out.contiguous(), lse.permute(0, 3, 1, 2).float().contiguous()
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, frames: int, scale: float, band: int | None, first_frame: bool) -> _Call:
@@ -165,7 +205,7 @@ def _attend_band(call: _Call, exact: Tensor, exact_lse: Tensor) -> None:
     frames = call.sizes[1]
     first = 0
     if call.first_frame:
-        _attend_frame(call, call.q, exact, exact_lse)
+        _attend_frame(call, 0, exact[:, 0], exact_lse[:, :, 0])
         first = 1
     _attend(
         call,
@@ -332,26 +372,37 @@ def _rows(x_BNHD: Tensor) -> Tensor | None:
     return x_BNHD.as_strided((batch * tokens, heads * dim), (x_BNHD.stride(1), 1))
 
 
-def _attend_frame(call: _Call, queries: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Exact attention of frame 0 of ``queries`` (B, T, P, H, D) over all keys, into frame 0 of ``out`` and ``lse``.
+def _attend_frame(
+    call: _Call,
+    frame: int,
+    out: Tensor,
+    lse: Tensor | None = None,
+    *,
+    extra: tuple[Tensor | None, Tensor | None] = (None, None),
+    keep: _Keep | None = None,
+) -> None:
+    """Exact attention of one frame's queries over all keys, and an extra part, into out (B, P, H, D), lse (B, H, P).
 
-    One frame's queries give too few programs for a large chip, so the keys are split as well.
+    One frame's queries give too few programs for a large chip, so the keys are split as well. What merges the splits
+    also merges the extra part and keeps corrections.
     """
     batch, frames, positions, heads, dim = call.sizes
     tokens = frames * positions
+    queries = call.q[:, frame:]
     hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=False, with_v=True)
     config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=False, with_v=True)
     block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
     tiles = triton.cdiv(positions, block_m) * heads * batch
     splits = _even_splits(tiles, call.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
-    if splits == 1:
+    extra_out, extra_lse = extra
+    if splits == 1 and extra_out is None and keep is None:
         _attend(
             call,
             queries,
             rk=None,
             c_l=None,
-            out=out,
-            lse=call.statistic() if lse is None else lse,
+            out=out.unsqueeze(1),
+            lse=(call.statistic() if lse is None else lse.unsqueeze(2)),
             query_frames=(0, 1),
             window=(0, frames),
         )
@@ -374,16 +425,24 @@ def _attend_frame(call: _Call, queries: Tensor, out: Tensor, lse: Tensor | None)
         splits=splits,
     )
     block_m = 32
+    unused = call.q
     kernels.merge_splits_kernel[(triton.cdiv(positions, block_m), batch * heads)](
         part,
         part_lse,
+        unused if extra_out is None else extra_out,
+        unused if extra_lse is None else extra_lse,
         out,
-        out.stride(0),
-        out.stride(2),
-        out.stride(3),
-        call.q if lse is None else lse,
+        *out.stride()[:3],
+        unused if lse is None else lse,
         *((0, 0) if lse is None else lse.stride()[:2]),
+        unused if keep is None else keep.values,
+        unused if keep is None else keep.scale,
+        0.0 if keep is None else keep.share,
+        keep is not None and keep.before,
+        keep is not None and keep.after,
         batch,
+        frames,
+        frame,
         positions,
         heads,
         dim,
@@ -391,6 +450,8 @@ def _attend_frame(call: _Call, queries: Tensor, out: Tensor, lse: Tensor | None)
         BLOCK_M=block_m,
         BLOCK_D=call.block_d,
         WITH_LSE=lse is not None,
+        HAS_EXTRA=extra_out is not None,
+        KEEP=keep is not None,
         **_FUSION,
     )
 
@@ -418,16 +479,16 @@ def _next_beta(
     apply the score scale, so that beta has the magnitude of a query.
     """
     batch, frames, positions, heads, dim = call.sizes
-    crowded = exact_lse is not None or l_prev is not None
-    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=crowded)
+    from_l = l_prev is not None
+    config = next_beta_config(frames, call.block_d, call.q.dtype, call.shared_memory, from_l=from_l)
     beta = call.like_q()
     whole_rows = frames <= config.block_k
     row_lse = None
-    strips = triton.cdiv(positions, config.strip) * heads
     shared = {
         "BLOCK_L": config.block_l,
         "BLOCK_K": config.block_k,
         "BLOCK_D": call.block_d,
+        "MASK_D": call.block_d != dim,
         "HAS_EXACT": exact_lse is not None,
         "BANDED": call.band is not None,
         "FIRST_FRAME": call.first_frame,
@@ -435,7 +496,7 @@ def _next_beta(
         "num_warps": config.num_warps,
         **_FUSION,
     }
-    if l_prev is None and not whole_rows:
+    if not from_l and not whole_rows:
         row_lse = call.statistic()
         grid = (positions * heads, triton.cdiv(frames, config.block_l), batch)
         kernels.l_lse_kernel[grid](
@@ -453,8 +514,9 @@ def _next_beta(
             *call.band_arguments,
             **shared,
         )
-    grid = (strips, triton.cdiv(frames, config.block_k), batch)
+    grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_k), batch)
     unused = call.q
+    stored = None if l_prev is None else with_padded_rows(l_prev, _kernel_8bit_dtype(call.q.device))
     kernels.next_beta_kernel[grid](
         call.q,
         *call.q.stride()[:4],
@@ -462,7 +524,8 @@ def _next_beta(
         unused if c_l is None else c_l,
         unused if exact_lse is None else exact_lse,
         unused if row_lse is None else row_lse,
-        unused if l_prev is None else _kernel_8bit(l_prev),
+        unused if stored is None else stored,
+        0 if stored is None else stored.stride(3) // L_ROW_ENTRIES,
         beta,
         call.scale,
         c_floor,
@@ -471,11 +534,12 @@ def _next_beta(
         heads,
         dim,
         *call.band_arguments,
+        PARTS=config.parts,
         STRIP=config.strip,
         STAGES=config.num_stages,
-        FROM_L=l_prev is not None,
+        FROM_L=from_l,
         WHOLE_ROWS=whole_rows,
-        ONE_TILE=whole_rows and frames <= config.block_l,
+        ONE_TILE=frames <= config.block_l and (whole_rows or from_l),
         **shared,
     )
     return beta
@@ -493,24 +557,25 @@ def _l_output(
     return_l: bool,
 ) -> Tensor | None:
     batch, frames, positions, heads, dim = call.sizes
-    config = l_step_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact is not None)
+    config = l_output_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact is not None)
     l_new = None
     if return_l:
-        shape = (batch, positions, heads, frames, frames)
-        l_new = call.q.new_empty(shape, dtype=_kernel_8bit_dtype(call.q.device))
+        l_new = empty_l(call.q, dtype=_kernel_8bit_dtype(call.q.device))
     grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_l), batch)
+    unused = call.q
     kernels.l_output_kernel[grid](
         call.q,
         *call.q.stride()[:4],
         rk,
         c_l,
         y,
-        call.q if exact is None else exact,
-        call.q if exact_lse is None else exact_lse,
+        unused if exact is None else exact,
+        unused if exact_lse is None else exact_lse,
         out,
-        call.q if l_new is None else l_new,
-        call.q if residual is None else _kernel_8bit(residual[0]),
-        call.q if residual is None else residual[1],
+        unused if l_new is None else l_new,
+        0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
+        unused if residual is None else _kernel_8bit(residual[0]),
+        unused if residual is None else residual[1],
         call.scale,
         frames,
         positions,
@@ -521,8 +586,10 @@ def _l_output(
         BLOCK_L=config.block_l,
         BLOCK_K=config.block_k,
         BLOCK_D=call.block_d,
+        PARTS=config.parts,
         STRIP=config.strip,
         STAGES=config.num_stages,
+        MASK_D=call.block_d != dim,
         HAS_EXACT=exact is not None,
         BANDED=call.band is not None,
         FIRST_FRAME=call.first_frame,
@@ -533,7 +600,7 @@ def _l_output(
         num_warps=config.num_warps,
         **_FUSION,
     )
-    return None if l_new is None else l_new.to(L_DTYPE)
+    return None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
 def _kernel_8bit_dtype(device: torch.device) -> torch.dtype:

@@ -5,17 +5,19 @@ R V, is shared by all query frames. It changes slowly from one denoising step to
 frame's exact attention made stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.api import frame_attention, monarch_attention
-from vmonarch_kernels.structure import split_frames
-from vmonarch_kernels.torch_impl import L_DTYPE
+from vmonarch_kernels.api import frame_attention, monarch_attention, resolve_impl
+from vmonarch_kernels.structure import L_DTYPE, split_frames
 
 DECAY = 0.95
 """What of a correction is left after each call: it fades as it ages."""
+NEIGHBOUR_SHARE = 0.25
+"""Weight of a recomputed frame's correction in those of the frames beside it, which hold older ones."""
 _LARGEST = torch.finfo(L_DTYPE).max
 _GOLDEN = 0.6180339887498949
 
@@ -23,16 +25,17 @@ _GOLDEN = 0.6180339887498949
 class Residual:
     """Exact minus structured attention of every frame when it was last computed, for one layer of one clip.
 
-    ``values`` float8_e4m3fn (B, N, heads, D) times ``scale`` float32 (B, heads, T) is what is added to the output.
+    ``values`` float8_e4m3fn (B, N, heads, D) times ``scale`` float32 (B, P, heads, T) is what is added to the output.
     """
 
     def __init__(self, q: Tensor, frames: int, *, first_frame: bool = True) -> None:
         """Nothing known yet for tensors of q's shape (B, N, heads, D); with ``first_frame`` frame 0 needs no turn."""
-        batch, _, heads, _ = q.shape
+        batch, tokens, heads, _ = q.shape
         self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(L_DTYPE)
-        self.scale = torch.zeros(batch, heads, frames, dtype=torch.float32, device=q.device)
+        self.scale = torch.zeros(batch, tokens // frames, heads, frames, dtype=torch.float32, device=q.device)
         self._order = turns(frames, first_frame)
         self._next = 0
+        self._calls = 0
 
     @property
     def nbytes(self) -> int:
@@ -45,15 +48,15 @@ class Residual:
 
     def fresh(self) -> "Residual":
         """Another one for calls of the same shape, which knows nothing yet."""
-        return Residual(self.values, self.scale.shape[2], first_frame=0 not in self._order)
+        return Residual(self.values, self.scale.shape[3], first_frame=0 not in self._order)
 
     def forget(self) -> None:
         """Know nothing again, and begin with the first turn."""
         self.scale.zero_()
-        self._next = 0
+        self._next = self._calls = 0
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], refresh: int, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], refresh: float, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """``monarch_attention`` with the corrections added, and the next ``refresh`` frames exact.
 
@@ -62,37 +65,72 @@ class Residual:
             k: as q.
             v: as q.
             grid: as in ``monarch_attention``.
-            refresh: frames to recompute, 1 or more; all of them at the most.
+            refresh: frames to recompute, above 0; all of them at the most. A fraction is their mean over several calls,
+                rounded up in the first: 0.75 is one frame in three calls of four.
             options: keyword arguments of ``monarch_attention``.
 
         Returns:
             (out, L), L being None unless ``return_l`` is given.
 
         """
-        count = min(refresh, len(self._order))
-        chosen = list(dict.fromkeys(self._order[(self._next + i) % len(self._order)] for i in range(count)))
-        self._next = (self._next + count) % len(self._order)
+        chosen = self._take_turns(refresh)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
-            self.scale[:, :, frame].fill_(0)
+            self.scale[..., frame].fill_(0)
         result = monarch_attention(q, k, v, grid, residual=(self.values, self.scale), **options)
         out, factor = result if isinstance(result, tuple) else (result, None)
-        rows = split_frames(out, grid[0])
         named = {name: options[name] for name in ("scale", "impl", "extra") if name in options}
         for frame in chosen:
-            exact = frame_attention(q, k, v, grid, frame, **named)
-            self._keep(frame, exact, rows[:, frame])
-            rows[:, frame] = exact
+            beside = [x for x in (frame - 1, frame + 1) if x in self._order and x not in chosen]
+            self._recompute(frame, beside, q, k, v, grid, out, **named)
         return out, factor
 
-    def _keep(self, frame: int, exact: Tensor, structured: Tensor) -> None:
-        """Remember a frame's correction (B, P, heads, D), scaled to the range of 8 bits by its largest entry."""
-        difference = exact - structured
-        largest = torch.linalg.vector_norm(difference, ord=float("inf"), dim=(1, 3)).float()
-        scale = largest.clamp_min(1e-30) / _LARGEST
-        kept = split_frames(self.values, self.scale.shape[2])[:, frame]
-        kept.copy_(difference / scale[:, None, :, None])
-        self.scale[:, :, frame] = scale
+    def _take_turns(self, refresh: float) -> list[int]:
+        """The frames of this call."""
+        before, after = (math.ceil(refresh * calls - 1e-9) for calls in (self._calls, self._calls + 1))
+        self._calls += 1
+        count = min(after - before, len(self._order))
+        chosen = list(dict.fromkeys(self._order[(self._next + i) % len(self._order)] for i in range(count)))
+        self._next = (self._next + count) % len(self._order)
+        return chosen
+
+    def _recompute(
+        self,
+        frame: int,
+        beside: list[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int, int],
+        out: Tensor,
+        *,
+        scale: float | None = None,
+        impl: str = "auto",
+        extra: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Replace a frame of ``out`` by its exact attention; keep what that changed, for frames ``beside`` it too."""
+        if resolve_impl(impl, q.device, q.dtype, q.shape[-1]) == "triton":
+            from vmonarch_kernels.launch import refresh_triton
+
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            kept = (self.values, self.scale)
+            refresh_triton(q, k, v, extra, out, kept, grid[0], frame, beside, NEIGHBOUR_SHARE, scale)
+            return
+        structured = split_frames(out, grid[0])[:, frame]
+        exact = frame_attention(q, k, v, grid, frame, scale=scale, impl=impl, extra=extra)
+        change = exact.float() - structured.float()
+        values = split_frames(self.values, grid[0])
+        for other in beside:
+            before = values[:, other].float() * self.scale[..., other, None]
+            self._keep(other, NEIGHBOUR_SHARE * change + (1 - NEIGHBOUR_SHARE) * before)
+        self._keep(frame, change)
+        structured.copy_(exact)
+
+    def _keep(self, frame: int, change: Tensor) -> None:
+        """Make a change (B, P, heads, D) the frame's correction, every row in 8 bits scaled by its largest entry."""
+        scale = change.abs().amax(-1).clamp_min(1e-30) / _LARGEST
+        split_frames(self.values, self.scale.shape[3])[:, frame] = (change / scale[..., None]).to(L_DTYPE)
+        self.scale[..., frame] = scale
 
 
 def turns(frames: int, first_frame: bool) -> list[int]:

@@ -10,7 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.cost import window_frames
+from vmonarch_kernels.cost import l_row_entries, window_frames
+
+L_DTYPE = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,35 @@ def merge_exact(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
 
 
-def dequantised(values_BNHD: Tensor, scale_BHT: Tensor, frames: int) -> Tensor:
-    """The correction of every token in float32, (B, T, P, H, D), from 8 bits and a scale for each frame and head."""
-    wide = split_frames(values_BNHD.float(), frames)
-    return wide * scale_BHT.transpose(1, 2)[:, :, None, :, None]
+def empty_l(q_BTPHD: Tensor, dtype: torch.dtype = L_DTYPE) -> Tensor:
+    """An uninitialised L (B, P, H, T, T) for queries (B, T, P, H, D), its rows on multiples of L_ROW_ENTRIES."""
+    batch, frames, positions, heads, _ = q_BTPHD.shape
+    padded = q_BTPHD.new_empty((batch, positions, heads, frames, l_row_entries(frames)), dtype=dtype)
+    return padded[..., :frames]
+
+
+def with_padded_rows(l_BPHTT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """L as ``empty_l`` lays it out, in ``dtype``; the tensor itself where it is so already."""
+    frames = l_BPHTT.shape[-1]
+    dtype = l_BPHTT.dtype if dtype is None else dtype
+    row = l_row_entries(frames)
+    strides, expected = l_BPHTT.stride(), row * frames
+    for size, stride in zip(l_BPHTT.shape[2::-1], strides[2::-1], strict=True):
+        if size > 1 and stride != expected:
+            break
+        expected *= size
+    else:
+        if strides[3:] == (row, 1) and dtype == l_BPHTT.dtype:
+            return l_BPHTT
+    batch, positions, heads = l_BPHTT.shape[:3]
+    padded = l_BPHTT.new_zeros((batch, positions, heads, frames, row), dtype=dtype)
+    padded[..., :frames] = l_BPHTT
+    return padded[..., :frames]
+
+
+def dequantised(values_BNHD: Tensor, scale_BPHT: Tensor, frames: int) -> Tensor:
+    """The correction of every token in float32, (B, T, P, H, D), from 8 bits and a scale for each token and head."""
+    return split_frames(values_BNHD.float(), frames) * scale_BPHT.permute(0, 3, 1, 2)[..., None]
 
 
 def split_frames(x_BNHD: Tensor, frames: int) -> Tensor:

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.dense import attention_lse
-from vmonarch_kernels.structure import band_groups, dequantised, exact_pairs, merge_exact, split_frames
+from vmonarch_kernels.structure import (
+    L_DTYPE,
+    band_groups,
+    dequantised,
+    empty_l,
+    exact_pairs,
+    merge_exact,
+    split_frames,
+)
 
-L_DTYPE = torch.float8_e4m3fn
 _CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that they stay in cache
 
 
@@ -63,7 +70,7 @@ def monarch_torch(
             _l_step(q_BTPHD, alpha, c_l, None, exact, pairs, scale, c_floor, beta, None)
         else:
             if return_l:
-                l_new = _empty_l(q_BTPHD)
+                l_new = empty_l(q_BTPHD)
             _l_step(q_BTPHD, alpha, c_l, y, exact, pairs, scale, c_floor, out, l_new)
     if residual is not None:
         out += dequantised(*residual, frames)
@@ -73,11 +80,6 @@ def monarch_torch(
             first, _ = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
         out[:, 0] = first
     return out.flatten(1, 2), l_new
-
-
-def _empty_l(q_BTPHD: Tensor) -> Tensor:
-    batch, frames, positions, heads, _ = q_BTPHD.shape
-    return q_BTPHD.new_empty((batch, positions, heads, frames, frames), dtype=L_DTYPE)
 
 
 def _r_step(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:

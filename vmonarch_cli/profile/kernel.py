@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ _DENSE_BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 _QUANTISED_BUDGET = 0.1
 _REFERENCE_BYTES = 1 << 30
 _MAX_TIMING_S = 20.0
+_MAX_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class _Contender:
     run: Callable[[], Tensor]
     check: Callable[[Tensor, float], Check]
     """Of an output and its error against dense."""
+    calls: int = 1
+    """Attention calls in a run: after so many a preset's work repeats."""
 
 
 def profile_shape(
@@ -84,24 +88,22 @@ def profile_shape(
     on_work("float32 truth")
     exact = ExactSample(*tensors)
     rows: list[KernelRow] = []
-    calls: dict[str, Callable[[], Tensor]] = {}
+    runs: dict[str, Callable[[], Tensor]] = {}
+    calls: dict[str, int] = {}
     for name, make in _makers(settings, chip, tensors, frames, positions):
         on_work(name)
-        row, run = _first_run(make, exact, settings.device)
+        row, contender = _first_run(make, exact, settings.device)
         rows.append(row)
-        if run is not None:
-            calls[row.name] = run
+        if contender is not None:
+            runs[row.name], calls[row.name] = contender.run, contender.calls
     on_work("timing")
     try:
-        times = timed(calls, settings.device, settings.repeats, min(seconds, _MAX_TIMING_S)) if calls else {}
+        times = timed(runs, settings.device, settings.repeats, min(seconds, _MAX_TIMING_S)) if runs else {}
     except Exception as error:
         rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
         times = {}
-    return KernelShape(
-        frames,
-        positions,
-        [replace(row, time=Spread.of(times[row.name])) if row.name in times else row for row in rows],
-    )
+    spreads = {name: Spread.of([seconds / calls[name] for seconds in times[name]]) for name in times}
+    return KernelShape(frames, positions, [replace(row, time=spreads.get(row.name, row.time)) for row in rows])
 
 
 def estimate_seconds(before: Sequence[tuple[KernelShape, float]], frames: int, positions: int) -> float:
@@ -161,8 +163,8 @@ def _makers(
 
 def _first_run(
     make: Callable[[], _Contender], exact: ExactSample, device: torch.device
-) -> tuple[KernelRow, Callable[[], Tensor] | None]:
-    """The row with its first call, error, check and memory; and the call, or None when it failed."""
+) -> tuple[KernelRow, _Contender | None]:
+    """The row with its first call, error, check and memory; and what to time, or None when it failed."""
     row = KernelRow("", "dense")
     try:
         contender = make()
@@ -175,7 +177,7 @@ def _first_run(
     except Exception as error_:
         name, kind = _identity(make)
         return replace(row, name=name, kind=kind, failure=reason(error_)), None
-    return row, contender.run
+    return row, contender
 
 
 def _identity(make: Callable[[], _Contender]) -> tuple[str, str]:
@@ -236,12 +238,11 @@ def _structured(
     )
 
     residual = Residual(tensors[0], frames, first_frame=preset.first_frame) if refresh else None
+    calls = Fraction(refresh).limit_denominator(_MAX_CALLS).denominator
 
     def run() -> Tensor:
         if residual is not None:
-            # On tensors that never change, corrections would soon be the whole error: only the work is measured.
-            residual.forget()
-            return residual.attention(*tensors, grid, refresh, impl=impl, return_l=warm, **options)[0]
+            return _first_of(calls, residual, tensors, grid, refresh, impl=impl, return_l=warm, **options)
         if warm:
             return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
         out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
@@ -252,11 +253,25 @@ def _structured(
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
         return _structured_check(out, tensors, grid, impl, refresh, options)
 
-    return _Contender(row, run, check)
+    return _Contender(row, run, check, calls)
+
+
+def _first_of(
+    calls: int, residual: Residual, tensors: Tensors, grid: tuple[int, int, int], refresh: float, **options: Any
+) -> Tensor:
+    """The output of the first of ``calls`` refreshed calls that begin with no corrections.
+
+    On tensors that never change, corrections would soon be the whole error: the others only do their work.
+    """
+    residual.forget()
+    out, _ = residual.attention(*tensors, grid, refresh, **options)
+    for _ in range(calls - 1):
+        residual.attention(*tensors, grid, refresh, **options)
+    return out
 
 
 def _structured_check(
-    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: int, options: dict[str, Any]
+    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: float, options: dict[str, Any]
 ) -> Check:
     """The output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
@@ -272,7 +287,7 @@ def _structured_check(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if refresh:
             residual = Residual(q, grid[0], first_frame=options["first_frame"])
-            return residual.attention(q, k, v, grid, refresh, impl=other, **options)[0]
+            return _first_of(1, residual, (q, k, v), grid, refresh, impl=other, **options)
         found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
         return found
 

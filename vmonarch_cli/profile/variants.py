@@ -87,7 +87,7 @@ def _fields() -> list[Variant]:
     ]
     found += [
         Variant(f"warm, band 0, refresh {n}", "frame refresh", _warm(0).model_copy(update={"refresh": n}))
-        for n in (1, 2, 3, 4)
+        for n in (0.5, 1, 2, 3, 4)
     ]
     found += [Variant(f"paper, c_floor {c:g}", "c_floor", _cold(c_floor=c)) for c in (0.01, 0.5, 1.0)]
     for name, preset in (("paper", _cold()), ("balanced", load_preset("balanced"))):
