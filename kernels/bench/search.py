@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def main() -> None:
     kinds = arguments.kinds.split(",")
     limit = launch.shared_memory_limit(torch.device("cuda"))
     started = time.time()
-    with ProcessPoolExecutor(arguments.workers) as pool:
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(try_attend, shape, kind, config)
             for kind in kinds
@@ -240,9 +241,11 @@ def main() -> None:
     for kind in kinds:
         found = search_l(shape) if kind == "l" else search_attend(shape, kind)
         rows += found
-        for row in sorted((r for r in found if r["ms"] == r["ms"]), key=lambda r: float(r["ms"]))[:9]:
-            line = f"{row['ms']:.3f} ms {row.get('tflops', 0):.0f} TFLOP/s"
-            print(row["kind"], row["config"], line, flush=True)
+        timed = sorted((r for r in found if r["ms"] == r["ms"]), key=lambda r: (r["kind"], float(r["ms"])))
+        for _, best in itertools.groupby(timed, key=lambda r: r["kind"]):
+            for row in itertools.islice(best, 5):
+                line = f"{row['ms']:.3f} ms" + (f" {row['tflops']:.0f} TFLOP/s" if "tflops" in row else "")
+                print(row["kind"], row["config"], line, flush=True)
     if arguments.json:
         props = torch.cuda.get_device_properties(0)
         record = {"device": props.name, "torch": torch.__version__, "shape": shape, "rows": rows}
