@@ -112,17 +112,12 @@ def l_output_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *
     shared memory.
     """
     block_l, block_k = _l_tile(frames, block_d, dtype)
-    if frames > block_k:
-        strip, stages = 1, 2
-    elif block_k == 64 and exact:
-        # Prefetching the next position's rows pays only while they fit the registers beside this one's.
-        strip, stages = 1, 1
-    else:
-        strip, stages = 8, (3 if block_k <= 32 else 2)
-    tiles = 2 * block_k + (2 if exact else 1) * block_l  # rows in flight for each stage
-    stages = _fitting_stages(stages, tiles * block_d * dtype.itemsize, limit)
-    parts = 1 if strip == 1 else _parts(block_k, block_d, dtype)
-    return LStepConfig(block_l, block_k, _l_warps(block_k), stages, strip, parts)
+    rows = 2 * block_k + (2 if exact else 1) * block_l  # in flight for each stage
+    stages = _fitting_stages(3 if frames <= block_k <= 32 else 2, rows, block_l, block_d, dtype, limit)
+    if frames > block_k or stages == 1:
+        return LStepConfig(block_l, block_k, 4, stages, strip=1)
+    warps = 2 if exact and block_k == 64 else _warps(block_k, block_d, dtype)
+    return LStepConfig(block_l, block_k, warps, stages, strip=8, parts=_parts(block_k, block_d, dtype))
 
 
 def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, from_l: bool) -> LStepConfig:
@@ -134,13 +129,13 @@ def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, 
     if from_l and block_k == 128:
         block_l, block_k = 128, 64
     one_tile = frames <= block_l
-    if one_tile and block_k <= 32 and not (from_l and block_k == 32):
-        strip, stages = 8, 3
-    else:
-        strip, stages = 1, (1 if one_tile else 2)
-    stages = _fitting_stages(stages, (block_k + block_l) * block_d * dtype.itemsize, limit)
-    parts = 1 if strip == 1 else _parts(block_k, block_d, dtype)
-    return LStepConfig(block_l, block_k, _l_warps(block_k), stages, strip, parts)
+    if one_tile and block_k >= 64:
+        return LStepConfig(block_l, block_k, 4, num_stages=1, strip=1)
+    stages = _fitting_stages(3 if one_tile else 2, block_k + block_l, block_k, block_d, dtype, limit)
+    if not one_tile or stages == 1:
+        return LStepConfig(block_l, block_k, 4, stages, strip=1)
+    warps = _warps(block_k, block_d, dtype)
+    return LStepConfig(block_l, block_k, warps, stages, strip=8, parts=_parts(block_k, block_d, dtype))
 
 
 def _l_tile(frames: int, block_d: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -152,8 +147,9 @@ def _l_tile(frames: int, block_d: int, dtype: torch.dtype) -> tuple[int, int]:
     return 32, (128 if narrow and padded == 128 else 32)
 
 
-def _l_warps(block_k: int) -> int:
-    return 2 if block_k == 16 else 4
+def _warps(block_k: int, block_d: int, dtype: torch.dtype) -> int:
+    """Two for small tiles of whole rows: half the threads, each with more rows in flight."""
+    return 2 if block_k <= 16 or (block_k == 32 and block_d <= 128 and dtype != torch.float32) else 4
 
 
 def _parts(block_k: int, block_d: int, dtype: torch.dtype) -> int:
@@ -161,8 +157,9 @@ def _parts(block_k: int, block_d: int, dtype: torch.dtype) -> int:
     return 2 if block_k >= 32 and block_d == 128 and dtype != torch.float32 else 1
 
 
-def _fitting_stages(stages: int, stage_bytes: int, limit: int) -> int:
-    """As many of ``stages`` as fit ``limit`` bytes of shared memory (with 1 KB for what a kernel needs besides)."""
-    while stages > 1 and 1024 + stages * stage_bytes > limit:
+def _fitting_stages(stages: int, rows: int, out_rows: int, block_d: int, dtype: torch.dtype, limit: int) -> int:
+    """As many of ``stages``, each of so many rows, as fit ``limit`` bytes beside one tile of the output."""
+    row_bytes = block_d * dtype.itemsize
+    while stages > 1 and 1024 + (out_rows + stages * rows) * row_bytes > limit:
         stages -= 1
     return stages
