@@ -106,8 +106,6 @@ def format_value(value: object) -> str:
         return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

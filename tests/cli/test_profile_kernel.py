@@ -80,7 +80,8 @@ def test_every_preset_stands_against_every_backend_and_the_record_says_where(tmp
     grid = (5, 24, 1)
     assert rows["flash"]["flops"] == dense_flops(grid, 2, 16)
     assert rows["paper"]["flops"] == monarch_flops(grid, 2, 16)
-    assert rows["fast"]["flops"] == monarch_flops(grid, 2, 16, num_steps=1, band=0, warm=True)
+    fast = {"num_steps": 1, "first_frame": False, "band": 0, "warm": True, "refresh": 0.8}
+    assert rows["fast"]["flops"] == monarch_flops(grid, 2, 16, **fast)
     assert (rows["paper"]["note"], rows["fast"]["note"], rows["quality"]["note"]) == ("cold", "warm", "exact")
     for row in rows.values():
         time = row["time"]
@@ -396,6 +397,6 @@ def test_bytes_of_a_call() -> None:
     assert monarch_bytes((21, 30, 52), 12, 128) == 17 * tensor  # R 3, L 3, R with V 5, L 4, first frame 2
     assert monarch_bytes((21, 30, 52), 12, 128, band=30) == 4 * tensor
     warm = monarch_bytes((21, 30, 52), 12, 128, num_steps=1, band=0, warm=True, keep_l=True)
-    assert warm == 18 * tensor + 2 * 12 * 1560 * 21 * 21
+    assert warm == 18 * tensor + 2 * 12 * 1560 * 21 * 24
     preset = load_preset("paper")
     assert (preset.num_steps, preset.band) == (2, None)

@@ -152,6 +152,30 @@ def test_warm_start_with_tiled_key_frames(impl: str, frames: int) -> None:
     assert relative_error(out, expected) < 1e-6
 
 
+@pytest.mark.parametrize("frames", [21, 40, 70])  # each has tiles of its own in 16 bits
+@pytest.mark.parametrize("impl", IMPLS)
+def test_warm_start_in_16_bits(impl: str, frames: int) -> None:
+    shape = Shape((frames, 1, 3), heads=1, head_dim=128)
+    qkv = inputs(shape, LOW)
+    options = {"num_steps": 1, "band": 0, "first_frame": False}
+    _, factor = monarch_attention(*qkv, shape.grid, impl=impl, return_l=True, **options)  # type: ignore[call-overload]
+    expected = monarch_factors(*qkv, shape.grid, l_prev=factor, **options).out  # type: ignore[arg-type]
+    out = monarch_attention(*qkv, shape.grid, impl=impl, l_prev=factor, **options)  # type: ignore[call-overload]
+    assert relative_error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_a_stored_factor_is_taken_in_any_layout(impl: str) -> None:
+    shape = Shape((5, 2, 3), batch=2)
+    qkv = inputs(shape, torch.float32)
+    _, factor = monarch_attention(*qkv, shape.grid, impl=impl, return_l=True)
+    packed, turned = factor.contiguous(), factor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert len({factor.stride(), packed.stride(), turned.stride()}) == 3
+    outs = [monarch_attention(*qkv, shape.grid, impl=impl, num_steps=1, l_prev=x) for x in (factor, packed, turned)]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_one_frame_is_exactly_dense_attention(impl: str) -> None:
     shape = Shape((1, 3, 5), batch=2)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 _HELD_OUT_SEED = 2  # the prompts' own name space; 0 is the autoencoder's clips, 1 the training's samples
-_COMPARED_PROMPTS = 16
 _EQUAL_PSNR = 100.0  # stands for infinity, which JSON cannot say
 
 SwapAttention = Callable[[Any, str], AbstractContextManager[Any]]
@@ -159,15 +158,13 @@ def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
     }
 
 
-def compare(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], count: int = _COMPARED_PROMPTS
-) -> dict[str, float | int]:
-    """How far the second preset's clips are from the first's: medians and the worst over `count` prompts."""
-    from statistics import median
+def compare(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict[str, float | int]:
+    """How far the second preset's clips are from the first's: medians, the mean error and the worst."""
+    from statistics import fmean, median
 
     from vmonarch_cli.metrics import psnr, relative_error, ssim
 
-    count = min(count, len(first[0]))
+    count = len(first[0])
     psnrs = [min(_EQUAL_PSNR, psnr((second[1][i] + 1) / 2, (first[1][i] + 1) / 2)) for i in range(count)]
     ssims = [ssim((second[1][i] + 1) / 2, (first[1][i] + 1) / 2) for i in range(count)]
     errors = [relative_error(second[0][i], first[0][i]) for i in range(count)]
@@ -178,6 +175,7 @@ def compare(
         "ssim_median": median(ssims),
         "ssim_worst": min(ssims),
         "latent_error_median": median(errors),
+        "latent_error_mean": fmean(errors),
         "latent_error_worst": max(errors),
     }
 
@@ -260,7 +258,7 @@ def show(result: dict[str, Any]) -> None:
     if compared:
         first = next(iter(result["presets"]))
         pairs = Table(title=f"Distance from {first}, same prompts and noise, median (worst)")
-        for column in ("preset", "PSNR dB", "SSIM", "latent error"):
+        for column in ("preset", "PSNR dB", "SSIM", "latent error", "its mean"):
             pairs.add_column(column, justify="left" if column == "preset" else "right")
         for name, c in compared.items():
             pairs.add_row(
@@ -268,6 +266,7 @@ def show(result: dict[str, Any]) -> None:
                 f"{c['psnr_median']:.2f} ({c['psnr_worst']:.2f})",
                 f"{c['ssim_median']:.4f} ({c['ssim_worst']:.4f})",
                 f"{c['latent_error_median']:.4f} ({c['latent_error_worst']:.4f})",
+                f"{c['latent_error_mean']:.4f}",
             )
         console.print(pairs)
 
