@@ -289,6 +289,15 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypat
     assert result.stderr == ("error: --plot needs matplotlib, which is not installed: pip install 'vmonarch[plot]'\n")
 
 
+def test_calls_that_differ_in_turn_count_by_their_mean() -> None:
+    # Three calls of four recompute a frame: the median of all of them would leave the fourth out.
+    spread = Spread.over([1.0, 1.0, 1.1, 0.5] * 3, period=4)
+    assert spread.median == pytest.approx(0.9)
+    assert spread.width == pytest.approx(0)
+    assert Spread.over([1.0, 2.0, 3.0], period=1) == Spread.of([1.0, 2.0, 3.0])
+    assert Spread.over([1.0], period=4) == Spread.of([1.0])
+
+
 # What is shown
 
 

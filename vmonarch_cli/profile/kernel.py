@@ -37,7 +37,7 @@ _DENSE_BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 _QUANTISED_BUDGET = 0.1
 _REFERENCE_BYTES = 1 << 30
 _MAX_TIMING_S = 20.0
-_MAX_CALLS = 8
+_LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class _Contender:
     run: Callable[[], Tensor]
     check: Callable[[Tensor, float], Check]
     """Of an output and its error against dense."""
-    calls: int = 1
-    """Attention calls in a run: after so many a preset's work repeats."""
+    period: int = 1
+    """After so many calls their work repeats."""
 
 
 def profile_shape(
@@ -88,21 +88,21 @@ def profile_shape(
     on_work("float32 truth")
     exact = ExactSample(*tensors)
     rows: list[KernelRow] = []
-    runs: dict[str, Callable[[], Tensor]] = {}
-    calls: dict[str, int] = {}
+    contenders: dict[str, _Contender] = {}
     for name, make in _makers(settings, chip, tensors, frames, positions):
         on_work(name)
         row, contender = _first_run(make, exact, settings.device)
         rows.append(row)
         if contender is not None:
-            runs[row.name], calls[row.name] = contender.run, contender.calls
+            contenders[row.name] = contender
     on_work("timing")
+    runs = {name: contender.run for name, contender in contenders.items()}
     try:
         times = timed(runs, settings.device, settings.repeats, min(seconds, _MAX_TIMING_S)) if runs else {}
     except Exception as error:
         rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
         times = {}
-    spreads = {name: Spread.of([seconds / calls[name] for seconds in times[name]]) for name in times}
+    spreads = {name: Spread.over(times[name], contenders[name].period) for name in times}
     return KernelShape(frames, positions, [replace(row, time=spreads.get(row.name, row.time)) for row in rows])
 
 
@@ -238,11 +238,10 @@ def _structured(
     )
 
     residual = Residual(tensors[0], frames, first_frame=preset.first_frame) if refresh else None
-    calls = Fraction(refresh).limit_denominator(_MAX_CALLS).denominator
 
     def run() -> Tensor:
         if residual is not None:
-            return _first_of(calls, residual, tensors, grid, refresh, impl=impl, return_l=warm, **options)
+            return _refreshed(residual, tensors, grid, refresh, impl=impl, return_l=warm, **options)
         if warm:
             return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
         out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
@@ -253,21 +252,18 @@ def _structured(
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
         return _structured_check(out, tensors, grid, impl, refresh, options)
 
-    return _Contender(row, run, check, calls)
+    return _Contender(row, run, check, Fraction(refresh).limit_denominator(_LONGEST_PERIOD).denominator)
 
 
-def _first_of(
-    calls: int, residual: Residual, tensors: Tensors, grid: tuple[int, int, int], refresh: float, **options: Any
+def _refreshed(
+    residual: Residual, tensors: Tensors, grid: tuple[int, int, int], refresh: float, **options: Any
 ) -> Tensor:
-    """The output of the first of ``calls`` refreshed calls that begin with no corrections.
+    """The next call in turn, as if no call had left corrections.
 
-    On tensors that never change, corrections would soon be the whole error: the others only do their work.
+    On tensors that never change those would soon be the whole error: only the work is measured.
     """
-    residual.forget()
-    out, _ = residual.attention(*tensors, grid, refresh, **options)
-    for _ in range(calls - 1):
-        residual.attention(*tensors, grid, refresh, **options)
-    return out
+    residual.scale.zero_()
+    return residual.attention(*tensors, grid, refresh, **options)[0]
 
 
 def _structured_check(
@@ -287,7 +283,7 @@ def _structured_check(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if refresh:
             residual = Residual(q, grid[0], first_frame=options["first_frame"])
-            return _first_of(1, residual, (q, k, v), grid, refresh, impl=other, **options)
+            return _refreshed(residual, (q, k, v), grid, refresh, impl=other, **options)
         found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
         return found
 

@@ -29,6 +29,17 @@ class Spread:
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         return Spread(middle, low, high, len(values))
 
+    @staticmethod
+    def over(values: Sequence[float], period: int) -> Spread:
+        """Of calls of `period` kinds in turn: the mean over the kinds, each with a spread of its own."""
+        kinds = [Spread.of(values[first::period]) for first in range(min(period, len(values)))]
+        return Spread(
+            statistics.fmean(kind.median for kind in kinds),
+            statistics.fmean(kind.low for kind in kinds),
+            statistics.fmean(kind.high for kind in kinds),
+            len(values),
+        )
+
     @property
     def width(self) -> float:
         """Distance of the quartiles as a share of the median."""
