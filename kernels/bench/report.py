@@ -95,7 +95,7 @@ def _origin(name: str, record: Record) -> list[str]:
 def _preset(preset: Record) -> str:
     """What sets a preset apart: `balanced`: warm start, band 0, refresh 2."""
     words = ["warm start" if preset["warm_start"] else f"{preset['num_steps']} cold iterations"]
-    words += [f"{name} {preset[name]}" for name in ("band", "refresh", "dense_steps") if preset.get(name)]
+    words += [f"{name} {preset[name]:g}" for name in ("band", "refresh", "dense_steps") if preset.get(name)]
     words += ["band 0"] * (preset["band"] == 0) + ["first frame not exact in itself"] * (not preset["first_frame"])
     return f"`{preset['name']}`: {', '.join(words)}"
 

@@ -346,7 +346,7 @@ def l_output_kernel(
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     m_l = o_l < frames
     s_row = positions * heads * head_dim  # from frame to frame
-    s_l = l_row_eighth * 8  # said so, the compiler writes L eight bytes at a time
+    s_l = l_row_eighth * 8  # said so (cost.L_ROW_ENTRIES), the compiler writes L eight bytes at a time
     p_q += b * s_qb + h * s_qh
 
     for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):

@@ -1,4 +1,4 @@
-"""Which (query frame, key frame) pairs are exact, and the views every implementation shares.
+"""Which (query frame, key frame) pairs are exact, how L lies in memory, and the views every implementation shares.
 
 Shape legend of this package: B batch, N tokens = T frames x P positions, H heads, D head
 dimension; l query frames, k key frames, j query positions, i key positions.
