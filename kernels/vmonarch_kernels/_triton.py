@@ -193,7 +193,7 @@ def _keep_change(
     tl.store(p_row, scale, mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frame", "blend_before", "blend_after"])  # they change from call to call
 def merge_splits_kernel(
     p_part, p_part_lse,  # float32 (S, B, H, P, D) and (S, B, H, P)
     p_extra, p_extra_lse,  # one more part: (B, T, P, H, D) and (B, H, T, P)
