@@ -383,6 +383,7 @@ def test_break_even_lies_where_the_lines_cross() -> None:
         ((2.0, 4.0), "below", None, "faster from the shortest length measured on (200 tokens"),
         ((0.25, 0.5), "above", 3200.0, "break-even would be near 3,200 tokens"),
         ((0.5, 0.25), "above", None, "no break-even in sight up to 800 tokens"),
+        ((0.5, 0.5 + 1e-9), "above", None, "no break-even in sight up to 800 tokens"),
     ],
 )
 def test_break_even_outside_of_what_was_measured(

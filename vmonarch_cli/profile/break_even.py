@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 
 from vmonarch_cli.profile.results import BreakEven, KernelShape
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def break_even(preset: str, shapes: Sequence[KernelShape]) -> BreakEven | None:
@@ -33,6 +36,7 @@ def break_even(preset: str, shapes: Sequence[KernelShape]) -> BreakEven | None:
 
 
 def _crossing(n0: float, g0: float, n1: float, g1: float) -> float:
-    """Tokens at which the line through (log n, log gain) is zero."""
+    """Tokens at which the line through (log n, log gain) is zero; infinity where it is all but level."""
     slope = (math.log(g1) - math.log(g0)) / (math.log(n1) - math.log(n0))
-    return math.exp(math.log(n0) - math.log(g0) / slope)
+    exponent = math.log(n0) - math.log(g0) / slope
+    return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
