@@ -77,18 +77,12 @@ def empty_l(q_BTPHD: Tensor, dtype: torch.dtype = L_DTYPE) -> Tensor:
 
 def with_padded_rows(l_BPHTT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """L as ``empty_l`` lays it out, in ``dtype``; the tensor itself where it is so already."""
-    frames = l_BPHTT.shape[-1]
+    batch, positions, heads, frames, _ = l_BPHTT.shape
     dtype = l_BPHTT.dtype if dtype is None else dtype
     row = l_row_entries(frames)
-    strides, expected = l_BPHTT.stride(), row * frames
-    for size, stride in zip(l_BPHTT.shape[2::-1], strides[2::-1], strict=True):
-        if size > 1 and stride != expected:
-            break
-        expected *= size
-    else:
-        if strides[3:] == (row, 1) and dtype == l_BPHTT.dtype:
-            return l_BPHTT
-    batch, positions, heads = l_BPHTT.shape[:3]
+    strides = (positions * heads * frames * row, heads * frames * row, frames * row, row, 1)
+    if l_BPHTT.stride() == strides and l_BPHTT.dtype == dtype:
+        return l_BPHTT
     padded = l_BPHTT.new_zeros((batch, positions, heads, frames, row), dtype=dtype)
     padded[..., :frames] = l_BPHTT
     return padded[..., :frames]
