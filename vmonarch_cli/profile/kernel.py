@@ -241,7 +241,7 @@ def _structured(
 
     def run() -> Tensor:
         if residual is not None:
-            return _refreshed(residual, tensors, grid, refresh, impl=impl, return_l=warm, **options)
+            return residual.attention(*tensors, grid, refresh, impl=impl, return_l=warm, **options)[0]
         if warm:
             return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
         out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
@@ -255,21 +255,10 @@ def _structured(
     return _Contender(row, run, check, Fraction(refresh).limit_denominator(_LONGEST_PERIOD).denominator)
 
 
-def _refreshed(
-    residual: Residual, tensors: Tensors, grid: tuple[int, int, int], refresh: float, **options: Any
-) -> Tensor:
-    """The next call in turn, as if no call had left corrections.
-
-    On tensors that never change those would soon be the whole error: only the work is measured.
-    """
-    residual.scale.zero_()
-    return residual.attention(*tensors, grid, refresh, **options)[0]
-
-
 def _structured_check(
     out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: float, options: dict[str, Any]
 ) -> Check:
-    """The output against the same algorithm in wider arithmetic, by another implementation where one fits.
+    """A first call's output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
     The budget is EAGER_FACTOR times the error that the eager algorithm makes in the tensors' own dtype.
     """
@@ -283,7 +272,7 @@ def _structured_check(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if refresh:
             residual = Residual(q, grid[0], first_frame=options["first_frame"])
-            return _refreshed(residual, (q, k, v), grid, refresh, impl=other, **options)
+            return residual.attention(q, k, v, grid, refresh, impl=other, **options)[0]
         found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
         return found
 

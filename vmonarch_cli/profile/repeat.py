@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,8 +39,9 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round; the caller has run every call once.
 
-    The first in a round moves on by one each time. Rounds stop after `repeats`, or when `seconds` have passed and
-    MIN_ROUNDS are done. Calls of a round are queued back to back, as a model queues its layers.
+    Every round has an order of its own, the same in every process: what ran just before tells on a call, by the heat
+    that it left. Rounds stop after `repeats`, or when `seconds` have passed and MIN_ROUNDS are done. Calls of a round
+    are queued back to back, as a model queues its layers.
     """
     clock = Clock(device)
     names = list(calls)
@@ -48,10 +50,9 @@ def timed(
     for index in range(repeats):
         if index >= min(MIN_ROUNDS, repeats) and time.monotonic() - began > seconds:
             break
-        turn = index % len(names)
         marks: dict[str, tuple[Mark, Mark]] = {}
         clock.settle()
-        for name in names[turn:] + names[:turn]:
+        for name in random.Random(index).sample(names, len(names)):
             start = clock.mark()
             calls[name]()
             marks[name] = (start, clock.mark())
