@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from vmonarch_kernels import launch
-from vmonarch_kernels.configs import AttendConfig, HopperConfig, LStepConfig, shared_memory_bytes
+from vmonarch_kernels.configs import AttendConfig, HopperConfig, LStepConfig, chip, shared_memory_bytes
 from vmonarch_kernels.structure import L_DTYPE, empty_l, split_frames
 
 KINDS = ("r", "rv", "first", "band")
@@ -34,9 +34,7 @@ def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch._C
     torch.manual_seed(0)
     size = (1, frames * positions, heads, dim)
     q, k, v = (torch.randn(size, device="cuda", dtype=dtype) for _ in range(3))
-    limit = launch.shared_memory_limit(q.device)
-    capability = torch.cuda.get_device_capability()
-    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, limit, capability)
+    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, chip(q.device))
 
 
 def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
@@ -217,7 +215,7 @@ def main() -> None:
     shape = tuple(int(x) for x in arguments.shape.split("x"))
     assert len(shape) == 4
     kinds = arguments.kinds.split(",")
-    limit = launch.shared_memory_limit(torch.device("cuda"))
+    limit = chip(torch.device("cuda")).shared_memory
     started = time.time()
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         jobs = [

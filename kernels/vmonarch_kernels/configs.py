@@ -5,9 +5,38 @@ the neighbours of an entry on the machine at hand and prints a better one where 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+
+from vmonarch_kernels.structure import L_DTYPE
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What of a device decides about tiles and launches."""
+
+    capability: tuple[int, int]
+    """(0, 0) for Triton's interpreter, which has the rest as an H100."""
+    multiprocessors: int
+    shared_memory: int
+    """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100)."""
+    dtype_8bit: torch.dtype
+    """In which the kernels read and write L and corrections: GPUs before compute capability 8.9 and the interpreter
+    cannot convert e4m3, so there float16 goes between.
+    """
+
+
+@cache
+def chip(device: torch.device) -> Chip:
+    """Asked once for each device: the answer takes longer than a launch."""
+    if device.type != "cuda":
+        return Chip((0, 0), 132, 227 * 1024, torch.float16)
+    capability = torch.cuda.get_device_capability(device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    dtype = L_DTYPE if capability >= (8, 9) else torch.float16
+    return Chip(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin, dtype)
 
 
 @dataclass(frozen=True)
@@ -54,14 +83,7 @@ def shared_memory_bytes(config: AttendConfig, head_dim: int, itemsize: int, valu
     return query_tile + key_tiles
 
 
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100)."""
-    if device.type != "cuda":
-        return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
-
-
+@cache
 def attend_config(block_d: int, dtype: torch.dtype, limit: int, *, with_k: bool, with_v: bool) -> AttendConfig:
     """Tile of the R-step (``with_k``), of R-step with values (both) or of plain attention.
 
@@ -87,6 +109,7 @@ def attend_config(block_d: int, dtype: torch.dtype, limit: int, *, with_k: bool,
     return config
 
 
+@cache
 def hopper_config(
     head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, with_k: bool, with_v: bool
 ) -> HopperConfig | None:
@@ -104,6 +127,7 @@ def hopper_config(
     return HopperConfig(128, 4, 2)
 
 
+@cache
 def l_output_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, exact: bool) -> LStepConfig:
     """Tile of the last L-step; ``exact``: it merges an exact part, for which fewer registers are left.
 
@@ -120,6 +144,7 @@ def l_output_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *
     return LStepConfig(block_l, block_k, warps, stages, strip=8, parts=_parts(block_k, block_d, dtype))
 
 
+@cache
 def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, from_l: bool) -> LStepConfig:
     """Tile of the step from L to the next R-step's queries; ``from_l``: L is read, not computed.
 

@@ -5,18 +5,18 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vmonarch_kernels import _triton as kernels
 from vmonarch_kernels.configs import (
     HOPPER_ROWS,
+    Chip,
     HopperConfig,
     attend_config,
+    chip,
     hopper_config,
     l_output_config,
     next_beta_config,
-    shared_memory_limit,
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
@@ -33,6 +33,16 @@ _FULL_WAVES = 0.93
 _FUSION = {"enable_fp_fusion": True}
 
 
+# On the host Triton's own, made for kernels, take longer than everything else that a launch computes.
+def _cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def _power_of_2(x: int) -> int:
+    """The least power of two from ``x`` up."""
+    return 1 << (x - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class _Call:
     """What every launch of one call shares."""
@@ -43,8 +53,7 @@ class _Call:
     scale: float
     band: int | None
     first_frame: bool
-    shared_memory: int
-    capability: tuple[int, int]
+    chip: Chip
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -53,14 +62,7 @@ class _Call:
 
     @property
     def block_d(self) -> int:
-        return max(16, int(triton.next_power_of_2(self.q.shape[-1])))
-
-    @property
-    def multiprocessors(self) -> int:
-        """Programs that run at one time, one to a multiprocessor (an H100's number where there is no GPU)."""
-        if self.q.device.type != "cuda":
-            return 132
-        return int(torch.cuda.get_device_properties(self.q.device).multi_processor_count)
+        return max(16, _power_of_2(self.q.shape[-1]))
 
     @property
     def precision(self) -> str:
@@ -182,9 +184,7 @@ def _extra_part(extra: tuple[Tensor, Tensor] | None, frames: int) -> tuple[Tenso
 
 def _call(q: Tensor, k: Tensor, v: Tensor, frames: int, scale: float, band: int | None, first_frame: bool) -> _Call:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    limit = shared_memory_limit(q.device)
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    return _Call(split_frames(q, frames), k, v, scale, band, first_frame, limit, capability)
+    return _Call(split_frames(q, frames), k, v, scale, band, first_frame, chip(q.device))
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor | None, other_lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -267,17 +267,17 @@ def _attend(
         "SPLIT": split,
         **_FUSION,
     }
-    hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=with_k, with_v=with_v)
+    hopper = hopper_config(dim, call.q.dtype, call.chip.capability, with_k=with_k, with_v=with_v)
     window_keys = [split_keys, width * positions % split_keys] if split else [width * positions]
-    tiles = triton.cdiv(positions, HOPPER_ROWS) * parts * batch * heads
+    tiles = _cdiv(positions, HOPPER_ROWS) * parts * batch * heads
     wide = all(keys == 0 or keys > hopper.block_n for keys in window_keys) if hopper is not None else False
-    if hopper is not None and wide and tiles >= MIN_WAVES * call.multiprocessors:
+    if hopper is not None and wide and tiles >= MIN_WAVES * call.chip.multiprocessors:
         rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
         if len(rows) == 3:
             _attend_hopper(call, hopper, rows, targets, window_arguments, window_keys, tiles, parts, options)
             return
-    config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=with_k, with_v=with_v)
-    grid = (triton.cdiv(positions, config.block_m), parts, batch * heads)
+    config = attend_config(call.block_d, call.q.dtype, call.chip.shared_memory, with_k=with_k, with_v=with_v)
+    grid = (_cdiv(positions, config.block_m), parts, batch * heads)
     kernels.attend_kernel[grid](
         queries,
         *queries.stride()[:4],
@@ -329,7 +329,7 @@ def _attend_hopper(
             TensorDescriptor(x, list(x.shape), list(x.stride()), [block, dim], _layout(block, dim, dtype))
         )
     tail = max(keys % config.block_n or config.block_n for keys in window_keys if keys)
-    _hopper.attend_hopper_kernel[(min(tiles, call.multiprocessors),)](
+    _hopper.attend_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
         *descriptors,
         *targets,
         call.scale,
@@ -341,7 +341,7 @@ def _attend_hopper(
         *window_arguments,
         BLOCK_N=config.block_n,
         # Narrower than 16 keys the tensor cores do not multiply.
-        TAIL=max(16, triton.next_power_of_2(tail)),
+        TAIL=max(16, _power_of_2(tail)),
         STAGES=config.stages,
         Q_STAGES=config.query_stages,
         num_warps=4,
@@ -389,11 +389,11 @@ def _attend_frame(
     batch, frames, positions, heads, dim = call.sizes
     tokens = frames * positions
     queries = call.q[:, frame:]
-    hopper = hopper_config(dim, call.q.dtype, call.capability, with_k=False, with_v=True)
-    config = attend_config(call.block_d, call.q.dtype, call.shared_memory, with_k=False, with_v=True)
+    hopper = hopper_config(dim, call.q.dtype, call.chip.capability, with_k=False, with_v=True)
+    config = attend_config(call.block_d, call.q.dtype, call.chip.shared_memory, with_k=False, with_v=True)
     block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
-    tiles = triton.cdiv(positions, block_m) * heads * batch
-    splits = _even_splits(tiles, call.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
+    tiles = _cdiv(positions, block_m) * heads * batch
+    splits = _even_splits(tiles, call.chip.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
     extra_out, extra_lse = extra
     if splits == 1 and extra_out is None and keep is None:
         _attend(
@@ -407,8 +407,8 @@ def _attend_frame(
             window=(0, frames),
         )
         return
-    split_keys = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
-    splits = triton.cdiv(tokens, split_keys)
+    split_keys = _cdiv(_cdiv(tokens, splits), 128) * 128
+    splits = _cdiv(tokens, split_keys)
     # (S, B, P, H, D) seen through strides of (S, B, H, P, D) memory
     part = call.q.new_empty((splits, batch, heads, positions, dim), dtype=torch.float32)
     part_lse = call.q.new_empty((splits, batch, heads, positions), dtype=torch.float32)
@@ -426,7 +426,7 @@ def _attend_frame(
     )
     block_m = 32
     unused = call.q
-    kernels.merge_splits_kernel[(triton.cdiv(positions, block_m), batch * heads)](
+    kernels.merge_splits_kernel[(_cdiv(positions, block_m), batch * heads)](
         part,
         part_lse,
         unused if extra_out is None else extra_out,
@@ -456,11 +456,12 @@ def _attend_frame(
     )
 
 
+@cache
 def _even_splits(tiles: int, slots: int, largest: int) -> int:
     """The fewest key splits with which ``tiles`` programs, ``slots`` at a time, leave little of the last wave idle."""
 
     def used(splits: int) -> float:
-        return float(tiles * splits / (triton.cdiv(tiles * splits, slots) * slots))
+        return float(tiles * splits / (_cdiv(tiles * splits, slots) * slots))
 
     choices = range(1, max(1, min(largest, _MAX_SPLITS)) + 1)
     return next((s for s in choices if used(s) >= _FULL_WAVES), max(choices, key=used))
@@ -480,7 +481,7 @@ def _next_beta(
     """
     batch, frames, positions, heads, dim = call.sizes
     from_l = l_prev is not None
-    config = next_beta_config(frames, call.block_d, call.q.dtype, call.shared_memory, from_l=from_l)
+    config = next_beta_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, from_l=from_l)
     beta = call.like_q()
     whole_rows = frames <= config.block_k
     row_lse = None
@@ -498,7 +499,7 @@ def _next_beta(
     }
     if not from_l and not whole_rows:
         row_lse = call.statistic()
-        grid = (positions * heads, triton.cdiv(frames, config.block_l), batch)
+        grid = (positions * heads, _cdiv(frames, config.block_l), batch)
         kernels.l_lse_kernel[grid](
             call.q,
             *call.q.stride()[:4],
@@ -514,9 +515,9 @@ def _next_beta(
             *call.band_arguments,
             **shared,
         )
-    grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_k), batch)
+    grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_k), batch)
     unused = call.q
-    stored = None if l_prev is None else with_padded_rows(l_prev, _kernel_8bit_dtype(call.q.device))
+    stored = None if l_prev is None else with_padded_rows(l_prev, call.chip.dtype_8bit)
     kernels.next_beta_kernel[grid](
         call.q,
         *call.q.stride()[:4],
@@ -557,11 +558,11 @@ def _l_output(
     return_l: bool,
 ) -> Tensor | None:
     batch, frames, positions, heads, dim = call.sizes
-    config = l_output_config(frames, call.block_d, call.q.dtype, call.shared_memory, exact=exact is not None)
+    config = l_output_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, exact=exact is not None)
     l_new = None
     if return_l:
-        l_new = empty_l(call.q, dtype=_kernel_8bit_dtype(call.q.device))
-    grid = (triton.cdiv(positions, config.strip) * heads, triton.cdiv(frames, config.block_l), batch)
+        l_new = empty_l(call.q, dtype=call.chip.dtype_8bit)
+    grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_l), batch)
     unused = call.q
     kernels.l_output_kernel[grid](
         call.q,
@@ -603,13 +604,5 @@ def _l_output(
     return None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
-def _kernel_8bit_dtype(device: torch.device) -> torch.dtype:
-    """dtype in which the kernels read and write L and corrections: GPUs before compute capability 8.9 and the
-    interpreter cannot convert e4m3, so there float16 goes between.
-    """
-    converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    return L_DTYPE if converts else torch.float16
-
-
 def _kernel_8bit(x: Tensor) -> Tensor:
-    return x.contiguous().to(_kernel_8bit_dtype(x.device))
+    return x.contiguous().to(chip(x.device).dtype_8bit)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vmonarch_kernels import monarch_attention, monarch_factors
-from vmonarch_kernels.configs import hopper_config, shared_memory_limit
+from vmonarch_kernels.configs import chip, hopper_config
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 triton = pytest.importorskip("triton")
@@ -63,7 +63,7 @@ def test_it_compiles_for_the_chip(with_k: bool, with_v: bool, split: bool, head_
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["shared"] <= shared_memory_limit(torch.device("cpu"))
+    assert result["shared"] <= chip(torch.device("cpu")).shared_memory
     assert "wgmma.mma_async" in result["ptx"]
     assert "cp.async.bulk.tensor" in result["ptx"]
     # One group more and one fewer registers than the launch gives: the compiler took the warp groups apart.
