@@ -6,6 +6,8 @@ first frame and every other recomputed one 4, an L-step 4 T / P. The paper's own
 the first-frame recomputation.
 """
 
+from fractions import Fraction
+
 Grid = tuple[int, int, int]
 
 L_ROW_ENTRIES = 8
@@ -23,6 +25,11 @@ def is_exact(frames: int, band: int | None) -> bool:
     ``band >= T - 1`` by definition; a clamped window also covers all frames once 2w + 1 >= T.
     """
     return frames == 1 or window_frames(frames, band) >= frames
+
+
+def refresh_period(refresh: float) -> int:
+    """Calls after which the number of recomputed frames repeats: 5 for 0.8, 1 for whole numbers; 8 at the most."""
+    return Fraction(refresh).limit_denominator(8).denominator
 
 
 def band_with_refresh(frames: int, band: int | None, refresh: float, *, first_frame: bool) -> int | None:

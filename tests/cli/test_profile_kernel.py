@@ -195,6 +195,13 @@ def test_what_does_not_fit_the_budget_is_left_out_and_named(monkeypatch: pytest.
     assert len(data["shapes"]) == 1
 
 
+def test_compilation_is_not_expected_to_grow_with_the_shape() -> None:
+    row = KernelRow("paper", "structured", first_call_s=20.0)
+    done = [(KernelShape(5, 24, [row]), 22.0)]
+    assert kernel.estimate_seconds(done, 10, 24) == pytest.approx(20 + 4 * 2)
+    assert kernel.estimate_seconds([], 10, 24) == 0
+
+
 def test_the_record_is_written_while_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     real = kernel.profile_shape
     seen: list[int] = []
@@ -307,6 +314,7 @@ def test_calls_that_differ_in_turn_count_by_their_mean() -> None:
     assert spread.width == pytest.approx(0)
     assert Spread.over([1.0, 2.0, 3.0], period=1) == Spread.of([1.0, 2.0, 3.0])
     assert Spread.over([1.0], period=4) == Spread.of([1.0])
+    assert Spread.over([1.0, 1.0, 1.1, 0.5], period=4) == Spread(pytest.approx(0.9), 0.5, 1.1, 4)
 
 
 # What is shown

@@ -162,6 +162,24 @@ def test_a_kind_that_fails_later_on_keeps_the_others(tiny_wan_folder: Path, monk
     assert rows["fast warm"]["step"]["count"] == 2
 
 
+def test_steps_that_recompute_no_frame_count_by_their_share(
+    tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model._timed_step
+
+    def step(contender: Any, *rest: Any) -> Any:
+        found = real(contender, *rest)
+        contender.seconds[-1] = 0.5 if len(contender.seconds) == 3 else 1.0
+        return found
+
+    monkeypatch.setattr(model, "_timed_step", step)
+    presets = ("--preset", "fast", "--preset", "paper")
+    call("-m", str(tiny_wan_folder), *TINY, "--steps", "5", *presets, "--json", "out.json")
+    rows = by_name(json.loads(Path("out.json").read_text()))
+    assert rows["fast warm"]["step"]["median"] == pytest.approx(0.9)  # `fast` leaves out every fifth
+    assert rows["paper"]["step"]["median"] == 1.0
+
+
 def test_broken_plumbing_fails_the_run(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = AttentionSession.attend
 

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vmonarch_cli.attention.processors import FAMILIES
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.results import StepRow
 from vmonarch_kernels import dense_backends
+from vmonarch_kernels.cost import refresh_period
 
 DENSE_ON_CPU = "sdpa"
 _DENSE = {
@@ -47,6 +48,8 @@ class Contender:
     row: StepRow
     enter: Callable[[], Any]
     session: AttentionSession | None = None
+    period: int = 1
+    """After so many steps their work repeats."""
     seconds: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
@@ -70,7 +73,8 @@ def contenders(
             # Dense first steps would be measured as if they were structured; the clip's time counts them.
             measured = preset.model_copy(update={"dense_steps": 0})
             row = StepRow(preset.name, "structured", note="warm" if preset.warm_start else "")
-            found.append(structured(transformer, row, AttentionSession(measured, [len(layers)])))
+            contender = structured(transformer, row, AttentionSession(measured, [len(layers)]))
+            found.append(replace(contender, period=refresh_period(preset.refresh)))
     return [*found, skipped(transformer, len(layers))]
 
 

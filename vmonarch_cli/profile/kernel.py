@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,7 +17,15 @@ from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
 from vmonarch_kernels import Residual, monarch_attention, resolve_impl
-from vmonarch_kernels.cost import band_with_refresh, dense_bytes, dense_flops, is_exact, monarch_bytes, monarch_flops
+from vmonarch_kernels.cost import (
+    band_with_refresh,
+    dense_bytes,
+    dense_flops,
+    is_exact,
+    monarch_bytes,
+    monarch_flops,
+    refresh_period,
+)
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 OnWork = Callable[[str], None]
@@ -37,7 +44,6 @@ _DENSE_BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 _QUANTISED_BUDGET = 0.1
 _REFERENCE_BYTES = 1 << 30
 _MAX_TIMING_S = 20.0
-_LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,15 @@ def profile_shape(
 
 
 def estimate_seconds(before: Sequence[tuple[KernelShape, float]], frames: int, positions: int) -> float:
-    """About how long a shape will take, from the shapes done (and their seconds); dense attention sets the scale."""
+    """About how long a shape will take, from the shapes done (and their seconds); dense attention sets the scale.
+
+    On a GPU first calls are compilation, which does not grow.
+    """
     if not before:
         return 0.0
     shape, seconds = before[-1]
-    return seconds * max(0.3, (frames * positions / shape.tokens) ** 2)
+    first = sum(row.first_call_s or 0.0 for row in shape.rows)
+    return first + (seconds - first) * max(0.3, (frames * positions / shape.tokens) ** 2)
 
 
 def run_kernel(
@@ -252,7 +262,7 @@ def _structured(
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
         return _structured_check(out, tensors, grid, impl, refresh, options)
 
-    return _Contender(row, run, check, Fraction(refresh).limit_denominator(_LONGEST_PERIOD).denominator)
+    return _Contender(row, run, check, refresh_period(refresh))
 
 
 def _structured_check(

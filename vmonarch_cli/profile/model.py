@@ -27,7 +27,7 @@ from vmonarch_cli.profile.contenders import Contender, structured
 from vmonarch_cli.profile.contenders import contenders as make_contenders
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.kernel import KernelSettings, OnWork, profile_shape
-from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
+from vmonarch_cli.profile.repeat import Budget, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import Check, ChipPeak, KernelShape, ModelProfile, Spread, StepRow
 
 COLD_REPEATS = 3
@@ -273,10 +273,9 @@ def _warm_up(contender: Contender, transformer: Any, inputs: _Inputs, device: to
 def _round(
     ready: list[Contender], transformer: Any, inputs: _Inputs, index: int, device: torch.device
 ) -> Tensor | None:
-    """One step of every contender, the first moving on by one each round; returns dense attention's prediction."""
-    turn = index % max(1, len(ready))
+    """One step of every contender, in the round's own order; returns dense attention's prediction."""
     predictions: dict[int, Tensor] = {}
-    for contender in ready[turn:] + ready[:turn]:
+    for contender in order_of_round(ready, index):
         try:
             predictions[id(contender)] = _timed_step(contender, transformer, inputs, device)
         except Exception as error:
@@ -338,12 +337,12 @@ def _update(settings: ModelSettings, profile: ModelProfile, contenders: list[Con
     for contender in contenders:
         row = contender.row
         if contender.seconds:
-            median = statistics.median
+            period = contender.period
             row = replace(
                 row,
-                step=Spread.of(contender.seconds),
-                attention_s=median(contender.attention) if row.kind == "structured" else None,
-                error=median(contender.errors) if contender.errors and not settings.random_weights else None,
+                step=Spread.over(contender.seconds, period),
+                attention_s=Spread.over(contender.attention, period).median if row.kind == "structured" else None,
+                error=statistics.median(contender.errors) if contender.errors and not settings.random_weights else None,
             )
         profile.rows.append(row)
     _clip_times(settings, profile)

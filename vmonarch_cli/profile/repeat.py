@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from vmonarch_cli.attention.clock import Clock, Mark
 
 MIN_ROUNDS = 3
+
+T = TypeVar("T")
 
 
 class Budget:
@@ -39,9 +41,8 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round; the caller has run every call once.
 
-    Every round has an order of its own, the same in every process: what ran just before tells on a call, by the heat
-    that it left. Rounds stop after `repeats`, or when `seconds` have passed and MIN_ROUNDS are done. Calls of a round
-    are queued back to back, as a model queues its layers.
+    Rounds stop after `repeats`, or when `seconds` have passed and MIN_ROUNDS are done. Calls of a round are queued
+    back to back, as a model queues its layers.
     """
     clock = Clock(device)
     names = list(calls)
@@ -52,7 +53,7 @@ def timed(
             break
         marks: dict[str, tuple[Mark, Mark]] = {}
         clock.settle()
-        for name in random.Random(index).sample(names, len(names)):
+        for name in order_of_round(names, index):
             start = clock.mark()
             calls[name]()
             marks[name] = (start, clock.mark())
@@ -60,6 +61,11 @@ def timed(
         for name, span in marks.items():
             found[name].append(Clock.seconds(*span))
     return found
+
+
+def order_of_round(contenders: Sequence[T], index: int) -> list[T]:
+    """By chance, the same in every process: what ran just before tells on a call, by the heat that it left."""
+    return random.Random(index).sample(contenders, len(contenders))
 
 
 def wall(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -31,14 +31,16 @@ class Spread:
 
     @staticmethod
     def over(values: Sequence[float], period: int) -> Spread:
-        """Of calls of `period` kinds in turn: the mean over the kinds, each with a spread of its own."""
+        """Of calls of `period` kinds in turn: the mean over the kinds, each with a spread of its own.
+
+        With fewer than three of each kind the quartiles are the extremes of all.
+        """
         kinds = [Spread.of(values[first::period]) for first in range(min(period, len(values)))]
-        return Spread(
-            statistics.fmean(kind.median for kind in kinds),
-            statistics.fmean(kind.low for kind in kinds),
-            statistics.fmean(kind.high for kind in kinds),
-            len(values),
-        )
+        mean = statistics.fmean(kind.median for kind in kinds)
+        if period > 1 and len(values) < 3 * period:
+            return Spread(mean, min(values), max(values), len(values))
+        low, high = (statistics.fmean(ends) for ends in zip(*((kind.low, kind.high) for kind in kinds), strict=True))
+        return Spread(mean, low, high, len(values))
 
     @property
     def width(self) -> float:
