@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -249,6 +250,35 @@ def test_no_call_always_follows_the_same_other_and_every_process_has_the_same_or
     rounds = ["".join(orders[0][i : i + 3]) for i in range(0, 120, 3)]
     assert {tuple(sorted(names)) for names in rounds} == {("a", "b", "c")}
     assert {pair for names in rounds for pair in (names[:2], names[1:])} == {"ab", "ac", "ba", "bc", "ca", "cb"}
+
+
+def test_short_calls_on_a_gpu_are_timed_behind_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmonarch_cli.profile import repeat
+
+    order: list[str] = []
+
+    class CountingClock:
+        seconds = staticmethod(lambda start, stop: 1.0)
+
+        def __init__(self, device: torch.device) -> None: ...
+
+        def settle(self) -> None: ...
+
+        def mark(self) -> float:
+            order.append("|")
+            return 0.0
+
+    def taking(seconds: float, name: str) -> Callable[[], None]:
+        run = functools.partial(order.append, name)
+        durations[run] = seconds
+        return run
+
+    durations: dict[Any, float] = {}
+    calls = {"a": taking(0.01, "a"), "b": taking(0.2, "b")}
+    monkeypatch.setattr(repeat, "Clock", CountingClock)
+    monkeypatch.setattr(repeat, "wall", lambda run, device: (durations[run], None))
+    repeat.timed(calls, torch.device("cuda"), 1, lead_s=0.03)
+    assert "".join(order) in ("aaa|a||b|", "|b|aaa|a|")
 
 
 def test_a_commit_can_be_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
-from vmonarch_cli.profile.repeat import Budget, call_memory, reason, timed, wall
+from vmonarch_cli.profile.repeat import LEAD_S, Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
 from vmonarch_kernels import Residual, monarch_attention, resolve_impl
 from vmonarch_kernels.cost import (
@@ -72,6 +72,11 @@ class _Contender:
     period: int = 1
     """After so many calls their work repeats."""
 
+    def turns(self) -> None:
+        """Calls until their work repeats."""
+        for _ in range(self.period):
+            self.run()
+
 
 def profile_shape(
     settings: KernelSettings, chip: ChipPeak, frames: int, positions: int, seconds: float, on_work: OnWork
@@ -102,13 +107,14 @@ def profile_shape(
         if contender is not None:
             contenders[row.name] = contender
     on_work("timing")
-    runs = {name: contender.run for name, contender in contenders.items()}
+    runs = {name: contender.turns for name, contender in contenders.items()}
+    limit = min(seconds, _MAX_TIMING_S)
     try:
-        times = timed(runs, settings.device, settings.repeats, min(seconds, _MAX_TIMING_S)) if runs else {}
+        times = timed(runs, settings.device, settings.repeats, limit, lead_s=LEAD_S)
     except Exception as error:
         rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
         times = {}
-    spreads = {name: Spread.over(times[name], contenders[name].period) for name in times}
+    spreads = {name: Spread.of([s / contenders[name].period for s in found]) for name, found in times.items()}
     return KernelShape(frames, positions, [replace(row, time=spreads.get(row.name, row.time)) for row in rows])
 
 
