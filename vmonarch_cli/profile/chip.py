@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vmonarch_cli.profile.repeat import LEAD_S, timed
+from vmonarch_cli.profile.repeat import BURST_S, timed
 from vmonarch_cli.profile.results import ChipPeak, Spread
 
 
@@ -27,5 +27,5 @@ def measure_chip(device: torch.device, dtype: torch.dtype) -> ChipPeak:
     }
     for run in calls.values():
         run()
-    times = {name: Spread.of(values) for name, values in timed(calls, device, repeats=10, lead_s=LEAD_S).items()}
+    times = {name: Spread.of(values) for name, values in timed(calls, device, repeats=10, burst_s=BURST_S).items()}
     return ChipPeak(2 * side**3 / times["product"].median, 2 * source.nbytes / times["copy"].median)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
-from vmonarch_cli.profile.repeat import LEAD_S, Budget, call_memory, reason, timed, wall
+from vmonarch_cli.profile.repeat import BURST_S, Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
 from vmonarch_kernels import Residual, monarch_attention, resolve_impl
 from vmonarch_kernels.cost import (
@@ -110,7 +110,7 @@ def profile_shape(
     runs = {name: contender.turns for name, contender in contenders.items()}
     limit = min(seconds, _MAX_TIMING_S)
     try:
-        times = timed(runs, settings.device, settings.repeats, limit, lead_s=LEAD_S)
+        times = timed(runs, settings.device, settings.repeats, limit, burst_s=BURST_S)
     except Exception as error:
         rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
         times = {}

@@ -12,11 +12,9 @@ import torch
 from vmonarch_cli.attention.clock import Clock, Mark
 
 MIN_ROUNDS = 3
-LEAD_S = 0.03
-"""A lead for short calls: with the power that another contender drew just before, a GPU's clock differs by up to a
-tenth.
-"""
-_MAX_LEAD = 50
+BURST_S = 0.05
+"""For short calls: with the power that another contender drew just before, a GPU's clock differs by up to a tenth."""
+_LONGEST_BURST = 50
 
 T = TypeVar("T")
 
@@ -47,16 +45,16 @@ def timed(
     repeats: int,
     seconds: float = float("inf"),
     *,
-    lead_s: float = 0.0,
+    burst_s: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round; the caller has run every call once.
 
     Rounds stop after `repeats`, or when `seconds` have passed and MIN_ROUNDS are done. Calls of a round are queued
-    back to back, as a model queues its layers. On a GPU untimed calls of its own that take about `lead_s` come before
-    each timed one.
+    back to back, as a model queues its layers. On a GPU as many calls as take about `burst_s` run untimed, then as
+    many timed, of which the mean counts; a call that takes longer runs once.
     """
     clock = Clock(device)
-    leads = {name: _lead(run, device, lead_s) for name, run in calls.items()}
+    bursts = {name: _burst(run, device, burst_s) for name, run in calls.items()}
     names = list(calls)
     found: dict[str, list[float]] = {name: [] for name in names}
     began = time.monotonic()
@@ -66,22 +64,23 @@ def timed(
         marks: dict[str, tuple[Mark, Mark]] = {}
         clock.settle()
         for name in order_of_round(names, index):
-            for _ in range(leads[name]):
+            for _ in range(bursts[name]):
                 calls[name]()
             start = clock.mark()
-            calls[name]()
+            for _ in range(bursts[name] or 1):
+                calls[name]()
             marks[name] = (start, clock.mark())
         clock.settle()
         for name, span in marks.items():
-            found[name].append(Clock.seconds(*span))
+            found[name].append(Clock.seconds(*span) / (bursts[name] or 1))
     return found
 
 
-def _lead(run: Callable[[], Any], device: torch.device, seconds: float) -> int:
-    """How many calls take about `seconds`; none of one that takes longer by itself."""
+def _burst(run: Callable[[], Any], device: torch.device, seconds: float) -> int:
+    """How many calls take about `seconds`; 0 of one that takes longer."""
     if device.type != "cuda" or not seconds:
         return 0
-    return min(_MAX_LEAD, int(seconds / wall(run, device)[0]))
+    return min(_LONGEST_BURST, round(seconds / wall(run, device)[0]))
 
 
 def order_of_round(contenders: Sequence[T], index: int) -> list[T]:
