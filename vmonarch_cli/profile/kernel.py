@@ -80,11 +80,12 @@ class _Contender:
 
 def profile_shape(
     settings: KernelSettings, chip: ChipPeak, frames: int, positions: int, seconds: float, on_work: OnWork
-) -> KernelShape:
-    """All rows of one shape; `seconds` bounds the repeats, not the preparation.
+) -> tuple[KernelShape, float]:
+    """All rows of one shape, and what preparing them took; `seconds` bounds the repeats, not the preparation.
 
     Whatever a contender raises becomes its row's failure and the others go on.
     """
+    began = time.monotonic()
     tensors = attention_inputs(
         settings.inputs,
         frames,
@@ -107,6 +108,7 @@ def profile_shape(
         if contender is not None:
             contenders[row.name] = contender
     on_work("timing")
+    preparation_s = time.monotonic() - began
     runs = {name: contender.turns for name, contender in contenders.items()}
     limit = min(seconds, _MAX_TIMING_S)
     try:
@@ -115,13 +117,14 @@ def profile_shape(
         rows = [row if row.failure else replace(row, failure=reason(error)) for row in rows]
         times = {}
     spreads = {name: Spread.of([s / contenders[name].period for s in found]) for name, found in times.items()}
-    return KernelShape(frames, positions, [replace(row, time=spreads.get(row.name, row.time)) for row in rows])
+    timed_rows = [replace(row, time=spreads.get(row.name, row.time)) for row in rows]
+    return KernelShape(frames, positions, timed_rows), preparation_s
 
 
 def estimate_seconds(before: Sequence[tuple[KernelShape, float]], frames: int, positions: int) -> float:
-    """About how long a shape will take, from the shapes done (and their seconds); dense attention sets the scale.
+    """About how long preparing a shape will take, from the shapes done (and what that took); repeats take what is left.
 
-    On a GPU first calls are compilation, which does not grow.
+    Dense attention sets the scale; on a GPU first calls are compilation, which does not grow.
     """
     if not before:
         return 0.0
@@ -147,13 +150,12 @@ def run_kernel(
             skipped.append({"what": name, "why": f"--seconds {budget.seconds:g} would not be enough"})
             continue
         share = 0.5 * budget.left / (len(shapes) - index)
-        began = time.monotonic()
         try:
-            shape = profile_shape(settings, chip, frames, positions, share, _prefixed(on_work, name))
+            shape, preparation_s = profile_shape(settings, chip, frames, positions, share, _prefixed(on_work, name))
         except Exception as error:  # the tensors themselves do not fit, or the device is lost
             skipped.append({"what": name, "why": reason(error)})
             continue
-        done.append((shape, time.monotonic() - began))
+        done.append((shape, preparation_s))
         on_shape(shape)
     return [shape for shape, _ in done], skipped
 

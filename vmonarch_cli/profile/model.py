@@ -439,7 +439,7 @@ def _break_even(
             return
         on_work(f"attention alone at {length} frames")
         try:
-            shapes.append(profile_shape(kernel, chip, length, positions, 0.3 * budget.left, lambda words: None))
+            shapes.append(profile_shape(kernel, chip, length, positions, 0.3 * budget.left, lambda words: None)[0])
         except Exception as error:
             profile.notes.append(f"attention alone at {length} frames was not measured: {reason(error)}")
     profile.break_even = [b for preset in presets if (b := break_even(preset.name, shapes)) is not None]
