@@ -83,7 +83,7 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     "refresh": FieldDoc(
         "latent frames per step",
         f"a number from 0 to {MAX_BAND_FRAMES}",
-        "Query frames recomputed exactly in every denoising step, in turn (0.75: in three steps of four); what that "
+        "Query frames recomputed exactly in every denoising step, in turn (0.8: in four steps of five); what that "
         "changed is kept, in 8 bits, and corrects the frame until its next turn.",
     ),
     "dense_steps": FieldDoc(

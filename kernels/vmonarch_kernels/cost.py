@@ -28,7 +28,7 @@ def is_exact(frames: int, band: int | None) -> bool:
 
 
 def refresh_period(refresh: float) -> int:
-    """Calls after which the number of recomputed frames repeats: 4 for 0.75, 1 for whole numbers; 8 at the most."""
+    """Calls after which the number of recomputed frames repeats: 5 for 0.8, 1 for whole numbers; 8 at the most."""
     return Fraction(refresh).limit_denominator(8).denominator
 
 

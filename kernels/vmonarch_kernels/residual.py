@@ -50,11 +50,6 @@ class Residual:
         """Another one for calls of the same shape, which knows nothing yet."""
         return Residual(self.values, self.scale.shape[3], first_frame=0 not in self._order)
 
-    def forget(self) -> None:
-        """Know nothing again, and begin with the first turn."""
-        self.scale.zero_()
-        self._next = self._calls = 0
-
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], refresh: float, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
