@@ -83,8 +83,8 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     "refresh": FieldDoc(
         "latent frames per step",
         f"a number from 0 to {MAX_BAND_FRAMES}",
-        "Query frames recomputed exactly in every denoising step, in turn (0.8: in four steps of five); what that "
-        "changed is kept, in 8 bits, and corrects the frame until its next turn.",
+        "Query frames recomputed exactly in a denoising step on the mean, in turn, the first turns early in the clip; "
+        "what that changed is kept, in 8 bits, and corrects the frame until its next turn.",
     ),
     "dense_steps": FieldDoc(
         "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."

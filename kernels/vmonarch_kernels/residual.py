@@ -18,6 +18,8 @@ DECAY = 0.95
 """What of a correction is left after each call: it fades as it ages."""
 NEIGHBOUR_SHARE = 0.25
 """Weight of a recomputed frame's correction in those of the frames beside it, which hold older ones."""
+EARLY_TURNS, EARLY_CALLS = 0.8, 0.2
+"""Of a clip's turns so many at the most come in the calls from the second on that make up so much of it."""
 _LARGEST = torch.finfo(L_DTYPE).max
 _GOLDEN = 0.6180339887498949
 
@@ -28,14 +30,17 @@ class Residual:
     ``values`` float8_e4m3fn (B, N, heads, D) times ``scale`` float32 (B, P, heads, T) is what is added to the output.
     """
 
-    def __init__(self, q: Tensor, frames: int, *, first_frame: bool = True) -> None:
-        """Nothing known yet for tensors of q's shape (B, N, heads, D); with ``first_frame`` frame 0 needs no turn."""
+    def __init__(self, q: Tensor, frames: int, *, first_frame: bool = True, calls: int | None = None) -> None:
+        """Nothing known yet for tensors of q's shape (B, N, heads, D); with ``first_frame`` frame 0 needs no turn.
+
+        With the number of ``calls`` that will come turns come earlier (``turns_before``).
+        """
         batch, tokens, heads, _ = q.shape
         self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(L_DTYPE)
         self.scale = torch.zeros(batch, tokens // frames, heads, frames, dtype=torch.float32, device=q.device)
         self._order = turns(frames, first_frame)
         self._next = 0
-        self._calls = 0
+        self._calls, self._expected_calls = 0, calls
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +66,8 @@ class Residual:
             v: as q.
             grid: as in ``monarch_attention``.
             refresh: frames to recompute, above 0; all of them at the most. A fraction is their mean over several calls,
-                rounded up in the first: 0.75 is one frame in three calls of four.
+                rounded up in the first: 0.75 is one frame in three calls of four. Where the number of calls was
+                told it is the mean over all of them.
             options: keyword arguments of ``monarch_attention``.
 
         Returns:
@@ -82,7 +88,10 @@ class Residual:
 
     def _take_turns(self, refresh: float) -> list[int]:
         """The frames of this call."""
-        before, after = (math.ceil(refresh * calls - 1e-9) for calls in (self._calls, self._calls + 1))
+        frames = self.scale.shape[3]
+        before, after = (
+            turns_before(calls, refresh, frames, self._expected_calls) for calls in (self._calls, self._calls + 1)
+        )
         self._calls += 1
         count = min(after - before, len(self._order))
         chosen = list(dict.fromkeys(self._order[(self._next + i) % len(self._order)] for i in range(count)))
@@ -126,6 +135,21 @@ class Residual:
         scale = change.abs().amax(-1).clamp_min(1e-30) / _LARGEST
         split_frames(self.values, self.scale.shape[3])[:, frame] = (change / scale[..., None]).to(L_DTYPE)
         self.scale[..., frame] = scale
+
+
+def turns_before(call: int, refresh: float, frames: int, calls: int | None) -> int:
+    """How many turns come before a call (from 0): ``refresh`` each on the mean, evenly unless ``calls`` is known.
+
+    A correction serves every later call, so of ``calls`` the early ones give every frame a turn, or most of all turns
+    where those are fewer; the rest come evenly. The first call has none: its differences hardly outlive it.
+    """
+    if calls is None or calls < 3:
+        return math.ceil(refresh * call - 1e-9)
+    early_calls = max(1, round(EARLY_CALLS * calls))
+    early = max(min(frames, EARLY_TURNS * refresh * calls), refresh * (1 + early_calls))
+    late = (refresh * calls - early) / (calls - 1 - early_calls)
+    passed = max(0, call - 1)
+    return math.ceil(early * min(1.0, passed / early_calls) + late * max(0, passed - early_calls) - 1e-9)
 
 
 def turns(frames: int, first_frame: bool) -> list[int]:

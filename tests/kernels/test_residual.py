@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from vmonarch_kernels import Residual, dense_attention, frame_attention, monarch_attention
-from vmonarch_kernels.residual import DECAY, NEIGHBOUR_SHARE, turns
+from vmonarch_kernels.residual import DECAY, NEIGHBOUR_SHARE, turns, turns_before
 from vmonarch_kernels.structure import dequantised, split_frames
 
 CUDA = torch.cuda.is_available()
@@ -135,6 +136,33 @@ def test_neighbours_get_a_share_of_a_change(impl: str, with_extra: bool) -> None
     residual.attention(q, k, v, GRID, 1, **options)
     kept = dequantised(residual.values, residual.scale, GRID[0])[:, beside]
     assert error(kept, NEIGHBOUR_SHARE * change + (1 - NEIGHBOUR_SHARE) * DECAY * old) < 0.06
+
+
+@pytest.mark.parametrize(("refresh", "calls"), [(0.6, 20), (2, 20), (0.6, 50), (1, 3), (4, 16)])
+def test_where_the_calls_are_counted_turns_come_early_and_are_no_more(refresh: float, calls: int) -> None:
+    frames = 13
+    before = [turns_before(call, refresh, frames, calls) for call in range(calls + 1)]
+    assert before == sorted(before)
+    assert before[:2] == [0, 0], "the first call has none"
+    assert before[-1] == math.ceil(refresh * calls)
+    early = 1 + max(1, calls // 5)
+    assert before[early] >= min(frames, 0.8 * refresh * calls), "every frame's first turn, or most of all turns"
+    assert before[early] >= refresh * early, "no later than evenly"
+    evenly = [turns_before(call, refresh, frames, None) for call in range(calls + 1)]
+    assert evenly == [math.ceil(refresh * call - 1e-9) for call in range(calls + 1)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_first_of_a_known_number_of_calls_recomputes_nothing(impl: str) -> None:
+    q, k, v = inputs()
+    residual = Residual(q, GRID[0], first_frame=False, calls=5)
+    options = {"impl": impl, "band": 0, "first_frame": False}
+    structured = monarch_attention(q, k, v, GRID, **options)
+    first, _ = residual.attention(q, k, v, GRID, GRID[0] / 5, **options)
+    assert torch.equal(first, structured)
+    second, _ = residual.attention(q, k, v, GRID, GRID[0] / 5, **options)
+    recomputed = (split_frames(second - structured, GRID[0]) != 0).flatten(2).any(2)[0]
+    assert recomputed.sum() == turns_before(2, GRID[0] / 5, GRID[0], 5) > 1
 
 
 def test_a_fraction_is_the_mean_over_calls() -> None:

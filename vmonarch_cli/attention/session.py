@@ -264,11 +264,15 @@ class AttentionSession:
         residual = None
         if preset.refresh and inexact:
             video = q if text is None else text.split(q)[0]
-            residual = self._warm.residual(key, grid, video, preset.first_frame)
+            steps_left = None if step.total is None else step.total - step.index
+            residual = self._warm.residual(key, grid, video, preset.first_frame, steps_left)
         run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps)
 
         def unseen() -> None:
-            """The call without a trace: corrections that it left would make this clip differ from the next one."""
+            """The call without a trace: corrections that it left would make this clip differ from the next one.
+
+            Fresh corrections know of no steps to come, so that a frame has its turn in this call, and its kernels.
+            """
             run(None if residual is None else residual.fresh())
 
         self._first_call(step, unseen, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))

@@ -37,11 +37,16 @@ class WarmState:
     def put(self, key: CallKey, grid: tuple[int, int, int], factor: torch.Tensor) -> None:
         self._factors[key] = (grid, factor)
 
-    def residual(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor, first_frame: bool) -> Residual:
-        """The corrections of a call with q (B, N, heads, D) of that grid; fresh ones where there are none."""
+    def residual(
+        self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor, first_frame: bool, steps_left: int | None
+    ) -> Residual:
+        """The corrections of a call with q (B, N, heads, D) of that grid; fresh ones where there are none.
+
+        ``steps_left``: denoising steps to come, this one included, if known.
+        """
         kept_grid, kept = self._residuals.get(key, (None, None))
         if kept is None or kept_grid != grid or not kept.fits(q):
-            kept = Residual(q, grid[0], first_frame=first_frame)
+            kept = Residual(q, grid[0], first_frame=first_frame, calls=steps_left)
             self._residuals[key] = (grid, kept)
         return kept
 
