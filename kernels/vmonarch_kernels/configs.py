@@ -13,6 +13,11 @@ import torch
 from vmonarch_kernels.structure import L_DTYPE
 
 
+def power_of_2(x: int) -> int:
+    """The least power of two from ``x`` up."""
+    return 1 << (x - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Chip:
     """What of a device decides about tiles and launches."""
@@ -166,7 +171,7 @@ def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, 
 def _l_tile(frames: int, block_d: int, dtype: torch.dtype) -> tuple[int, int]:
     """Query and key frames of an L-step's tile in which rows of L are whole, or 32 x 32."""
     narrow = block_d <= 128 and dtype != torch.float32
-    padded = max(16, 1 << (frames - 1).bit_length())
+    padded = max(16, power_of_2(frames))
     if padded <= (64 if narrow else 32):
         return padded, padded
     return 32, (128 if narrow and padded == 128 else 32)

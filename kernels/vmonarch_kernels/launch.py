@@ -17,6 +17,7 @@ from vmonarch_kernels.configs import (
     hopper_config,
     l_output_config,
     next_beta_config,
+    power_of_2,
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
@@ -33,14 +34,9 @@ _FULL_WAVES = 0.93
 _FUSION = {"enable_fp_fusion": True}
 
 
-# On the host Triton's own, made for kernels, take longer than everything else that a launch computes.
+# Triton's own, made for kernels, takes longer on the host than everything else that a launch computes.
 def _cdiv(x: int, y: int) -> int:
     return -(-x // y)
-
-
-def _power_of_2(x: int) -> int:
-    """The least power of two from ``x`` up."""
-    return 1 << (x - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class _Call:
 
     @property
     def block_d(self) -> int:
-        return max(16, _power_of_2(self.q.shape[-1]))
+        return max(16, power_of_2(self.q.shape[-1]))
 
     @property
     def precision(self) -> str:
@@ -341,7 +337,7 @@ def _attend_hopper(
         *window_arguments,
         BLOCK_N=config.block_n,
         # Narrower than 16 keys the tensor cores do not multiply.
-        TAIL=max(16, _power_of_2(tail)),
+        TAIL=max(16, power_of_2(tail)),
         STAGES=config.stages,
         Q_STAGES=config.query_stages,
         num_warps=4,
