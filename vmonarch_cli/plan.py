@@ -303,14 +303,16 @@ def kept_bytes(plan: Plan) -> int:
 
 def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float) -> int:
     """Bytes kept from step to step, one per entry of L (warm start) and of the output (frame refresh), for every layer
-    and guidance branch of the transformer at work.
+    and guidance branch of the transformer at work; corrections that the branches share once.
     """
     if preset.attention == "dense":
         return 0
     layers = max(0, model.layers - preset.dense_layers)
-    call = warm_state_bytes(grid, model.heads) if preset.warm_start else 0
-    call += residual_bytes(grid, model.heads, model.head_dim) if preset.refresh else 0
-    return call * layers * branches_of(model, guidance_scale)
+    branches = branches_of(model, guidance_scale)
+    call = warm_state_bytes(grid, model.heads) * branches if preset.warm_start else 0
+    if preset.refresh:
+        call += residual_bytes(grid, model.heads, model.head_dim) * (1 if preset.shared_refresh else branches)
+    return call * layers
 
 
 def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:

@@ -37,6 +37,7 @@ class Preset(BaseModel):
     first_frame: bool = True
     band: int | None = Field(default=None, ge=0, le=MAX_BAND_FRAMES)
     refresh: float = Field(default=0, ge=0, le=MAX_BAND_FRAMES)
+    shared_refresh: bool = False
     dense_steps: int = Field(default=0, ge=0, le=MAX_DENSE)
     dense_layers: int = Field(default=0, ge=0, le=MAX_DENSE)
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -85,6 +86,12 @@ FIELD_DOCS: dict[str, FieldDoc] = {
         f"a number from 0 to {MAX_BAND_FRAMES}",
         "Query frames recomputed exactly in a denoising step on the mean, in turn, the first turns early in the clip; "
         "what that changed is kept, in 8 bits, and corrects the frame until its next turn.",
+    ),
+    "shared_refresh": FieldDoc(
+        "yes/no",
+        "true or false",
+        "With guidance, frames have the turns of both forwards in the first and corrections serve both: younger ones, "
+        "in half the memory, but not the other forward's own.",
     ),
     "dense_steps": FieldDoc(
         "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."

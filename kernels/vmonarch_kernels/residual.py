@@ -18,8 +18,12 @@ DECAY = 0.95
 """What of a correction is left after each call: it fades as it ages."""
 NEIGHBOUR_SHARE = 0.25
 """Weight of a recomputed frame's correction in those of the frames beside it, which hold older ones."""
+FIRST_TURNS = 1 / 3
+"""How much of one forward's turns come in the first call, where nothing corrects the frames yet."""
+FIRST_FRAMES = 0.5
+"""... which are at the most so much of all frames."""
 EARLY_TURNS, EARLY_CALLS = 0.8, 0.2
-"""Of a clip's turns so many at the most come in the calls from the second on that make up so much of it."""
+"""Of the turns left so many at the most come in the calls from the second on that make up so much of a clip."""
 _LARGEST = torch.finfo(L_DTYPE).max
 _GOLDEN = 0.6180339887498949
 
@@ -51,12 +55,16 @@ class Residual:
         """Whether it is of a call with q's shape and device."""
         return self.values.shape == q.shape and self.values.device == q.device
 
-    def fresh(self) -> "Residual":
-        """Another one for calls of the same shape, which knows nothing yet."""
-        return Residual(self.values, self.scale.shape[3], first_frame=0 not in self._order)
-
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], refresh: float, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int, int],
+        refresh: float,
+        *,
+        forwards: int = 1,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``monarch_attention`` with the corrections added, and the next ``refresh`` frames exact.
 
@@ -68,35 +76,46 @@ class Residual:
             refresh: frames to recompute, above 0; all of them at the most. A fraction is their mean over several calls,
                 rounded up in the first: 0.75 is one frame in three calls of four. Where the number of calls was
                 told it is the mean over all of them.
+            forwards: calls of this step with the same corrections: this one, which takes the turns of all, and those of
+                ``corrected`` that follow.
             options: keyword arguments of ``monarch_attention``.
 
         Returns:
             (out, L), L being None unless ``return_l`` is given.
 
         """
-        chosen = self._take_turns(refresh)
+        chosen = self._take_turns(refresh, forwards)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
-        result = monarch_attention(q, k, v, grid, residual=(self.values, self.scale), **options)
-        out, factor = result if isinstance(result, tuple) else (result, None)
+        out, factor = self.corrected(q, k, v, grid, **options)
         named = {name: options[name] for name in ("scale", "impl", "extra") if name in options}
         for frame in chosen:
             beside = [x for x in (frame - 1, frame + 1) if x in self._order and x not in chosen]
             self._recompute(frame, beside, q, k, v, grid, out, **named)
         return out, factor
 
-    def _take_turns(self, refresh: float) -> list[int]:
+    def corrected(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``monarch_attention`` with the corrections added as they are: for a step's other forwards, which guidance
+        compares with the one that takes the turns. Arguments and result as in ``attention``.
+        """
+        result = monarch_attention(q, k, v, grid, residual=(self.values, self.scale), **options)
+        return result if isinstance(result, tuple) else (result, None)
+
+    def _take_turns(self, refresh: float, forwards: int) -> list[int]:
         """The frames of this call."""
         frames = self.scale.shape[3]
         before, after = (
-            turns_before(calls, refresh, frames, self._expected_calls) for calls in (self._calls, self._calls + 1)
+            turns_before(calls, refresh, frames, self._expected_calls, forwards)
+            for calls in (self._calls, self._calls + 1)
         )
         self._calls += 1
         count = min(after - before, len(self._order))
-        chosen = list(dict.fromkeys(self._order[(self._next + i) % len(self._order)] for i in range(count)))
+        chosen = [self._order[(self._next + i) % len(self._order)] for i in range(count)]
         self._next = (self._next + count) % len(self._order)
-        return chosen
+        return list(dict.fromkeys(chosen))
 
     def _recompute(
         self,
@@ -137,19 +156,23 @@ class Residual:
         self.scale[..., frame] = scale
 
 
-def turns_before(call: int, refresh: float, frames: int, calls: int | None) -> int:
-    """How many turns come before a call (from 0): ``refresh`` each on the mean, evenly unless ``calls`` is known.
+def turns_before(call: int, refresh: float, frames: int, calls: int | None, forwards: int = 1) -> int:
+    """How many turns come before a call (from 0): ``refresh`` for each forward on the mean, evenly unless ``calls`` is
+    known.
 
-    A correction serves every later call, so of ``calls`` the early ones give every frame a turn, or most of all turns
-    where those are fewer; the rest come evenly. The first call has none: its differences hardly outlive it.
+    A correction serves every later call, so most turns come early: some in the first call, where structured attention
+    is farthest from dense, then one for every frame, or most of what is left where that is fewer; the rest come evenly.
     """
-    if calls is None or calls < 3:
-        return math.ceil(refresh * call - 1e-9)
+    mean = refresh * forwards
+    if calls is None or calls < 3 or call == 0:
+        return math.ceil(mean * call - 1e-9)
+    # What the first call takes does not depend on the forwards: how many a step has is known when it ends.
+    first = math.floor(min(FIRST_FRAMES * frames, FIRST_TURNS * refresh * calls) + 1e-9)
     early_calls = max(1, round(EARLY_CALLS * calls))
-    early = max(min(frames, EARLY_TURNS * refresh * calls), refresh * (1 + early_calls))
-    late = (refresh * calls - early) / (calls - 1 - early_calls)
-    passed = max(0, call - 1)
-    return math.ceil(early * min(1.0, passed / early_calls) + late * max(0, passed - early_calls) - 1e-9)
+    left = mean * calls - first
+    early = max(min(frames, EARLY_TURNS * left), left * early_calls / (calls - 1))
+    late = (left - early) / (calls - 1 - early_calls)
+    return first + math.ceil(early * min(1.0, (call - 1) / early_calls) + late * max(0, call - 1 - early_calls) - 1e-9)
 
 
 def turns(frames: int, first_frame: bool) -> list[int]:

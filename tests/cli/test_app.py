@@ -154,7 +154,8 @@ def test_completion_is_offered() -> None:
         (
             ("generate", *WAN, "--set", "band"),
             "error: --set: 'band' is not of the form field=value; fields are attention, "
-            "num_steps, warm_start, c_floor, first_frame, band, refresh, dense_steps, dense_layers, impl",
+            "num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, dense_steps, dense_layers, "
+            "impl",
         ),
         (
             ("generate", *WAN, "-o", "/proc/x/y.mp4"),

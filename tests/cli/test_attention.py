@@ -21,7 +21,8 @@ EXACT = Preset(name="exact", band=1024)
 PAPER = Preset(name="paper")
 WARM = Preset(name="warm", warm_start=True, band=0)
 REFRESH = WARM.model_copy(update={"refresh": 1})
-KEEPING = pytest.mark.parametrize("preset", [WARM, REFRESH], ids=["warm", "refresh"])
+SHARED = REFRESH.model_copy(update={"shared_refresh": True})
+KEEPING = pytest.mark.parametrize("preset", [WARM, REFRESH, SHARED], ids=["warm", "refresh", "shared"])
 """Presets that keep something from step to step."""
 DENSE = Preset(name="dense", attention="dense")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32, four steps of a three-layer model, latents of size one
@@ -338,8 +339,8 @@ def test_refreshed_frames_bring_the_clip_closer_to_dense(pipeline: Any, stock: t
 def test_a_batch_of_two_prompts_equals_two_single_runs(pipeline: Any, preset: Preset) -> None:
     prompts = ["a red circle moving left", "a blue square"]
     both = run(pipeline, preset, prompt=prompts, seed=[3, 4])
-    # A correction that lies between two 8-bit numbers may be rounded either way.
-    close = {"atol": 1e-3, "rtol": 1e-3} if preset.refresh else CLOSE
+    # A correction that lies between two 8-bit numbers may be rounded either way, which guidance makes larger.
+    close = {"atol": 1e-2, "rtol": 1e-2} if preset.refresh else CLOSE
     for index, prompt in enumerate(prompts):
         alone = run(pipeline, preset, prompt=prompt, seed=3 + index)
         torch.testing.assert_close(both[index : index + 1], alone, **close)
@@ -412,13 +413,43 @@ def test_a_shape_or_batch_that_changes_within_a_clip_starts_cold(preset: Preset)
             assert torch.equal(forward(grid, batch), after_another)
 
 
-@KEEPING
-def test_guidance_branches_do_not_share_warm_state(pipeline: Any, preset: Preset) -> None:
-    """With the same prompt on both sides guidance changes nothing, unless one branch starts from the other's L."""
+@pytest.mark.parametrize("preset", [WARM, REFRESH], ids=["warm", "refresh"])
+def test_both_guidance_branches_start_from_the_same(pipeline: Any, preset: Preset) -> None:
+    """With the same prompt on both sides guidance changes nothing, unless one branch is an iteration ahead."""
     prompt = "a red circle"
     unguided = run(pipeline, preset, prompt=prompt, guidance_scale=1.0)
     guided = run(pipeline, preset, prompt=prompt, negative_prompt=prompt, guidance_scale=4.0)
     torch.testing.assert_close(guided, unguided, **CLOSE)
+
+
+def test_shared_corrections_serve_both_guidance_branches(pipeline: Any, stock: torch.Tensor) -> None:
+    held, errors = {}, {}
+    for preset in (WARM, REFRESH, SHARED):
+        with swapped(pipeline, preset) as session:
+            errors[preset] = float((latents_of(pipeline) - stock).norm())
+            held[preset] = session.warm_state_bytes
+    assert held[REFRESH] - held[WARM] == 2 * (held[SHARED] - held[WARM]) > 0, "once for both"
+    assert errors[SHARED] < errors[WARM]
+
+
+def test_the_first_guidance_branch_takes_the_turns_of_both() -> None:
+    """From the second step on, when it is known that there are two; the other branch has none."""
+    shape = (1, GRID[0] * GRID[1] * GRID[2], 2, 16)
+    session = AttentionSession(Preset(name="shared", refresh=0.5, shared_refresh=True), [1])
+    changed = []
+    for _ in range(3):
+        session.begin_step()
+        for _ in range(2):
+            session.begin_forward(0, GRID, torch.device("cpu"))
+            q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+            out = session.attend(2 * q, k, v, transformer=0, layer=0).unflatten(1, (GRID[0], -1))
+            dense = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (2 * q, k, v))
+            ).transpose(1, 2)
+            wrong = (out - dense.unflatten(1, (GRID[0], -1))).abs().amax((0, 2, 3, 4))
+            changed.append(int((wrong[1:] < 1e-5).sum()))  # the preset's first frame is exact in every call
+        session.end_step()
+    assert changed == [1, 0, 1, 0, 1, 0]
 
 
 # Compilation

@@ -96,6 +96,7 @@ def test_memory_kept_between_steps() -> None:
     factors = 32760 * 24 * 12 * 30 * 2
     assert kept_bytes(plan(preset="fast", overrides=("refresh=0",))) == factors
     assert kept_bytes(plan(preset="balanced")) == factors + 32760 * 12 * (128 + 4) * 30 * 2
+    assert kept_bytes(plan(preset="fast")) == factors + 32760 * 12 * (128 + 4) * 30, "shared by both forwards"
     assert kept_bytes(plan(preset="paper")) == kept_bytes(plan(preset="dense")) == 0
 
 

@@ -21,7 +21,10 @@ from vmonarch_cli.presets import (
     shipped_names,
 )
 
-FIELDS = "attention, num_steps, warm_start, c_floor, first_frame, band, refresh, dense_steps, dense_layers, impl"
+FIELDS = (
+    "attention, num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, dense_steps, "
+    "dense_layers, impl"
+)
 
 
 def sentence(text: str) -> str:

@@ -92,7 +92,7 @@ def test_on_tensors_that_stay_the_output_becomes_dense(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_correction_fades_and_a_fresh_one_knows_nothing(impl: str) -> None:
+def test_a_correction_fades(impl: str) -> None:
     q, k, v = inputs()
     residual = Residual(q, GRID[0])
     first, _ = residual.attention(q, k, v, GRID, 4, impl=impl)
@@ -102,9 +102,6 @@ def test_a_correction_fades_and_a_fresh_one_knows_nothing(impl: str) -> None:
     now, *rest = turns(GRID[0], first_frame=True)
     last = next(frame for frame in rest if abs(frame - now) > 1)
     assert torch.equal(residual.scale[..., last], kept[..., last] * DECAY)
-    fresh, _ = residual.fresh().attention(q, k, v, GRID, 1, impl=impl)
-    assert torch.equal(residual.scale[..., last], kept[..., last] * DECAY), "a fresh one shares nothing"
-    assert torch.equal(fresh, Residual(q, GRID[0]).attention(q, k, v, GRID, 1, impl=impl)[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -138,31 +135,38 @@ def test_neighbours_get_a_share_of_a_change(impl: str, with_extra: bool) -> None
     assert error(kept, NEIGHBOUR_SHARE * change + (1 - NEIGHBOUR_SHARE) * DECAY * old) < 0.06
 
 
+@pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize(("refresh", "calls"), [(0.6, 20), (2, 20), (0.6, 50), (1, 3), (4, 16)])
-def test_where_the_calls_are_counted_turns_come_early_and_are_no_more(refresh: float, calls: int) -> None:
+def test_where_the_calls_are_counted_turns_come_early_and_are_no_more(
+    refresh: float, calls: int, forwards: int
+) -> None:
     frames = 13
-    before = [turns_before(call, refresh, frames, calls) for call in range(calls + 1)]
+    before = [turns_before(call, refresh, frames, calls, forwards) for call in range(calls + 1)]
     assert before == sorted(before)
-    assert before[:2] == [0, 0], "the first call has none"
-    assert before[-1] == math.ceil(refresh * calls)
+    assert before[-1] == math.ceil(refresh * forwards * calls)
+    assert before[1] == turns_before(1, refresh, frames, calls), "the first call need not know of other forwards"
+    assert 0 < before[1] == math.floor(min(frames / 2, refresh * calls / 3)) <= frames / 2
     early = 1 + max(1, calls // 5)
-    assert before[early] >= min(frames, 0.8 * refresh * calls), "every frame's first turn, or most of all turns"
-    assert before[early] >= refresh * early, "no later than evenly"
-    evenly = [turns_before(call, refresh, frames, None) for call in range(calls + 1)]
-    assert evenly == [math.ceil(refresh * call - 1e-9) for call in range(calls + 1)]
+    left = before[-1] - before[1]
+    assert before[early] - before[1] >= min(frames, 0.8 * left), "every frame's turn, or most of what is left"
+    assert before[early] - before[1] >= left * (early - 1) / (calls - 1) - 1, "no later than evenly"
+    evenly = [turns_before(call, refresh, frames, None, forwards) for call in range(calls + 1)]
+    assert evenly == [math.ceil(refresh * forwards * call - 1e-9) for call in range(calls + 1)]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_first_of_a_known_number_of_calls_recomputes_nothing(impl: str) -> None:
+def test_corrected_calls_use_corrections_and_leave_them(impl: str) -> None:
     q, k, v = inputs()
-    residual = Residual(q, GRID[0], first_frame=False, calls=5)
-    options = {"impl": impl, "band": 0, "first_frame": False}
-    structured = monarch_attention(q, k, v, GRID, **options)
-    first, _ = residual.attention(q, k, v, GRID, GRID[0] / 5, **options)
-    assert torch.equal(first, structured)
-    second, _ = residual.attention(q, k, v, GRID, GRID[0] / 5, **options)
-    recomputed = (split_frames(second - structured, GRID[0]) != 0).flatten(2).any(2)[0]
-    assert recomputed.sum() == turns_before(2, GRID[0] / 5, GRID[0], 5) > 1
+    residual = Residual(q, GRID[0])
+    residual.attention(q, k, v, GRID, 2, impl=impl, band=0)
+    values, scale = residual.values.clone().view(torch.uint8), residual.scale.clone()
+    expected = monarch_attention(q, k, v, GRID, impl=impl, band=0, residual=(residual.values, residual.scale))
+    out, factor = residual.corrected(q, k, v, GRID, impl=impl, band=0)
+    assert factor is None
+    assert torch.equal(out, expected)
+    assert residual.corrected(q, k, v, GRID, impl=impl, band=0, return_l=True)[1] is not None
+    assert torch.equal(residual.values.view(torch.uint8), values)
+    assert torch.equal(residual.scale, scale)
 
 
 def test_a_fraction_is_the_mean_over_calls() -> None:

@@ -23,6 +23,8 @@ from vmonarch_cli.timing import Coverage
 STEPS = 2
 EXACT = Preset(name="exact", band=1024)
 PAPER = Preset(name="paper")
+WARM = Preset(name="warm", warm_start=True, band=0)
+SHARED = WARM.model_copy(update={"refresh": 1, "shared_refresh": True})
 DENSE = Preset(name="dense", attention="dense")
 CPU = torch.device("cpu")
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}  # float32, two steps, latents of size one
@@ -64,6 +66,7 @@ def processors(transformer: Any) -> dict[str, Any]:
 def test_exact_equals_the_stock_pipeline(case: Loaded, name: str) -> None:
     for preset, coverage in (
         (EXACT, Coverage(structured=case.calls)),
+        (EXACT.model_copy(update={"warm_start": True}), Coverage(structured=case.calls)),
         (DENSE, Coverage(dense={"preset is dense": case.calls})),
     ):
         with swapped(case.pipeline, preset) as session:
@@ -89,13 +92,31 @@ def test_paper_is_structured_in_every_self_attention_layer_and_nowhere_else(case
 
 @families
 def test_reference_and_torch_implementations_agree(case: Loaded, name: str) -> None:
-    warm = Preset(name="warm", warm_start=True, band=0)
     made = []
     for impl in ("reference", "torch"):
-        with swapped(case.pipeline, warm.model_copy(update={"impl": impl})):
+        with swapped(case.pipeline, WARM.model_copy(update={"impl": impl})):
             made.append(latents_of(case.pipeline, case.tiny, steps=STEPS))
     # L is kept in eight bits, and a rounding that falls the other way is one part in sixteen of a small weight.
     torch.testing.assert_close(made[0], made[1], rtol=2e-2, atol=2e-2 * float(case.stock.abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.guidance_by_batch])
+def test_prompts_of_one_forward_are_guidance_branches(case: Loaded, name: str) -> None:
+    """As two forwards would: both start from the same L, and the second uses what the first keeps."""
+    held = {}
+    for preset in (WARM, SHARED):
+        same: dict[str, Any] = {"negative_prompt": PROMPT}
+        with swapped(case.pipeline, preset) as session:
+            guided = latents_of(case.pipeline, case.tiny, steps=STEPS, **same)
+            held[preset] = session.warm_state_bytes
+        if preset is WARM:
+            with swapped(case.pipeline, preset):
+                unguided = latents_of(case.pipeline, case.tiny, steps=STEPS, guidance_scale=1.0, **same)
+            torch.testing.assert_close(guided, unguided, **CLOSE)
+    frames, rows, columns = case.tiny.grid
+    entry, _ = find_model(str(case.folder))
+    corrections = case.tiny.layers * frames * rows * columns * entry.heads * (entry.head_dim + 4)
+    assert held[SHARED] - held[WARM] == corrections, "of one sample, not of two"
 
 
 @families

@@ -45,6 +45,11 @@ class Tiny:
     options: dict[str, Any] = field(default_factory=dict)
     """Of the pipeline's call, beside prompt, shape, steps and seed."""
 
+    @property
+    def guidance_by_batch(self) -> bool:
+        """A step's forward has the samples of both prompts."""
+        return self.forwards == 1 and "negative_prompt" in self.options
+
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
     """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image."""

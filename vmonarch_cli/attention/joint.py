@@ -7,7 +7,7 @@ seen by nobody, and the rows of padding, which nobody reads, are zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,10 @@ class Text:
         if self.first:
             return x[:, self.tokens :], x[:, : self.tokens]
         return x[:, : -self.tokens], x[:, -self.tokens :]
+
+    def samples(self, rows: slice) -> Text:
+        """The same of some samples of the batch alone."""
+        return self if self.valid is None else replace(self, valid=self.valid[rows])
 
     def join(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.cat([text, video] if self.first else [video, text], dim=1)

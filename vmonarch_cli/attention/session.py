@@ -13,10 +13,10 @@ import torch
 from vmonarch_cli.attention.clock import Clock, Mark
 from vmonarch_cli.attention.joint import Rows, Text, dense_joint, text_entry, text_rows, valid_rows
 from vmonarch_cli.attention.sampling import DenseSample, sample_dense
-from vmonarch_cli.attention.warm import CallKey, WarmState
+from vmonarch_cli.attention.warm import NEGATIVE, CallKey, WarmState
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage, StepAttention
-from vmonarch_kernels import Residual, monarch_attention, resolve_impl
+from vmonarch_kernels import monarch_attention, resolve_impl
 from vmonarch_kernels.cost import band_with_refresh, is_exact
 
 PRESET_IS_DENSE = "preset is dense"
@@ -37,8 +37,18 @@ class _Forward:
     transformer: int
     grid: tuple[int, int, int]
     branch: int
+    both_prompts: bool
+    """Its samples are those of all negative prompts and then those of all prompts, as diffusers orders them."""
     valid: dict[tuple[int, ...], list[Rows] | None] = field(default_factory=dict)
     """Real text tokens by the mask's shape: all layers of a forward share one mask, and reading one waits."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The samples of a call that belong to one guidance branch."""
+
+    key: CallKey
+    rows: slice
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class AttentionSession:
         self._warm = WarmState()
         self._used: set[int] = set()
         """Transformers that the last step ran."""
+        self._forwards = 1
+        """Forwards of one transformer in the clip's last step."""
         self._variants: set[tuple[Any, ...]] = set()
         self._dense_ready: set[tuple[Any, ...]] = set()
         self._structured = 0
@@ -155,6 +167,7 @@ class AttentionSession:
         self._structured = self._skipped = 0
         self._dense.clear()
         self._step = self._begun = None
+        self._forwards = 1
         self._total = total
 
     def begin_step(self, index: int | None = None, total: int | None = None) -> None:
@@ -175,6 +188,7 @@ class AttentionSession:
         self._step = self._begun = None
         self._warm.note_peak()
         self._used = set(step.forwards)
+        self._forwards = max(step.forwards.values())
         self._skipped += sum(self._layers[index] * count for index, count in step.forwards.items()) - len(step.calls)
         measured = _measure(step, stop, sigma)
         self.steps.append(measured)
@@ -193,8 +207,13 @@ class AttentionSession:
         if self._step is not None:
             self.end_step(sigma)
 
-    def begin_forward(self, transformer: int, grid: tuple[int, int, int], device: torch.device) -> None:
-        """A forward of a transformer begins; learns the grid (T, H, W) and the guidance branch."""
+    def begin_forward(
+        self, transformer: int, grid: tuple[int, int, int], device: torch.device, both_prompts: bool = False
+    ) -> None:
+        """A forward of a transformer begins; learns the grid (T, H, W) and the guidance branch.
+
+        ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
+        """
         if self._step is None:
             if self._begun is None and not self._watching:
                 raise RuntimeError(NO_STEP)
@@ -203,9 +222,11 @@ class AttentionSession:
                 self._warm.drop()
             index = len(self.steps) if self._begun is None else self._begun
             clock = Clock(device)
-            self._step = _Step(index, self._total, clock, clock.mark(), _Forward(transformer, grid, branch=0))
+            forward = _Forward(transformer, grid, 0, both_prompts)
+            self._step = _Step(index, self._total, clock, clock.mark(), forward)
         else:
-            self._step.forward = _Forward(transformer, grid, branch=self._step.forwards[transformer])
+            branch = self._step.forwards[transformer]
+            self._step.forward = _Forward(transformer, grid, branch, both_prompts and branch == 0)
         self._step.forwards[transformer] += 1
         self._grid = grid
 
@@ -253,39 +274,29 @@ class AttentionSession:
             self._dense[reason] += 1
             return out
 
-        impl = self.resolve_impl(q.device, q.dtype, q.shape[3])
-        key = CallKey(transformer, layer, step.forward.branch)
-        # When the band covers every frame there is no L, and nothing to keep.
-        preset = self.preset
-        band = band_with_refresh(grid[0], preset.band, preset.refresh, first_frame=preset.first_frame)
-        inexact = not is_exact(grid[0], band)
-        keeps = preset.warm_start and inexact
-        l_prev = self._warm.get(key, grid, q) if keeps else None
-        residual = None
-        if preset.refresh and inexact:
-            video = q if text is None else text.split(q)[0]
-            steps_left = None if step.total is None else step.total - step.index
-            residual = self._warm.residual(key, grid, video, preset.first_frame, steps_left)
-        run = functools.partial(self._structured_call, q, k, v, text, grid, band, impl, l_prev, keeps)
-
-        def unseen() -> None:
-            """The call without a trace: corrections that it left would make this clip differ from the next one.
-
-            Fresh corrections know of no steps to come, so that a frame has its turn in this call, and its kernels.
-            """
-            run(None if residual is None else residual.fresh())
-
-        self._first_call(step, unseen, (q.shape, q.stride(), q.dtype, q.device, grid, l_prev is None))
+        self.resolve_impl(q.device, q.dtype, q.shape[3])
+        parts = self._parts(step.forward, layer, q.shape[0])
+        run = functools.partial(self._structured_call, q, k, v, text, grid, step, parts)
+        # What a rehearsal keeps would make this clip differ from the next one, which has none.
+        cold = self._warm.factor(parts[0].key, grid, q[parts[0].rows])[0] is None
+        variant = (q.shape, q.stride(), q.dtype, q.device, grid, step.forward.branch > 0, cold)
+        self._first_call(step, lambda: run(self._warm.rehearsal()), variant)
         start = step.clock.mark()
-        out, factor = run(residual)
+        out = run(self._warm)
         call = _Call(start, step.clock.mark(), structured=True)
         step.calls.append(call)
         self._structured += 1
-        if factor is not None:
-            self._warm.put(key, grid, factor)
-        if step.sample is None and self._samples(step.index, key):
+        if step.sample is None and self._samples(step.index, parts[0].key):
             self._sample(step, q, dense, out, call)
         return out
+
+    def _parts(self, forward: _Forward, layer: int, samples: int) -> list[_Part]:
+        """The guidance branches of a call; apart only where they hand something on, the one of the prompts first."""
+        key = CallKey(forward.transformer, layer, forward.branch)
+        if forward.both_prompts and samples % 2 == 0 and (self.preset.warm_start or self.preset.refresh):
+            half = samples // 2
+            return [_Part(key, slice(half, None)), _Part(key._replace(branch=NEGATIVE), slice(half))]
+        return [_Part(key, slice(None))]
 
     def _dense_reason(self, step: _Step, grid: tuple[int, int, int], layer: int, tokens: int) -> str | None:
         """Why this call runs dense, or None when it runs structured."""
@@ -305,35 +316,66 @@ class AttentionSession:
         v: torch.Tensor,
         text: Text | None,
         grid: tuple[int, int, int],
-        band: int | None,
-        impl: str,
-        l_prev: torch.Tensor | None,
-        return_l: bool,
-        residual: Residual | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(out, L of the last iteration if asked for). A call that starts warm does one iteration."""
+        step: _Step,
+        parts: list[_Part],
+        warm: WarmState,
+    ) -> torch.Tensor:
+        """The output of all guidance branches that the call has, in the order of its samples."""
+        forwards = len(parts) if step.forward.both_prompts else self._forwards
+        outs = []
+        for part in parts:
+            text_part = None if text is None else text.samples(part.rows)
+            tensors = (q[part.rows], k[part.rows], v[part.rows])
+            outs.append(self._branch(*tensors, text_part, grid, step, part.key, forwards, warm))
+        return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
+
+    def _branch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: Text | None,
+        grid: tuple[int, int, int],
+        step: _Step,
+        key: CallKey,
+        forwards: int,
+        warm: WarmState,
+    ) -> torch.Tensor:
+        """The structured call of one guidance branch. One that starts warm does one iteration."""
+        preset = self.preset
+        band = band_with_refresh(grid[0], preset.band, preset.refresh, first_frame=preset.first_frame)
+        # When the band covers every frame there is no L, and nothing to keep.
+        inexact = not is_exact(grid[0], band)
+        l_prev, keeps = warm.factor(key, grid, q) if preset.warm_start and inexact else (None, False)
         options: dict[str, Any] = {
-            "num_steps": self.preset.num_steps if l_prev is None else 1,
-            "c_floor": self.preset.c_floor,
-            "first_frame": self.preset.first_frame,
+            "num_steps": preset.num_steps if l_prev is None else 1,
+            "c_floor": preset.c_floor,
+            "first_frame": preset.first_frame,
             "band": band,
-            "impl": impl,
+            "impl": self._impl,
             "l_prev": l_prev,
+            "return_l": keeps,
         }
         video = (q, k, v)
         if text is not None:
             options["extra"] = text_entry(q, k, v, text)
             video = (text.split(q)[0], text.split(k)[0], text.split(v)[0])
-        factor: torch.Tensor | None = None
-        if residual is not None:
-            out, factor = residual.attention(*video, grid, self.preset.refresh, return_l=return_l, **options)
-        elif return_l:
-            out, factor = monarch_attention(*video, grid, return_l=True, **options)
+        if preset.refresh and inexact:
+            steps_left = None if step.total is None else step.total - step.index
+            residual, leads = warm.residual(
+                key, grid, video[0], preset.first_frame, steps_left, shared=preset.shared_refresh
+            )
+            if leads:
+                turns_for = forwards if preset.shared_refresh else 1
+                result = residual.attention(*video, grid, preset.refresh, forwards=turns_for, **options)
+            else:
+                result = residual.corrected(*video, grid, **options)
         else:
-            out = monarch_attention(*video, grid, return_l=False, **options)
-        if text is not None:
-            out = text.join(out, text_rows(q, k, v, text))
-        return out, factor
+            result = monarch_attention(*video, grid, **options)
+        out, factor = result if isinstance(result, tuple) else (result, None)
+        if factor is not None:
+            warm.put(key, grid, factor, l_prev, follow=forwards > 1)
+        return out if text is None else text.join(out, text_rows(q, k, v, text))
 
     def _first_call(self, step: _Step, run: Callable[[], object], variant: tuple[Any, ...]) -> None:
         """Run a kernel variant once before its first timed call: compilation is reported apart, never as attention.

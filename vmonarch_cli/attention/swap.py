@@ -14,6 +14,7 @@ from vmonarch_cli.attention import op
 from vmonarch_cli.attention.processors import FAMILIES, MonarchProcessor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.presets import Preset
 
 
@@ -51,7 +52,7 @@ def swapped(
     with ExitStack() as undo:
         undo.callback(op.unregister, session_id)
         for index, transformer in enumerate(transformers):
-            hook = functools.partial(_before_forward, session, index, _scheduler_check(target, scheduler))
+            hook = functools.partial(_before_forward, session, index, target, scheduler)
             handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
             kinds = FAMILIES[_class_name(transformer)].processors
@@ -110,27 +111,30 @@ def _replacement(
     return processor
 
 
-def _scheduler_check(target: Any, scheduler: Any) -> Callable[[], None]:
-    def check() -> None:
-        if scheduler is not None and target.scheduler is not scheduler:
-            raise RuntimeError("the pipeline's scheduler was replaced inside `with swapped(...)`: replace it before")
-
-    return check
-
-
 def _before_forward(
     session: AttentionSession,
     index: int,
-    check: Callable[[], None],
+    target: Any,
+    scheduler: Any,
     transformer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
     """Forward pre-hook: the family reads the grid, which processors never see, off the forward's arguments."""
-    check()
+    if scheduler is not None and target.scheduler is not scheduler:
+        raise RuntimeError("the pipeline's scheduler was replaced inside `with swapped(...)`: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
-    session.begin_forward(index, grid, latents.device)
+    session.begin_forward(index, grid, latents.device, both_prompts=_has_both_prompts(target))
+
+
+def _has_both_prompts(target: Any) -> bool:
+    """Whether a step's forward has the samples of the negative prompts and of the prompts, half and half."""
+    facts = PIPELINES.get(type(target).__name__)
+    if facts is None or not facts.guidance_by_batch:
+        return False
+    # Not every pipeline has the property; LTX-2's knows of the guidance of sound, too.
+    return bool(getattr(target, "do_classifier_free_guidance", target.guidance_scale > 1))
 
 
 @contextmanager
