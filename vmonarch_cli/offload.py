@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,11 +22,16 @@ WORDS = {
 
 
 def choose(
-    wanted: str, peaks: dict[str, int], free: int, device: torch.device, *, without_refresh: int | None = None
+    wanted: str,
+    peaks: dict[str, int],
+    free: int,
+    device: torch.device,
+    *,
+    lighter: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """(mode, one line that says why). "auto" takes the first mode whose peak fits; a named mode is never changed.
 
-    ``without_refresh``: least peak of the same clip if its preset kept no corrections of frames.
+    ``lighter``: least peak of the same clip with a field of its preset changed, the better results first.
 
     Raises ModelError when none fits, or the named one does not even by the lower bound of the estimate.
     """
@@ -36,12 +43,11 @@ def choose(
         if peak <= free:
             return mode, f"offload {mode}: {WORDS[mode]}, about {binary_size(peak)} of {binary_size(free)} free"
     least = min(peaks.values())
-    lighter = ""
-    if without_refresh is not None and without_refresh <= free:
-        lighter = f"with --set refresh=0 it needs about {binary_size(without_refresh)}, or "
+    fits = next((change for change, peak in lighter.items() if peak <= free), None)
+    way_out = "" if fits is None else f"with --set {fits} it needs about {binary_size(lighter[fits])}, or "
     raise ModelError(
         f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
-        f"{binary_size(free)} are free; {lighter}choose a smaller size, fewer frames, --vae-tiling or "
+        f"{binary_size(free)} are free; {way_out}choose a smaller size, fewer frames, --vae-tiling or "
         "--quantize fp8"
     )
 
@@ -61,12 +67,18 @@ def peaks_of(plan: Any, dtype: str) -> dict[str, int]:
     )
 
 
-def least_without_refresh(plan: Any, dtype: str) -> int | None:
-    """Least peak of a plan if its preset kept no corrections of frames; None where it keeps none."""
-    if not plan.preset.refresh:
-        return None
-    lighter = plan.model_copy(update={"preset": plan.preset.model_copy(update={"refresh": 0})})
-    return min(peaks_of(lighter, dtype).values())
+def lighter_peaks(plan: Any, dtype: str) -> dict[str, int]:
+    """Least peak of a plan if its preset kept fewer corrections of frames, or none, by what `--set` then takes."""
+    changes: dict[str, dict[str, Any]] = {
+        "shared_refresh=true": {"shared_refresh": True},
+        "refresh=0": {"refresh": 0},
+    }
+
+    def least(change: dict[str, Any]) -> int:
+        preset = plan.preset.model_copy(update=change)
+        return min(peaks_of(plan.model_copy(update={"preset": preset}), dtype).values())
+
+    return {words: least(change) for words, change in changes.items()} if plan.preset.refresh else {}
 
 
 def place(pipeline: Any, mode: str, device: torch.device) -> None:

@@ -348,8 +348,8 @@ def offload_mode(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[
         return offload.choose(plan.setup.offload, {}, 0, device)
     free = torch.cuda.mem_get_info(device)[0]
     name = _name(dtype)
-    without = offload.least_without_refresh(plan, name)
-    return offload.choose(plan.setup.offload, offload.peaks_of(plan, name), free, device, without_refresh=without)
+    peaks, lighter = offload.peaks_of(plan, name), offload.lighter_peaks(plan, name)
+    return offload.choose(plan.setup.offload, peaks, free, device, lighter=lighter)
 
 
 def _timing(denoised: Denoised, decode_s: float, write_s: float, peak: int, peak_kind: str) -> ClipTiming:

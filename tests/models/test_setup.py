@@ -160,16 +160,19 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
         mode(WAN21_14B, 1 * GB)
     assert offload.choose("auto", {}, 0, CPU)[0] == "none"
     with pytest.raises(ModelError, match=r"are free; with --set refresh=0 it needs about .*, or choose a smaller size"):
-        offload.choose("auto", {"none": 2 * GB}, GB, cuda, without_refresh=GB // 2)
+        offload.choose(
+            "auto", {"none": 2 * GB}, GB, cuda, lighter={"shared_refresh=true": 2 * GB, "refresh=0": GB // 2}
+        )
 
 
-def test_a_clip_that_fits_without_refresh_alone_is_told_so() -> None:
+def test_a_clip_that_fits_with_fewer_corrections_alone_is_told_so() -> None:
     request: dict[str, Any] = {"prompt": "a cat", "model": "wan2.1-14b"}
     balanced = resolve(GenerateRequest(**request, preset="balanced"))
-    least = offload.least_without_refresh(balanced, "bfloat16")
-    assert least is not None
-    assert least < 24 * GB < min(offload.peaks_of(balanced, "bfloat16").values())
-    assert offload.least_without_refresh(resolve(GenerateRequest(**request, preset="paper")), "bfloat16") is None
+    lighter = offload.lighter_peaks(balanced, "bfloat16")
+    assert list(lighter) == ["shared_refresh=true", "refresh=0"]
+    assert lighter["refresh=0"] < 24 * GB < min(offload.peaks_of(balanced, "bfloat16").values())
+    assert lighter["refresh=0"] < lighter["shared_refresh=true"] < min(offload.peaks_of(balanced, "bfloat16").values())
+    assert not offload.lighter_peaks(resolve(GenerateRequest(**request, preset="paper")), "bfloat16")
 
 
 def test_what_is_kept_between_steps_counts_in_every_mode_that_denoises_with_it() -> None:
