@@ -122,7 +122,7 @@ def step_legend(steps: Sequence[StepAttention]) -> Text:
     """What the columns and marks mean, only those that occur."""
     parts = []
     if any(s.dense_s for s in steps):
-        parts.append("dense and error: sampled on the same tensors of a step's first forward, outside the step's time")
+        parts.append("dense and error: on the tensors of a step's first forward, outside its time")
     if any(0 < s.structured_calls < s.calls for s in steps):
         parts.append("p: some layers dense")
     if any(s.structured_calls == 0 for s in steps):
