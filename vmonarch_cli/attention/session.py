@@ -44,11 +44,18 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The samples of a call that belong to one guidance branch."""
+class _Tensors:
+    """What a call attends over: q, k, v (B, S, heads, D) and which of the S tokens are text."""
 
-    key: CallKey
-    rows: slice
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    text: Text | None
+
+    def samples(self, rows: slice) -> _Tensors:
+        """The same of some samples of the batch alone."""
+        text = None if self.text is None else self.text.samples(rows)
+        return _Tensors(self.q[rows], self.k[rows], self.v[rows], text)
 
 
 @dataclass(frozen=True)
@@ -275,10 +282,11 @@ class AttentionSession:
             return out
 
         self.resolve_impl(q.device, q.dtype, q.shape[3])
-        parts = self._parts(step.forward, layer, q.shape[0])
-        run = functools.partial(self._structured_call, q, k, v, text, grid, step, parts)
+        branches = self._branches(step.forward, layer, _Tensors(q, k, v, text))
+        run = functools.partial(self._structured_call, branches, grid, step)
         # What a rehearsal keeps would make this clip differ from the next one, which has none.
-        cold = self._warm.factor(parts[0].key, grid, q[parts[0].rows])[0] is None
+        key, first = branches[0]
+        cold = self._warm.factor(key, grid, first.q)[0] is None
         variant = (q.shape, q.stride(), q.dtype, q.device, grid, step.forward.branch > 0, cold)
         self._first_call(step, lambda: run(self._warm.rehearsal()), variant)
         start = step.clock.mark()
@@ -286,17 +294,18 @@ class AttentionSession:
         call = _Call(start, step.clock.mark(), structured=True)
         step.calls.append(call)
         self._structured += 1
-        if step.sample is None and self._samples(step.index, parts[0].key):
+        if step.sample is None and self._samples(step.index, key):
             self._sample(step, q, dense, out, call)
         return out
 
-    def _parts(self, forward: _Forward, layer: int, samples: int) -> list[_Part]:
+    def _branches(self, forward: _Forward, layer: int, call: _Tensors) -> list[tuple[CallKey, _Tensors]]:
         """The guidance branches of a call; apart only where they hand something on, the one of the prompts first."""
         key = CallKey(forward.transformer, layer, forward.branch)
+        samples = call.q.shape[0]
         if forward.both_prompts and samples % 2 == 0 and (self.preset.warm_start or self.preset.refresh):
-            half = samples // 2
-            return [_Part(key, slice(half, None)), _Part(key._replace(branch=NEGATIVE), slice(half))]
-        return [_Part(key, slice(None))]
+            prompts, negative = call.samples(slice(samples // 2, None)), call.samples(slice(samples // 2))
+            return [(key, prompts), (key._replace(branch=NEGATIVE), negative)]
+        return [(key, call)]
 
     def _dense_reason(self, step: _Step, grid: tuple[int, int, int], layer: int, tokens: int) -> str | None:
         """Why this call runs dense, or None when it runs structured."""
@@ -310,39 +319,25 @@ class AttentionSession:
         return DENSE_LAYERS if layer < self.preset.dense_layers else None
 
     def _structured_call(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        text: Text | None,
-        grid: tuple[int, int, int],
-        step: _Step,
-        parts: list[_Part],
-        warm: WarmState,
+        self, branches: list[tuple[CallKey, _Tensors]], grid: tuple[int, int, int], step: _Step, warm: WarmState
     ) -> torch.Tensor:
         """The output of all guidance branches that the call has, in the order of its samples."""
-        forwards = len(parts) if step.forward.both_prompts else self._forwards
-        outs = []
-        for part in parts:
-            text_part = None if text is None else text.samples(part.rows)
-            tensors = (q[part.rows], k[part.rows], v[part.rows])
-            outs.append(self._branch(*tensors, text_part, grid, step, part.key, forwards, warm))
+        forwards = len(branches) if step.forward.both_prompts else self._forwards
+        outs = [self._branch(key, call, grid, step, forwards, warm) for key, call in branches]
         return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
 
     def _branch(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        text: Text | None,
+        key: CallKey,
+        call: _Tensors,
         grid: tuple[int, int, int],
         step: _Step,
-        key: CallKey,
         forwards: int,
         warm: WarmState,
     ) -> torch.Tensor:
         """The structured call of one guidance branch. One that starts warm does one iteration."""
         preset = self.preset
+        q, k, v, text = call.q, call.k, call.v, call.text
         band = band_with_refresh(grid[0], preset.band, preset.refresh, first_frame=preset.first_frame)
         # When the band covers every frame there is no L, and nothing to keep.
         inexact = not is_exact(grid[0], band)

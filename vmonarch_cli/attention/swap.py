@@ -134,7 +134,8 @@ def _has_both_prompts(target: Any) -> bool:
     if facts is None or not facts.guidance_by_batch:
         return False
     # Not every pipeline has the property; LTX-2's knows of the guidance of sound, too.
-    return bool(getattr(target, "do_classifier_free_guidance", target.guidance_scale > 1))
+    scale = getattr(target, "guidance_scale", 0)  # set by the pipeline's call
+    return bool(getattr(target, "do_classifier_free_guidance", scale > 1))
 
 
 @contextmanager

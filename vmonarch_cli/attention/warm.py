@@ -46,11 +46,11 @@ class WarmState:
         """The factor that a call with q (B, N, heads, D) starts from, None for a cold start, and whether it keeps its
         own: not where the leading branch has one of its shape and device.
         """
-        if key != key.leading and self._fitting(key.leading, grid, q) is not None:
+        if key != key.leading and self._fitting_factor(key.leading, grid, q) is not None:
             return self._starts.get(key.leading), False
-        return self._fitting(key, grid, q), True
+        return self._fitting_factor(key, grid, q), True
 
-    def _fitting(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
+    def _fitting_factor(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
         kept_grid, factor = self._factors.get(key, (None, None))
         if factor is None or kept_grid != grid or factor.device != q.device:
             return None
@@ -81,14 +81,18 @@ class WarmState:
         their turns there. ``steps_left``: denoising steps to come, this one included, if known.
         """
         if shared and key != key.leading:
-            kept_grid, kept = self._residuals.get(key.leading, (None, None))
-            if kept is not None and kept_grid == grid and kept.fits(q):
-                return kept, False
-        kept_grid, kept = self._residuals.get(key, (None, None))
-        if kept is None or kept_grid != grid or not kept.fits(q):
+            leading = self._fitting_residual(key.leading, grid, q)
+            if leading is not None:
+                return leading, False
+        kept = self._fitting_residual(key, grid, q)
+        if kept is None:
             kept = Residual(q, grid[0], first_frame=first_frame, calls=steps_left if self._steps_known else None)
             self._residuals[key] = (grid, kept)
         return kept, True
+
+    def _fitting_residual(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> Residual | None:
+        kept_grid, kept = self._residuals.get(key, (None, None))
+        return kept if kept is not None and kept_grid == grid and kept.fits(q) else None
 
     def rehearsal(self) -> WarmState:
         """A copy that can be thrown away, with fresh corrections, of which frames have their turn in the first call."""
