@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vmonarch_cli.app import app
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import commands, quality, tables
 from vmonarch_cli.profile.blocks import block_attention, block_flops
+from vmonarch_cli.profile.plot import plot_quality
 from vmonarch_cli.profile.results import ChipPeak, QualityProfile, QualityRow
 from vmonarch_cli.profile.variants import SWEEPS, variants
 from vmonarch_kernels import dense_attention, monarch_attention
@@ -210,6 +212,20 @@ def invented() -> QualityProfile:
 
 def test_the_frontier_is_what_nothing_beats() -> None:
     assert [row.name for row in invented().frontier()] == ["fast", "balanced"]
+
+
+def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    profile = invented()
+    near = [("paper, 4 dense steps", 0.70, 0.0501), ("paper, 8 dense steps", 0.72, 0.05)]
+    profile.rows += [
+        QualityRow(name, "dense steps", False, flops=1, flops_share=share, latent_errors=[error])
+        for name, share, error in near
+    ]
+    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    text = (tmp_path / "frontier.svg").read_text()
+    first, second = (float(re.findall(rf'y="([\d.]+)"[^>]*>{name}<', text)[0]) for name, *_ in near)
+    assert second - first >= 6  # the height of their letters
 
 
 @pytest.mark.parametrize("width", [80, 120])

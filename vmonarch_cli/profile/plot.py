@@ -9,7 +9,7 @@ from typing import Any
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.profile.record import check_parent
-from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile, QualityProfile
+from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile, QualityProfile, QualityRow
 
 ENDINGS = (".png", ".svg")
 PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))
@@ -154,20 +154,6 @@ def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
         linewidth=1,
         zorder=0,
     )
-    named = {row.name: row for row in [*frontier, *(row for row in rows if row.is_preset)]}
-    for row in named.values():
-        # Below and to the left of the frontier there is nothing, so that is where its names go.
-        at_the_axis = (row.flops_share or 0) < _NO_ROOM_LEFT
-        offset, align = ((6, 4), "left") if row.is_preset or at_the_axis else ((-5, -8), "right")
-        axis.annotate(
-            row.name,
-            (100 * (row.flops_share or 0), row.latent_error or 0),
-            xytext=offset,
-            textcoords="offset points",
-            fontsize=8 if row.is_preset else 6,
-            weight="bold" if row.is_preset else "normal",
-            ha=align,
-        )
     _log_axes(axis, "self-attention operations, % of dense", log_x=False)
     axis.set_ylabel("relative L2 error of the final latents")
     axis.margins(x=0.18, y=0.12)
@@ -177,7 +163,32 @@ def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
     axis.set_title(title, fontsize=10, loc="left")
     if len(groups) > 1:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    _name_points(figure, axis, list({row.name: row for row in [*frontier, *(r for r in rows if r.is_preset)]}.values()))
     _save(figure, path)
+
+
+def _name_points(figure: Any, axis: Any, rows: list[QualityRow]) -> None:
+    """The rows' names beside their points; one that would cover a name before it steps down."""
+    figure.draw_without_rendering()  # places depend on the room that the axes are left
+    taken: list[Any] = []
+    for row in rows:
+        # Below and to the left of the frontier there is nothing, so that is where its names go.
+        at_the_axis = (row.flops_share or 0) < _NO_ROOM_LEFT
+        (right, up), align = ((6, 4), "left") if row.is_preset or at_the_axis else ((-5, -8), "right")
+        size = 8 if row.is_preset else 6
+        name = axis.annotate(
+            row.name,
+            (100 * (row.flops_share or 0), row.latent_error or 0),
+            xytext=(right, up),
+            textcoords="offset points",
+            fontsize=size,
+            weight="bold" if row.is_preset else "normal",
+            ha=align,
+        )
+        while any(name.get_window_extent().overlaps(other) for other in taken):
+            up -= size
+            name.set_position((right, up))
+        taken.append(name.get_window_extent())
 
 
 def _figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
