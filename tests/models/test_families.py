@@ -16,6 +16,7 @@ from vmonarch_cli import pipelines, run
 from vmonarch_cli.attention import swapped
 from vmonarch_cli.attention.processors import FAMILIES
 from vmonarch_cli.loading import load_pipeline
+from vmonarch_cli.metrics import relative_error
 from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage
@@ -27,6 +28,7 @@ WARM = Preset(name="warm", warm_start=True, band=0)
 SHARED = WARM.model_copy(update={"refresh": 1, "shared_refresh": True})
 DENSE = Preset(name="dense", attention="dense")
 CPU = torch.device("cpu")
+CUDA = torch.cuda.is_available()
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}  # float32, two steps, latents of size one
 families = pytest.mark.parametrize("name", TINY)
 
@@ -98,6 +100,24 @@ def test_reference_and_torch_implementations_agree(case: Loaded, name: str) -> N
             made.append(latents_of(case.pipeline, case.tiny, steps=STEPS))
     # L is kept in eight bits, and a rounding that falls the other way is one part in sixteen of a small weight.
     torch.testing.assert_close(made[0], made[1], rtol=2e-2, atol=2e-2 * float(case.stock.abs().max()))
+
+
+@pytest.mark.parametrize("name", TINY if CUDA else ["cogvideox-5b"])
+def test_triton_and_torch_agree(case: Loaded, name: str) -> None:
+    """The kernels in a family's own calls: on a GPU in bfloat16, interpreted in float32 and there for one family alone,
+    whose calls have text and both prompts.
+    """
+    pipeline, most = case.pipeline, 2e-3
+    if CUDA:
+        pipeline = load_pipeline(str(case.folder), device=torch.device("cuda"), dtype=torch.bfloat16)
+        most = 3e-2
+    made = []
+    for impl in ("torch", "triton"):
+        with swapped(pipeline, SHARED.model_copy(update={"impl": impl})) as session:
+            made.append(latents_of(pipeline, case.tiny, steps=STEPS))
+        assert session.impl == impl
+        assert session.coverage() == Coverage(structured=case.calls)
+    assert relative_error(made[1], made[0]) < most
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.guidance_by_batch])
