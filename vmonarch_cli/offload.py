@@ -11,6 +11,7 @@ import torch
 from vmonarch_cli import memory
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan import kept_bytes
+from vmonarch_cli.presets import apply_overrides, parse_assignment
 from vmonarch_cli.wording import binary_size
 
 WORDS = {
@@ -68,17 +69,14 @@ def peaks_of(plan: Any, dtype: str) -> dict[str, int]:
 
 
 def lighter_peaks(plan: Any, dtype: str) -> dict[str, int]:
-    """Least peak of a plan if its preset kept fewer corrections of frames, or none, by what `--set` then takes."""
-    changes: dict[str, dict[str, Any]] = {
-        "shared_refresh=true": {"shared_refresh": True},
-        "refresh=0": {"refresh": 0},
-    }
+    """Least peak of a plan if its preset kept fewer corrections of frames, or none, by what `--set` takes for it."""
 
-    def least(change: dict[str, Any]) -> int:
-        preset = plan.preset.model_copy(update=change)
+    def least(assignment: str) -> int:
+        name, value = parse_assignment(assignment)
+        preset = apply_overrides(plan.preset, {name: ("--set", value)})
         return min(peaks_of(plan.model_copy(update={"preset": preset}), dtype).values())
 
-    return {words: least(change) for words, change in changes.items()} if plan.preset.refresh else {}
+    return {words: least(words) for words in ("shared_refresh=true", "refresh=0")} if plan.preset.refresh else {}
 
 
 def place(pipeline: Any, mode: str, device: torch.device) -> None:

@@ -16,13 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vmonarch_cli.attention import AttentionSession, swapped
 from vmonarch_cli.attention.joint import Text
 from vmonarch_cli.attention.processors import FAMILIES
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import StepRow
 from vmonarch_kernels import dense_backends
 from vmonarch_kernels.cost import refresh_period
 
 DENSE_ON_CPU = "sdpa"
-WITHOUT_PADDING = "dense"
 _DENSE = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -75,8 +74,8 @@ def contenders(
         for name in (backends or _dense_names(device, dtype, masked))
     ]
     if masked:
-        session = AttentionSession(Preset(name="dense", attention="dense"), [len(layers)])
-        found.append(structured(transformer, StepRow(WITHOUT_PADDING, "dense"), session))
+        dense = load_preset("dense")
+        found.append(structured(transformer, StepRow(dense.name, "dense"), AttentionSession(dense, [len(layers)])))
     for preset in presets:
         if preset.attention != "dense":
             # Dense first steps would be measured as if they were structured; the clip's time counts them.
