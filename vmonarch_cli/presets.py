@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.wording import near
+from vmonarch_cli.text import near
 
 DEFAULT_PRESET = "balanced"
 """Of a model that was not tuned with Monarch attention: README, Measured, says what this rests on."""

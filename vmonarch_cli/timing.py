@@ -1,4 +1,4 @@
-"""What a run measured and tells: plain dataclasses, no torch, so that reports and records can read them.
+"""What a run measured: plain dataclasses, no torch, so that reports and records can read them.
 
 All times are seconds, all sizes bytes. A value that was not measured is None, never 0.
 """
@@ -163,65 +163,6 @@ class ClipResult:
     coverage: Coverage
     timing: ClipTiming
     record: dict[str, Any]
-
-
-# Events: what `vmonarch_cli.run.generate` tells its `on_event` while it works.
-
-
-@dataclass(frozen=True)
-class ModelLoading:
-    source: str
-
-
-@dataclass(frozen=True)
-class ModelLoaded:
-    source: str
-    seconds: float
-    device: str
-    """Name of the device, as in "NVIDIA H100 80GB HBM3" or "CPU (2 threads)"."""
-    dtype: str
-    impl: str | None
-    """What computes attention; None for a model that was loaded to decode alone."""
-
-
-@dataclass(frozen=True)
-class ClipStarted:
-    index: int
-    count: int
-    seed: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class CompilingKernels:
-    """The first call of a kernel variant begins and may compile for some seconds."""
-
-
-@dataclass(frozen=True)
-class StepDone:
-    clip: int
-    step: StepAttention
-
-
-@dataclass(frozen=True)
-class Decoding:
-    clip: int
-
-
-@dataclass(frozen=True)
-class Retrying:
-    """A part of a clip went wrong and is tried in another way."""
-
-    clip: int
-    sentence: str
-
-
-@dataclass(frozen=True)
-class ClipDone:
-    result: ClipResult
-
-
-Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | Retrying | ClipDone
 
 
 def _median(values: list[float | None]) -> float | None:

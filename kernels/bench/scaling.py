@@ -22,15 +22,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from vmonarch_cli import distributed
-from vmonarch_cli.attention import AttentionSession
 from vmonarch_cli.attention.parallel import ulysses
-from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.metrics import relative_error
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.pipeline import context_parallel as distributed
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
@@ -38,7 +39,6 @@ from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import timed
 from vmonarch_cli.profile.results import Spread, StepRow
-from vmonarch_cli.ranks import read_rank
 
 # What rounding adds up to over a model's layers when its heads are computed elsewhere.
 TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}

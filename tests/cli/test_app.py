@@ -16,9 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from vmonarch_cli import __version__, preflight
-from vmonarch_cli.app import app
+from vmonarch_cli import __version__
+from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.presets import shipped_names
 
 WAN = ("-m", "wan2.1-1.3b", "-p", "a cat")
@@ -36,9 +37,9 @@ def call(*arguments: str) -> Result:
 @pytest.fixture
 def fake_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """`generate` without a model; the memory of this machine does not matter."""
-    import vmonarch_cli.run
+    import vmonarch_cli.clip.make
 
-    monkeypatch.setattr(vmonarch_cli.run, "generate", fakes.generate)
+    monkeypatch.setattr(vmonarch_cli.clip.make, "generate", fakes.generate)
     monkeypatch.setattr(preflight, "check_cpu_memory", lambda plan, dtype: None)
 
 
@@ -58,7 +59,7 @@ def error(result: Result) -> str:
 def test_help_in_a_fresh_process_is_fast_and_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from vmonarch_cli.app import app\n"
+        "from vmonarch_cli.cli.app import app\n"
         "try:\n    app(['generate', '--help'])\n"
         "except SystemExit as e:\n    assert e.code == 0\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'numpy', 'imageio'} & set(sys.modules)\n"
@@ -75,7 +76,19 @@ def test_help_in_a_fresh_process_is_fast_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["plan", "presets", "report", "listings", "progress", "targets", "timing", "video", "models.registry"]
+    "module",
+    [
+        "plan.resolve",
+        "presets",
+        "cli.report",
+        "cli.plan_tables",
+        "cli.progress",
+        "media.paths",
+        "timing",
+        "events",
+        "media.write",
+        "models.registry",
+    ],
 )
 def test_modules_of_the_plan_import_no_torch(module: str) -> None:
     code = f"import sys, vmonarch_cli.{module}; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
@@ -261,7 +274,7 @@ def test_a_clip_that_fails_exits_1(fake_run: None, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any, **__: Any) -> None:
         raise NonFiniteError("latents stopped being finite in step 3 of 4, and no clip was written")
 
-    monkeypatch.setattr("vmonarch_cli.run.generate", fail)
+    monkeypatch.setattr("vmonarch_cli.clip.make.generate", fail)
     result = call("generate", *WAN, "--device", "cpu", "--quiet")
     assert result.exit_code == 1
     assert result.stderr == "error: latents stopped being finite in step 3 of 4, and no clip was written\n"
@@ -271,7 +284,7 @@ def test_an_unexpected_error_is_one_sentence_too(fake_run: None, monkeypatch: py
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes do not match\nand a page of detail")
 
-    monkeypatch.setattr("vmonarch_cli.run.generate", fail)
+    monkeypatch.setattr("vmonarch_cli.clip.make.generate", fail)
     result = call("generate", *WAN, "--device", "cpu", "--quiet")
     assert result.exit_code == 1
     assert result.stderr == "error: unexpected RuntimeError: shapes do not match (--debug shows where)\n"
@@ -281,7 +294,7 @@ def test_interrupt_exits_130_with_one_line(fake_run: None, monkeypatch: pytest.M
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vmonarch_cli.run.generate", interrupt)
+    monkeypatch.setattr("vmonarch_cli.clip.make.generate", interrupt)
     result = call("generate", *WAN, "--device", "cpu", "--quiet")
     assert (result.exit_code, result.stderr) == (130, "interrupted: no clip was left half-written\n")
 

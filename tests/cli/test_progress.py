@@ -10,8 +10,8 @@ import fakes
 import pytest
 from rich.console import Console
 
-from vmonarch_cli.plan import GenerateRequest, Plan, resolve
-from vmonarch_cli.progress import RunProgress
+from vmonarch_cli.cli.progress import RunProgress
+from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
 
 
 @pytest.fixture

@@ -10,13 +10,15 @@ import fakes
 import pytest
 from rich.console import Console, RenderableType
 
-from vmonarch_cli import listings, model_listings, report
+from vmonarch_cli.cli import model_tables as model_listings
+from vmonarch_cli.cli import plan_tables as listings
+from vmonarch_cli.cli import report
 from vmonarch_cli.models.registry import ENTRIES
-from vmonarch_cli.plan import GenerateRequest, Plan, resolve
-from vmonarch_cli.preflight import Machine
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
 from vmonarch_cli.presets import load_preset, shipped_names
+from vmonarch_cli.text import binary_size, flops
 from vmonarch_cli.timing import Coverage
-from vmonarch_cli.wording import binary_size, flops
 
 MACHINE = Machine("cuda:0", "NVIDIA H100 80GB HBM3", "bfloat16", "triton")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from vmonarch_cli.demo.clips import frame_times, occupancy, render, signed_distance
 from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, SHAPES
 
 
 def test_rendering_is_deterministic_and_in_range() -> None:

@@ -14,11 +14,11 @@ from vmonarch_cli.demo import score as scorer
 from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.train import main
-from vmonarch_cli.demo.train_dit import sigmas_for
-from vmonarch_cli.demo.train_text import all_facts, facts
-from vmonarch_cli.demo.train_vae import parse_phases
-from vmonarch_cli.demo.training import Clock, learning_rate
+from vmonarch_cli.demo.training.__main__ import main
+from vmonarch_cli.demo.training.loop import Clock, learning_rate
+from vmonarch_cli.demo.training.train_dit import sigmas_for
+from vmonarch_cli.demo.training.train_text import all_facts, facts
+from vmonarch_cli.demo.training.train_vae import parse_phases
 
 VAE = [
     "vae", "--preset", "tiny", "--size", "32", "--batch", "1", "--image-batch", "4", "--phases", "1:0.5,5:1",

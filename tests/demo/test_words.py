@@ -12,7 +12,7 @@ import pytest
 
 from vmonarch_cli.demo.captions import caption, plain_caption
 from vmonarch_cli.demo.specs import REACH, ClipSpec, Split, is_held_out, motions_of, sample_spec, spec_stream
-from vmonarch_cli.demo.vocabulary import (
+from vmonarch_cli.models.demo_vocabulary import (
     BACKGROUNDS,
     COLOURS,
     MAX_TOKENS,

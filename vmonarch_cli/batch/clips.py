@@ -16,9 +16,9 @@ from typing import Any
 from vmonarch_cli.batch.manifest import Entry
 from vmonarch_cli.batch.prompts import Line
 from vmonarch_cli.errors import InputError, InputErrors, OutputError, VmonarchError
-from vmonarch_cli.plan import GenerateRequest, Plan, resolve
-from vmonarch_cli.targets import DEFAULT_FOLDER, ENDINGS, record_path, slug
-from vmonarch_cli.wording import shown
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, record_path, slug
+from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.text import shown
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""

@@ -10,14 +10,15 @@ from typing import Any
 
 from vmonarch_cli.batch.claims import Claim, Claims
 from vmonarch_cli.batch.manifest import FILE, Manifest, happened
-from vmonarch_cli.checks import device as checked_device
+from vmonarch_cli.clip.interrupts import Interrupts
+from vmonarch_cli.clip.latents import SavedLatents, load_latents
+from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.interrupts import Interrupts
-from vmonarch_cli.ladder import is_out_of_memory
-from vmonarch_cli.latents import SavedLatents, load_latents
-from vmonarch_cli.run import ClipMaker
-from vmonarch_cli.targets import LATENTS_ENDING, record_path
-from vmonarch_cli.timing import ClipResult, Event
+from vmonarch_cli.events import Event
+from vmonarch_cli.media.paths import LATENTS_ENDING, record_path
+from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.plan.checks import device as checked_device
+from vmonarch_cli.timing import ClipResult
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vmonarch_cli import __version__
 from vmonarch_cli.batch.clips import Clip, assign_names, in_running_order
 from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Entry, Manifest, happened, planned
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.targets import latents_path, record_path
+from vmonarch_cli.media.paths import latents_path, record_path
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from vmonarch_cli.errors import InputError, InputErrors
-from vmonarch_cli.plan import GenerateRequest
-from vmonarch_cli.wording import near, shown
+from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.text import near, shown
 
 FORMATS = ("txt", "csv", "jsonl", "yaml")
 STDIN = "-"

@@ -20,13 +20,13 @@ from vmonarch_cli.batch.clips import Clip
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, Entry, happened
+from vmonarch_cli.clip.interrupts import Interrupts
+from vmonarch_cli.clip.latents import Denoised, load_latents
+from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, OutputError, VmonarchError
-from vmonarch_cli.interrupts import Interrupts
-from vmonarch_cli.ladder import is_out_of_memory
-from vmonarch_cli.latents import Denoised, load_latents
-from vmonarch_cli.run import ClipMaker
-from vmonarch_cli.targets import latents_path
-from vmonarch_cli.timing import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
+from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
+from vmonarch_cli.media.paths import latents_path
+from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 
 OnEvent = Callable[[BatchEvent], None]
 _POLL_S = 0.5

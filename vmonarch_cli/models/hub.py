@@ -12,7 +12,7 @@ from typing import Any
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.folder import read_folder
-from vmonarch_cli.wording import binary_size
+from vmonarch_cli.text import binary_size
 
 
 def read_repository(repo: str, revision: str | None) -> ModelEntry:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.attention import AttentionSession
+from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_kernels import dense_attention
 from vmonarch_kernels.cost import monarch_flops
 

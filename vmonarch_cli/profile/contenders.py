@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vmonarch_cli.attention import AttentionSession, swapped
 from vmonarch_cli.attention.joint import Text
-from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import StepRow
 from vmonarch_kernels import dense_backends

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.additions import compile_blocks
-from vmonarch_cli.attention import AttentionSession
-from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.loading import load_pipeline, quiet_libraries
-from vmonarch_cli.metrics import relative_error
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.pipelines import decode, encode
+from vmonarch_cli.pipeline.apply_setup import compile_blocks
+from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.contenders import Contender, structured

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.attention import AttentionSession, swapped
-from vmonarch_cli.loading import load_pipeline
-from vmonarch_cli.metrics import psnr, relative_error, ssim
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.pipelines import decode
-from vmonarch_cli.plan import count_flops
+from vmonarch_cli.pipeline.call import decode
+from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.resolve import count_flops
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import BlockAttention, block_flops
 from vmonarch_cli.profile.kernel import OnWork
@@ -206,7 +207,7 @@ def _decoded(settings: QualitySettings, pipeline: Any, latents: Tensor) -> list[
     """Frames of each clip as (F, 3, H, W), uint8, on the CPU."""
     if settings.entry.alias == DEMO_ALIAS:
         # Small clips: the whole-clip decoder is the same network without the chunks, and many times faster on a GPU.
-        from vmonarch_cli.whole_clip import decode_normalised
+        from vmonarch_cli.families.wan_vae import decode_normalised
 
         vae = pipeline.vae
         parts = [decode_normalised(vae, part.to(settings.device, vae.dtype)) for part in latents.split(4)]

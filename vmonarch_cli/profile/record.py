@@ -45,8 +45,8 @@ def this_machine(device: Any) -> Machine:
     """Device (a torch.device) and versions; imports torch."""
     import torch
 
-    from vmonarch_cli.loading import device_name
-    from vmonarch_cli.versions import installed_versions
+    from vmonarch_cli.machine.versions import installed_versions
+    from vmonarch_cli.pipeline.load import device_name
 
     details: dict[str, Any] = {"type": str(device), "name": device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":

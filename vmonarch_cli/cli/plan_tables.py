@@ -1,0 +1,119 @@
+"""Tables of what there is: presets and their fields, models, and the resolved settings of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vmonarch_cli.cli.report import facts, flops_words
+from vmonarch_cli.machine.hardware import device_key
+from vmonarch_cli.models.demo import DEMO
+from vmonarch_cli.plan import memory
+from vmonarch_cli.plan.history import expect, resolved_dtype
+from vmonarch_cli.plan.resolve import Plan, kept_bytes
+from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
+from vmonarch_cli.text import binary_size, seconds
+
+
+def presets_table(presets: Sequence[Preset]) -> Table:
+    """Name and sentence of each preset; the default is marked."""
+    table = _table("preset", "what it is for")
+    for preset in presets:
+        name = Text(preset.name, style="bold")
+        if preset.name == DEFAULT_PRESET:
+            name.append(" (default)", "dim")
+        elif preset.name == DEMO.defaults.preset:
+            name.append(" (demo model's default)", "dim")
+        table.add_row(name, Text(preset.description))
+    return table
+
+
+def preset_table(preset: Preset) -> Group:
+    """Every field of a preset: value, unit, what is valid and one sentence."""
+    table = _table("field", "value", "meaning")
+    for name, doc in FIELD_DOCS.items():
+        if name in ("name", "description"):
+            continue
+        value = format_value(getattr(preset, name))
+        meaning = Text.assemble(doc.sentence, (f" Takes {doc.valid}.", "dim"))
+        shown = Text.assemble((value, "cyan"), (f"\n{doc.unit}", "dim"))
+        table.add_row(Text(name, style="bold"), shown, meaning)
+    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), table)
+
+
+def dry_run(plan: Plan) -> Group:
+    """Every resolved setting with its origin, and what would be computed and written."""
+    table = _table("setting", "value", "from")
+    for name, entry in plan.settings().items():
+        if name == "output":  # the files follow below
+            continue
+        value = _shown(entry["value"])
+        style = "dim" if entry["origin"] in ("default", "model default") else "bold"
+        table.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
+    shape = " x ".join(str(n) for n in plan.grid)
+    dtype, need = resolved_dtype(plan), memory_bytes(plan)
+    rows: list[tuple[str, RenderableType]] = [
+        ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
+        ("attention", flops_words(plan)),
+        ("memory", f"at least {binary_size(need)} in {dtype} with all weights loaded"),
+    ]
+    if kept_bytes(plan):
+        rows.append(("kept", f"up to {binary_size(kept_bytes(plan))} of factors and corrections between steps"))
+    rows.append(("time", _time_words(plan)))
+    rows += [("file", f"{path} (replaced)" if path.exists() else str(path)) for path in plan.outputs[:10]]
+    if len(plan.outputs) > 10:
+        rows.append(("", f"and {len(plan.outputs) - 10} more"))
+    return Group(table, facts(rows))
+
+
+def estimates(plan: Plan) -> dict[str, Any]:
+    """The memory and time that a plan will need, for JSON; "time" is None without a recorded clip to go by."""
+    expected = expect(plan)
+    return {
+        "memory": {
+            "at_least_bytes": memory_bytes(plan),
+            "warm_state_bytes": kept_bytes(plan),
+            "dtype": resolved_dtype(plan),
+        },
+        "time": None if expected is None else {**expected.to_json(), "all_clips_s": expected.clip_s * plan.num_videos},
+        "replaced": [str(path) for path in plan.outputs if path.exists()],
+    }
+
+
+def memory_bytes(plan: Plan) -> int:
+    """Bytes that a run of this plan needs at the very least, with all weights loaded."""
+    return memory.at_least(plan.model, plan.grid, plan.height, plan.width, plan.num_frames, resolved_dtype(plan))
+
+
+def _time_words(plan: Plan) -> str:
+    expected = expect(plan)
+    if expected is None:
+        device = device_key(plan.device)
+        return f"no record of this model on {device} yet: `vmonarch profile model`, or a first clip, makes one"
+    words = f"about {seconds(expected.clip_s)} a clip"
+    if plan.num_videos > 1:
+        words += f", {seconds(expected.clip_s * plan.num_videos)} for {plan.num_videos}"
+    basis = "as a clip like this" if expected.exact else "estimated from another clip"
+    peak = f", peak {binary_size(expected.peak_memory_bytes)}" if expected.peak_memory_bytes else ""
+    return f"{words} ({basis} on {expected.device} took on {expected.recorded}{peak})"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False, caption_justify="left")
+    for title in titles:
+        table.add_column(title)
+    return table

@@ -1,0 +1,103 @@
+"""The progress bar of a run, on stderr: one line that follows the events of `run.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from vmonarch_cli.events import (
+    ClipDone,
+    ClipStarted,
+    CompilingKernels,
+    Decoding,
+    Event,
+    ModelLoaded,
+    ModelLoading,
+    Retrying,
+    StepDone,
+)
+from vmonarch_cli.timing import ClipResult
+
+
+class RunProgress:
+    """A context manager to hand to `run.generate` as `on_event`.
+
+    On a terminal it draws a bar that vanishes at the end; elsewhere it writes one plain line per phase. `on_clip` gets
+    every finished clip and the seconds that loading took, with the bar out of the way.
+    """
+
+    def __init__(
+        self, console: Console, on_clip: Callable[[ClipResult, float | None], None], quiet: bool = False
+    ) -> None:
+        self._console = console
+        self._on_clip = on_clip
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[count]}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+        self._task: TaskID | None = None
+        self._total: int | None = None
+        self._clip = ""
+        self._load_s: float | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case ModelLoading():
+                self._phase("loading the model")
+            case ModelLoaded(seconds=seconds):
+                self._load_s = seconds
+            case ClipStarted(index=index, count=count, steps=steps):
+                self._clip = f"clip {index + 1} of {count}" if count > 1 else "denoising"
+                self._phase(self._clip, total=steps)
+            case CompilingKernels():
+                self._phase(f"{self._clip}: compiling kernels, once", keep=True)
+            case StepDone(step=step):
+                if self._bar and self._task is not None:
+                    done = step.index + 1
+                    fraction = f"{done}/{self._total}"
+                    self._bar.update(self._task, completed=done, description=self._clip, count=fraction)
+            case Decoding():
+                self._phase("decoding")
+            case Retrying(sentence=sentence):
+                self._console.print(sentence, style="yellow", markup=False, highlight=False)
+            case ClipDone(result=result):
+                if self._bar:
+                    self._bar.stop()
+                self._on_clip(result, self._load_s)
+                if self._bar:
+                    self._bar.start()
+
+    def _phase(self, words: str, total: int | None = None, keep: bool = False) -> None:
+        """Show what is going on; `keep` leaves the count of steps as it is."""
+        if self._bar and self._task is not None and keep:
+            self._bar.update(self._task, description=words)
+        elif self._bar:
+            # A new task: rich cannot make a counting bar indeterminate again.
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._total = total
+            self._task = self._bar.add_task(words, total=total, count=f"0/{total}" if total else "")
+        elif not self._quiet:
+            self._console.print(f"{words} ({total} steps)" if total else words, markup=False, highlight=False)

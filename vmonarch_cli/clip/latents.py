@@ -1,0 +1,104 @@
+"""Latents of a clip on disk: saved before decoding, so that no failure after denoising costs the denoising.
+
+One safetensors file holds the tensor and, as metadata, the plan and all that the record says of how the latents were
+made. Whoever has the file can decode it, in this process or in another one after a reboot.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media import write as video
+from vmonarch_cli.models.base import Grid
+from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.timing import Coverage, StepAttention
+
+_SCHEMA = "1"
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents (1, C, F, h, w) of one clip and what making them cost; sizes in bytes, times in seconds."""
+
+    latents: torch.Tensor
+    seed: int
+    impl: str
+    grid: Grid
+    coverage: Coverage
+    steps: list[StepAttention]
+    text_encode_s: float
+    denoise_s: float
+    excluded_s: float
+    total_s: float
+    """Wall clock of encoding and denoising, sampling and compilation included."""
+    peak_memory_bytes: int
+    warm_state_bytes: int
+    device: dict[str, Any]
+    dtype: str
+    retries: tuple[dict[str, str], ...] = ()
+    """What went wrong on the way and what was done instead."""
+    save_s: float = 0.0
+    skipped_calls: int = 0
+    """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """A latents file that was read: what to decode, and the plan that it belongs to."""
+
+    plan: Plan
+    index: int
+    """0-based number of the clip within the plan."""
+    denoised: Denoised
+    key: str
+    """The clip's key in a batch's manifest, empty for a clip of no batch."""
+
+
+def save_latents(
+    path: Path, plan: Plan, index: int, denoised: Denoised, *, key: str = "", work: Path | None = None
+) -> None:
+    """Write the file atomically, synced to the disk; OutputError when that cannot be done."""
+    facts = {field.name: getattr(denoised, field.name) for field in fields(Denoised) if field.name != "latents"}
+    facts |= {"coverage": asdict(denoised.coverage), "steps": [asdict(step) for step in denoised.steps]}
+    metadata = {
+        "vmonarch_latents": _SCHEMA,
+        "key": key,
+        "index": str(index),
+        "plan": plan.model_dump_json(),
+        "denoised": json.dumps(facts),
+    }
+    content = save({"latents": denoised.latents.detach().cpu().contiguous()}, metadata)
+    with video.atomic(path, overwrite=True, work=work) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_latents(path: Path) -> SavedLatents:
+    """Read a file of `save_latents`; InputError in one sentence when it is not one, or is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("vmonarch_latents") != _SCHEMA:
+                raise InputError(f"{path} holds no latents that this version of vmonarch saved")
+            latents = file.get_tensor("latents")
+        facts = json.loads(metadata["denoised"])
+        facts["coverage"] = Coverage(**facts["coverage"])
+        facts["steps"] = [StepAttention(**step) for step in facts["steps"]]
+        facts["grid"] = tuple(facts["grid"])
+        facts["retries"] = tuple(facts["retries"])
+        plan = Plan.model_validate_json(metadata["plan"])
+        return SavedLatents(plan, int(metadata["index"]), Denoised(latents=latents, **facts), metadata["key"])
+    except FileNotFoundError:
+        raise InputError(f"there is no latents file {path}") from None
+    except ValidationError:
+        raise InputError(f"{path} was saved by another version of vmonarch, whose settings differ") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        raise InputError(f"latents file {path} is damaged: it does not read back") from None

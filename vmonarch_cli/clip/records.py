@@ -1,0 +1,102 @@
+"""Read the JSON record beside a clip: for a gallery, a comparison, or to make the clip again. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from vmonarch_cli.errors import InputError, PresetError
+from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.plan.resolve import GenerateRequest, Plan, count_flops, resolve
+from vmonarch_cli.presets import Preset
+
+_MAX_BYTES = 64 << 20
+_NEEDED = ("schema", "prompt", "seed", "clip", "settings", "preset", "model", "frames")
+_REPEATED = "record"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in a file, or beside a clip; InputError when it is none."""
+    file = record_path(path) if path.suffix.lower() in ENDINGS else path
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{file} is not the record of a clip: it is larger than any record")
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no record {file}: vmonarch writes one beside each clip, as in clip.json") from None
+    except OSError as error:
+        raise InputError(f"record {file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{file} is not the record of a clip: it is not valid JSON") from None
+    missing = [name for name in _NEEDED if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise InputError(f"{file} is not the record of a clip: it has no {missing[0]}")
+    return dict(record)
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of a clip."""
+    try:
+        read_record(path)
+    except InputError:
+        return False
+    return True
+
+
+def clip_of(record: dict[str, Any], file: Path) -> Path:
+    """Where the clip of a record is: beside it, under the record's own name, also when both were renamed."""
+    return file.with_suffix(Path(str(record["clip"])).suffix)
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Every resolved setting by name, and what it ran on: what two records can be compared by."""
+    values = {name: entry["value"] for name, entry in record["settings"].items() if name != "output"}
+    values["seed"] = record["seed"]  # of this clip, where a run made several
+    values["num_videos"] = 1
+    values["model.source"] = record["model"].get("source")
+    values["device"] = (record.get("device") or {}).get("name")
+    values["dtype"], values["impl"] = record.get("dtype"), record.get("impl")
+    return values
+
+
+def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
+    """A plan that makes the clip of a record again, every setting as it was resolved then.
+
+    InputError or ModelError when the record asks for something that this version or this machine does not have.
+    """
+    record = read_record(file)
+    fields = {field.name for field in dataclasses.fields(GenerateRequest)}
+    try:
+        given = {name: entry["value"] for name, entry in record["settings"].items() if name in fields}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        model = str(given["model"])
+        if record["model"]["alias"] != "demo" and record["model"].get("hub_id") is None:
+            model = str(record["model"]["source"])  # a folder: its alias is only its name
+        preset = Preset(**{**record["preset"], **_implementation(record)})
+        given |= {
+            "model": model,
+            "preset": None,
+            "seed": record["seed"],
+            "num_videos": None,
+            "dtype": record["dtype"],
+            "device": device or str(record["device"]["type"]).partition(":")[0],
+            "output": output or str(file.parent / f"{file.stem}-rerun{Path(str(record['clip'])).suffix}"),
+            "overwrite": overwrite,
+        }
+        plan = resolve(GenerateRequest(**given))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"record {file} cannot be repeated: its settings do not parse ({error})") from None
+    except PresetError as error:
+        raise InputError(f"record {file} cannot be repeated: {error.message}") from None
+    branches = 2 if plan.guidance_scale > 1 else 1
+    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
+    origins = dict.fromkeys(plan.origins, _REPEATED)
+    return plan.model_copy(update={"preset": preset, "flops": flops, "origins": origins, "notes": (), "warnings": ()})
+
+
+def _implementation(record: dict[str, Any]) -> dict[str, str]:
+    """The implementation that ran, in place of "auto": another one may round otherwise."""
+    impl = record.get("impl")
+    return {} if impl in (None, "dense") else {"impl": impl}

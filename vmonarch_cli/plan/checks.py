@@ -1,0 +1,85 @@
+"""Checks of single flags: each returns the value as the plan uses it, or raises a sentence that says what is valid."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.text import near, shown
+
+EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
+DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+
+def prompt(text: str | None) -> str:
+    """A prompt with some text in it that can be written as UTF-8; surrounding spaces are dropped."""
+    if text is None:
+        raise InputError(f'a prompt is missing: say what the clip should show, as in --prompt "{EXAMPLE_PROMPT}"')
+    if not text.strip():
+        raise InputError(f'the prompt is empty: say what the clip should show, as in --prompt "{EXAMPLE_PROMPT}"')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8 text") from None
+    return text.strip()
+
+
+def size(text: str | None, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """(height, width) in pixels from `--size WIDTHxHEIGHT` or from the two flags; None where nothing was given."""
+    for flag, side in (("--height", height), ("--width", width)):
+        whole(flag, side, 1, 16384)
+    if text is None:
+        return height, width
+    if height is not None or width is not None:
+        raise InputError("--size and --height/--width say the same thing twice: give one of them")
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", text)
+    if match is None:
+        raise InputError(f"--size takes WIDTHxHEIGHT in pixels, as in 832x480, got {shown(text)}")
+    return int(match[2]), int(match[1])
+
+
+def whole(flag: str, value: int | None, low: int, high: int) -> int | None:
+    """A whole number within [low, high], or None."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {value}")
+    return value
+
+
+def number(flag: str, value: float | None, low: float, high: float) -> float | None:
+    """A finite number within [low, high], or None."""
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise InputError(f"{flag} takes a number from {low:g} to {high:g}, got {value:g}")
+    return value
+
+
+def device(text: str | None) -> str | None:
+    """'auto', 'cpu', 'cuda' or 'cuda:N' (whether the device is there is found out later, by torch)."""
+    if text is not None and not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise InputError(f"--device takes auto, cpu, cuda or cuda:N, got {shown(text)}")
+    return text
+
+
+def dtype(text: str | None) -> str | None:
+    """A floating-point type under its torch name."""
+    if text is None:
+        return None
+    if text.lower() not in DTYPES:
+        valid = "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
+        raise InputError(f"--dtype takes {valid}, got {shown(text)}{near(text, DTYPES)}")
+    return DTYPES[text.lower()]
+
+
+def second_guidance(model: ModelEntry, value: float | None) -> None:
+    """Only a model with a second transformer has a second guidance scale."""
+    if value is not None and model.transformers < 2:
+        raise InputError(f"--guidance-scale-2 is for models with two transformers, and {model.alias} has one")

@@ -1,0 +1,131 @@
+"""The report of a comparison: one HTML file with the clips, the sheet and the curves inside."""
+
+from __future__ import annotations
+
+import math
+
+from vmonarch_cli.machine.versions import caption_versions
+from vmonarch_cli.review import webpage
+from vmonarch_cli.review.compare.results import Comparison, Contender
+from vmonarch_cli.review.webpage import text
+from vmonarch_cli.text import flops, seconds
+
+ABSENT = "·"
+EXPLAINED = {
+    "PSNR": "PSNR: higher is closer to the reference.",
+    "SSIM": "SSIM: 1 is equal.",
+    "LPIPS": "LPIPS: 0 is equal.",
+    "flicker": "Flicker: the mean change of a pixel that the next frame takes back, in 8-bit levels, to hold "
+    "against the reference's own.",
+    "attention": "Attention and end to end: as measured for each clip, and how many times faster than the reference.",
+}
+
+
+def report_page(comparison: Comparison, film: bytes | None, sheet: bytes | None) -> str:
+    """The page; `film` is the side-by-side mp4 and `sheet` the contact sheet's PNG, None where there are no frames."""
+    prompt = f'<p class="prompt">{text(comparison.prompt)}</p>' if comparison.prompt else ""
+    parts = [f"<h1>{text(comparison.title)}</h1>", prompt]
+    parts += [f'<p class="dim small">{text(_facts_line(comparison))}</p>', _figures(comparison)]
+    parts += [f'<p class="dim small">{text(note)}</p>' for note in comparison.notes]
+    if film is not None:
+        uri = webpage.data_uri(film, "video/mp4")
+        parts.append("<h2>Side by side</h2>")
+        video = f'<video class="wide" controls loop muted autoplay playsinline src="{uri}"></video>'
+        parts.append(f'<div class="scroll">{video}</div>')
+    if sheet is not None:
+        uri = webpage.data_uri(sheet, "image/png")
+        parts.append("<h2>Frames and differences</h2>")
+        image = f'<img class="wide" alt="Frames of each clip, and differences from the reference" src="{uri}">'
+        parts.append(f'<div class="scroll">{image}</div>')
+    curves = _curves(comparison)
+    if curves:
+        parts.append("<h2>Frame by frame</h2>")
+        parts.append(webpage.legend(_colours(comparison)) + f'<div class="charts">{curves}</div>')
+    if comparison.differing:
+        titles = ["setting", *(contender.name for contender in comparison.contenders)]
+        rows = [[text(name), *(text(value) for value in values)] for name, values in comparison.differing]
+        parts.append("<h2>What differs</h2>" + webpage.table(titles, rows, words=True))
+    parts.append(f'<p class="dim small" style="margin-top:36px">{text(_caption(comparison))}</p>')
+    return webpage.page(comparison.title, "\n".join(part for part in parts if part))
+
+
+def figure_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """(figure, value of each clip) as text, for those that some clip has; the page and the terminal show the same."""
+    rows: list[tuple[str, list[str]]] = []
+    everyone = comparison.contenders
+
+    def add(title: str, values: list[str | None]) -> None:
+        if any(value is not None for value in values):
+            rows.append((title, [ABSENT if value is None else value for value in values]))
+
+    add("PSNR", [_psnr(c) for c in everyone])
+    add("SSIM", [f"{c.distance.ssim:.4f}" if c.distance and c.distance.ssim is not None else None for c in everyone])
+    add("LPIPS", [f"{c.distance.lpips:.4f}" if c.distance and c.distance.lpips is not None else None for c in everyone])
+    add("flicker", [f"{c.flicker:.3f}" if c.flicker is not None else None for c in everyone])
+    add("attention work", [flops(c.flops) if c.flops else None for c in everyone])
+    for title, name in (("attention", "attention_s"), ("end to end", "end_to_end_s")):
+        add(title, [_time(getattr(c, name), comparison.speedup(c, name)) for c in everyone])
+    return rows
+
+
+def _figures(comparison: Comparison) -> str:
+    rows = figure_rows(comparison)
+    titles = ["", *(title for title, _ in rows)]
+    lines = []
+    for number, contender in enumerate(comparison.contenders):
+        name = f"<strong>{text(contender.name)}</strong>"
+        if contender is comparison.reference:
+            name += " <span class='dim small'>reference</span>"
+        lines.append([name, *(text(values[number]) for _, values in rows)])
+    explained = " ".join(EXPLAINED[title] for title, _ in rows if title in EXPLAINED)
+    return (
+        '<div style="margin-top:20px"></div>'
+        + webpage.table(titles, lines)
+        + f'<p class="dim small">{text(explained)}</p>'
+    )
+
+
+def _curves(comparison: Comparison) -> str:
+    colours = _colours(comparison)
+    measured = {c.name: c.distance for c in comparison.others if c.distance is not None}
+    charts = [
+        webpage.chart("PSNR", "dB, higher is closer", {n: d.psnr_frames for n, d in measured.items()}, colours),
+        webpage.chart("SSIM", "1 is equal", {n: d.ssim_frames for n, d in measured.items()}, colours),
+        webpage.chart("LPIPS", "0 is equal", {n: d.lpips_frames for n, d in measured.items()}, colours),
+        webpage.chart(
+            "Change per frame",
+            "8-bit levels",
+            {c.name: c.change_frames for c in comparison.contenders},
+            colours,
+        ),
+    ]
+    return "".join(charts)
+
+
+def _colours(comparison: Comparison) -> dict[str, int]:
+    return {contender.name: number for number, contender in enumerate(comparison.contenders)}
+
+
+def _facts_line(comparison: Comparison) -> str:
+    """'demo · seed 0 · 96x96 · ...': numbers carry their label, names need none."""
+    return " · ".join(
+        value if label in ("model", "device", "dtype", "size") else f"{label} {value}"
+        for label, value in comparison.facts
+    )
+
+
+def _caption(comparison: Comparison) -> str:
+    record = comparison.reference.record or {}
+    return caption_versions(record.get("versions") or {}) if record else ""
+
+
+def _psnr(contender: Contender) -> str | None:
+    if contender.distance is None:
+        return None
+    return "identical" if math.isinf(contender.distance.psnr) else f"{contender.distance.psnr:.2f} dB"
+
+
+def _time(value: float | None, speedup: float | None) -> str | None:
+    if value is None:
+        return None
+    return seconds(value) if speedup is None else f"{seconds(value)}, {speedup:.2f}x"

@@ -1,0 +1,46 @@
+"""Small pieces of sentences that several errors share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def near(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """' (did you mean A or B?)' for the closest known words, or an empty string."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=3, cutoff=cutoff)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value for a sentence: its repr on one line, cut to `limit` characters."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def binary_size(count: float) -> str:
+    """Bytes as '512 MiB' or '1.3 GiB'."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def flops(count: float) -> str:
+    """Floating-point operations as '35.6 TFLOP' (T 1e12, G 1e9, P 1e15)."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            value = f"{count / size:#.3g}".rstrip(".") if count < 1000 * size else f"{count / size:.0f}"
+            return f"{value} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def seconds(value: float) -> str:
+    """A duration for people: '850 µs', '12.3 ms', '4.21 s', '3 min 12 s'."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    if value < 100:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
