@@ -44,3 +44,9 @@ def seconds(value: float) -> str:
         return f"{value:.3g} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s"
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of an error's message; where it has none, `otherwise` or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else otherwise or type(error).__name__

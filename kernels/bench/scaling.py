@@ -32,6 +32,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.pipeline import context_parallel as distributed
+from vmonarch_cli.pipeline.device import dtype_name
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
@@ -243,7 +244,7 @@ def run(
         machine = this_machine(device)
         settings = {
             "model": args.model, "frames": args.frames, "processes": world, "repeats": args.repeats,
-            "dtype": str(dtype).removeprefix("torch."), "presets": [preset.model_dump() for preset in presets],
+            "dtype": dtype_name(dtype), "presets": [preset.model_dump() for preset in presets],
         }  # fmt: skip
         program = f"torchrun --standalone --nproc-per-node {world} kernels/bench/scaling.py"
         recorder = Recorder("scaling", args.json and str(args.json), machine, settings, program)

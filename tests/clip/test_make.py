@@ -16,7 +16,8 @@ from tiny_wan import FRAMES, GRID, HEIGHT, LAYERS, WIDTH
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, ModelLoaded, ModelLoading, StepDone
-from vmonarch_cli.pipeline.load import load_pipeline, pick_device, pick_dtype, set_flow_shift
+from vmonarch_cli.pipeline.device import pick_device, pick_dtype
+from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
 from vmonarch_cli.timing import ClipTiming, StepAttention

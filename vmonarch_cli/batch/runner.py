@@ -27,6 +27,7 @@ from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, Outpu
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.text import first_line
 
 OnEvent = Callable[[BatchEvent], None]
 _POLL_S = 0.5
@@ -213,5 +214,4 @@ def _is_due(entry: Entry | None) -> bool:
 def _sentence(error: Exception) -> str:
     if is_out_of_memory(error):
         return "decoding ran out of memory, in every way that it was tried: choose a smaller size or fewer frames"
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"unexpected {type(error).__name__}: {first}"
+    return f"unexpected {type(error).__name__}: {first_line(error, 'no message')}"

@@ -24,6 +24,7 @@ from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, V
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
 from vmonarch_cli.presets import load_preset, read_preset, shipped_names
+from vmonarch_cli.text import first_line
 from vmonarch_cli.timing import ClipResult
 
 EXIT_INTERRUPTED = (130, 143)
@@ -64,8 +65,10 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error.format_message()).rstrip("."), EXIT_BAD_INPUT
     if isinstance(error, MemoryError):
         return "out of memory: choose a smaller size, fewer frames or a narrower --dtype", EXIT_CLIP_FAILED
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"unexpected {type(error).__name__}: {first} (--debug shows where)", EXIT_CLIP_FAILED
+    return (
+        f"unexpected {type(error).__name__}: {first_line(error, 'no message')} (--debug shows where)",
+        EXIT_CLIP_FAILED,
+    )
 
 
 def _fail(sentence: str, code: int, as_json: bool, each: Sequence[str]) -> None:

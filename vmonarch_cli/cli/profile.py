@@ -270,7 +270,9 @@ def profile_model(
     failures += [row.name for row in found.rows if row.failure and row.kind == "structured"]
     slow = _too_slow_steps(found, fail_below)
     if not failures:
-        dtype = str(run.dtype).removeprefix("torch.")
+        from vmonarch_cli.pipeline.device import dtype_name
+
+        dtype = dtype_name(run.dtype)
         remember_profile(found, shape.entry, shape.source, chosen, str(run.device), dtype)
     run.finish([], failures, slow, measured=any(row.step for row in found.rows))
 
@@ -393,7 +395,7 @@ class _Run:
         check_target(json_target)
         self.plot: Path | None = check_plot(plot)
 
-        from vmonarch_cli.pipeline.load import pick_device, pick_dtype
+        from vmonarch_cli.pipeline.device import pick_device, pick_dtype
         from vmonarch_cli.profile.repeat import Budget
 
         self.budget = Budget(seconds)
@@ -412,7 +414,9 @@ class _Run:
     def start(self, settings: dict[str, Any], size: str) -> None:
         """Open the record; `size` goes into every caption."""
         machine: Machine = this_machine(self.device)
-        dtype = str(self.dtype).removeprefix("torch.")
+        from vmonarch_cli.pipeline.device import dtype_name
+
+        dtype = dtype_name(self.dtype)
         self.caption = ", ".join(part for part in (machine.caption(), dtype, size) if part)
         settings = {"dtype": dtype, "seed": self.seed, "seconds": self.budget.seconds, **settings}
         self._record = Recorder(self._kind, self._target, machine, settings)

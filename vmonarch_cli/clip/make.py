@@ -35,7 +35,8 @@ from vmonarch_cli.pipeline import context_parallel as distributed
 from vmonarch_cli.pipeline import offload
 from vmonarch_cli.pipeline.call import Embeddings, Frames, call, decode, encode, takes_callback
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
-from vmonarch_cli.pipeline.load import device_name, load_pipeline, pick_device, pick_dtype, set_flow_shift
+from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
+from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.resolve import Plan
 from vmonarch_cli.presets import Preset, load_preset
@@ -122,7 +123,7 @@ class ClipMaker:
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else self._resolve_impl(plan)
         loaded_s = time.perf_counter() - began
-        on_event(ModelLoaded(plan.model_source, loaded_s, device_name(self._device), _name(self._dtype), impl))
+        on_event(ModelLoaded(plan.model_source, loaded_s, device_name(self._device), dtype_name(self._dtype), impl))
 
     def _resolve_impl(self, plan: Plan) -> str:
         with self._swapped(plan, plan.preset) as session:
@@ -258,7 +259,7 @@ class ClipMaker:
                     "name": device_name(self._device),
                     "threads": torch.get_num_threads(),
                 },
-                dtype=_name(self._dtype),
+                dtype=dtype_name(self._dtype),
             )
 
     @contextmanager
@@ -399,10 +400,6 @@ def _peak_memory(device: torch.device) -> tuple[int, str]:
         return torch.cuda.max_memory_allocated(device), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class _Stopwatch:

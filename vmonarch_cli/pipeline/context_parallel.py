@@ -16,11 +16,6 @@ from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.pipeline.apply_setup import transformers_of
 
 
-def own_device() -> torch.device:
-    """The GPU of this process, or the CPU on a machine without one."""
-    return torch.device("cuda", read_rank().local) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def split(pipeline: Any, device: torch.device) -> None:
     """Split the transformers over all processes of a torchrun; nothing to do for a single one.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vmonarch_cli.machine.hardware import gpu_names
-from vmonarch_cli.text import binary_size
+from vmonarch_cli.text import binary_size, first_line
 
 Status = Literal["ok", "note", "broken"]
 _LITTLE_DISK = 30 << 30
@@ -45,8 +45,7 @@ def examine() -> list[Check]:
         try:
             found += check()
         except Exception as error:  # an examination must survive whatever is broken here
-            lines = str(error).strip().splitlines() or ["no message"]
-            found.append(Check(name, f"{type(error).__name__}: {lines[0]}", "broken"))
+            found.append(Check(name, f"{type(error).__name__}: {first_line(error, 'no message')}", "broken"))
     return found
 
 
@@ -63,8 +62,7 @@ def _libraries() -> list[Check]:
             __import__(name)
             found.append(Check(name, metadata.version(name)))
         except Exception as error:  # a missing shared library is an OSError, a wrong build an ImportError, ...
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            found.append(Check(name, f"cannot be imported: {reason}", "broken"))
+            found.append(Check(name, f"cannot be imported: {first_line(error)}", "broken"))
     try:
         found.append(Check("triton", metadata.version("triton")))
     except metadata.PackageNotFoundError:
@@ -164,6 +162,7 @@ def _kernels() -> list[Check]:
     """The implementation that a run would use, and the eager one, against the reference, in the dtype of a run."""
     import torch
 
+    from vmonarch_cli.pipeline.device import dtype_name
     from vmonarch_kernels import resolve_impl
 
     on_gpu = torch.cuda.is_available()
@@ -171,7 +170,7 @@ def _kernels() -> list[Check]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     chosen = resolve_impl("auto", device, dtype, _HEAD_DIM)
     eager = _self_test_error(torch, "torch", device, dtype)
-    rounding = _ROUNDING[str(dtype).removeprefix("torch.")]
+    rounding = _ROUNDING[dtype_name(dtype)]
     found = [Check("attention", f"{chosen} in {str(dtype).removeprefix('torch.')} on {device.type}")]
     found.append(_judged("torch", eager, 8 * rounding))
     if chosen != "torch":  # a kernel may err a little more than the eager algorithm in the same precision, not more

@@ -6,64 +6,26 @@ import inspect
 import json
 import logging
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmonarch_cli.errors import DeviceError, InputError, ModelError, VmonarchError
-from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.errors import InputError, ModelError, VmonarchError
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.folder import read_folder
 from vmonarch_cli.pipeline import apply_setup as additions
 from vmonarch_cli.pipeline import context_parallel as distributed
 from vmonarch_cli.pipeline import offload
+from vmonarch_cli.pipeline.device import device_name, dtype_name
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.setup import Setup
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS_IN = ("transformer", "transformer_2", "text_encoder", "vae")
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
 _IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one. DeviceError for one that this machine lacks."""
-    if name == "auto":
-        if read_rank().world > 1:
-            return distributed.own_device()
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"device '{name}' is unknown: valid are auto, cpu, cuda and cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            built = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-            raise DeviceError(f"device '{name}' cannot be used: {built}; --device cpu works everywhere")
-        count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
-            raise DeviceError(f"device '{name}' does not exist: this machine has cuda:0 to cuda:{count - 1}")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto" is bfloat16 on a GPU and float32 on a CPU, where narrow arithmetic is slow."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"dtype '{name}' is unknown: valid are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def device_name(device: torch.device) -> str:
-    """For people: "NVIDIA H100 80GB HBM3", "CPU (x86_64, 2 threads)"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def load_pipeline(
@@ -93,7 +55,7 @@ def load_pipeline(
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
-    need = memory.weight_bytes(entry, str(dtype).removeprefix("torch."), to_decode=to_decode)
+    need = memory.weight_bytes(entry, dtype_name(dtype), to_decode=to_decode)
     on_card = device.type == "cuda" and offload_mode == "none"
     free = torch.cuda.mem_get_info(device)[0] if on_card else memory.available_bytes()
     if need > free and not (on_card and setup.quantize):

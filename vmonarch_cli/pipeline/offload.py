@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.pipeline.device import dtype_name
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.resolve import Plan, kept_bytes
 from vmonarch_cli.presets import apply_overrides, parse_assignment
@@ -58,7 +59,7 @@ def mode_for(plan: Plan, device: torch.device, dtype: torch.dtype) -> tuple[str,
     if device.type == "cpu":
         return choose(plan.setup.offload, {}, 0, device)
     free = torch.cuda.mem_get_info(device)[0]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return choose(plan.setup.offload, peaks_of(plan, name), free, device, lighter=lighter_peaks(plan, name))
 
 

@@ -25,12 +25,12 @@ class Machine:
 
 def check_machine(plan: Plan) -> Machine:
     """Resolve "auto" for this machine; DeviceError or ModelError when the plan cannot run on it (imports torch)."""
-    from vmonarch_cli.pipeline.load import device_name, pick_device, pick_dtype
+    from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
     from vmonarch_cli.pipeline.offload import mode_for
 
     device = pick_device(plan.device)
     dtype = pick_dtype(plan.dtype, device)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     placed = ""
     if device.type == "cpu":
         check_cpu_memory(plan, name)

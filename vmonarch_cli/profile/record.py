@@ -46,7 +46,7 @@ def this_machine(device: Any) -> Machine:
     import torch
 
     from vmonarch_cli.machine.versions import installed_versions
-    from vmonarch_cli.pipeline.load import device_name
+    from vmonarch_cli.pipeline.device import device_name
 
     details: dict[str, Any] = {"type": str(device), "name": device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":

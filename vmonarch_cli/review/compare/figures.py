@@ -14,6 +14,7 @@ import torch
 
 from vmonarch_cli.media.metrics import psnr, ssim
 from vmonarch_cli.review.compare.results import Distance, Frames
+from vmonarch_cli.text import first_line
 
 _SSIM_WINDOW = 11
 
@@ -69,8 +70,7 @@ def load_lpips() -> tuple[Any, str | None]:
             warnings.simplefilter("ignore")
             return LPIPS(net="alex", verbose=False).eval(), None
     except Exception as error:  # whatever its download of AlexNet raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"LPIPS is left out: its network cannot be loaded ({reason})"
+        return None, f"LPIPS is left out: its network cannot be loaded ({first_line(error)})"
 
 
 def _unit(frames: Frames) -> torch.Tensor:
