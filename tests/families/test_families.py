@@ -129,7 +129,7 @@ def test_prompts_of_one_forward_are_guidance_branches(case: Loaded, name: str) -
         same: dict[str, Any] = {"negative_prompt": PROMPT}
         with swapped(case.pipeline, preset) as session:
             guided = latents_of(case.pipeline, case.tiny, steps=STEPS, **same)
-            held[preset] = session.warm_state_bytes
+            held[preset] = session.kept_bytes
         if preset is WARM:
             with swapped(case.pipeline, preset):
                 unguided = latents_of(case.pipeline, case.tiny, steps=STEPS, guidance_scale=1.0, **same)

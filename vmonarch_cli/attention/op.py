@@ -55,10 +55,8 @@ def self_attention(
     session = _SESSIONS.get(session_id)
     if session is None:
         raise RuntimeError("a swapped attention layer was called after its `with swapped(...)` block had ended")
-    if text_tokens == 0 and clips == 1:
-        return session.attend(q, k, v, transformer, index).contiguous()
-    text = session.text(text_tokens, text_first, text_mask)
-    return session.attend_joint(q, k, v, transformer, index, text, clips).contiguous()
+    text = session.text(transformer, text_tokens, text_first, text_mask)
+    return session.attend(q, k, v, transformer, index, text, clips).contiguous()
 
 
 @self_attention.register_fake

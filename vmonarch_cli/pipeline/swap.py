@@ -152,7 +152,7 @@ def _watched(scheduler: Any, session: AttentionSession) -> Iterator[None]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = kind.set_timesteps(self, *args, **kwargs)
         if self is scheduler:
-            session.watch_clip(len(self.timesteps))
+            session.begin_clip(len(self.timesteps), watching=True)
         return result
 
     @functools.wraps(kind.step)

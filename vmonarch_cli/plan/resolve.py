@@ -20,7 +20,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, fi
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan import setup as setup_checks
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
+from vmonarch_cli.presets import Preset, apply_overrides, load_preset, options_for, parse_assignment
 from vmonarch_kernels.cost import dense_flops, monarch_flops, residual_bytes, warm_state_bytes
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
@@ -270,16 +270,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
         return Flops(dense_call=dense_call, structured_call=dense_call, dense=dense, planned=dense)
 
     def call(warm: bool) -> int:
-        return monarch_flops(
-            grid,
-            model.heads,
-            model.head_dim,
-            num_steps=1 if warm else preset.num_steps,
-            first_frame=preset.first_frame,
-            band=preset.band,
-            warm=warm,
-            refresh=preset.refresh,
-        )
+        return monarch_flops(grid, model.heads, model.head_dim, **options_for(preset, grid[0], warm=warm).cost())
 
     structured_layers = max(0, model.layers - preset.dense_layers)
     structured_steps = max(0, steps - preset.dense_steps)

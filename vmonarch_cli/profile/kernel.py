@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import BURST_S, Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
 from vmonarch_kernels import Residual, monarch_attention, resolve_impl
-from vmonarch_kernels.cost import (
-    band_with_refresh,
-    dense_bytes,
-    dense_flops,
-    is_exact,
-    monarch_bytes,
-    monarch_flops,
-    refresh_period,
-)
+from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 OnWork = Callable[[str], None]
@@ -230,22 +222,14 @@ def _structured(
     """A preset as a model calls it: warm ones in steady state, from the L of an earlier call and keeping the next."""
     grid = (frames, positions, 1)
     impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
-    options: dict[str, Any] = {
-        "num_steps": preset.num_steps,
-        "c_floor": preset.c_floor,
-        "first_frame": preset.first_frame,
-        "band": band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame),
-    }
-    exact = is_exact(frames, options["band"])
-    warm = preset.warm_start and not exact
-    refresh = 0 if exact else preset.refresh
+    cold, chosen = options_for(preset, frames), options_for(preset, frames, warm=True)
+    exact, warm, refresh = chosen.exact, chosen.warm, chosen.refresh
+    options = chosen.arguments()
     if warm:
-        _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)
-        options["num_steps"] = 1
-    counted = {name: options[name] for name in ("num_steps", "first_frame", "band")}
+        _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **cold.arguments())
     size = (grid, settings.heads, settings.head_dim, settings.batch)
-    work = monarch_flops(*size, warm=warm, refresh=refresh, **counted)
-    moved = monarch_bytes(*size, settings.dtype.itemsize, warm=warm, keep_l=warm, refresh=refresh, **counted)
+    work = monarch_flops(*size, **chosen.cost())
+    moved = monarch_bytes(*size, settings.dtype.itemsize, keep_l=warm, **chosen.cost())
     row = KernelRow(
         preset.name,
         "structured",
