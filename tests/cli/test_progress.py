@@ -10,6 +10,7 @@ import fakes
 import pytest
 from rich.console import Console
 
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.progress import RunProgress
 from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
 
@@ -22,7 +23,8 @@ def plan(tmp_path: Path) -> Plan:
 def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[Any]]:
     stream = io.StringIO()
     clips: list[Any] = []
-    bar = RunProgress(Console(file=stream, width=80, **console), lambda *clip: clips.append(clip), quiet=quiet)
+    out = Output(quiet=quiet, stderr=Console(file=stream, width=80, **console))
+    bar = RunProgress(out, lambda *clip: clips.append(clip))
 
     def refresh(event: Any) -> None:
         bar(event)

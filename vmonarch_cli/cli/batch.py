@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vmonarch_cli import __version__
 from vmonarch_cli.batch.clips import Clip, batch_folder, plan_clips
@@ -18,10 +16,11 @@ from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import FORMATS, read_prompts
 from vmonarch_cli.batch.worker import leave_group, on_own_device
 from vmonarch_cli.cli import batch_tables as report
-from vmonarch_cli.cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
-from vmonarch_cli.machine.torchrun import Rank, read_rank
+from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.resolve import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
@@ -70,68 +69,65 @@ RetryDense = Annotated[
 
 
 @dataclass(frozen=True)
-class BatchFlags:
-    """The flags that only a batch has, as they came."""
+class PlannedBatchFlags:
+    """The flags of a batch that decide what is to be made."""
 
-    source: str
-    format: str | None = None
-    resume: bool | None = None
-    retry_failed: bool = False
-    max_failures: int | None = None
-    retry_dense: bool = True
-    overwrite: bool = False
+    prompts_file: PromptsFile = None
+    prompts_format: PromptsFormat = None
+    resume: Resume = None
+    retry_failed: RetryFailed = False
 
 
-def run_prompts_file(
-    request: GenerateRequest, flags: BatchFlags, *, dry_run: bool, as_json: bool, quiet: bool, debug: bool
-) -> None:
+@dataclass(frozen=True)
+class BatchFlags(PlannedBatchFlags):
+    """Every flag that only a batch has."""
+
+    max_failures: MaxFailures = None
+    retry_dense: RetryDense = True
+
+
+def run_prompts_file(request: GenerateRequest, flags: BatchFlags, shown: Shown, *, dry_run: bool, debug: bool) -> None:
     """Plan a batch and make it, or with `dry_run` show it. Exits with 1 when a clip failed or was left unmade."""
+    source = flags.prompts_file or ""
     if flags.max_failures is not None and flags.max_failures < 1:
         raise InputError(f"--max-failures takes a whole number from 1 up, got {flags.max_failures}")
     rank = read_rank()
     leave_group()
-    terms = Terms(flags.resume, flags.overwrite, flags.retry_failed)
+    terms = Terms(flags.resume, request.overwrite, flags.retry_failed)
     if rank.world > 1 and terms.again:
         raise InputError("--overwrite and --no-resume begin a batch again, which one process must do, not torchrun")
     request = on_own_device(request, rank)
-    clips, notes = plan_clips(request, read_prompts(flags.source, flags.format), flags.source)
-    silent = as_json or quiet or rank.rank > 0
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    if rank.rank == 0:
-        _show_notes(clips, notes, errors, silent)
+    clips, notes = plan_clips(request, read_prompts(source, flags.prompts_format), source)
+    out = shown.output(main=rank.is_main)
+    _tell_notes(clips, notes, out)
     folder = batch_folder(request)
     if dry_run:
-        _show_dry_run(open_batch(clips, folder, terms, flags.source, dry=True), as_json, quiet)
+        _show_plan(open_batch(clips, folder, terms, source, dry=True), out)
         return
     _check_machine(clips)
-    batch = open_batch(clips, folder, terms, flags.source)
-    _run(batch, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
+    _run(open_batch(clips, folder, terms, source), flags, out, again=terms.again, debug=debug)
 
 
-def _run(
-    batch: Batch, flags: BatchFlags, rank: Rank, errors: Console, *, as_json: bool, silent: bool, debug: bool
-) -> None:
+def _run(batch: Batch, flags: BatchFlags, out: Output, *, again: bool, debug: bool) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.plan.history import remember
 
     def on_clip(result: ClipResult, load_s: float | None) -> None:
         remember(result.record)
-        if not silent:
-            errors.print(report.clip_line(result, len(batch.clips)), markup=False)
+        out.tell(report.clip_line(result, len(batch.clips)))
 
-    with stoppable() as interrupts, RunProgress(Console(stderr=True, highlight=False), on_clip, silent) as progress:
+    with stoppable() as interrupts, RunProgress(out, on_clip) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
                 case ClipFailed(line=line, path=path, sentence=sentence, trace=trace):
-                    errors.print(f"failed: line {line}: {path.name}: {sentence}", style="red", markup=False)
+                    out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
-                        errors.print(trace, markup=False)
+                        out.insist(trace)
                 case WaitingForOthers(count=count, owners=owners):
-                    if not silent:
-                        words = f" ({', '.join(owners)})" if owners else ""
-                        errors.print(f"waiting for {count} clips that others are making{words}", markup=False)
+                    words = f" ({', '.join(owners)})" if owners else ""
+                    out.tell(f"waiting for {count} clips that others are making{words}")
                 case _:
                     progress(event)
 
@@ -139,21 +135,19 @@ def _run(
             limits = Limits(flags.retry_dense, flags.max_failures)
             entries = run_batch(batch, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
-            if not silent:
-                entries = batch.manifest.read()
-                again = " (without --overwrite or --no-resume)" if flags.overwrite or flags.resume is False else ""
-                errors.print(report.standing(batch, entries), markup=False)
-                errors.print(f"the same command{again} goes on from here", markup=False)
+            if not out.silent:
+                out.tell(report.standing(batch, batch.manifest.read()))
+                without = " (without --overwrite or --no-resume)" if again else ""
+                out.tell(f"the same command{without} goes on from here")
             raise typer.Exit(stop.exit_code) from None
-    left = [entry for entry in entries.values() if entry.status != "done"]
-    if rank.rank == 0:
-        _write_page(batch, entries, errors)
-        _show_end(batch, entries, errors, as_json=as_json, silent=silent)
-    if left:
+    if out.main:
+        _write_page(batch, entries, out)
+        _show_end(batch, entries, out)
+    if any(entry.status != "done" for entry in entries.values()):
         raise typer.Exit(EXIT_CLIP_FAILED)
 
 
-def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
+def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> None:
     """The folder's index.html; the clips are what the user asked for, so a page that fails is a warning."""
     if not any(entry.status == "done" for entry in entries.values()):
         return
@@ -162,47 +156,38 @@ def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
     try:
         write_gallery(batch.folder)
     except VmonarchError as error:
-        errors.print(f"warning: the gallery was not written: {error}", markup=False)
+        out.warn(f"the gallery was not written: {error}")
 
 
-def _show_end(batch: Batch, entries: dict[str, Any], errors: Console, *, as_json: bool, silent: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"version": __version__, **report.batch_json(batch, entries)}, indent=2))
+def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
+    if out.as_json:
+        out.json({"version": __version__, **report.batch_json(batch, entries)})
         return
     failures = report.failures(batch, entries)
-    if silent:
-        for sentence in failures:
-            errors.print(f"failed: {sentence}", markup=False)
+    if out.silent:
+        out.fail(*failures)
+    elif failures:
+        out.tabulate_failures(report.failure_table(batch, entries))
+    out.tell(report.standing(batch, entries))
+    out.paths(*(clip.path for clip in batch.clips if clip.key in entries and entries[clip.key].status == "done"))
+
+
+def _show_plan(batch: Batch, out: Output) -> None:
+    if out.as_json:
+        out.json({"dry_run": True, "version": __version__, **report.batch_json(batch, batch.before)})
+    elif out.silent:
+        out.paths(*(clip.path for clip in batch.clips))
     else:
-        if failures:
-            Console(stderr=True, highlight=False).print(report.failure_table(batch, entries))
-        errors.print(report.standing(batch, entries), markup=False)
-    for clip in batch.clips:
-        if clip.key in entries and entries[clip.key].status == "done":
-            typer.echo(clip.path)
+        out.show(report.batch_table(batch))
+        out.say(report.standing(batch, batch.before))
 
 
-def _show_dry_run(batch: Batch, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        about = {"dry_run": True, "version": __version__, **report.batch_json(batch, batch.before)}
-        typer.echo(json.dumps(about, indent=2))
-    elif quiet:
-        for clip in batch.clips:
-            typer.echo(clip.path)
-    else:
-        console = Console(highlight=False)
-        console.print(report.batch_table(batch))
-        console.print(report.standing(batch, batch.before), markup=False)
-
-
-def _show_notes(clips: Sequence[Clip], notes: Sequence[str], errors: Console, silent: bool) -> None:
+def _tell_notes(clips: Sequence[Clip], notes: Sequence[str], out: Output) -> None:
     found = [f"line {clip.line}: {sentence}" for clip in clips for sentence in clip.plan.warnings]
-    for sentence in dict.fromkeys([*clips[0].plan.notes, *notes]) if not silent else ():
-        errors.print(f"note: {sentence}", style="dim", markup=False)
-    for sentence in found[:_MAX_WARNINGS]:
-        errors.print(f"warning: {sentence}", style="yellow", markup=False)
+    out.note(*clips[0].plan.notes, *notes)
+    out.warn(*found[:_MAX_WARNINGS])
     if len(found) > _MAX_WARNINGS:
-        errors.print(f"warning: and {len(found) - _MAX_WARNINGS} more like these", style="yellow", markup=False)
+        out.warn(f"and {len(found) - _MAX_WARNINGS} more like these")
 
 
 def _check_machine(clips: Sequence[Clip]) -> None:
@@ -214,6 +199,7 @@ def _check_machine(clips: Sequence[Clip]) -> None:
         check_machine(clip.plan)
 
 
+@takes_request()
 def decode_latents(
     files: Annotated[list[Path], typer.Argument(help="Files ending in .latents.safetensors, or folders of them.")],
     output: Annotated[
@@ -222,8 +208,8 @@ def decode_latents(
     device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")] = None,
     keep: Annotated[bool, option("--keep", panel=OUTPUT, help="Do not remove the latents afterwards.")] = False,
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    *,
+    shown: Shown,
     debug: Debug = False,
 ) -> None:
     """Decode latents that an interrupted or failed run saved, and write their clips and records."""
@@ -231,9 +217,8 @@ def decode_latents(
     from vmonarch_cli.cli.progress import RunProgress
 
     found = find_files(files)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    silent = as_json or quiet
-    with stoppable() as interrupts, RunProgress(errors, lambda *_: None, silent) as progress:
+    out = shown.output()
+    with stoppable() as interrupts, RunProgress(out) as progress:
         try:
             outcomes = decode_files(
                 found,
@@ -246,14 +231,10 @@ def decode_latents(
             )
         except Interrupted as stop:
             raise typer.Exit(stop.exit_code) from None
-    for outcome in outcomes:
-        if outcome.error is not None:
-            errors.print(f"failed: {outcome.latents}: {outcome.error}", style="red", markup=False)
-    if as_json:
-        typer.echo(json.dumps({"version": __version__, "clips": [outcome.to_json() for outcome in outcomes]}, indent=2))
-    else:
-        for outcome in outcomes:
-            if outcome.path is not None:
-                typer.echo(outcome.path)
-    if any(outcome.error is not None for outcome in outcomes):
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    out.fail(*(f"{outcome.latents}: {outcome.error}" for outcome in failed))
+    if out.as_json:
+        out.json({"version": __version__, "clips": [outcome.to_json() for outcome in outcomes]})
+    out.paths(*(outcome.path for outcome in outcomes if outcome.path is not None))
+    if failed:
         raise typer.Exit(EXIT_CLIP_FAILED)
