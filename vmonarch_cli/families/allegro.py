@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, MonarchProcessor, heads_of, layers
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.families.base import Family, Shape, layers
 
 
 class AllegroMonarchProcessor(MonarchProcessor):
@@ -39,4 +40,17 @@ class AllegroMonarchProcessor(MonarchProcessor):
         return result
 
 
-ALLEGRO = Family({"AllegroAttnProcessor2_0": AllegroMonarchProcessor}, layers("transformer_blocks.N.attn1"))
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    clip: torch.Tensor = pipeline.decode_latents(latents.to(pipeline.vae.dtype))
+    if shape is not None:
+        height, width, num_frames = shape
+        clip = clip[:, :, :num_frames, :height, :width]
+    return clip
+
+
+ALLEGRO = Family(
+    {"AllegroAttnProcessor2_0": AllegroMonarchProcessor},
+    layers("transformer_blocks.N.attn1"),
+    _decode,
+    always_tiled=True,
+)
