@@ -33,7 +33,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.pipeline import context_parallel as distributed
-from vmonarch_cli.pipeline.device import dtype_name
+from vmonarch_cli.pipeline.device import dtype_name, own_device
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
 from vmonarch_cli.profile.model import random_transformer
@@ -189,7 +189,7 @@ def main() -> int:
     args = parsed()
     entry = next(e for e in WAN_ENTRIES if e.alias == args.model)
     presets = [load_preset(name) for name in args.preset or ("paper", "balanced")]
-    device = distributed.own_device()
+    device = own_device()
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     sizes: list[Size] = []
     try:
