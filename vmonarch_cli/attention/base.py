@@ -1,7 +1,7 @@
 """What all replacement processors share.
 
 A replacement repeats the stock processor's ``__call__``, signature included (models filter keyword arguments by
-it), and changes the attention call alone.
+it), and changes only the attention call.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class MonarchProcessor:
     ) -> torch.Tensor:
         """(B, S, heads, D) each -> (B, S, heads, D).
 
-        Joint text-video attention has ``text_tokens`` after the video's tokens (before them with ``text_first``), of
-        which ``text_mask``, bool (B, text_tokens), marks the real ones. ``clips`` grids of tokens, one after the
-        other, are attended to as one clip of that many times the frames.
+        Joint text-video attention has ``text_tokens`` after the video's tokens, or before them with ``text_first``;
+        ``text_mask``, bool (B, text_tokens), marks the real ones. With ``clips`` above 1 the video's tokens are those
+        of several grids, one after the other, and count as one clip of that many times the frames.
         """
         if self._parallel_config is None:
             out: torch.Tensor = self_attention(q, k, v, self.layer, text_tokens, text_first, text_mask, clips)
@@ -58,7 +58,7 @@ class MonarchProcessor:
 
     @staticmethod
     def refuse(name: str, *unexpected: object) -> None:
-        """ValueError when a video-only layer got a context or a mask, of which structured attention knows nothing."""
+        """ValueError when a video-only layer got a context or a mask: structured attention takes neither."""
         if any(value is not None for value in unexpected):
             raise ValueError(f"{name} does self-attention without a mask and got a context or a mask")
 

@@ -17,7 +17,7 @@ from vmonarch_kernels import monarch_attention, resolve_impl
 class Call:
     """One self-attention call: its tensors, and where in the clip it stands.
 
-    q, k, v: (B, S, heads, D), of which S tokens are those of ``grid`` (T, H, W) and of ``text``.
+    q, k, v: (B, S, heads, D). The S tokens are those of ``grid`` (T, H, W) and those of ``text``.
     """
 
     q: torch.Tensor
@@ -41,7 +41,7 @@ class Call:
         return self.q.shape[1] - (self.text.tokens if self.text else 0)
 
     def samples(self, rows: slice, *, negative_half: bool) -> Call:
-        """The call of some samples of the batch alone, as a guidance branch."""
+        """The call with only some samples of the batch, as a guidance branch."""
         text = None if self.text is None else self.text.samples(rows)
         key = self.key._replace(negative_half=negative_half)
         return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], text=text, key=key)

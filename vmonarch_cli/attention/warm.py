@@ -1,6 +1,6 @@
 """What a clip's calls keep for later ones: L for the warm start, corrections for the frame refresh.
 
-The guidance branches of a step differ in their text alone, and guidance amplifies the difference of their outputs. So
+The guidance branches of a step differ only in their text, and guidance amplifies the difference of their outputs. So
 the first branch leads. The others start from the same L as it did, which makes their errors alike, and they use its
 corrections where the preset shares them (kernels/README.md).
 """

@@ -90,7 +90,7 @@ def model_shape(
         if not random or known is None:
             raise
         entry, source = known, ""
-    profiled = [name for name, facts in PIPELINES.items() if facts.transformer_config is not None]
+    profiled = sorted((name for name, facts in PIPELINES.items() if facts.transformer_config is not None), key=len)
     if entry.pipeline not in profiled:
         raise InputError(
             f"whole models are profiled for {', '.join(profiled)}, and {entry.alias} is a {entry.pipeline}: "

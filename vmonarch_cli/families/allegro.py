@@ -1,7 +1,8 @@
-"""Allegro: video tokens alone in ``attn1``. Its pipeline gives no mask there; a caller's own mask is refused."""
+"""Allegro: ``attn1`` sees only video tokens. Its pipeline gives no mask there, and a mask of a caller is refused."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,9 +49,15 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.
     return clip
 
 
+def _without_negative_prompt(pipeline: Any, arguments: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+    """Its call has a negative prompt as its default, and takes either that or the embeddings of one."""
+    return nullcontext({**arguments, "negative_prompt": None})
+
+
 ALLEGRO = Family(
     {"AllegroAttnProcessor2_0": AllegroMonarchProcessor},
     layers("transformer_blocks.N.attn1"),
     _decode,
+    adjusted=_without_negative_prompt,
     always_tiled=True,
 )

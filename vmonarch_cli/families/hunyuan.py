@@ -19,7 +19,9 @@ _POOLED_DIM = 768  # of CLIP-L, HunyuanVideo's second text encoder
 
 
 class HunyuanMonarchProcessor(MonarchProcessor):
-    """HunyuanVideoAttnProcessor2_0 for dual-stream and single-stream blocks, and 1.5's, which has dual-stream alone."""
+    """HunyuanVideoAttnProcessor2_0 for dual-stream and single-stream blocks, and that of 1.5, which has no
+    single-stream blocks.
+    """
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Kandinsky 5: video tokens alone in ``self_attention`` of the visual blocks; text blocks stay stock."""
+"""Kandinsky 5: ``self_attention`` of the visual blocks sees only video tokens; text blocks stay stock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2: video tokens alone in ``attn1``. LTX-2's sound and cross-attentions stay stock."""
+"""LTX-Video and LTX-2: ``attn1`` sees only video tokens. LTX-2's sound and cross-attentions stay stock."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.
     )
     vae = pipeline.vae
     latents = pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-    # Rounded as the transformer's own pipeline rounds; loaded to decode alone, it has no transformer to ask.
+    # The pipeline rounds to the transformer's dtype; one that was loaded only to decode has no transformer to ask.
     dtype = pipeline.loaded_for_decoding if pipeline.transformer is None else pipeline.transformer.dtype
     latents = latents.to(dtype).to(vae.dtype)
     return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
@@ -223,5 +223,5 @@ LTX2 = Family(
     _decode_2,
     grid=_grid,
     adjusted=_compressing,
-    parallel_obstacle=("its sound attends to all of the video, of which diffusers' plan gives each process a part"),
+    parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
 )

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, Wan VACE and SkyReels-V2: video tokens alone in ``attn1``; ``attn2``, for text, stays stock."""
+"""Wan 2.1 and 2.2, Wan VACE and SkyReels-V2: ``attn1`` sees only video tokens; ``attn2``, for text, stays stock."""
 
 from __future__ import annotations
 

@@ -49,8 +49,6 @@ def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) ->
         pipeline.guider = pipeline.guider.new(guidance_scale=options["guidance_scale"])
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
     known = _accepted(type(pipeline).__call__, **given)
-    if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
-        known["negative_prompt"] = None  # Allegro's default is a prompt, and it takes one of the two
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.
         latents: torch.Tensor = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent").frames
