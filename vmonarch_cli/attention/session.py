@@ -66,7 +66,7 @@ class AttentionSession:
 
     @property
     def kept_bytes(self) -> int:
-        """Largest size of what the current clip kept from step to step: L factors and corrections."""
+        """Largest size of what the current clip kept from step to step: L factors and residuals."""
         return self._structured.warm.peak_bytes
 
     @property

@@ -1,6 +1,6 @@
 """One denoising step of a model over several GPUs against the same step on one, dense and structured.
 
-    torchrun --standalone --nproc-per-node 2 kernels/bench/scaling.py --model wan2.1-1.3b --size 832x480 --json two.json
+    torchrun --standalone --nproc-per-node 2 tests/bench/scaling.py --model wan2.1-1.3b --size 832x480 --json two.json
 
 Every process holds the model with the same random weights and splits its attention by heads, as `vmonarch generate`
 does under torchrun. Afterwards the first process runs it alone: those figures are the one card that the others are
@@ -246,7 +246,7 @@ def run(
             "model": args.model, "frames": args.frames, "processes": world, "repeats": args.repeats,
             "dtype": dtype_name(dtype), "presets": [preset.model_dump() for preset in presets],
         }  # fmt: skip
-        program = f"torchrun --standalone --nproc-per-node {world} kernels/bench/scaling.py"
+        program = f"torchrun --standalone --nproc-per-node {world} tests/bench/scaling.py"
         recorder = Recorder("scaling", args.json and str(args.json), machine, settings, program)
         single = random_transformer(entry, device, dtype)
         found: list[dict[str, Any]] = []
