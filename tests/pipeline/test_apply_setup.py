@@ -18,16 +18,16 @@ from tiny_families import TINY, image, latents_of
 
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.base import CACHES, PipelineFacts
-from vmonarch_cli.models.families import PIPELINES
-from vmonarch_cli.models.registry import ENTRIES, find_model
+from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
+from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B
-from vmonarch_cli.pipeline import apply_setup as additions
-from vmonarch_cli.pipeline import offload
+from vmonarch_cli.pipeline import apply_setup, offload
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan import memory
-from vmonarch_cli.plan.resolve import GenerateRequest, resolve
-from vmonarch_cli.plan.setup import Setup, check_additions, check_image, one_of, parse_lora
+from vmonarch_cli.plan import checks, memory
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.setup import Setup, check_additions, parse_lora
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage
 
@@ -82,7 +82,7 @@ def test_offload_changes_nothing_but_where_weights_are(folders: dict[str, Path],
     plain = load(folders[name])
     with swapped(plain, PAPER):
         expected = latents_of(plain, tiny)
-    pipeline = load(folders[name], offload_mode=mode)
+    pipeline = load(folders[name], setup=Setup(offload=mode))
     # Hooks on forward would never fetch it for its encode and decode.
     assert mode != "group" or not any(hasattr(module, "_diffusers_hook") for module in pipeline.vae.modules())
     with swapped(pipeline, PAPER) as session:
@@ -139,19 +139,15 @@ def test_vae_tiling_is_switched_on(folders: dict[str, Path]) -> None:
 def test_estimated_peaks_fall_from_mode_to_mode() -> None:
     for entry in ENTRIES:
         d = entry.defaults
-        grid = entry.grid(d.height, d.width, d.num_frames)
-        peaks = list(memory.peaks(entry, grid, d.height, d.width, d.num_frames, "bfloat16").values())
+        peaks = list(memory.peaks(entry, (d.height, d.width, d.num_frames), "bfloat16").values())
         assert peaks == sorted(peaks, reverse=True)
 
 
 def test_auto_picks_the_fastest_mode_that_fits() -> None:
-    cuda = torch.device("cuda")
-
     def mode(entry: Any, free: int, wanted: str = "auto") -> str:
         d = entry.defaults
-        grid = entry.grid(d.height, d.width, d.num_frames)
-        peaks = memory.peaks(entry, grid, d.height, d.width, d.num_frames, "bfloat16")
-        return offload.choose(wanted, peaks, free, cuda)[0]
+        peaks = memory.peaks(entry, (d.height, d.width, d.num_frames), "bfloat16")
+        return offload.choose(wanted, peaks, free)[0]
 
     assert mode(WAN21_1_3B, 80 * GB) == "none"
     assert mode(WAN21_1_3B, 23 * GB) in ("none", "model")
@@ -160,25 +156,22 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
     assert mode(WAN21_14B, 11 * GB, "model") == "model", "a mode that was asked for is never changed"
     with pytest.raises(ModelError, match=r"does not fit the memory in any offload mode: it needs about .* are free"):
         mode(WAN21_14B, 1 * GB)
-    assert offload.choose("auto", {}, 0, CPU)[0] == "none"
     with pytest.raises(ModelError, match=r"are free; with --set refresh=0 it needs about .*, or choose a smaller size"):
-        offload.choose(
-            "auto", {"none": 2 * GB}, GB, cuda, lighter={"shared_refresh=true": 2 * GB, "refresh=0": GB // 2}
-        )
+        offload.choose("auto", {"none": 2 * GB}, GB, lighter={"shared_refresh=true": 2 * GB, "refresh=0": GB // 2})
 
 
 def test_a_clip_that_fits_with_fewer_corrections_alone_is_told_so() -> None:
     request: dict[str, Any] = {"prompt": "a cat", "model": "wan2.1-14b"}
     balanced = resolve(GenerateRequest(**request, preset="balanced"))
-    lighter = offload.lighter_peaks(balanced, "bfloat16")
+    lighter, least = memory.lighter_peaks([balanced], "bfloat16"), min(memory.peaks_of(balanced, "bfloat16").values())
     assert list(lighter) == ["shared_refresh=true", "refresh=0"]
-    assert lighter["refresh=0"] < 24 * GB < min(offload.peaks_of(balanced, "bfloat16").values())
-    assert lighter["refresh=0"] < lighter["shared_refresh=true"] < min(offload.peaks_of(balanced, "bfloat16").values())
-    assert not offload.lighter_peaks(resolve(GenerateRequest(**request, preset="paper")), "bfloat16")
+    assert lighter["refresh=0"] < 24 * GB < least
+    assert lighter["refresh=0"] < lighter["shared_refresh=true"] < least
+    assert not memory.lighter_peaks([resolve(GenerateRequest(**request, preset="paper"))], "bfloat16")
 
 
 def test_what_is_kept_between_steps_counts_in_every_mode_that_denoises_with_it() -> None:
-    shape: Any = (WAN21_14B, (21, 45, 80), 720, 1280, 81, "bfloat16")
+    shape: Any = (WAN21_14B, (720, 1280, 81), "bfloat16")
     without, with_it = memory.peaks(*shape), memory.peaks(*shape, kept=31 * GB)
     assert with_it["none"] - without["none"] == 31 * GB
     assert all(with_it[mode] > without[mode] for mode in without)
@@ -265,7 +258,7 @@ def test_a_cache_skips_calls_that_are_counted_apart(
         with pytest.raises(InputError, match=f"--cache {cache} does not run in a {facts.name} of diffusers: "):
             check_additions(Setup(cache=cache), facts)
         return
-    monkeypatch.setattr(additions, "FIRST_BLOCK_THRESHOLD", 0.8)  # steps of a random model differ more
+    monkeypatch.setattr(apply_setup, "FIRST_BLOCK_THRESHOLD", 0.8)  # steps of a random model differ more
     pipeline = load(folders[name], setup=Setup(offload="none", cache=cache))
     with swapped(pipeline, PAPER) as session:
         latents = latents_of(pipeline, tiny, steps=steps)
@@ -380,7 +373,7 @@ def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: 
 
 def test_flags_say_what_is_valid(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--cache takes first-block, pab or taylorseer, got 'firstblock' \(did you"):
-        one_of("--cache", "firstblock", ("first-block", "pab", "taylorseer"))
+        checks.one_of("--cache", "firstblock", ("first-block", "pab", "taylorseer"))
     with pytest.raises(InputError, match=r"there is no LoRA nowhere\.safetensors: --lora takes a \.safetensors file"):
         parse_lora("nowhere.safetensors:0.5")
     pickle = tmp_path / "lora.bin"
@@ -393,12 +386,12 @@ def test_flags_say_what_is_valid(tmp_path: Path) -> None:
 def test_images_are_checked_before_anything_loads(tmp_path: Path) -> None:
     entries = {entry.alias: entry for entry in ENTRIES}
     with pytest.raises(InputError, match=r"wan2\.1-i2v-480p continues a picture and none was given: add --image FILE"):
-        check_image(entries["wan2.1-i2v-480p"], None)
+        checks.image(entries["wan2.1-i2v-480p"], None)
     with pytest.raises(InputError, match=r"wan2\.1-1\.3b makes clips from text alone: leave out --image"):
-        check_image(WAN21_1_3B, "x.png")
+        checks.image(WAN21_1_3B, "x.png")
     with pytest.raises(InputError, match=r"there is no image /nowhere/x\.png"):
-        check_image(WAN22_5B, "/nowhere/x.png")
+        checks.image(WAN22_5B, "/nowhere/x.png")
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"bad\.png cannot be read: give a PNG, JPEG or WebP file"):
-        check_image(WAN22_5B, str(bad))
+        checks.image(WAN22_5B, str(bad))

@@ -13,6 +13,9 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
+"""Tokens: latent frames, rows, columns."""
+ClipShape = tuple[int, int, int]
+"""Height and width in pixels, frames."""
 
 CACHES = ("first-block", "pab", "taylorseer")
 """Step caches of diffusers that `--cache` offers."""
