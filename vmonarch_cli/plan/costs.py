@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.presets import Preset
-from vmonarch_kernels.cost import dense_flops, monarch_flops, residual_bytes, warm_state_bytes
+from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
+from vmonarch_kernels.spec import Options
 
 
 class Flops(BaseModel):
@@ -41,9 +42,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
             grid,
             model.heads,
             model.head_dim,
-            num_steps=1 if warm else preset.num_steps,
-            first_frame=preset.first_frame,
-            band=preset.band,
+            options=Options(1 if warm else preset.num_steps, preset.c_floor, preset.first_frame, preset.band),
             warm=warm,
             refresh=preset.refresh,
         )
@@ -71,7 +70,7 @@ def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float
         return 0
     layers = max(0, model.layers - preset.dense_layers)
     branches = branches_of(model, guidance_scale)
-    call = warm_state_bytes(grid, model.heads) * branches if preset.warm_start else 0
+    call = l_bytes(grid, model.heads) * branches if preset.warm_start else 0
     if preset.refresh:
         call += residual_bytes(grid, model.heads, model.head_dim) * (1 if preset.shared_refresh else branches)
     return call * layers
