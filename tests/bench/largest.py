@@ -16,8 +16,7 @@ import torch
 from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import forward_inputs
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.families import PIPELINES
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.model import random_transformer

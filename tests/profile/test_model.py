@@ -18,9 +18,9 @@ from vmonarch_cli.cli import profile as commands
 from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset

@@ -22,7 +22,7 @@ from vmonarch_cli.cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
 from vmonarch_cli.machine.torchrun import Rank, read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
 BATCH = "Batch"

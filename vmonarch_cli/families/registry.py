@@ -14,7 +14,7 @@ from vmonarch_cli.families.mochi import MOCHI
 from vmonarch_cli.families.motif import MOTIF_VIDEO
 from vmonarch_cli.families.wan import SKYREELS_V2, WAN, WAN_VACE
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES
 
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": WAN,

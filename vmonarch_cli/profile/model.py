@@ -19,7 +19,7 @@ from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
