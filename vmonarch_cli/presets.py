@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.text import near
 from vmonarch_kernels.cost import band_with_refresh, is_exact
+from vmonarch_kernels.spec import Options
 
 DEFAULT_PRESET = "balanced"
 """Of a model that was not tuned with Monarch attention: README, Measured, says what this rests on."""
@@ -54,11 +55,8 @@ class Preset(BaseModel):
 class CallOptions:
     """What one structured call computes; ``options_for`` makes it from a preset."""
 
-    num_steps: int
-    c_floor: float
-    first_frame: bool
-    band: int | None
-    """With ``refresh`` it covers every frame where every frame would be recomputed anyway."""
+    kernel: Options
+    """For the kernels. With ``refresh`` the band covers every frame where every frame would be recomputed anyway."""
     exact: bool
     """The band covers every frame: the call is dense attention, has no L and keeps nothing."""
     warm: bool
@@ -67,15 +65,9 @@ class CallOptions:
     refresh: float
     shared_refresh: bool
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``monarch_attention``."""
-        names = ("num_steps", "c_floor", "first_frame", "band")
-        return {name: getattr(self, name) for name in names}
-
     def cost(self) -> dict[str, Any]:
-        """Keyword arguments of ``monarch_flops``, and with ``keep_l`` of ``monarch_bytes``."""
-        names = ("num_steps", "first_frame", "band", "warm", "refresh")
-        return {name: getattr(self, name) for name in names}
+        """Keyword arguments of ``monarch_flops`` and ``monarch_bytes``."""
+        return {"options": self.kernel, "warm": self.warm, "refresh": self.refresh}
 
 
 def options_for(preset: Preset, frames: int, *, warm: bool = False) -> CallOptions:
@@ -89,10 +81,7 @@ def options_for(preset: Preset, frames: int, *, warm: bool = False) -> CallOptio
     keeps_l = preset.warm_start and not exact
     warm = warm and keeps_l
     return CallOptions(
-        num_steps=1 if warm else preset.num_steps,
-        c_floor=preset.c_floor,
-        first_frame=preset.first_frame,
-        band=band,
+        kernel=Options(1 if warm else preset.num_steps, preset.c_floor, preset.first_frame, band),
         exact=exact,
         warm=warm,
         keeps_l=keeps_l,

@@ -453,7 +453,7 @@ def test_torchrun_gives_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     from vmonarch_cli.batch.worker import on_own_device
     from vmonarch_cli.errors import InputError
     from vmonarch_cli.machine.torchrun import Rank, read_rank
-    from vmonarch_cli.plan.resolve import GenerateRequest
+    from vmonarch_cli.plan.request import GenerateRequest
 
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)

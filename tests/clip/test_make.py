@@ -19,7 +19,9 @@ from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, ModelLoa
 from vmonarch_cli.pipeline.device import pick_device, pick_dtype
 from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.timing import ClipTiming, StepAttention
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from tiny_families import TINY, image
 
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.families.ltx import compressed
 from vmonarch_cli.models.hub import explain
 from vmonarch_cli.models.registry import find_model
-from vmonarch_cli.pipeline.call import compressed
-from vmonarch_cli.plan.resolve import GenerateRequest, resolve
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 
 TEXT = ["hunyuan-video", "hunyuan-video-1.5", "ltx-video", "allegro"]
 # Those whose own pipeline takes an image, and those that change into another for one.

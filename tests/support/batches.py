@@ -15,7 +15,7 @@ from tiny_wan import FRAMES, HEIGHT, WIDTH
 from vmonarch_cli.batch.clips import batch_folder, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import parse_prompts
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 
 DEMO: dict[str, Any] = {"height": 48, "width": 48, "num_frames": 9, "fps": 8}
 SIX = "a red circle\na blue square\na red square moving left\na blue circle moving right\nred\nblue\n"

@@ -17,7 +17,7 @@ from vmonarch_cli.attention.steps import Step
 from vmonarch_cli.timing import StepAttention
 
 REPEATS_GPU = 3
-"""Timed dense calls of a sample on a GPU, of which the median counts; on a CPU, where one is long, a single call."""
+"""Timed dense calls of a sample on a GPU; their median counts. On a CPU a call is long, and one is enough."""
 
 Run = Callable[[], torch.Tensor]
 

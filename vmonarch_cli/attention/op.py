@@ -46,7 +46,7 @@ def self_attention(
     text_mask: torch.Tensor | None = None,
     clips: int = 1,
 ) -> torch.Tensor:
-    """Self-attention as the session of ``layer`` (see ``address``) has it.
+    """Self-attention as the session of ``layer`` (see ``address``) computes it.
 
     q, k, v: (B, S, heads, D) of any stride; returns (B, S, heads, D), contiguous, q's dtype. The other arguments are
     those of ``MonarchProcessor.attend``. Raises RuntimeError when the ``swapped`` block of the session has ended.

@@ -23,7 +23,7 @@ GRID_MISFIT = "token count does not fit the grid"
 
 
 class AttentionSession:
-    """Counters, timings and warm state of one ``swapped`` block; ``steps`` says how clips and steps are told apart."""
+    """Counters, timings and warm state of one ``swapped`` block; module ``steps`` finds out where a step begins."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class AttentionSession:
 
     @property
     def kept_bytes(self) -> int:
-        """Largest size of what the current clip kept from step to step: L factors and corrections."""
+        """Largest size of what the current clip kept from step to step: L factors and residuals."""
         return self._structured.warm.peak_bytes
 
     @property
@@ -132,7 +132,7 @@ class AttentionSession:
     # The call itself
 
     def text(self, transformer: int, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
-        """The text side of a call as the running forward has it; None for a call of video tokens alone."""
+        """The text side of a call of the running forward; None for a call without text."""
         return self._tracker.forward(transformer).text(tokens, first, mask) if tokens else None
 
     def attend(

@@ -99,7 +99,7 @@ class StepTracker:
         return step
 
     def begin_forward(self, transformer: int, grid: Grid, both_prompts: bool) -> bool:
-        """Count a forward; whether it begins a step. ``both_prompts`` counts in a transformer's first one alone."""
+        """Count a forward and say whether it begins a step. ``both_prompts`` matters only in a step's first forward."""
         begins = self.step is None
         if begins and self._announced is None and not self._watching:
             raise RuntimeError(NO_STEP)
@@ -113,7 +113,7 @@ class StepTracker:
         return begins
 
     def changes_over(self, transformer: int) -> bool:
-        """Whether the last step ran other transformers alone: a two-stage model does not go back to the first."""
+        """Whether the last step did not run this transformer: a two-stage model does not go back to its first."""
         return transformer not in self._transformers
 
     def forward(self, transformer: int) -> Forward:

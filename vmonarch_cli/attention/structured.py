@@ -10,14 +10,14 @@ import torch
 from vmonarch_cli.attention.joint import Text, text_entry, text_rows
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
 from vmonarch_cli.presets import CallOptions, Preset, options_for
-from vmonarch_kernels import monarch_attention, resolve_impl
+from vmonarch_kernels import Inputs, attend, resolve_impl
 
 
 @dataclass(frozen=True)
 class Call:
     """One self-attention call: its tensors, and where in the clip it stands.
 
-    q, k, v: (B, S, heads, D), of which S tokens are those of ``grid`` (T, H, W) and of ``text``.
+    q, k, v: (B, S, heads, D). The S tokens are those of ``grid`` (T, H, W) and those of ``text``.
     """
 
     q: torch.Tensor
@@ -41,7 +41,7 @@ class Call:
         return self.q.shape[1] - (self.text.tokens if self.text else 0)
 
     def samples(self, rows: slice, *, negative_half: bool) -> Call:
-        """The call of some samples of the batch alone, as a guidance branch."""
+        """The call with only some samples of the batch, as a guidance branch."""
         text = None if self.text is None else self.text.samples(rows)
         key = self.key._replace(negative_half=negative_half)
         return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], text=text, key=key)
@@ -110,28 +110,27 @@ class StructuredAttention:
         if options.keeps_l:
             start, keeps = warm.factor(call.key, call.grid, call.q)
             options = options_for(self.preset, call.grid[0], warm=start is not None)
-        out, factor = self._attend(call, options, start, keeps, warm)
+        text, extra, video = call.text, None, (call.q, call.k, call.v)
+        if text is not None:
+            extra = text_entry(*video, text)
+            video = (text.split(call.q)[0], text.split(call.k)[0], text.split(call.v)[0])
+        out, factor = self._attend(Inputs(*video, call.grid, start, extra), options, call, warm, keeps)
         if factor is not None:
             warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1)
-        return out if call.text is None else call.text.join(out, text_rows(call.q, call.k, call.v, call.text))
+        return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
 
     def _attend(
-        self, call: Call, options: CallOptions, start: torch.Tensor | None, keeps: bool, warm: WarmState
+        self, inputs: Inputs, options: CallOptions, call: Call, warm: WarmState, keeps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(output of the video's queries, L where the call ``keeps`` it)."""
-        arguments = {**options.arguments(), "impl": self.impl, "l_prev": start, "return_l": keeps}
-        video = (call.q, call.k, call.v)
-        if call.text is not None:
-            arguments["extra"] = text_entry(*video, call.text)
-            video = (call.text.split(call.q)[0], call.text.split(call.k)[0], call.text.split(call.v)[0])
+        """(output of the video's queries, L where the call ``keeps`` it), with the residual that the preset wants."""
+        impl = self.impl or "auto"
         if not options.refresh:
-            result = monarch_attention(*video, call.grid, **arguments)
-            return result if isinstance(result, tuple) else (result, None)
+            return attend(inputs, options.kernel, impl=impl, return_l=keeps)
         shared = options.shared_refresh
         residual, leads = warm.residual(
-            call.key, call.grid, video[0], options.first_frame, call.steps_left, shared=shared
+            call.key, call.grid, inputs.q, options.kernel.first_frame, call.steps_left, shared=shared
         )
-        if leads:
-            forwards = call.forwards if shared else 1
-            return residual.attention(*video, call.grid, options.refresh, forwards=forwards, **arguments)
-        return residual.corrected(*video, call.grid, **arguments)
+        if not leads:
+            return residual.attention_without_turns(inputs, options.kernel, impl=impl, return_l=keeps)
+        forwards = call.forwards if shared else 1
+        return residual.attention(inputs, options.kernel, options.refresh, forwards=forwards, impl=impl, return_l=keeps)

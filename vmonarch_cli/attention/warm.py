@@ -1,8 +1,8 @@
-"""What a clip's calls keep for later ones: L for the warm start, corrections for the frame refresh.
+"""What a clip's calls keep for later ones: L for the warm start, residuals for the frame refresh.
 
-The guidance branches of a step differ in their text alone, and guidance amplifies the difference of their outputs. So
+The guidance branches of a step differ only in their text, and guidance amplifies the difference of their outputs. So
 the first branch leads. The others start from the same L as it did, which makes their errors alike, and they use its
-corrections where the preset shares them (kernels/README.md).
+residuals where the preset shares them (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CallKey(NamedTuple):
 
 
 class WarmState:
-    """L factors, float8_e4m3fn (B, P, heads, T, T), and corrections of frames, by CallKey."""
+    """L factors, float8_e4m3fn (B, P, heads, T, T), and residuals, by CallKey."""
 
     def __init__(self) -> None:
         self._factors: dict[CallKey, tuple[Grid, torch.Tensor]] = {}
@@ -78,9 +78,9 @@ class WarmState:
         *,
         shared: bool,
     ) -> tuple[Residual, bool]:
-        """The corrections of a call with q (B, N, heads, D), and whether frames have their turns in this call.
+        """The residual of a call with q (B, N, heads, D), and whether frames have their turns in this call.
 
-        ``shared``: all branches use those of the leading one, if the shape fits, and frames have their turns there.
+        ``shared``: all branches use that of the leading one, if the shape fits, and frames have their turns there.
         ``steps_left``: denoising steps to come, this one included, if known.
         """
         if shared and key != key.leading:
@@ -98,7 +98,7 @@ class WarmState:
         return kept if kept is not None and kept_grid == grid and kept.fits(q) else None
 
     def rehearsal(self) -> WarmState:
-        """A copy to throw away: the same L, and fresh corrections with one frame's turn in the first call."""
+        """A copy to throw away: the same L, and fresh residuals with one frame's turn in the first call."""
         copy = WarmState()
         copy._factors, copy._starts = dict(self._factors), dict(self._starts)
         copy._steps_known = False

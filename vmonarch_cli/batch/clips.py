@@ -17,7 +17,9 @@ from vmonarch_cli.batch.manifest import Entry
 from vmonarch_cli.batch.prompts import Line
 from vmonarch_cli.errors import InputError, InputErrors, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, record_path, slug
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.text import shown
 
 LINE = "prompts file"

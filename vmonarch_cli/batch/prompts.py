@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from vmonarch_cli.errors import InputError, InputErrors
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.text import near, shown
 
 FORMATS = ("txt", "csv", "jsonl", "yaml")

@@ -21,7 +21,7 @@ from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
 BATCH = "Batch"

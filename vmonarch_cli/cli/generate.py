@@ -12,7 +12,9 @@ from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.timing import ClipResult
 
 

@@ -16,7 +16,7 @@ def models(context: typer.Context) -> None:
     """List the models that --model knows by name; `show NAME` tells all about one."""
     if context.invoked_subcommand is None:
         from vmonarch_cli.cli.model_tables import models_table
-        from vmonarch_cli.models.registry import ENTRIES
+        from vmonarch_cli.models.catalogue import ENTRIES
 
         Output().show(models_table(ENTRIES))
 

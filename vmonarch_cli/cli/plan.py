@@ -9,7 +9,9 @@ from vmonarch_cli.cli import batch
 from vmonarch_cli.cli.options import Debug, Shown, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 
 
 @takes_request()

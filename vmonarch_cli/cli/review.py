@@ -16,7 +16,8 @@ from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import ATTENTION, OUTPUT, AsJson, Debug, Quiet, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
 
 Folder = Annotated[Path, typer.Argument(help="A folder of clips with their records.", metavar="FOLDER")]
 Record = Annotated[Path, typer.Argument(help="The .json record beside a clip, or the clip.", metavar="RECORD")]

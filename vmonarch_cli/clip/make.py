@@ -32,13 +32,13 @@ from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media import write as video
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.pipeline import context_parallel as distributed
-from vmonarch_cli.pipeline import offload
 from vmonarch_cli.pipeline.call import Embeddings, Frames, call, decode, encode, takes_callback
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
-from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
-from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.preflight import check_machine, machine_to_decode
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult, ClipTiming, StepAttention
 
@@ -102,23 +102,30 @@ class ClipMaker:
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
-        self._device = pick_device(plan.device)
-        self._dtype = pick_dtype(plan.dtype, self._device)
+        machine = machine_to_decode(plan) if to_decode else check_machine(plan)
+        self._device, self._dtype = torch.device(machine.device), DTYPES[machine.dtype]
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
-        # A decoder alone fits wherever any mode of the whole model does.
-        mode = "none" if to_decode else offload.mode_for(plan, self._device, self._dtype)[0]
-        self._pipeline = load_pipeline(
-            plan.model_source,
-            device=self._device,
-            dtype=self._dtype,
-            revision=plan.revision,
-            setup=plan.setup,
-            offload_mode=mode,
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-            share_clip=share_clip,
-            to_decode=to_decode,
-        )
+        image_pipeline = plan.model.image_pipeline if plan.image else None
+        if to_decode:
+            self._pipeline = load_decoder(
+                plan.model_source,
+                device=self._device,
+                dtype=self._dtype,
+                revision=plan.revision,
+                vae_tiling=plan.setup.vae_tiling,
+                image_pipeline=image_pipeline,
+            )
+        else:
+            self._pipeline = load_pipeline(
+                plan.model_source,
+                device=self._device,
+                dtype=self._dtype,
+                revision=plan.revision,
+                setup=plan.setup.model_copy(update={"offload": machine.offload}),
+                image_pipeline=image_pipeline,
+                share_clip=share_clip,
+            )
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else self._resolve_impl(plan)

@@ -9,7 +9,10 @@ from typing import Any
 
 from vmonarch_cli.errors import InputError, PresetError
 from vmonarch_cli.media.paths import ENDINGS, record_path
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, count_flops, resolve
+from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
 
 _MAX_BYTES = 64 << 20
@@ -90,7 +93,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         raise InputError(f"record {file} cannot be repeated: its settings do not parse ({error})") from None
     except PresetError as error:
         raise InputError(f"record {file} cannot be repeated: {error.message}") from None
-    branches = 2 if plan.guidance_scale > 1 else 1
+    branches = branches_of(plan.model, plan.guidance_scale)
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
     origins = dict.fromkeys(plan.origins, _REPEATED)
     return plan.model_copy(update={"preset": preset, "flops": flops, "origins": origins, "notes": (), "warnings": ()})

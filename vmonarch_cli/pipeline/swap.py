@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention import op
+from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.families.registry import FAMILIES, MonarchProcessor
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.presets import Preset
 
 

@@ -18,6 +18,7 @@ from vmonarch_cli.attention.structured import Attention, Call
 from vmonarch_cli.presets import Preset
 from vmonarch_kernels import dense_attention
 from vmonarch_kernels.cost import monarch_flops
+from vmonarch_kernels.spec import Options
 
 Grid = tuple[int, int, int]
 _SCORES = 1 << 26  # entries of R held at once: 256 MiB
@@ -107,5 +108,5 @@ def block_flops(grid: Grid, heads: int, head_dim: int, preset: Preset, frames_pe
     frames, positions = grid[0], grid[1] * grid[2]
     blocks = -(-frames // frames_per_block)
     shape = (blocks, frames_per_block * positions, 1)
-    work = monarch_flops(shape, heads, head_dim, num_steps=preset.num_steps, first_frame=False, band=None)
+    work = monarch_flops(shape, heads, head_dim, options=Options(preset.num_steps, first_frame=False))
     return work + (4 * positions * frames * positions * head_dim * heads if preset.first_frame else 0)

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference,
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, ChipPeak, KernelRow, KernelShape, OutputCheck, Spread
-from vmonarch_kernels import Residual, monarch_attention, resolve_impl
+from vmonarch_kernels import Inputs, Options, Residual, attend, resolve_impl
 from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -218,13 +217,13 @@ def _structured(
     grid = (frames, positions, 1)
     impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
     cold, chosen = options_for(preset, frames), options_for(preset, frames, warm=True)
-    exact, warm, refresh = chosen.exact, chosen.warm, chosen.refresh
-    options = chosen.arguments()
+    exact, warm, refresh, options = chosen.exact, chosen.warm, chosen.refresh, chosen.kernel
+    inputs = Inputs(*tensors, grid)
     if warm:
-        _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **cold.arguments())
+        inputs = replace(inputs, l_prev=attend(inputs, cold.kernel, impl=impl, return_l=True)[1])
     size = (grid, settings.heads, settings.head_dim, settings.batch)
     work = monarch_flops(*size, **chosen.cost())
-    moved = monarch_bytes(*size, settings.dtype.itemsize, keep_l=warm, **chosen.cost())
+    moved = monarch_bytes(*size, settings.dtype.itemsize, **chosen.cost())
     row = KernelRow(
         preset.name,
         "structured",
@@ -238,41 +237,36 @@ def _structured(
 
     def run() -> Tensor:
         if residual is not None:
-            return residual.attention(*tensors, grid, refresh, impl=impl, return_l=warm, **options)[0]
-        if warm:
-            return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
-        out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
-        return out
+            return residual.attention(inputs, options, refresh, impl=impl, return_l=warm)[0]
+        return attend(inputs, options, impl=impl, return_l=warm)[0]
 
     def check(out: Tensor, error: float) -> OutputCheck:
         if exact:
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
-        return _structured_check(out, tensors, grid, impl, refresh, options)
+        return _structured_check(out, inputs, options, refresh, impl)
 
     return _Contender(row, run, check, refresh_period(refresh))
 
 
-def _structured_check(
-    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: float, options: dict[str, Any]
-) -> OutputCheck:
+def _structured_check(out: Tensor, inputs: Inputs, options: Options, refresh: float, impl: str) -> OutputCheck:
     """A first call's output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
     The budget is EAGER_FACTOR times the error that the eager algorithm makes in the tensors' own dtype.
     """
     dtype = out.dtype
     batch, tokens, heads, _ = out.shape
-    fits = batch * heads * tokens * (tokens // grid[0]) * 8 <= _REFERENCE_BYTES
+    fits = batch * heads * tokens * (tokens // inputs.frames) * 8 <= _REFERENCE_BYTES
     other = "reference" if impl == "torch" and fits else "torch"
     on_cpu = out.device.type == "cpu"
     wide = torch.float64 if dtype == torch.float32 and on_cpu else torch.float32
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(dtype: torch.dtype) -> Tensor:
+        call = replace(inputs, q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
         if refresh:
-            residual = Residual(q, grid[0], first_frame=options["first_frame"])
-            return residual.attention(q, k, v, grid, refresh, impl=other, **options)[0]
-        found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
-        return found
+            residual = Residual(call.q, call.frames, first_frame=options.first_frame)
+            return residual.attention(call, options, refresh, impl=other)[0]
+        return attend(call, options, impl=other)[0]
 
-    truth, eager = attend(*(x.to(wide) for x in tensors)), attend(*tensors)
+    truth, eager = run(wide), run(dtype)
     budget = max(_ROUNDING[dtype], EAGER_FACTOR * difference(eager, truth))
     return OutputCheck(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
 from vmonarch_cli.profile.break_even import break_even
-from vmonarch_cli.profile.forward import FORWARDS
 from vmonarch_cli.profile.kernel import KernelSettings, profile_shape
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, reason, wall
@@ -86,13 +86,15 @@ def random_transformer(entry: ModelEntry, device: torch.device, dtype: torch.dty
     quiet_libraries()
     import diffusers
 
-    forward = FORWARDS[entry.pipeline]
+    facts = PIPELINES[entry.pipeline]
+    if facts.transformer_config is None:
+        raise ModelError(f"a {facts.transformer} cannot be made without its weights: profile it with them")
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            transformer = getattr(diffusers, forward.transformer)(**forward.config(entry)).eval()
+            transformer = getattr(diffusers, facts.transformer)(**facts.transformer_config(entry)).eval()
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{entry.alias} does not fit the memory of this GPU: choose a smaller model") from None
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.presets import Preset
 
 
@@ -41,5 +42,5 @@ class ModelSettings:
 
     @property
     def forwards(self) -> int:
-        """Forwards of one denoising step: two with guidance, unless it is embedded."""
-        return 2 if self.guidance_scale > 1 and not self.entry.embedded_guidance else 1
+        """Forwards of one denoising step."""
+        return branches_of(self.entry, self.guidance_scale)

@@ -19,7 +19,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.pipeline.call import decode
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import count_flops
+from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
@@ -58,7 +58,8 @@ class QualitySettings:
 
     @property
     def forwards(self) -> int:
-        return 2 if self.guidance_scale > 1 else 1
+        """Forwards of one denoising step."""
+        return branches_of(self.entry, self.guidance_scale)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vmonarch_cli.attention.session import AttentionSession
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.contenders import Contender, contenders, structured
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, StepRow
@@ -42,8 +42,8 @@ class StepInputs:
 def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepInputs:
     """The input of a clip's first step: noise of the settings' seed."""
     entry = settings.entry
-    clip = clip_in_latents(entry, settings.height, settings.width, settings.num_frames)
-    forward = FORWARDS[entry.pipeline]
+    clip = LatentClip.of(entry, settings.height, settings.width, settings.num_frames)
+    forward = forward_inputs(entry)
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
     start = _timestep(1.0, settings.device)

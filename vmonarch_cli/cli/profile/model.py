@@ -22,9 +22,9 @@ from vmonarch_cli.cli.profile.model_table import model_table, verdicts
 from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.history import remember_profile
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
+from vmonarch_cli.profile.remember import remember_profile
 from vmonarch_cli.profile.results import KernelShape, ModelProfile, OutputCheck
 
 if TYPE_CHECKING:

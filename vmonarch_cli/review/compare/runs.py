@@ -11,7 +11,9 @@ from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.events import ClipStarted, Event
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.review.compare.existing import differing, shared_facts
 from vmonarch_cli.review.compare.results import Comparison, Contender, Frames
 
