@@ -16,7 +16,7 @@ import pytest
 
 from vmonarch_cli.batch import claims as claims_module
 from vmonarch_cli.batch.claims import FOLDER, LEASE_S, Claims
-from vmonarch_cli.batch.manifest import Entry, Manifest, happened, planned
+from vmonarch_cli.batch.manifest import Manifest, ManifestEntry, happened, planned
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts, stoppable
 from vmonarch_cli.errors import OutputError
 
@@ -167,8 +167,8 @@ def test_of_four_processes_one_gets_a_claim_also_of_a_dead_one(tmp_path: Path) -
 # The manifest
 
 
-def entry(key: str = "k") -> Entry:
-    return Entry(key, f"{key}.mp4", 1, "a\nb \u2028 🎬", 0)
+def entry(key: str = "k") -> ManifestEntry:
+    return ManifestEntry(key, f"{key}.mp4", 1, "a\nb \u2028 🎬", 0)
 
 
 def test_states_of_a_clip(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from batches import batch, request
 from PIL import Image
 
-from vmonarch_cli.batch.clips import Clip, in_running_order, plan_clips
+from vmonarch_cli.batch.clips import PlannedClip, in_running_order, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms
 from vmonarch_cli.batch.manifest import happened
 from vmonarch_cli.batch.prompts import Line
@@ -35,7 +35,7 @@ HOSTILE = [
 ]
 
 
-def clips(model: Path, folder: Path, lines: list[Line], **flags: Any) -> list[Clip]:
+def clips(model: Path, folder: Path, lines: list[Line], **flags: Any) -> list[PlannedClip]:
     return plan_clips(request(model, folder, **flags), lines, "p")[0]
 
 

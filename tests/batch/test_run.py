@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch, Terms
-from vmonarch_cli.batch.manifest import Entry, Manifest
+from vmonarch_cli.batch.manifest import Manifest, ManifestEntry
 from vmonarch_cli.batch.runner import Limits, run_batch
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make as run
@@ -38,7 +38,7 @@ NAMES = ["red-s0", "blue-s0", "a-circle-s0"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(opened: Batch, events: list[Any] | None = None, **limits: Any) -> dict[str, Entry]:
+def make(opened: Batch, events: list[Any] | None = None, **limits: Any) -> dict[str, ManifestEntry]:
     seen: list[BatchEvent] = [] if events is None else events
     return run_batch(opened, Limits(**limits), Interrupts(), on_event=seen.append)
 

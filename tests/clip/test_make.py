@@ -14,6 +14,7 @@ import torch
 from tiny_wan import FRAMES, GRID, HEIGHT, LAYERS, WIDTH
 
 from vmonarch_cli.clip import make as run
+from vmonarch_cli.clip.record import RECORD_SCHEMA
 from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, ModelLoaded, ModelLoading, StepDone
 from vmonarch_cli.pipeline.device import pick_device, pick_dtype
@@ -86,7 +87,7 @@ def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.Captu
     assert [type(event) for event in events] == kinds
 
     record = json.loads(result.record_path.read_text())
-    assert record["schema"] == run.RECORD_SCHEMA
+    assert record["schema"] == RECORD_SCHEMA
     assert (record["prompt"], record["seed"], record["clip"]) == ("a red circle moving left", 11, "clip.mp4")
     assert record["settings"]["steps"] == {"value": STEPS, "origin": "flag"}
     assert record["settings"]["preset.num_steps"]["origin"] == "preset"
@@ -168,17 +169,7 @@ def test_the_step_in_the_message_is_the_step_that_went_wrong(folder: Path, tmp_p
     pipeline.transformer.register_forward_hook(spoil)
     plan = plan_for(folder, tmp_path / "unused.png")
     with swapped(pipeline, plan.preset) as session, pytest.raises(NonFiniteError, match=f"step 2 of {STEPS}"):
-        run.denoise(
-            pipeline,
-            session,
-            run.encode(pipeline, "a red circle", "", 4.0, 16),
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
-            steps=STEPS,
-            guidance_scale=4.0,
-            seed=0,
-        )
+        run.denoise(pipeline, session, run.encode(pipeline, "a red circle", "", 4.0, 16), plan, seed=0)
 
 
 def test_frames_that_are_not_finite_are_not_written(damaged: Path, tmp_path: Path) -> None:

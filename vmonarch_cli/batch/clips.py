@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.batch.manifest import Entry
+from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.prompts import Line
 from vmonarch_cli.errors import InputError, InputErrors, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, record_path, slug
@@ -30,7 +30,7 @@ _MAX_NAME_BYTES = 180
 
 
 @dataclass(frozen=True)
-class Clip:
+class PlannedClip:
     """One clip of a batch. Its plan is of one video; the name is None until the manifest gives one."""
 
     key: str
@@ -43,7 +43,7 @@ class Clip:
     def path(self) -> Path:
         return self.plan.outputs[0]
 
-    def named(self, folder: Path, name: str) -> Clip:
+    def named(self, folder: Path, name: str) -> PlannedClip:
         """The same clip with its place in the folder."""
         return replace(self, plan=self.plan.model_copy(update={"outputs": (folder / name,)}))
 
@@ -57,7 +57,7 @@ def batch_folder(request: GenerateRequest) -> Path:
     return folder
 
 
-def plan_clips(request: GenerateRequest, lines: Sequence[Line], source: str) -> tuple[list[Clip], list[str]]:
+def plan_clips(request: GenerateRequest, lines: Sequence[Line], source: str) -> tuple[list[PlannedClip], list[str]]:
     """Clips in the order of the lines, and notes about flags that beat lines; nothing is named yet.
 
     Raises InputErrors with a sentence for every line that cannot be done.
@@ -65,7 +65,7 @@ def plan_clips(request: GenerateRequest, lines: Sequence[Line], source: str) -> 
     if request.prompt is not None:
         raise InputError("--prompt and --prompts-file say the same thing twice: give one of them")
     folder = batch_folder(request)
-    clips: list[Clip] = []
+    clips: list[PlannedClip] = []
     wrong: dict[str, list[int]] = {}
     beaten: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -87,8 +87,8 @@ def plan_clips(request: GenerateRequest, lines: Sequence[Line], source: str) -> 
 
 
 def assign_names(
-    clips: Sequence[Clip], folder: Path, entries: Mapping[str, Entry], source: str, *, overwrite: bool
-) -> list[Clip]:
+    clips: Sequence[PlannedClip], folder: Path, entries: Mapping[str, ManifestEntry], source: str, *, overwrite: bool
+) -> list[PlannedClip]:
     """Every clip with its name: the manifest's for a clip that it knows, the line's, or one from prompt and seed.
 
     Names differ in more than letter case, and none of them is taken by a file or another clip of the folder (with
@@ -118,9 +118,9 @@ def assign_names(
     return [clip.named(folder, names[clip.key]) for clip in clips]
 
 
-def in_running_order(clips: Iterable[Clip]) -> list[Clip]:
+def in_running_order(clips: Iterable[PlannedClip]) -> list[PlannedClip]:
     """Clips of one kind, shape and preset after each other, so that nothing loads or compiles twice; else by line."""
-    groups: dict[object, list[Clip]] = {}
+    groups: dict[object, list[PlannedClip]] = {}
     for clip in sorted(clips, key=lambda clip: clip.plan.image is not None):
         plan = clip.plan
         group = (
@@ -161,7 +161,7 @@ def _clip(
     wanted: str | None,
     offset: int,
     seen: Counter[str],
-) -> Clip:
+) -> PlannedClip:
     # The name is settled later: here the folder is checked, and the rate where the ending is known.
     target = str(folder / (wanted or "clip.mp4"))
     seed = request.seed if not offset else (request.seed or 0) + offset
@@ -174,7 +174,7 @@ def _clip(
     identity = _identity(plan, wanted)
     seen[identity] += 1
     key = identity if seen[identity] == 1 else f"{identity}-{seen[identity]}"
-    return Clip(key, line.number, plan, wanted)
+    return PlannedClip(key, line.number, plan, wanted)
 
 
 def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
@@ -217,9 +217,9 @@ def _checked_name(name: str | None) -> str | None:
     return plain
 
 
-def _clashes(clips: Sequence[Clip]) -> dict[str, list[int]]:
+def _clashes(clips: Sequence[PlannedClip]) -> dict[str, list[int]]:
     """Names that more than one clip asks for, with their lines."""
-    by_name: dict[str, list[Clip]] = {}
+    by_name: dict[str, list[PlannedClip]] = {}
     for clip in clips:
         if clip.wanted is not None:
             by_name.setdefault(_folded(clip.wanted), []).append(clip)

@@ -28,7 +28,7 @@ PLANNED, DENOISING, DENOISED, DONE, FAILED = "planned", "denoising", "denoised",
 
 
 @dataclass
-class Entry:
+class ManifestEntry:
     """A clip of the folder, as the manifest tells it."""
 
     key: str
@@ -50,7 +50,7 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
 
-    def read(self) -> dict[str, Entry]:
+    def read(self) -> dict[str, ManifestEntry]:
         """Key -> entry of every clip, in the order in which they were planned; empty without a manifest."""
         try:
             content = self.path.read_bytes()
@@ -58,7 +58,7 @@ class Manifest:
             return {}
         except OSError as error:
             raise OutputError(f"manifest {self.path} cannot be read: {error.strerror}") from None
-        entries: dict[str, Entry] = {}
+        entries: dict[str, ManifestEntry] = {}
         for row in content.split(b"\n"):
             event = _parse(row)
             if event.get("schema", SCHEMA) != SCHEMA:
@@ -111,7 +111,7 @@ class Manifest:
             raise OutputError(f"manifest {self.path} cannot be written: {error.strerror}") from None
 
 
-def planned(entry: Entry, **facts: Any) -> dict[str, Any]:
+def planned(entry: ManifestEntry, **facts: Any) -> dict[str, Any]:
     """The event that gives a clip its name."""
     return {
         "event": "planned",
@@ -138,10 +138,10 @@ def _parse(row: bytes) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-def _apply(event: dict[str, Any], entries: dict[str, Entry]) -> None:
+def _apply(event: dict[str, Any], entries: dict[str, ManifestEntry]) -> None:
     kind, key = event.get("event"), str(event.get("key"))
     if kind == "planned":
-        entries[key] = Entry(key, event["name"], event["line"], event["prompt"], event["seed"])
+        entries[key] = ManifestEntry(key, event["name"], event["line"], event["prompt"], event["seed"])
         entries[key].owns_name = bool(event.get("owns_name"))
         return
     entry = entries.get(key)

@@ -136,7 +136,7 @@ def rerun(
     Exit 0 when every pixel is the same, 1 when not.
     """
     from vmonarch_cli.cli.progress import RunProgress
-    from vmonarch_cli.clip.records import plan_again
+    from vmonarch_cli.clip.record import plan_again
     from vmonarch_cli.media.paths import ENDINGS, record_path
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.review.rerun import check_record, repeat

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.clip.records import read_record
+from vmonarch_cli.clip.record import read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.events import Event
 from vmonarch_cli.timing import ClipResult
@@ -55,7 +55,7 @@ def check_record(file: Path) -> dict[str, Any]:
 
 
 def repeat(plan: Any, record: dict[str, Any], on_event: Callable[[Event], None] = lambda event: None) -> Repetition:
-    """Run the plan of a record (see `records.plan_again`) and compare; raises as `run.generate` does."""
+    """Run the plan of a record (see `record.plan_again`) and compare; raises as `make.generate` does."""
     from vmonarch_cli.clip.make import generate
 
     (result,) = generate(plan, retry_dense=False, on_event=on_event)

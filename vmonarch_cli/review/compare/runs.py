@@ -50,7 +50,7 @@ def _default_preset(request: GenerateRequest) -> str:
 def run_comparison(
     plans: dict[str, Plan], on_event: Callable[[Event], None] = lambda event: None
 ) -> tuple[Comparison, list[ClipResult]]:
-    """Make the clips of `plan_comparison` and measure them; raises as `run.generate` does."""
+    """Make the clips of `plan_comparison` and measure them; raises as `make.generate` does."""
     from vmonarch_cli.clip.make import ClipMaker
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
