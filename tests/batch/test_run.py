@@ -401,7 +401,10 @@ def test_bad_lines_are_told_before_anything_happens(tiny_wan_folder: Path, tmp_p
     path.write_text("prompt,seed,preset\na,1,paper\nb,x,\nc,-4,papre\n")
     result = call(*flags(tiny_wan_folder, tmp_path / "out"), "--prompts-file", str(path))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {path} line 3: seed takes a whole number, got 'x'\n"
+    line_3, *line_4 = result.stderr.splitlines()
+    assert line_3 == f"error: {path} line 3: seed takes a whole number, got 'x'"
+    assert sorted(line.split(": ")[2][:22] for line in line_4) == ["seed takes a whole num", "there is no preset 'pa"]
+    assert all(line.startswith(f"error: {path} line 4: ") for line in line_4)
     path.write_text("prompt,seed,preset\na,1,paper\nc,-4,\nd,3,papre\n")
     result = call(*flags(tiny_wan_folder, tmp_path / "out"), "--prompts-file", str(path), "--json")
     assert [line.split(":")[1] for line in result.stderr.splitlines()] == [f" {path} line 3", f" {path} line 4"]

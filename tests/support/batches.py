@@ -43,7 +43,7 @@ def batch(
 ) -> Batch:
     """A batch opened in `folder`, as `generate --prompts-file` opens it."""
     asked = request(model, folder, **flags)
-    clips, _ = plan_clips(asked, parse_prompts(text.encode(), format, "prompts"), "prompts")
+    clips, _ = plan_clips(asked, parse_prompts(text.encode(), format, "prompts"))
     return open_batch(clips, batch_folder(asked), terms or Terms(overwrite=asked.overwrite), "prompts")
 
 

@@ -61,7 +61,7 @@ def plan_batch(request: GenerateRequest, flags: BatchFlags, rank: Rank) -> Batch
     if rank.world > 1 and flags.terms.again:
         raise InputError("--overwrite and --no-resume begin a batch again, which one process must do, not torchrun")
     request = on_own_device(request, rank)
-    clips, notes = plan_clips(request, read_prompts(flags.source, flags.format), flags.source)
+    clips, notes = plan_clips(request, read_prompts(flags.source, flags.format))
     notes = list(dict.fromkeys([*clips[0].plan.notes, *notes]))
     return BatchPlan(clips, batch_folder(request), flags.terms, flags.source, tuple(notes))
 
