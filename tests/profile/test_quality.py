@@ -24,6 +24,7 @@ from vmonarch_cli.profile.results import ChipPeak, QualityProfile, QualityRow
 from vmonarch_cli.profile.variants import SWEEPS, variants
 from vmonarch_kernels import dense_attention, monarch_attention
 from vmonarch_kernels.cost import monarch_flops
+from vmonarch_kernels.spec import Options
 
 TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "2", "--prompts", "2")
 
@@ -114,7 +115,7 @@ def test_operations_of_blocks() -> None:
     unit = 13 * 144 * 144 * 64 * 4
     assert block_flops((13, 12, 12), 4, 64, paper, 1) == monarch_flops((13, 12, 12), 4, 64)
     pairs = block_flops((13, 12, 12), 4, 64, paper, 2) - 4 * unit
-    assert pairs == monarch_flops((7, 24, 12), 4, 64, first_frame=False)
+    assert pairs == monarch_flops((7, 24, 12), 4, 64, options=Options(first_frame=False))
 
 
 # Runs

@@ -16,7 +16,7 @@ from vmonarch_cli.attention.sampling import DenseSample, sample_dense
 from vmonarch_cli.attention.warm import NEGATIVE, CallKey, WarmState
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage, StepAttention
-from vmonarch_kernels import monarch_attention, resolve_impl
+from vmonarch_kernels import Inputs, Options, attend, resolve_impl
 from vmonarch_kernels.cost import band_with_refresh, is_exact
 
 PRESET_IS_DENSE = "preset is dense"
@@ -342,19 +342,15 @@ class AttentionSession:
         # When the band covers every frame there is no L, and nothing to keep.
         inexact = not is_exact(grid[0], band)
         l_prev, keeps = warm.factor(key, grid, q) if preset.warm_start and inexact else (None, False)
-        options: dict[str, Any] = {
-            "num_steps": preset.num_steps if l_prev is None else 1,
-            "c_floor": preset.c_floor,
-            "first_frame": preset.first_frame,
-            "band": band,
-            "impl": self._impl,
-            "l_prev": l_prev,
-            "return_l": keeps,
-        }
+        extra = None
         video = (q, k, v)
         if text is not None:
-            options["extra"] = text_entry(q, k, v, text)
+            extra = text_entry(q, k, v, text)
             video = (text.split(q)[0], text.split(k)[0], text.split(v)[0])
+        num_steps = preset.num_steps if l_prev is None else 1
+        inputs = Inputs(*video, grid, l_prev, extra)
+        options = Options(num_steps, preset.c_floor, preset.first_frame, band)
+        run: dict[str, Any] = {"impl": self._impl, "return_l": keeps}
         if preset.refresh and inexact:
             steps_left = None if step.total is None else step.total - step.index
             residual, leads = warm.residual(
@@ -362,12 +358,11 @@ class AttentionSession:
             )
             if leads:
                 turns_for = forwards if preset.shared_refresh else 1
-                result = residual.attention(*video, grid, preset.refresh, forwards=turns_for, **options)
+                out, factor = residual.attention(inputs, options, preset.refresh, forwards=turns_for, **run)
             else:
-                result = residual.corrected(*video, grid, **options)
+                out, factor = residual.attention_without_turns(inputs, options, **run)
         else:
-            result = monarch_attention(*video, grid, **options)
-        out, factor = result if isinstance(result, tuple) else (result, None)
+            out, factor = attend(inputs, options, **run)
         if factor is not None:
             warm.put(key, grid, factor, l_prev, follow=forwards > 1)
         return out if text is None else text.join(out, text_rows(q, k, v, text))

@@ -21,7 +21,8 @@ from vmonarch_cli.plan import checks
 from vmonarch_cli.plan import setup as setup_checks
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
-from vmonarch_kernels.cost import dense_flops, monarch_flops, residual_bytes, warm_state_bytes
+from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
+from vmonarch_kernels.spec import Options
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
@@ -274,9 +275,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
             grid,
             model.heads,
             model.head_dim,
-            num_steps=1 if warm else preset.num_steps,
-            first_frame=preset.first_frame,
-            band=preset.band,
+            options=Options(1 if warm else preset.num_steps, preset.c_floor, preset.first_frame, preset.band),
             warm=warm,
             refresh=preset.refresh,
         )
@@ -309,7 +308,7 @@ def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float
         return 0
     layers = max(0, model.layers - preset.dense_layers)
     branches = branches_of(model, guidance_scale)
-    call = warm_state_bytes(grid, model.heads) * branches if preset.warm_start else 0
+    call = l_bytes(grid, model.heads) * branches if preset.warm_start else 0
     if preset.refresh:
         call += residual_bytes(grid, model.heads, model.head_dim) * (1 if preset.shared_refresh else branches)
     return call * layers

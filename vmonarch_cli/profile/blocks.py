@@ -19,6 +19,7 @@ from torch import Tensor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_kernels import dense_attention
 from vmonarch_kernels.cost import monarch_flops
+from vmonarch_kernels.spec import Options
 
 Grid = tuple[int, int, int]
 _SCORES = 1 << 26  # entries of R held at once: 256 MiB
@@ -106,5 +107,5 @@ def block_flops(grid: Grid, heads: int, head_dim: int, preset: Any, frames_per_b
     frames, positions = grid[0], grid[1] * grid[2]
     blocks = -(-frames // frames_per_block)
     shape = (blocks, frames_per_block * positions, 1)
-    work = monarch_flops(shape, heads, head_dim, num_steps=preset.num_steps, first_frame=False, band=None)
+    work = monarch_flops(shape, heads, head_dim, options=Options(preset.num_steps, first_frame=False))
     return work + (4 * positions * frames * positions * head_dim * heads if preset.first_frame else 0)

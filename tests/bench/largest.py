@@ -1,6 +1,6 @@
 """Find the longest clip whose denoising step fits the GPU: one structured forward per length, random weights.
 
-    python kernels/bench/largest.py --model wan2.1-14b --size 1280x720 --card 79 --frames 81 --frames 401 --json x.json
+    python tests/bench/largest.py --model wan2.1-14b --size 1280x720 --card 79 --frames 81 --frames 401 --json x.json
 
 Stops at the first length that does not fit. The time leaves out the first calls, which compile kernels; the peak is
 the allocator's, weights included. `--card` stands for a smaller GPU than the one that is there.
@@ -73,7 +73,7 @@ def main() -> None:
         "dtype": "bfloat16",
         "card_gib": args.card,
     }
-    recorder = Recorder("largest", str(args.json), this_machine(device), settings, "python kernels/bench/largest.py")
+    recorder = Recorder("largest", str(args.json), this_machine(device), settings, "python tests/bench/largest.py")
     lengths: list[dict[str, Any]] = []
     for frames in args.frames:
         lengths.append(measure(entry, transformer, (width, height), frames, args.preset))
