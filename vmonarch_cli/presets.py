@@ -82,9 +82,9 @@ FIELD_DOCS: dict[str, FieldDoc] = {
         "Key frames on each side of a query's frame that are attended exactly; 0 is the own frame alone.",
     ),
     "refresh": FieldDoc(
-        "latent frames per step",
+        "latent frames per forward",
         f"a number from 0 to {MAX_BAND_FRAMES}",
-        "Query frames recomputed exactly in a denoising step on the mean, in turn, the first turns early in the clip; "
+        "Query frames recomputed exactly in each forward on average, in turn, the first turns early in the clip; "
         "what that changed is kept, in 8 bits, and corrects the frame until its next turn.",
     ),
     "shared_refresh": FieldDoc(

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vmonarch_cli.batch.clips import PlannedClip, in_running_order, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms
+from vmonarch_cli.batch.lines import Line, Prompts
 from vmonarch_cli.batch.manifest import happened
-from vmonarch_cli.batch.prompts import Line, Prompts
 from vmonarch_cli.errors import InputError, InputErrors, OutputError
 
 HOSTILE = [

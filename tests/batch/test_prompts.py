@@ -13,7 +13,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vmonarch_cli.batch.prompts import FORMATS, LINE_FIELDS, Line, parse_prompts, read_prompts
+from vmonarch_cli.batch.lines import LINE_FIELDS, Line
+from vmonarch_cli.batch.prompts import FORMATS, parse_prompts, read_prompts
 from vmonarch_cli.errors import InputError, InputErrors
 
 

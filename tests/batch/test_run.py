@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import batch, frames, request, tree, whole
+from batches import batch, frames, machine_of, request, tree, whole
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.batch.claims import Claims
@@ -30,6 +30,7 @@ from vmonarch_cli.errors import NonFiniteError, OutputError
 from vmonarch_cli.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
 from vmonarch_cli.media import write as video
 from vmonarch_cli.media.paths import latents_path
+from vmonarch_cli.pipeline.preflight import check_machine
 
 THREE = "red\nblue\na circle\n"
 NAMES = ["red-s0", "blue-s0", "a-circle-s0"]
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make(opened: Batch, events: list[Any] | None = None, **limits: Any) -> dict[str, ManifestEntry]:
     seen: list[BatchEvent] = [] if events is None else events
-    return run_batch(opened, Limits(**limits), Interrupts(), on_event=seen.append)
+    return run_batch(opened, machine_of(opened), Limits(**limits), Interrupts(), on_event=seen.append)
 
 
 def status(folder: Path) -> dict[str, str]:
@@ -89,7 +90,8 @@ def test_a_batch_is_what_single_runs_make(tiny_wan_folder: Path, tmp_path: Path)
     assert {event.clip for event in events if isinstance(event, StepDone | Decoding)} == set(range(6))
 
     alone = request(tiny_wan_folder, tmp_path / "alone.mp4", prompt="blue", seed=1)
-    (result,) = run.generate(resolve(alone))
+    plan = resolve(alone)
+    (result,) = run.generate(plan, check_machine(plan))
     assert np.array_equal(frames(result.path), frames(tmp_path / "out" / "blue-s1.mp4"))
     record = json.loads((tmp_path / "out" / "blue-s1.json").read_text())
     assert (record["prompt"], record["seed"], record["clip"], record["retries"]) == ("blue", 1, "blue-s1.mp4", [])
@@ -314,8 +316,9 @@ def test_a_signal_drops_the_step_or_finishes_the_clip(
         if isinstance(event, when) and event.clip == 1:
             signal.raise_signal(number)
 
+    opened = batch(tiny_wan_folder, tmp_path, THREE)
     with stoppable() as interrupts, pytest.raises(Interrupted) as caught:
-        run_batch(batch(tiny_wan_folder, tmp_path, THREE), Limits(), interrupts, on_event=stop)
+        run_batch(opened, machine_of(opened), Limits(), interrupts, on_event=stop)
     assert caught.value.exit_code == code
     expected = ["done", "planned", "planned"] if when is StepDone else ["done", "done", "planned"]
     assert list(status(tmp_path).values()) == expected
@@ -329,7 +332,8 @@ def test_a_signal_drops_the_step_or_finishes_the_clip(
 
 def _work(model: str, folder: str, queue: Any) -> None:
     torch.set_num_threads(1)
-    entries = run_batch(batch(Path(model), Path(folder)), Limits(), Interrupts())
+    opened = batch(Path(model), Path(folder))
+    entries = run_batch(opened, machine_of(opened), Limits(), Interrupts())
     queue.put([entry.status for entry in entries.values()])
 
 
@@ -363,7 +367,7 @@ def test_a_clip_of_another_process_is_waited_for_and_taken_over(tiny_wan_folder:
                 assert list(status(tmp_path).values()) == ["done", "planned", "done"]
                 claim.__exit__()
 
-        run_batch(opened, Limits(), Interrupts(), on_event=on_event)
+        run_batch(opened, machine_of(opened), Limits(), Interrupts(), on_event=on_event)
     assert tree(tmp_path) == whole(NAMES)
     assert waited == [WaitingForOthers(1, (f"process {os.getpid()} on {os.uname().nodename}",))]
 
@@ -456,7 +460,7 @@ def test_torchrun_gives_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatc
     from vmonarch_cli.batch.worker import on_own_device
     from vmonarch_cli.errors import InputError
     from vmonarch_cli.machine.torchrun import Rank, read_rank
-    from vmonarch_cli.plan.resolve import GenerateRequest
+    from vmonarch_cli.plan.request import GenerateRequest
 
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)

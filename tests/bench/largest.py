@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents

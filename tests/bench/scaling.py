@@ -29,8 +29,8 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.pipeline import context_parallel as distributed
 from vmonarch_cli.pipeline.device import dtype_name, own_device
 from vmonarch_cli.presets import Preset, load_preset

@@ -8,7 +8,9 @@ import pytest
 import records
 
 from vmonarch_cli.clip.record import plan_again
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 
 
 def plan_for(tmp_path: Path, model: str, **flags: object) -> Plan:

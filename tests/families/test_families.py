@@ -19,7 +19,8 @@ from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.pipeline import call as pipelines
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import GenerateRequest, resolve
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage
 

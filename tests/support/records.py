@@ -12,7 +12,7 @@ from vmonarch_cli.clip.latents import Denoised
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.media.paths import record_path
 from vmonarch_cli.media.write import write_record
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
 
 

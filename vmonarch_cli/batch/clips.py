@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.batch.faults import Faults
+from vmonarch_cli.batch.lines import PRESET_FIELD, Line, Prompts
 from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, exists, folded, plain_name
-from vmonarch_cli.batch.prompts import PRESET_FIELD, STDIN, Line, Prompts
+from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, slug
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.text import shown
 
 LINE = "prompts file"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmonarch_cli.batch.prompts import Prompts, located
+from vmonarch_cli.batch.lines import Prompts, located
 from vmonarch_cli.errors import InputErrors
 
 _MOST_NUMBERS = 10

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vmonarch_cli.batch.prompts import Reader, field_name, is_field, unknown_field
+from vmonarch_cli.batch.lines import Reader, field_name, is_field, unknown_field
 from vmonarch_cli.batch.values import Pairs, Written, words
 
 _LONGEST_NUMBER = 40

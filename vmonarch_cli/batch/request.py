@@ -11,7 +11,7 @@ from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.batch.worker import on_own_device
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import Rank
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,3 @@ def plan_batch(request: GenerateRequest, flags: BatchFlags, rank: Rank) -> Batch
     clips, notes = plan_clips(request, read_prompts(flags.source, flags.format))
     notes = list(dict.fromkeys([*clips[0].plan.notes, *notes]))
     return BatchPlan(clips, batch_folder(request), flags.terms, flags.source, tuple(notes))
-
-
-def check_machine_of(batch: BatchPlan) -> None:
-    """Check every kind of clip once: device, implementation and memory, before the folder is touched."""
-    from vmonarch_cli.pipeline.preflight import check_machine
-
-    kinds = {
-        (clip.plan.height, clip.plan.width, clip.plan.num_frames, clip.plan.preset): clip.plan for clip in batch.clips
-    }
-    for plan in kinds.values():
-        check_machine(plan)

@@ -27,6 +27,7 @@ from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, Outpu
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.text import first_line
 
 OnEvent = Callable[[BatchEvent], None]
@@ -42,16 +43,22 @@ class Limits:
 
 
 def run_batch(
-    batch: Batch, limits: Limits, interrupts: Interrupts, *, on_event: OnEvent = lambda event: None
+    batch: Batch,
+    machine: Machine,
+    limits: Limits,
+    interrupts: Interrupts,
+    *,
+    on_event: OnEvent = lambda event: None,
 ) -> dict[str, ManifestEntry]:
     """Make every clip that is due; the manifest's entries of the batch when none is left to make.
 
-    The model is loaded when the first clip needs it. A clip that another process is making is waited for, and
-    made here should that process die. Raises OutputError when something cannot be written (with exit code 1),
-    DeviceError when the GPU fails, ModelError when the model does not load, Interrupted; nothing is half-written then.
+    `machine`: what preflight decided for all its clips. The model is loaded when the first clip needs it. A clip that
+    another process is making is waited for, and made here should that process die. Raises OutputError when something
+    cannot be written (with exit code 1), DeviceError when the GPU fails, ModelError when the model does not load,
+    Interrupted; nothing is half-written then.
     """
     with Claims(batch.folder) as claims:
-        run = _BatchRun(batch, limits, interrupts, claims, on_event)
+        run = _BatchRun(batch, machine, limits, interrupts, claims, on_event)
         try:
             run.all()
         except OutputError as error:
@@ -63,8 +70,17 @@ def run_batch(
 
 
 class _BatchRun:
-    def __init__(self, batch: Batch, limits: Limits, interrupts: Interrupts, claims: Claims, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        machine: Machine,
+        limits: Limits,
+        interrupts: Interrupts,
+        claims: Claims,
+        on_event: OnEvent,
+    ) -> None:
         self._batch = batch
+        self._machine = machine
         self._limits = limits
         self._interrupts = interrupts
         self._claims = claims
@@ -177,7 +193,9 @@ class _BatchRun:
         if self._maker is None or self._with_image != with_image:
             self._maker = None  # the pipeline before goes first: both may not fit
             self._with_image = with_image
-            self._maker = ClipMaker(clip.plan, retry_dense=self._limits.retry_dense, on_event=self._relay)
+            self._maker = ClipMaker(
+                clip.plan, self._machine, retry_dense=self._limits.retry_dense, on_event=self._relay
+            )
         return self._maker
 
     def _note(self, event: str, clip: PlannedClip, **facts: object) -> None:

@@ -14,14 +14,15 @@ from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.prompts import FORMATS
 from vmonarch_cli.batch.request import BatchFlags as BatchFlags
-from vmonarch_cli.batch.request import BatchPlan, check_machine_of, plan_batch
+from vmonarch_cli.batch.request import BatchPlan, plan_batch
 from vmonarch_cli.batch.worker import leave_group
 from vmonarch_cli.cli.batch_tables import batch_json, batch_table, clip_line, failure_table, failures, standing
 from vmonarch_cli.cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
 from vmonarch_cli.machine.torchrun import Rank, read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
 BATCH = "Batch"
@@ -82,12 +83,20 @@ def run_prompts_file(
     if dry_run:
         _show_dry_run(planned.open(dry=True), as_json, quiet)
         return
-    check_machine_of(planned)
-    _run(planned.open(), flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
+    machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
+    _run(planned.open(), machine, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
 
 
 def _run(
-    batch: Batch, flags: BatchFlags, rank: Rank, errors: Console, *, as_json: bool, silent: bool, debug: bool
+    batch: Batch,
+    machine: Machine,
+    flags: BatchFlags,
+    rank: Rank,
+    errors: Console,
+    *,
+    as_json: bool,
+    silent: bool,
+    debug: bool,
 ) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
@@ -115,7 +124,7 @@ def _run(
 
         try:
             limits = Limits(flags.retry_dense, flags.max_failures)
-            entries = run_batch(batch, limits, interrupts, on_event=on_event)
+            entries = run_batch(batch, machine, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
             if not silent:
                 entries = batch.manifest.read()

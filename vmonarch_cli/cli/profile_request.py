@@ -10,7 +10,8 @@ from vmonarch_cli.demo.captions import plain_caption
 from vmonarch_cli.demo.score import held_out_specs
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.registry import DEMO_ALIAS, ENTRIES, find_model
+from vmonarch_cli.models.catalogue import ENTRIES
+from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import checks
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.forward import FORWARDS

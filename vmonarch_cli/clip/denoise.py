@@ -10,7 +10,7 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.pipeline.call import Embeddings, call, takes_callback
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
 
 

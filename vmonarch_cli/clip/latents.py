@@ -19,7 +19,7 @@ from safetensors.torch import save
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.write import atomic
 from vmonarch_cli.models.base import Grid
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
 
 _SCHEMA = "1"

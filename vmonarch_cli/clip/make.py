@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from vmonarch_cli.clip.denoise import denoise
 from vmonarch_cli.clip.latents import Denoised, save_latents
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
-from vmonarch_cli.errors import DeviceError, ModelError, NonFiniteError
+from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.events import (
     ClipDone,
     ClipStarted,
@@ -30,13 +31,14 @@ from vmonarch_cli.events import (
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import write_clip, write_record
-from vmonarch_cli.pipeline import context_parallel, offload
+from vmonarch_cli.pipeline import context_parallel
 from vmonarch_cli.pipeline.call import Frames, decode, encode
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
-from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
-from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.device import DTYPES
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -45,6 +47,7 @@ OnEvent = Callable[[Event], None]
 
 def generate(
     plan: Plan,
+    machine: Machine,
     *,
     retry_dense: bool = True,
     finishing: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -52,13 +55,13 @@ def generate(
 ) -> list[ClipResult]:
     """Make every clip of a plan and its record; clip i has seed ``plan.seed + i`` and does not depend on the others.
 
-    Latents are saved beside the clip before they are decoded and removed when the clip is written. `finishing` is
-    around what an interrupt should not cut short.
-    Raises DeviceError and ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not
-    written, the clips before it are), OutputError when a file cannot be written.
+    `machine`: what preflight decided for the plan. Latents are saved beside the clip before they are decoded, and
+    removed when the clip is written. `finishing` is around what an interrupt should not cut short.
+    Raises ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not written, the clips
+    before it are), OutputError when a file cannot be written.
     """
     context_parallel.check_tokens(plan.tokens)
-    maker = ClipMaker(plan, retry_dense=retry_dense, on_event=on_event, share_clip=True)
+    maker = ClipMaker(plan, machine, retry_dense=retry_dense, on_event=on_event, share_clip=True)
     results = []
     for index in range(plan.num_videos):
         path = latents_path(plan.outputs[index])
@@ -83,13 +86,14 @@ class ClipMaker:
     def __init__(
         self,
         plan: Plan,
+        machine: Machine,
         *,
         retry_dense: bool = True,
         on_event: OnEvent = lambda event: None,
         share_clip: bool = False,
         to_decode: bool = False,
     ) -> None:
-        """Load the plan's model.
+        """Load the plan's model where the machine has it.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
         torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
@@ -97,35 +101,37 @@ class ClipMaker:
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
-        self._device = pick_device(plan.device)
-        self._dtype = pick_dtype(plan.dtype, self._device)
+        self._machine = machine
+        self._device = torch.device(machine.device)
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
-        # A decoder alone fits wherever any mode of the whole model does.
-        mode = "none" if to_decode else offload.mode_for(plan, self._device, self._dtype)[0]
-        self._pipeline = load_pipeline(
-            plan.model_source,
-            device=self._device,
-            dtype=self._dtype,
-            revision=plan.revision,
-            setup=plan.setup,
-            offload_mode=mode,
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-            share_clip=share_clip,
-            to_decode=to_decode,
-        )
+        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
-        impl = None if to_decode else self._resolve_impl(plan)
+        impl = None if to_decode else machine.impl_of(plan.preset)
         loaded_s = time.perf_counter() - began
-        on_event(ModelLoaded(plan.model_source, loaded_s, device_name(self._device), dtype_name(self._dtype), impl))
+        on_event(ModelLoaded(plan.model_source, loaded_s, machine.device_name, machine.dtype, impl))
 
-    def _resolve_impl(self, plan: Plan) -> str:
-        with self._swapped(plan, plan.preset) as session:
-            try:
-                return session.resolve_impl(self._device, self._dtype, plan.model.head_dim)
-            except ValueError as error:  # ImplUnavailable, whose message is one sentence
-                raise DeviceError(str(error)) from None
+    def _load(self, plan: Plan, share_clip: bool) -> Any:
+        return load_pipeline(
+            plan.model_source,
+            device=self._device,
+            dtype=DTYPES[self._machine.dtype],
+            revision=plan.revision,
+            setup=plan.setup.model_copy(update={"offload": self._machine.offload}),
+            image_pipeline=plan.model.image_pipeline if plan.image else None,
+            share_clip=share_clip,
+        )
+
+    def _load_decoder(self, plan: Plan) -> Any:
+        return load_decoder(
+            plan.model_source,
+            device=self._device,
+            dtype=DTYPES[self._machine.dtype],
+            revision=plan.revision,
+            vae_tiling=plan.setup.vae_tiling,
+            image_pipeline=plan.model.image_pipeline if plan.image else None,
+        )
 
     def denoise(self, plan: Plan, index: int) -> Denoised:
         """Latents of clip `index` of the plan.
@@ -225,7 +231,7 @@ class ClipMaker:
             except torch.OutOfMemoryError:
                 raise ModelError(
                     f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
-                    f"{device_name(self._device)}: choose a smaller size or fewer frames"
+                    f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
             return Denoised(
                 latents=latents,
@@ -243,10 +249,10 @@ class ClipMaker:
                 skipped_calls=session.skipped_calls,
                 device={
                     "type": str(self._device),
-                    "name": device_name(self._device),
+                    "name": self._machine.device_name,
                     "threads": torch.get_num_threads(),
                 },
-                dtype=dtype_name(self._dtype),
+                dtype=self._machine.dtype,
             )
 
     @contextmanager

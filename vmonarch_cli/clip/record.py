@@ -11,7 +11,10 @@ from vmonarch_cli.errors import InputError, PresetError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.write import frames_hash
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, branches_of, count_flops, resolve
+from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
 

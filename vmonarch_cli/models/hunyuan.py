@@ -119,7 +119,7 @@ def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[st
 _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _TEXT_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
-_CACHES_15 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+_CACHES_15 = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
     PipelineFacts(
@@ -170,7 +170,7 @@ PIPELINES = (
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
     """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
 
-    Of its layers, a third has apart and two thirds have common projections of video and text.
+    A third of its layers project video and text separately, two thirds together.
     """
     return {
         "in_channels": entry.latent_channels,

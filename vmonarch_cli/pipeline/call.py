@@ -15,7 +15,7 @@ import torch
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.families.wan_vae import decode_raw, is_plain
 from vmonarch_cli.models.base import PipelineFacts
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES
 
 Frames = npt.NDArray[np.uint8]
 Embeddings = dict[str, Any]

@@ -60,7 +60,7 @@ def split(pipeline: Any, device: torch.device) -> None:
 def _plan_of(transformer: Any) -> dict[str, Any]:
     """Which tensors are split by tokens, as diffusers says; for LTX-Video without its text.
 
-    In diffusers 0.42 the plan of LTX-Video splits the text, too, and fails: the mask of the text has all heads where
+    In diffusers 0.42 the plan of LTX-Video also splits the text, and fails: the mask of the text has all heads, and
     each process has a part of them. The timesteps are one for each token when a clip continues a first frame.
     """
     plan: dict[str, Any] = dict(transformer._cp_plan)

@@ -14,7 +14,7 @@ from vmonarch_cli.attention import op
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES, MonarchProcessor
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.presets import Preset
 
 

@@ -19,7 +19,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.pipeline.call import decode
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.resolve import count_flops
+from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import BlockAttention, block_flops
 from vmonarch_cli.profile.kernel import OnWork
