@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,6 @@ from vmonarch_cli.clip import make as run
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts
 from vmonarch_cli.errors import NonFiniteError, OutputError
 from vmonarch_cli.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
-from vmonarch_cli.media import write as video
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.preflight import check_machine
 
@@ -247,7 +247,7 @@ def test_a_full_disk_stops_the_batch_and_leaves_nothing_half_written(
         if moment == "latents":
             patch.setattr(Path, "write_bytes", fail_second(Path.write_bytes))
         elif moment == "clip":
-            patch.setattr(video, "_write_mp4", fail_second(video._write_mp4))
+            patch.setattr("imageio.v2.get_writer", fail_second(imageio.get_writer))
         elif moment == "record":
             patch.setattr(Path, "write_text", fail_second(Path.write_text))
         else:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.write import atomic
+from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.base import Grid
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
