@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.progress import RunProgress
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -34,7 +35,7 @@ def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[An
             bar._bar.refresh()
 
     with bar:
-        fakes.generate(plan, on_event=refresh)
+        fakes.generate(plan, Machine("cpu", "CPU", "float32", "torch"), on_event=refresh)
     return stream.getvalue(), clips
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,17 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.clips import Clip, batch_folder, plan_clips
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
-from vmonarch_cli.batch.folder import Batch, Terms, open_batch
-from vmonarch_cli.batch.prompts import FORMATS, read_prompts
-from vmonarch_cli.batch.worker import leave_group, on_own_device
+from vmonarch_cli.batch.folder import Batch
+from vmonarch_cli.batch.prompts import FORMATS
+from vmonarch_cli.batch.request import BatchFlags, BatchPlan, plan_batch
+from vmonarch_cli.batch.worker import leave_group
 from vmonarch_cli.cli import batch_tables as report
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
-from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
+from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
 from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
@@ -69,7 +69,7 @@ RetryDense = Annotated[
 
 
 @dataclass(frozen=True)
-class PlannedBatchFlags:
+class PlannedBatchOptions:
     """The flags of a batch that decide what is to be made."""
 
     prompts_file: PromptsFile = None
@@ -79,36 +79,43 @@ class PlannedBatchFlags:
 
 
 @dataclass(frozen=True)
-class BatchFlags(PlannedBatchFlags):
+class BatchOptions(PlannedBatchOptions):
     """Every flag that only a batch has."""
 
     max_failures: MaxFailures = None
     retry_dense: RetryDense = True
 
+    def flags(self, overwrite: bool) -> BatchFlags:
+        """The same for the batch itself."""
+        return BatchFlags(
+            source=self.prompts_file or "",
+            format=self.prompts_format,
+            resume=self.resume,
+            retry_failed=self.retry_failed,
+            max_failures=self.max_failures,
+            retry_dense=self.retry_dense,
+            overwrite=overwrite,
+        )
 
-def run_prompts_file(request: GenerateRequest, flags: BatchFlags, shown: Shown, *, dry_run: bool, debug: bool) -> None:
+
+def run_prompts_file(
+    request: GenerateRequest, options: BatchOptions, shown: Shown, *, dry_run: bool, debug: bool
+) -> None:
     """Plan a batch and make it, or with `dry_run` show it. Exits with 1 when a clip failed or was left unmade."""
-    source = flags.prompts_file or ""
-    if flags.max_failures is not None and flags.max_failures < 1:
-        raise InputError(f"--max-failures takes a whole number from 1 up, got {flags.max_failures}")
     rank = read_rank()
     leave_group()
-    terms = Terms(flags.resume, request.overwrite, flags.retry_failed)
-    if rank.world > 1 and terms.again:
-        raise InputError("--overwrite and --no-resume begin a batch again, which one process must do, not torchrun")
-    request = on_own_device(request, rank)
-    clips, notes = plan_clips(request, read_prompts(source, flags.prompts_format), source)
+    flags = options.flags(request.overwrite)
+    planned = plan_batch(request, flags, rank)
     out = shown.output(main=rank.is_main)
-    _tell_notes(clips, notes, out)
-    folder = batch_folder(request)
+    _tell_notes(planned, out)
     if dry_run:
-        _show_plan(open_batch(clips, folder, terms, source, dry=True), out)
+        _show_plan(planned.open(dry=True), out)
         return
-    _check_machine(clips)
-    _run(open_batch(clips, folder, terms, source), flags, out, again=terms.again, debug=debug)
+    machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
+    _run(planned.open(), machine, flags, out, debug=debug)
 
 
-def _run(batch: Batch, flags: BatchFlags, out: Output, *, again: bool, debug: bool) -> None:
+def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.plan.history import remember
@@ -133,11 +140,11 @@ def _run(batch: Batch, flags: BatchFlags, out: Output, *, again: bool, debug: bo
 
         try:
             limits = Limits(flags.retry_dense, flags.max_failures)
-            entries = run_batch(batch, limits, interrupts, on_event=on_event)
+            entries = run_batch(batch, machine, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
             if not out.silent:
                 out.tell(report.standing(batch, batch.manifest.read()))
-                without = " (without --overwrite or --no-resume)" if again else ""
+                without = " (without --overwrite or --no-resume)" if flags.terms.again else ""
                 out.tell(f"the same command{without} goes on from here")
             raise typer.Exit(stop.exit_code) from None
     if out.main:
@@ -182,21 +189,12 @@ def _show_plan(batch: Batch, out: Output) -> None:
         out.say(report.standing(batch, batch.before))
 
 
-def _tell_notes(clips: Sequence[Clip], notes: Sequence[str], out: Output) -> None:
-    found = [f"line {clip.line}: {sentence}" for clip in clips for sentence in clip.plan.warnings]
-    out.note(*clips[0].plan.notes, *notes)
+def _tell_notes(planned: BatchPlan, out: Output) -> None:
+    found = planned.warnings
+    out.note(*planned.notes)
     out.warn(*found[:_MAX_WARNINGS])
     if len(found) > _MAX_WARNINGS:
         out.warn(f"and {len(found) - _MAX_WARNINGS} more like these")
-
-
-def _check_machine(clips: Sequence[Clip]) -> None:
-    """Every kind of clip once: device, implementation and memory, before the folder is touched."""
-    from vmonarch_cli.pipeline.preflight import check_machine
-
-    kinds = {(clip.plan.height, clip.plan.width, clip.plan.num_frames, clip.plan.preset): clip for clip in clips}
-    for clip in kinds.values():
-        check_machine(clip.plan)
 
 
 @takes_request()

@@ -22,15 +22,15 @@ from vmonarch_cli.timing import ClipResult
 def generate(
     request: GenerateRequest,
     shown: Shown,
-    flags: batch.BatchFlags,
+    options: batch.BatchOptions,
     dry_run: Annotated[
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
-    if flags.prompts_file is not None:
-        batch.run_prompts_file(request, flags, shown, dry_run=dry_run, debug=debug)
+    if options.prompts_file is not None:
+        batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
         return
     out = shown.output(main=read_rank().is_main)
     resolved = resolve(request)
@@ -38,7 +38,7 @@ def generate(
     if dry_run:
         plan.show_plan(resolved, out)
     else:
-        _run(resolved, out, flags.retry_dense)
+        _run(resolved, out, options.retry_dense)
 
 
 def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
@@ -61,7 +61,9 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     progress = RunProgress(out, on_clip)
     try:
         with stoppable() as interrupts, progress:
-            results = run_generate(resolved, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress)
+            results = run_generate(
+                resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress
+            )
     except BaseException as error:
         _name_saved_latents(resolved, out)
         if isinstance(error, Interrupted):

@@ -18,15 +18,15 @@ from vmonarch_cli.plan.resolve import resolve
 def plan(
     request: GenerateRequest,
     shown: Shown,
-    flags: batch.PlannedBatchFlags,
+    options: batch.PlannedBatchOptions,
     debug: Debug = False,
 ) -> None:
     """Print what `generate` would do with the same flags: settings and their origins, tokens, FLOPs, memory, time.
 
     No weight is loaded and nothing is written.
     """
-    if flags.prompts_file is not None:
-        batch.run_prompts_file(request, batch.BatchFlags(**vars(flags)), shown, dry_run=True, debug=debug)
+    if options.prompts_file is not None:
+        batch.run_prompts_file(request, batch.BatchOptions(**vars(options)), shown, dry_run=True, debug=debug)
         return
     out = shown.output(main=read_rank().is_main)
     resolved = resolve(request)
