@@ -12,7 +12,7 @@ def near(word: str, known: Iterable[str], cutoff: float = 0.5, names: Mapping[st
 
     names: what to call a known word, where that is not the word itself; each name is given once.
     """
-    close = difflib.get_close_matches(word.lower(), list(known), n=6, cutoff=cutoff)
+    close = difflib.get_close_matches(word[:100].lower(), list(known), n=6, cutoff=cutoff)
     words = list(dict.fromkeys(names[match] if names else match for match in close))[:3]
     return f" (did you mean {' or '.join(words)}?)" if words else ""
 
