@@ -24,7 +24,7 @@ from vmonarch_cli.plan import history as timings
 from vmonarch_cli.plan.resolve import GenerateRequest, resolve
 from vmonarch_cli.profile.results import ModelProfile, Spread, StepRow
 from vmonarch_cli.review.gallery import write_gallery
-from vmonarch_cli.review.webpage import text
+from vmonarch_cli.review.webpage import PAGES
 
 HOSTILE = (
     "</p><script>alert(1)</script>",
@@ -110,8 +110,9 @@ def test_a_damaged_clip_does_not_cost_the_gallery(batch: Path) -> None:
 
 
 def test_text_cannot_become_markup() -> None:
-    assert text('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
-    assert text("a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
+    shown = PAGES.from_string("{{ value }}")
+    assert shown.render(value='<a href="x">&\'') == "&lt;a href=&#34;x&#34;&gt;&amp;&#39;"
+    assert shown.render(value="a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
 
 
 # Rerun

@@ -43,14 +43,17 @@ def write_gallery(folder: Path) -> Path:
         raise InputError(f"{folder} holds no clip with a record beside it, as vmonarch writes them")
     with ThreadPoolExecutor(_READERS) as pool:  # ffmpeg decodes in processes of its own
         posters = list(pool.map(_poster, entries))
-    cards = [_card(entry, poster, folder) for entry, poster in zip(entries, posters, strict=True)]
     name = folder.resolve().name or str(folder)
     clips = "1 clip" if len(entries) == 1 else f"{len(entries)} clips"
-    body = f"<h1>{webpage.text(name)}</h1>\n<p class='dim'>{clips} · {webpage.text(_common(entries))}</p>\n"
-    body += f'<div class="cards" style="margin-top:24px">\n{"".join(cards)}</div>'
+    page = webpage.render(
+        "gallery.html",
+        name=name,
+        subtitle=f"{clips} · {_common(entries)}",
+        cards=[_card(entry, poster, folder) for entry, poster in zip(entries, posters, strict=True)],
+    )
     path = folder / INDEX
     with atomic(path, overwrite=True) as temporary:
-        temporary.write_text(webpage.page(f"{name} · vmonarch", body), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
@@ -73,32 +76,25 @@ def find_clips(folder: Path) -> list[Entry]:
     return [entry for _, _, entry in sorted(entries, key=lambda found: found[:2])]
 
 
-def _card(entry: Entry, poster: str | None, folder: Path) -> str:
-    link = webpage.text(_link(entry.clip, folder))
-    record = entry.record
-    return (
-        f'<article class="card">{_media(entry, link, poster)}<div class="body">'
-        f'<p class="prompt">{webpage.text(record["prompt"])}</p>{webpage.facts(_figures(record))}'
-        f'<details class="small"><summary>settings</summary>{webpage.facts(_settings(record))}</details>'
-        f'<p class="small" style="margin:10px 0 0"><a href="{link}">{webpage.text(entry.clip.name)}</a> · '
-        f'<a href="{webpage.text(_link(entry.record_file, folder))}">record</a></p></div></article>\n'
-    )
-
-
-def _media(entry: Entry, link: str, poster: str | None) -> str:
-    alt = webpage.text(str(entry.record["prompt"])[:200])
+def _card(entry: Entry, poster: str | None, folder: Path) -> dict[str, Any]:
+    """What the template shows of a clip."""
     size = entry.record["frames"]
-    shape = f'width="{int(size["width"])}" height="{int(size["height"])}"'
-    if entry.clip.suffix.lower() == ".mp4":
-        still = f' poster="{poster}"' if poster else ""
-        preload = "none" if poster else "metadata"
-        return f'<video controls loop muted playsinline preload="{preload}" {shape}{still} src="{link}"></video>'
-    if entry.clip.suffix.lower() == ".gif":
-        return f'<img loading="lazy" {shape} alt="{alt}" src="{link}">'
-    return f'<a href="{link}/"><img {shape} alt="{alt}" src="{poster}"></a>' if poster else ""
+    return {
+        "kind": {".mp4": "video", ".gif": "image"}.get(entry.clip.suffix.lower(), "folder"),
+        "name": entry.clip.name,
+        "link": _link(entry.clip, folder),
+        "record_link": _link(entry.record_file, folder),
+        "poster": poster,
+        "width": int(size["width"]),
+        "height": int(size["height"]),
+        "prompt": str(entry.record["prompt"]),
+        "alt": str(entry.record["prompt"])[:200],
+        "figures": _measured(entry.record),
+        "settings": _settings(entry.record),
+    }
 
 
-def _figures(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _measured(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What a record measured, as far as it has it."""
     timing, frames = record.get("timing") or {}, record["frames"]
     rows = [
