@@ -25,7 +25,7 @@ _READERS = 4
 
 
 @dataclass(frozen=True)
-class Entry:
+class GalleryClip:
     """One clip of the page."""
 
     clip: Path
@@ -57,7 +57,7 @@ def write_gallery(folder: Path) -> Path:
     return path
 
 
-def find_clips(folder: Path) -> list[Entry]:
+def find_clips(folder: Path) -> list[GalleryClip]:
     """Clips below a folder whose record and file are both there, oldest record first."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: a gallery is made of a folder of clips")
@@ -72,11 +72,11 @@ def find_clips(folder: Path) -> list[Entry]:
             continue
         clip = clip_of(record, file)
         if clip.exists():
-            entries.append((file.stat().st_mtime_ns, inside.as_posix(), Entry(clip, file, record)))
+            entries.append((file.stat().st_mtime_ns, inside.as_posix(), GalleryClip(clip, file, record)))
     return [entry for _, _, entry in sorted(entries, key=lambda found: found[:2])]
 
 
-def _card(entry: Entry, poster: str | None, folder: Path) -> dict[str, Any]:
+def _card(entry: GalleryClip, poster: str | None, folder: Path) -> dict[str, Any]:
     """What the template shows of a clip."""
     size = entry.record["frames"]
     return {
@@ -128,14 +128,14 @@ def _settings(record: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _common(entries: list[Entry]) -> str:
+def _common(entries: list[GalleryClip]) -> str:
     """Models and presets of the page."""
     models = dict.fromkeys(str(entry.record["model"].get("title")) for entry in entries)
     presets = dict.fromkeys(str(entry.record["preset"].get("name")) for entry in entries)
     return f"{', '.join(models)} · {'preset' if len(presets) == 1 else 'presets'} {', '.join(presets)}"
 
 
-def _poster(entry: Entry) -> str | None:
+def _poster(entry: GalleryClip) -> str | None:
     """The middle frame as a data URI; None when the clip does not decode (its link is still of use)."""
     if entry.clip.suffix.lower() == ".gif":
         return None

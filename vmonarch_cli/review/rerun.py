@@ -55,7 +55,7 @@ def check_record(file: Path) -> dict[str, Any]:
 
 
 def repeat(plan: Any, record: dict[str, Any], on_event: Callable[[Event], None] = lambda event: None) -> Repetition:
-    """Run the plan of a record (see `records.plan_again`) and compare; raises as `run.generate` does."""
+    """Run the plan of a record (see `records.plan_again`) and compare; raises as `clip.make.generate` does."""
     from vmonarch_cli.clip.make import generate
 
     (result,) = generate(plan, retry_dense=False, on_event=on_event)

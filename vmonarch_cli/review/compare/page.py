@@ -7,7 +7,7 @@ import math
 from vmonarch_cli.machine.versions import caption_versions
 from vmonarch_cli.review import webpage
 from vmonarch_cli.review.charts import Chart, draw_chart
-from vmonarch_cli.review.compare.results import Comparison, Contender
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison
 from vmonarch_cli.text import flops, seconds
 
 ABSENT = "·"
@@ -88,7 +88,7 @@ def _caption(comparison: Comparison) -> str:
     return caption_versions(record.get("versions") or {}) if record else ""
 
 
-def _psnr(contender: Contender) -> str | None:
+def _psnr(contender: ComparedClip) -> str | None:
     if contender.distance is None:
         return None
     return "identical" if math.isinf(contender.distance.psnr) else f"{contender.distance.psnr:.2f} dB"
