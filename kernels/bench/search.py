@@ -24,7 +24,8 @@ import torch
 
 from vmonarch_kernels import launch
 from vmonarch_kernels.configs import AttendConfig, HopperConfig, LStepConfig, chip, shared_memory_bytes
-from vmonarch_kernels.structure import L_DTYPE, empty_l, split_frames
+from vmonarch_kernels.spec import PAPER, Inputs, Options
+from vmonarch_kernels.structure import L_DTYPE, empty_l
 
 KINDS = ("r", "rv", "first", "band")
 
@@ -34,7 +35,7 @@ def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch._C
     torch.manual_seed(0)
     size = (1, frames * positions, heads, dim)
     q, k, v = (torch.randn(size, device="cuda", dtype=dtype) for _ in range(3))
-    return launch._Call(split_frames(q, frames), k, v, dim**-0.5, None, True, chip(q.device))
+    return launch._Call.of(Inputs(q, k, v, (frames, 1, positions)), PAPER)
 
 
 def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
@@ -47,10 +48,8 @@ def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], li
         return lambda: launch._r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
     if kind == "first":
         return lambda: launch._attend_frame(call, 0, out[:, 0], lse[:, :, 0]), [out[:, 0]], 4
-    run = lambda: launch._attend(  # noqa: E731
-        call, call.q, rk=None, c_l=None, out=out, lse=lse, query_frames=(0, frames), window=(0, 1)
-    )
-    return run, [out, lse], 4
+    targets, window = launch._Targets(out=out, lse=lse), launch._Window(0, frames, band=0, width=1)
+    return lambda: launch._attend(call, call.q, targets, window), [out, lse], 4
 
 
 def median_ms(run: Callable[[], object], repeats: int = 15) -> float:
@@ -75,12 +74,12 @@ def use_attend(config: AttendConfig | HopperConfig) -> None:
 
 
 def use_table() -> None:
-    launch.attend_config, launch.hopper_config, launch.l_output_config, launch.next_beta_config = TABLE
+    launch.attend_config, launch.hopper_config, launch.l_output_config, launch.r_queries_config = TABLE
 
 
 def use_l_step(config: LStepConfig) -> None:
     launch.l_output_config = lambda *_, **__: config  # type: ignore[assignment]
-    launch.next_beta_config = lambda *_, **__: config  # type: ignore[assignment]
+    launch.r_queries_config = lambda *_, **__: config  # type: ignore[assignment]
 
 
 def try_attend(shape: tuple[int, int, int, int], kind: str, config: AttendConfig | HopperConfig) -> str:
@@ -125,7 +124,7 @@ def search_attend(shape: tuple[int, int, int, int], kind: str) -> list[dict[str,
     if kind == "first":
         flops = 4 * frames * positions * positions * dim * heads
     rows: list[dict[str, Any]] = [{"kind": kind, "config": "table", "ms": table_ms, "tflops": flops / table_ms / 1e9}]
-    for config in candidates(dim, call.shared_memory, kind):
+    for config in candidates(dim, call.chip.shared_memory, kind):
         use_attend(config)
         try:
             run()
@@ -159,19 +158,19 @@ def l_candidates(frames: int, dim: int) -> list[LStepConfig]:
 def l_runners(call: launch._Call, config: LStepConfig) -> dict[str, Callable[[], object]]:
     """The L-step kernels as `paper` and as `fast` run them, those that the tile fits."""
     frames, positions = call.sizes[1:3]
-    rk, y, out = call.like_q().normal_(), call.like_q().normal_(), call.like_q()
-    c_l = call.statistic().normal_()
+    rk, y, c_l = call.like_q().normal_(), call.like_q().normal_(), call.statistic().normal_()
+    r_step = (rk, c_l, y)
     l_prev = empty_l(call.q).copy_(torch.rand(frames, frames, device="cuda") / frames)
-    exact, exact_lse = call.like_q().normal_(), call.statistic().normal_()
+    exact = (call.like_q().normal_(), call.statistic().normal_())
     values = call.like_q().normal_().to(L_DTYPE)
     residual = (values, torch.rand(1, positions, call.sizes[3], frames, device="cuda"))
-    banded = replace(call, band=0, first_frame=False)
+    banded = replace(call, options=Options(first_frame=False, band=0))
     whole_rows = frames <= config.block_k or config.block_l == config.block_k
-    runners: dict[str, Callable[[], object]] = {"beta from L": lambda: launch._next_beta(call, 0.1, l_prev=l_prev)}
+    runners: dict[str, Callable[[], object]] = {"queries from L": lambda: launch._r_queries(call, l_prev=l_prev)}
     if whole_rows:
-        runners["beta"] = lambda: launch._next_beta(call, 0.1, rk=rk, c_l=c_l)
-        runners["out"] = lambda: launch._l_output(call, rk, c_l, y, None, None, None, out, False)
-        runners["out fast"] = lambda: launch._l_output(banded, rk, c_l, y, exact, exact_lse, residual, out, True)
+        runners["queries"] = lambda: launch._r_queries(call, rk=rk, c_l=c_l)
+        runners["out"] = lambda: launch._l_output(call, r_step, None, None, False)
+        runners["out fast"] = lambda: launch._l_output(banded, r_step, exact, residual, True)
     return runners
 
 
@@ -200,7 +199,7 @@ def search_l(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-TABLE = (launch.attend_config, launch.hopper_config, launch.l_output_config, launch.next_beta_config)
+TABLE = (launch.attend_config, launch.hopper_config, launch.l_output_config, launch.r_queries_config)
 
 
 def main() -> None:

@@ -10,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmonarch_kernels.api import ImplUnavailable, frame_attention, monarch_attention, resolve_impl
+    from vmonarch_kernels.api import ImplUnavailable, attend, frame_attention, monarch_attention, resolve_impl
     from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends
     from vmonarch_kernels.reference import Factors, monarch_factors
     from vmonarch_kernels.residual import Residual
+    from vmonarch_kernels.spec import Inputs, Options
 
 _HOMES = {
     "monarch_attention": "api",
+    "attend": "api",
+    "Inputs": "spec",
+    "Options": "spec",
     "resolve_impl": "api",
     "frame_attention": "api",
     "ImplUnavailable": "api",
@@ -31,7 +35,10 @@ _HOMES = {
 __all__ = [
     "Factors",
     "ImplUnavailable",
+    "Inputs",
+    "Options",
     "Residual",
+    "attend",
     "attention_lse",
     "dense_attention",
     "dense_backends",

@@ -175,7 +175,7 @@ def _keep_change(
     p_values, p_scale, change, share, frame, b, h, o_j, o_d, frames, positions, heads, head_dim,
     BLEND: tl.constexpr,
 ):  # fmt: skip
-    """Make a frame's correction `change` [rows, BLOCK_D], or with BLEND a `share` of it and the rest what it was.
+    """Make a frame's residual `change` [rows, BLOCK_D], or with BLEND a `share` of it and the rest what it was.
 
     Every row is scaled to the range of 8 bits by its largest entry.
     """
@@ -199,14 +199,14 @@ def merge_splits_kernel(
     p_extra, p_extra_lse,  # one more part: (B, T, P, H, D) and (B, H, T, P)
     p_o, s_ob, s_op, s_oh,  # the frame's output
     p_lse, s_lb, s_lh,  # the frame's log-sum-exp
-    p_values, p_scale,  # corrections: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
+    p_values, p_scale,  # residual: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
     share, blend_before, blend_after,
     batch, frames, frame, positions, heads, head_dim, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, HAS_EXTRA: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Combine the key splits of one frame's exact attention by their log-sum-exps.
 
-    With KEEP what the frame's output was before becomes its correction, and a ``share`` of it its neighbours'
+    With KEEP the change of the frame's output becomes its residual, and a ``share`` of it goes into its neighbours'
     (``blend_before``, ``blend_after``).
     """
     o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -305,18 +305,18 @@ def _store_l(p_l, s_l, entries, o_l, o_k, frames):
 
 @triton.jit
 def _finish_output(
-    o, exact_weight, p_exact, p_residual, residual_scale, p_o, s_row, o_l, o_d, first_row, frames, head_dim,
+    o, exact_weight, p_exact, p_residual, residual_scale, p_o, o_tokens, s_row, o_l, o_d, first_row, frames, head_dim,
     HAS_EXACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, MASK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the weighted exact part and the correction to the rows o (already normalised) and write them."""
+    """Add the weighted exact part and the residual to the rows o (already normalised) and write them."""
     if HAS_EXACT:
-        exact = _load_rows(p_exact, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        exact = _load_rows(p_exact + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
         o += exact_weight[:, None] * exact.to(tl.float32)
     if HAS_RESIDUAL:
-        residual = _load_rows(p_residual, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        residual = _load_rows(p_residual + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
         o += residual_scale[:, None] * residual.to(tl.float32)
     # A row that another kernel owns is moved past the end.
-    _store_rows(p_o, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
+    _store_rows(p_o + o_tokens, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
 
 
 @triton.jit
@@ -326,7 +326,7 @@ def l_output_kernel(
     p_exact, p_exact_lse,  # exact part (B, T, P, H, D) and its log-sum-exp (B, H, T, P)
     p_o,  # out (B, T, P, H, D)
     p_l, l_row_eighth,  # L (B, P, H, T, T), rows 8 * l_row_eighth entries apart
-    p_residual, p_residual_scale,  # what is added: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
+    p_residual, p_residual_scale,  # residual: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
@@ -346,7 +346,7 @@ def l_output_kernel(
     o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     m_l = o_l < frames
     s_row = positions * heads * head_dim  # from frame to frame
-    s_l = l_row_eighth * 8  # said so (cost.L_ROW_ENTRIES), the compiler writes L eight bytes at a time
+    s_l = l_row_eighth * 8  # a visible multiple of 8 (cost.L_ROW_ENTRIES): the compiler writes eight bytes at a time
     p_q += b * s_qb + h * s_qh
 
     for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES if ONE_TILE else 1):
@@ -354,14 +354,13 @@ def l_output_kernel(
         o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
         o_stats = (b * heads + h) * frames * positions + j
         p_q_j = p_q + j * s_qp
-        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * s_l
+        o_row = ((b * positions + j) * heads + h) * frames  # of L and of the residual's scales
         exact_top = tl.full([BLOCK_L], float("-inf"), tl.float32)
         if HAS_EXACT:
             exact_top = tl.load(p_exact_lse + o_stats + o_l * positions, mask=m_l, other=0.0) * LOG2E
         residual_scale = tl.zeros([BLOCK_L], tl.float32)
         if HAS_RESIDUAL:
-            o_scale = ((b * positions + j) * heads + h) * frames + o_l
-            residual_scale = tl.load(p_residual_scale + o_scale, mask=m_l, other=0.0)
+            residual_scale = tl.load(p_residual_scale + o_row + o_l, mask=m_l, other=0.0)
         if ONE_TILE:
             o_k = tl.arange(0, BLOCK_K)
             product = _l_product(
@@ -376,15 +375,15 @@ def l_output_kernel(
             inverse = 1.0 / (tl.sum(entries, 1) + exact_weight)
             entries *= inverse[:, None]
             if STORE_L:
-                _store_l(p_l_j, s_l, entries, o_l, o_k, frames)
+                _store_l(p_l + o_row * s_l, s_l, entries, o_l, o_k, frames)
             weights = entries.to(p_y.dtype.element_ty)
             for part in tl.static_range(PARTS):
                 o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
                 y = _load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
                 o = tl.dot(weights, y, input_precision=PRECISION)
                 _finish_output(
-                    o, exact_weight * inverse, p_exact + o_tokens, p_residual + o_tokens, residual_scale,
-                    p_o + o_tokens, s_row, o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
+                    o, exact_weight * inverse, p_exact, p_residual, residual_scale, p_o, o_tokens, s_row,
+                    o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
                 )  # fmt: skip
         else:
             o_d = tl.arange(0, BLOCK_D)
@@ -419,11 +418,11 @@ def l_output_kernel(
                     c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
                     logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
                     entries = tl.math.exp2(logits - top[:, None]) * inverse[:, None]
-                    _store_l(p_l_j, s_l, entries, o_l, o_k, frames)
+                    _store_l(p_l + o_row * s_l, s_l, entries, o_l, o_k, frames)
             exact_weight = tl.math.exp2(exact_top - top) * inverse
             _finish_output(
-                acc * inverse[:, None], exact_weight, p_exact + o_tokens, p_residual + o_tokens, residual_scale,
-                p_o + o_tokens, s_row, o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
+                acc * inverse[:, None], exact_weight, p_exact, p_residual, residual_scale, p_o, o_tokens, s_row,
+                o_l, o_d, first_row, frames, head_dim, HAS_EXACT, HAS_RESIDUAL, MASK_D,
             )  # fmt: skip
 
 
@@ -468,16 +467,16 @@ def l_lse_kernel(
 
 @triton.jit
 def _l_entries(
-    product, c_l, p_exact_lse, p_row_lse, o_l, o_k, frames, positions, band, width, qk_scale,
+    product, c_l, p_exact_lse, p_row_lse, o_stats, o_l, o_k, frames, positions, band, width, qk_scale,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalised entries of L [BLOCK_L, BLOCK_K]: whole rows as they are, parts of rows by their log-sum-exps."""
     logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
     if not WHOLE_ROWS:
-        row_lse = tl.load(p_row_lse + o_l * positions, mask=o_l < frames, other=0.0)
+        row_lse = tl.load(p_row_lse + o_stats + o_l * positions, mask=o_l < frames, other=0.0)
         return tl.math.exp2(logits - row_lse[:, None])
     elif HAS_EXACT:
-        exact = tl.load(p_exact_lse + o_l * positions, mask=o_l < frames, other=0.0) * LOG2E
+        exact = tl.load(p_exact_lse + o_stats + o_l * positions, mask=o_l < frames, other=0.0) * LOG2E
         top = tl.maximum(tl.max(logits, 1), exact)
         entries = tl.math.exp2(logits - top[:, None])
         return entries / (tl.sum(entries, 1) + tl.math.exp2(exact - top))[:, None]
@@ -487,11 +486,11 @@ def _l_entries(
 
 
 @triton.jit
-def next_beta_kernel(
+def r_queries_kernel(
     p_q, s_qb, s_qt, s_qp, s_qh,  # queries (B, T, P, H, D)
-    p_rk, p_c, p_exact_lse, p_row_lse,  # of the L-step; unused with FROM_L
-    p_l, l_row_eighth,  # L (B, P, H, T, T) of an earlier call, rows 8 * l_row_eighth apart; unused without FROM_L
-    p_beta,  # (B, T, P, H, D)
+    p_rk, p_c, p_exact_lse, p_row_lse,  # of the L-step; None with FROM_L
+    p_l, l_row_eighth,  # L (B, P, H, T, T) of an earlier call, rows 8 * l_row_eighth apart; None without FROM_L
+    p_q_r,  # (B, T, P, H, D)
     qk_scale, c_floor,
     frames, positions, heads, head_dim, band, width,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
@@ -499,7 +498,7 @@ def next_beta_kernel(
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, FROM_L: tl.constexpr,
     WHOLE_ROWS: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """beta[k, j] = sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
+    """The next R-step's queries, sum_l L q[l, j] / max(sum_l L, c_floor), from an L-step or from a stored L.
 
     One program: one head, STRIP positions after one another, BLOCK_K key frames; query frames in tiles of BLOCK_L.
     With WHOLE_ROWS all key frames are in the tile and the rows of L are normalised here; with ONE_TILE all query frames
@@ -518,8 +517,9 @@ def next_beta_kernel(
         o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
         o_stats = (b * heads + h) * frames * positions + j
         p_q_j = p_q + j * s_qp
-        p_l_j = p_l + ((b * positions + j) * heads + h) * frames * s_l
-        if not FROM_L:
+        if FROM_L:
+            p_l_j = p_l + ((b * positions + j) * heads + h) * frames * s_l
+        else:
             c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
         if ONE_TILE:
             o_l = tl.arange(0, BLOCK_L)
@@ -531,17 +531,17 @@ def next_beta_kernel(
                     BLOCK_L, BLOCK_K, BLOCK_D, PARTS, MASK_D, PRECISION,
                 )  # fmt: skip
                 entries = _l_entries(
-                    product, c_l, p_exact_lse + o_stats, p_row_lse + o_stats, o_l, o_k, frames, positions,
+                    product, c_l, p_exact_lse, p_row_lse, o_stats, o_l, o_k, frames, positions,
                     band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS,
                 )  # fmt: skip
                 entries = tl.where((o_l < frames)[:, None], entries, 0.0)
             inverse = 1.0 / tl.maximum(tl.sum(entries, 0), c_floor)
-            weights = tl.trans(entries).to(p_beta.dtype.element_ty)
+            weights = tl.trans(entries).to(p_q_r.dtype.element_ty)
             for part in tl.static_range(PARTS):
                 o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
                 q = _load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
-                beta = tl.dot(weights, q, input_precision=PRECISION) * inverse[:, None]
-                _store_rows(p_beta + o_tokens, o_k, s_row, o_d, beta, frames, head_dim, MASK_D)
+                q_r = tl.dot(weights, q, input_precision=PRECISION) * inverse[:, None]
+                _store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)
         else:
             o_d = tl.arange(0, BLOCK_D)
             acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -556,11 +556,11 @@ def next_beta_kernel(
                 else:
                     product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
                     entries = _l_entries(
-                        product, c_l, p_exact_lse + o_stats, p_row_lse + o_stats, o_l, o_k, frames, positions,
+                        product, c_l, p_exact_lse, p_row_lse, o_stats, o_l, o_k, frames, positions,
                         band, width, qk_scale, HAS_EXACT, BANDED, FIRST_FRAME, WHOLE_ROWS,
                     )  # fmt: skip
                     entries = tl.where((o_l < frames)[:, None], entries, 0.0)
                 acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
                 c_r += tl.sum(entries, 0)
-            beta = acc / tl.maximum(c_r, c_floor)[:, None]
-            _store_rows(p_beta + o_tokens, o_k, s_row, o_d, beta, frames, head_dim, MASK_D)
+            q_r = acc / tl.maximum(c_r, c_floor)[:, None]
+            _store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)

@@ -1,6 +1,7 @@
-"""The public call: validation, choice of implementation, one custom op for torch.compile."""
+"""The public calls: validation, choice of implementation, one custom op for torch.compile."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, overload
 
@@ -9,17 +10,57 @@ from torch import Tensor
 
 from vmonarch_kernels.cost import is_exact
 from vmonarch_kernels.dense import attention_lse, dense_attention
-from vmonarch_kernels.reference import monarch_factors
-from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.reference import monarch_reference
+from vmonarch_kernels.spec import PAPER, Grid, Inputs, Options
+from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames
 from vmonarch_kernels.torch_impl import frame_torch, monarch_torch
 
-IMPLS = ("auto", "reference", "torch", "triton")
+Attend = Callable[[Inputs, Options, bool], tuple[Tensor, Tensor | None]]
+"""An implementation: (inputs, options, whether L is wanted) -> (out, L or None)."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_FRAMES = 256
 
 
 class ImplUnavailable(ValueError):
     """The implementation asked for cannot run here; the message says why."""
+
+
+def _unless_exact(run: Attend) -> Attend:
+    """Dense attention where the structure is exact, and ``run`` elsewhere."""
+
+    def attend(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
+        exact = is_exact(inputs.frames, options.band)
+        return _dense(inputs, options, return_l) if exact else run(inputs, options, return_l)
+
+    return attend
+
+
+def _dense(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
+    """What the structure is when it is exact; L is zero."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    scale = options.score_scale(inputs.head_dim)
+    l_new = empty_l(split_frames(q, inputs.frames)).zero_() if return_l else None
+    if inputs.extra is None:
+        return dense_attention(q, k, v, scale=scale).contiguous(), l_new
+    out, lse = attention_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    merged, _ = merge_exact(out.transpose(1, 2), lse.transpose(1, 2), *inputs.extra)
+    return merged.contiguous(), l_new
+
+
+def _triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
+    """Triton is imported when its kernels are first called, because many machines have none."""
+    from vmonarch_kernels.launch import monarch_triton
+
+    return monarch_triton(inputs, options, return_l)
+
+
+IMPLS: dict[str, Attend] = {
+    "reference": monarch_reference,
+    "torch": _unless_exact(monarch_torch),
+    "triton": _unless_exact(_triton),
+}
+"""The implementations by name. They take what ``attend`` has checked."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -70,7 +111,7 @@ def resolve_impl(
         return "torch"
     if impl == "reference":
         return "reference"
-    raise ValueError(f"impl is {impl!r}; valid are {', '.join(IMPLS)}.")
+    raise ValueError(f"impl is {impl!r}; valid are {', '.join(('auto', *IMPLS))}.")
 
 
 @overload
@@ -78,7 +119,7 @@ def monarch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     *,
     num_steps: int = ...,
     c_floor: float = ...,
@@ -98,7 +139,7 @@ def monarch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     *,
     num_steps: int = ...,
     c_floor: float = ...,
@@ -117,13 +158,13 @@ def monarch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     *,
-    num_steps: int = 2,
-    c_floor: float = 0.1,
-    first_frame: bool = True,
-    band: int | None = None,
-    scale: float | None = None,
+    num_steps: int = PAPER.num_steps,
+    c_floor: float = PAPER.c_floor,
+    first_frame: bool = PAPER.first_frame,
+    band: int | None = PAPER.band,
+    scale: float | None = PAPER.scale,
     impl: str = "auto",
     l_prev: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
@@ -131,6 +172,8 @@ def monarch_attention(
     return_l: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Monarch-structured self-attention of a video's tokens (VMonarch, arXiv 2601.22275).
+
+    The flat form of ``attend``.
 
     Args:
         q, k, v: (B, N, heads, D), any strides, one of bfloat16, float16, float32 (float64 for
@@ -155,91 +198,51 @@ def monarch_attention(
         out (B, N, heads, D) in q's dtype, contiguous; with ``return_l`` also L, float8_e4m3fn
         (B, H * W, heads, T, T), indexed [b, j, head, l, k].
 
-    Workspace: at most four tensors of q's size and dtype (beta, RK, RV and the exact part), plus
+    Workspace: at most four tensors of q's size and dtype (the R-step's queries, R K, R V and the exact part), plus
     N * heads float32 statistics. No gradient.
 
     Raises ValueError that names the argument, what came and what is valid; ImplUnavailable when a
     named implementation cannot run here.
     """
-    _check(q, k, v, grid, num_steps, c_floor, band, l_prev, extra)
-    _check_residual(q, grid, residual)
-    chosen = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = Inputs(q, k, v, grid, l_prev, extra, residual)
+    options = Options(num_steps, c_floor, first_frame, band, scale)
+    out, l_new = attend(inputs, options, impl=impl, return_l=return_l)
+    return out if l_new is None else (out, l_new)
+
+
+def attend(
+    inputs: Inputs, options: Options = PAPER, *, impl: str = "auto", return_l: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``monarch_attention`` of a call that is written down as ``Inputs`` and ``Options``.
+
+    Returns (out, L), where L is None unless ``return_l`` is set. Shapes, dtypes and errors as there.
+    """
+    _check(inputs)
+    q = inputs.q
     out, l_new = _monarch_op(
         q,
-        k,
-        v,
-        l_prev,
-        *((None, None) if extra is None else extra),
-        *((None, None) if residual is None else residual),
-        list(grid),
-        num_steps,
-        c_floor,
-        first_frame,
-        band,
-        scale,
-        chosen,
+        inputs.k,
+        inputs.v,
+        inputs.l_prev,
+        *(inputs.extra or (None, None)),
+        *(inputs.residual or (None, None)),
+        list(inputs.grid),
+        options.num_steps,
+        options.c_floor,
+        options.first_frame,
+        options.band,
+        options.score_scale(inputs.head_dim),
+        resolve_impl(impl, q.device, q.dtype, inputs.head_dim),
         return_l,
     )
-    return (out, l_new) if return_l else out
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: tuple[int, int, int],
-    num_steps: int,
-    c_floor: float,
-    band: int | None,
-    l_prev: Tensor | None,
-    extra: tuple[Tensor, Tensor] | None,
-) -> None:
-    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k and v are {shapes}; they must share one shape (B, N, heads, D).")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype.")
-    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != q.shape[1]:
-        raise ValueError(f"grid is {tuple(grid)} for {q.shape[1]} tokens; T * H * W must equal the tokens.")
-    if grid[0] > _MAX_FRAMES:
-        raise ValueError(f"grid has {grid[0]} latent frames; at most {_MAX_FRAMES} are supported.")
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; valid are integers from 1.")
-    if not 0 < c_floor <= 1:
-        raise ValueError(f"c_floor is {c_floor}; valid are numbers above 0 and up to 1.")
-    if band is not None and band < 0:
-        raise ValueError(f"band is {band}; valid are None and integers from 0.")
-    if l_prev is not None:
-        expected = _l_shape(q, grid[0])
-        if tuple(l_prev.shape) != expected or l_prev.dtype != L_DTYPE:
-            raise ValueError(
-                f"l_prev is {tuple(l_prev.shape)} {l_prev.dtype}; these tensors need {expected} {L_DTYPE}."
-            )
-    if extra is not None and (extra[0].shape != q.shape or extra[1].shape != q.shape[:3]):
-        raise ValueError(
-            f"extra is {tuple(extra[0].shape)} and {tuple(extra[1].shape)}; "
-            f"these tensors need {tuple(q.shape)} and {tuple(q.shape[:3])}."
-        )
-
-
-def _check_residual(q: Tensor, grid: tuple[int, int, int], residual: tuple[Tensor, Tensor] | None) -> None:
-    if residual is None:
-        return
-    values, scale = residual
-    expected = (q.shape[0], q.shape[1] // grid[0], q.shape[2], grid[0])
-    if values.shape != q.shape or values.dtype != L_DTYPE or tuple(scale.shape) != expected:
-        raise ValueError(
-            f"residual is {tuple(values.shape)} {values.dtype} and {tuple(scale.shape)}; "
-            f"these tensors need {tuple(q.shape)} {L_DTYPE} and {expected}."
-        )
+    return out, l_new if return_l else None
 
 
 def frame_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     frame: int,
     *,
     scale: float | None = None,
@@ -252,24 +255,55 @@ def frame_attention(
 
     Raises ValueError for a frame that the grid does not have, ImplUnavailable when a named implementation cannot run.
     """
-    _check(q, k, v, grid, 1, 1.0, None, None, extra)
-    if not 0 <= frame < grid[0]:
-        raise ValueError(f"frame is {frame}; valid are 0 to {grid[0] - 1}.")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries = split_frames(q, grid[0])[:, frame]
-    if resolve_impl(impl, q.device, q.dtype, q.shape[-1]) == "triton":
+    inputs = Inputs(q, k, v, grid, extra=extra)
+    _check(inputs)
+    if not 0 <= frame < inputs.frames:
+        raise ValueError(f"frame is {frame}; valid are 0 to {inputs.frames - 1}.")
+    scale = Options(scale=scale).score_scale(inputs.head_dim)
+    if resolve_impl(impl, q.device, q.dtype, inputs.head_dim) == "triton":
         from vmonarch_kernels.launch import frame_triton
 
-        out, lse = frame_triton(q, k, v, grid[0], frame, scale)
+        out, lse = frame_triton(inputs, frame, scale)
     else:
-        out, lse = frame_torch(queries, k, v, scale)
+        out, lse = frame_torch(split_frames(q, inputs.frames)[:, frame], k, v, scale)
     if extra is not None:
-        out, _ = merge_exact(out, lse, *(split_frames(x, grid[0])[:, frame] for x in extra))
+        out, _ = merge_exact(out, lse, *(split_frames(x, inputs.frames)[:, frame] for x in extra))
     return out.to(q.dtype)
 
 
-def _l_shape(q: Tensor, frames: int) -> tuple[int, ...]:
-    return (q.shape[0], q.shape[1] // frames, q.shape[2], frames, frames)
+def _check(inputs: Inputs) -> None:
+    """ValueError unless the tensors fit each other and the grid."""
+    q, k, v, grid = inputs.q, inputs.k, inputs.v, inputs.grid
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v are {shapes}; they must share one shape (B, N, heads, D).")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype.")
+    if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != q.shape[1]:
+        raise ValueError(f"grid is {tuple(grid)} for {q.shape[1]} tokens; T * H * W must equal the tokens.")
+    frames = inputs.frames
+    if frames > _MAX_FRAMES:
+        raise ValueError(f"grid has {frames} latent frames; at most {_MAX_FRAMES} are supported.")
+    batch, tokens, heads, _ = q.shape
+    if inputs.l_prev is not None:
+        found, expected = inputs.l_prev, (batch, tokens // frames, heads, frames, frames)
+        if tuple(found.shape) != expected or found.dtype != L_DTYPE:
+            raise ValueError(f"l_prev is {tuple(found.shape)} {found.dtype}; these tensors need {expected} {L_DTYPE}.")
+    if inputs.extra is not None:
+        out, lse = inputs.extra
+        if out.shape != q.shape or lse.shape != q.shape[:3]:
+            raise ValueError(
+                f"extra is {tuple(out.shape)} and {tuple(lse.shape)}; "
+                f"these tensors need {tuple(q.shape)} and {tuple(q.shape[:3])}."
+            )
+    if inputs.residual is not None:
+        values, scale = inputs.residual
+        scale_shape = (batch, tokens // frames, heads, frames)
+        if values.shape != q.shape or values.dtype != L_DTYPE or tuple(scale.shape) != scale_shape:
+            raise ValueError(
+                f"residual is {tuple(values.shape)} {values.dtype} and {tuple(scale.shape)}; "
+                f"these tensors need {tuple(q.shape)} {L_DTYPE} and {scale_shape}."
+            )
 
 
 @torch.library.custom_op("vmonarch_kernels::monarch_attention", mutates_args=())
@@ -291,26 +325,11 @@ def _monarch_op(
     impl: str,
     return_l: bool,
 ) -> tuple[Tensor, Tensor]:
-    frames = grid[0]
     extra = None if extra_out is None or extra_lse is None else (extra_out, extra_lse)
     residual = None if residual_values is None or residual_scale is None else (residual_values, residual_scale)
-    l_new: Tensor | None = None
-    if impl == "reference":
-        out, l_new = _reference(
-            q, k, v, l_prev, extra, residual, grid, num_steps, c_floor, first_frame, band, scale, return_l
-        )
-    elif is_exact(frames, band):
-        out = _dense(q, k, v, extra, scale)
-        if return_l:
-            l_new = empty_l(split_frames(q, frames)).zero_()
-    else:
-        if impl == "triton":
-            from vmonarch_kernels.launch import monarch_triton as run
-        else:
-            run = monarch_torch
-        out, l_new = run(
-            q, k, v, l_prev, extra, residual, frames, num_steps, c_floor, first_frame, band, scale, return_l
-        )
+    inputs = Inputs(q, k, v, (grid[0], grid[1], grid[2]), l_prev, extra, residual)
+    options = Options(num_steps, c_floor, first_frame, band, scale)
+    out, l_new = IMPLS[impl](inputs, options, return_l)
     return out, q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
 
 
@@ -335,47 +354,3 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     l_new = empty_l(split_frames(q, grid[0])) if return_l else q.new_empty(0, dtype=L_DTYPE)
     return q.new_empty(q.shape), l_new
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, extra: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
-    """What the structure is when it is exact."""
-    if extra is None:
-        return dense_attention(q, k, v, scale=scale).contiguous()
-    out, lse = attention_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    merged, _ = merge_exact(out.transpose(1, 2), lse.transpose(1, 2), *extra)
-    return merged.contiguous()
-
-
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    l_prev: Tensor | None,
-    extra: tuple[Tensor, Tensor] | None,
-    residual: tuple[Tensor, Tensor] | None,
-    grid: list[int],
-    num_steps: int,
-    c_floor: float,
-    first_frame: bool,
-    band: int | None,
-    scale: float,
-    return_l: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The oracle in float32, or in float64 for float64 inputs."""
-    factors = monarch_factors(
-        q,
-        k,
-        v,
-        (grid[0], grid[1], grid[2]),
-        num_steps=num_steps,
-        c_floor=c_floor,
-        first_frame=first_frame,
-        band=band,
-        scale=scale,
-        l_prev=l_prev,
-        extra=extra,
-        residual=residual,
-        compute_dtype=torch.promote_types(q.dtype, torch.float32),
-    )
-    l_new = with_padded_rows(factors.L.permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
-    return factors.out.to(q.dtype), l_new

@@ -23,19 +23,19 @@ class Chip:
     """What of a device decides about tiles and launches."""
 
     capability: tuple[int, int]
-    """(0, 0) for Triton's interpreter, which has the rest as an H100."""
+    """(0, 0) for Triton's interpreter; its other values are an H100's."""
     multiprocessors: int
     shared_memory: int
     """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100)."""
     dtype_8bit: torch.dtype
-    """In which the kernels read and write L and corrections: GPUs before compute capability 8.9 and the interpreter
-    cannot convert e4m3, so there float16 goes between.
+    """Of L and the residual in the kernels. GPUs before compute capability 8.9 and the interpreter cannot convert
+    e4m3; there the kernels read and write float16, and torch converts.
     """
 
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """Asked once for each device: the answer takes longer than a launch."""
+    """What is known of a device. Kept, because asking takes longer than a launch."""
     if device.type != "cuda":
         return Chip((0, 0), 132, 227 * 1024, torch.float16)
     capability = torch.cuda.get_device_capability(device)
@@ -150,7 +150,7 @@ def l_output_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *
 
 
 @cache
-def next_beta_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, from_l: bool) -> LStepConfig:
+def r_queries_config(frames: int, block_d: int, dtype: torch.dtype, limit: int, *, from_l: bool) -> LStepConfig:
     """Tile of the step from L to the next R-step's queries; ``from_l``: L is read, not computed.
 
     As ``l_output_config``, but a stored L needs no whole rows: then all query frames up to 128 beside 64 key frames.

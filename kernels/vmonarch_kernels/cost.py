@@ -8,7 +8,7 @@ the first-frame recomputation.
 
 from fractions import Fraction
 
-Grid = tuple[int, int, int]
+from vmonarch_kernels.spec import PAPER, Grid, Options
 
 L_ROW_ENTRIES = 8
 """Entries of L that the kernels read and write at a time: its rows begin on multiples of it."""
@@ -28,7 +28,7 @@ def is_exact(frames: int, band: int | None) -> bool:
 
 
 def refresh_period(refresh: float) -> int:
-    """Calls after which the number of recomputed frames repeats: 5 for 0.8, 1 for whole numbers; 8 at the most."""
+    """Calls after which the number of recomputed frames repeats: 5 for 0.8, 1 for whole numbers; at most 8."""
     return Fraction(refresh).limit_denominator(8).denominator
 
 
@@ -49,18 +49,17 @@ def monarch_flops(
     head_dim: int,
     batch: int = 1,
     *,
-    num_steps: int = 2,
-    first_frame: bool = True,
-    band: int | None = None,
+    options: Options = PAPER,
     warm: bool = False,
     refresh: float = 0,
 ) -> int:
     """Operations of one structured call with everything counted, L-steps and exact parts included.
 
-    ``warm`` adds the product that turns the stored L into the first R-step's queries; ``refresh``, frames recomputed in
-    a call, may be the mean of several.
+    ``warm`` adds the product that turns the stored L into the first R-step's queries. ``refresh`` is the number of
+    frames recomputed in a call; it may be the mean of several calls.
     """
     frames, positions = grid[0], grid[1] * grid[2]
+    num_steps, first_frame, band = options.num_steps, options.first_frame, options.band
     if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
         return dense_flops(grid, heads, head_dim, batch)
     unit = frames * positions * positions * head_dim * heads * batch
@@ -71,27 +70,19 @@ def monarch_flops(
     return round(unit * (r_steps + exact)) + l_steps
 
 
-def paper_reduction(frames: int, positions: int, num_steps: int = 2) -> float:
-    """The paper's own formula T P / (t (T + P)) for t iterations: 17.5 at T = 36, P = 1456, t = 2.
-
-    It counts neither the first-frame recomputation nor the values' product.
-    """
-    return frames * positions / (num_steps * (frames + positions))
-
-
 def l_row_entries(frames: int) -> int:
     """Entries from one row of a stored L to the next."""
     return -(-frames // L_ROW_ENTRIES) * L_ROW_ENTRIES
 
 
-def warm_state_bytes(grid: Grid, heads: int, batch: int = 1) -> int:
-    """Bytes of the stored L (one e4m3 byte per entry, rows padded) of one layer and guidance branch."""
+def l_bytes(grid: Grid, heads: int, batch: int = 1) -> int:
+    """Bytes of the L of one layer and guidance branch that a warm start keeps: one e4m3 byte per entry, rows padded."""
     frames, positions = grid[0], grid[1] * grid[2]
     return batch * heads * positions * frames * l_row_entries(frames)
 
 
 def residual_bytes(grid: Grid, heads: int, head_dim: int, batch: int = 1) -> int:
-    """Bytes of the corrections that frame refresh keeps of one layer and guidance branch: e4m3, and a float32 scale for
+    """Bytes of the residual that frame refresh keeps of one layer and guidance branch: e4m3, and a float32 scale for
     each token and head.
     """
     return batch * grid[0] * grid[1] * grid[2] * heads * (head_dim + 4)
@@ -109,26 +100,26 @@ def monarch_bytes(
     batch: int = 1,
     itemsize: int = 2,
     *,
-    num_steps: int = 2,
-    first_frame: bool = True,
-    band: int | None = None,
+    options: Options = PAPER,
     warm: bool = False,
-    keep_l: bool = False,
     refresh: float = 0,
 ) -> int:
     """Bytes that one structured call must move when every step reads each input and writes each output once.
 
     In tensors of q's size: an R-step 3 (5 with V), an L-step 3 (the last 4, 5 with exact parts), the band 4, the
-    first frame 2, a warm start 2 and the stored L, which ``keep_l`` writes again. Float32 statistics are left out.
+    first frame 2. A ``warm`` call adds 2 and the stored L, which it reads and writes again. Float32 statistics are
+    left out.
     """
-    frames = grid[0]
+    frames, num_steps, first_frame, band = grid[0], options.num_steps, options.first_frame, options.band
     if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
         return dense_bytes(grid, heads, head_dim, batch, itemsize)
     tensors = 3 * num_steps + 2 + 3 * (num_steps - 1) + 4 + (2 if first_frame else 0) + (2 if warm else 0)
     if band is not None:
         tensors += 4 + 1
     tensor = dense_bytes(grid, heads, head_dim, batch, itemsize) // 4
-    corrections = 0
-    if refresh:  # every recomputed frame reads all keys and values; the corrections are read once
-        corrections = round(2 * refresh * tensor) + residual_bytes(grid, heads, head_dim, batch)
-    return corrections + tensors * tensor + (int(warm) + int(keep_l)) * warm_state_bytes(grid, heads, batch)
+    total = tensors * tensor
+    if warm:
+        total += 2 * l_bytes(grid, heads, batch)
+    if refresh:  # every recomputed frame reads all keys and values; the residual is read once
+        total += round(2 * refresh * tensor) + residual_bytes(grid, heads, head_dim, batch)
+    return total

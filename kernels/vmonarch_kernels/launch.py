@@ -1,4 +1,7 @@
-"""impl="triton": allocation and launches; the kernels are in `_triton.py`, their tiles in `configs.py`."""
+"""impl="triton": allocation and launches; the kernels are in `_triton.py`, their tiles in `configs.py`.
+
+A kernel argument is None for a tensor that a launch does not have; constants tell the kernel so.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,31 +13,36 @@ from torch import Tensor
 from vmonarch_kernels import _triton as kernels
 from vmonarch_kernels.configs import (
     HOPPER_ROWS,
+    AttendConfig,
     Chip,
     HopperConfig,
     attend_config,
     chip,
     hopper_config,
     l_output_config,
-    next_beta_config,
     power_of_2,
+    r_queries_config,
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
+from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
 
-# Below so many tiles for each multiprocessor a persistent kernel gains little and its descriptors cost
-# more to launch than the plain kernel.
 MIN_WAVES = 2
+"""The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
+descriptors cost the host.
+"""
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 12
 _FULL_WAVES = 0.93
 
-
-# Multiply and add as one instruction, said because Triton's own default is about to change.
+# A multiply and an add become one instruction. Stated, because later versions of Triton may have another default.
 _FUSION = {"enable_fp_fusion": True}
 
+_Part = tuple[Tensor, Tensor]
+"""Exactly known attention: out (B, T, P, H, D), contiguous, and log-sum-exp (B, H, T, P) float32, contiguous."""
 
-# Triton's own, made for kernels, takes longer on the host than everything else that a launch computes.
+
+# Triton's own cdiv is made for kernels and is slow on the host.
 def _cdiv(x: int, y: int) -> int:
     return -(-x // y)
 
@@ -46,10 +54,16 @@ class _Call:
     q: Tensor  # (B, T, P, H, D)
     k: Tensor  # (B, N, H, D)
     v: Tensor
+    options: Options
     scale: float
-    band: int | None
-    first_frame: bool
     chip: Chip
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> "_Call":
+        """The kernels take rows of the head dimension as they lie, so its elements must be side by side."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (inputs.q, inputs.k, inputs.v))
+        scale = options.score_scale(inputs.head_dim)
+        return cls(split_frames(q, inputs.frames), k, v, options, scale, chip(q.device))
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -66,12 +80,21 @@ class _Call:
         return "tf32x3" if self.q.dtype == torch.float32 else "tf32"
 
     @property
-    def width(self) -> int:
-        return max(1, window_frames(self.q.shape[1], self.band))
+    def band_arguments(self) -> tuple[int, int]:
+        """(band, width of its window) in frames; (0, 1) where there is no band."""
+        band = self.options.band
+        return (0 if band is None else band), max(1, window_frames(self.q.shape[1], band))
 
     @property
-    def band_arguments(self) -> tuple[int, int]:
-        return (0 if self.band is None else self.band), self.width
+    def row_order(self) -> tuple[int, ...]:
+        """Strides of q without the head dimension's, as kernels take them."""
+        return self.q.stride()[:4]
+
+    def attend_tile(self, *, with_k: bool, with_v: bool) -> tuple[AttendConfig, HopperConfig | None]:
+        """Tiles of the attention kernels: the plain one's, and the Hopper one's where it can run."""
+        dtype, dim = self.q.dtype, self.q.shape[-1]
+        plain = attend_config(self.block_d, dtype, self.chip.shared_memory, with_k=with_k, with_v=with_v)
+        return plain, hopper_config(dim, dtype, self.chip.capability, with_k=with_k, with_v=with_v)
 
     def statistic(self) -> Tensor:
         """An uninitialised (B, H, T, P) float32 tensor."""
@@ -82,49 +105,35 @@ class _Call:
         return self.q.new_empty(self.q.shape)
 
 
-def monarch_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    l_prev: Tensor | None,
-    extra: tuple[Tensor, Tensor] | None,
-    residual: tuple[Tensor, Tensor] | None,
-    frames: int,
-    num_steps: int,
-    c_floor: float,
-    first_frame: bool,
-    band: int | None,
-    scale: float,
-    return_l: bool,
-) -> tuple[Tensor, Tensor | None]:
+def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
-    call = _call(q, k, v, frames, scale, band, first_frame)
-    out = call.like_q()
-    exact, exact_lse = _extra_part(extra, frames)
-    if band is not None:
-        band_out, band_lse = call.like_q(), call.statistic()
-        _attend_band(call, band_out, band_lse)
-        exact, exact_lse = _merge(band_out, band_lse, exact, exact_lse)
+    call = _Call.of(inputs, options)
+    exact = _extra_part(inputs)
+    if options.band is not None:
+        exact = _merge(_attend_band(call), exact)
 
-    beta = call.q if l_prev is None else _next_beta(call, c_floor, l_prev=l_prev)
+    q_r = call.q if inputs.l_prev is None else _r_queries(call, l_prev=inputs.l_prev)
     rk, c_l = call.like_q(), call.statistic()
-    for _ in range(num_steps - 1):
-        _r_step(call, beta, rk, c_l, None)
-        beta = _next_beta(call, c_floor, rk=rk, c_l=c_l, exact_lse=exact_lse)
+    for _ in range(options.num_steps - 1):
+        _r_step(call, q_r, rk, c_l, None)
+        q_r = _r_queries(call, rk=rk, c_l=c_l, exact_lse=None if exact is None else exact[1])
     y = call.like_q()
-    _r_step(call, beta, rk, c_l, y)
-    l_new = _l_output(call, rk, c_l, y, exact, exact_lse, residual, out, return_l)
-    if first_frame and band is None:
-        _attend_frame(call, 0, out[:, 0], extra=(exact, exact_lse))
+    _r_step(call, q_r, rk, c_l, y)
+    out, l_new = _l_output(call, (rk, c_l, y), exact, inputs.residual, return_l)
+    if options.first_frame and options.band is None:
+        _attend_frame(call, 0, out[:, 0], extra=exact)
     return out.flatten(1, 2), l_new
 
 
-def frame_triton(q: Tensor, k: Tensor, v: Tensor, frames: int, frame: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32)."""
-    call = _call(q, k, v, frames, scale, None, first_frame=True)
+def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32).
+
+    Keys outside the video (``inputs.extra``) are the caller's.
+    """
+    call = _Call.of(inputs, Options(scale=scale))
     batch, _, positions, heads, dim = call.sizes
     out = call.q.new_empty((batch, positions, heads, dim))
     lse = call.q.new_empty((batch, heads, positions), dtype=torch.float32)
@@ -133,13 +142,9 @@ def frame_triton(q: Tensor, k: Tensor, v: Tensor, frames: int, frame: int, scale
 
 
 def refresh_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extra: tuple[Tensor, Tensor] | None,
+    inputs: Inputs,
     out: Tensor,
-    corrections: tuple[Tensor, Tensor],
-    frames: int,
+    residual: tuple[Tensor, Tensor],
     frame: int,
     neighbours: list[int],
     share: float,
@@ -147,21 +152,21 @@ def refresh_triton(
 ) -> None:
     """Replace one frame of the output (B, N, H, D) by its exact attention, and keep what that changed.
 
-    ``corrections``, (values, scale) as in ``Residual``, get the difference for the frame itself, and for ``neighbours``
-    (of the frames before and after it) a ``share`` of it and of their own the rest.
+    The difference becomes the frame's ``residual``, (values, scale) as in ``Residual``. ``neighbours`` (of the frames
+    before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
-    call = _call(q, k, v, frames, scale, None, first_frame=True)
-    values, scales = corrections
+    call = _Call.of(inputs, Options(scale=scale))
+    values, scales = residual
     converted = _kernel_8bit(values)
     keep = _Keep(converted, scales, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
-    _attend_frame(call, frame, split_frames(out, frames)[:, frame], extra=_extra_part(extra, frames), keep=keep)
+    _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
     if converted is not values:
         values.copy_(converted)
 
 
 @dataclass(frozen=True)
 class _Keep:
-    """Where a recomputed frame's corrections go, and which neighbours get a share of them."""
+    """Where a recomputed frame's residual goes, and which neighbours get a share of it."""
 
     values: Tensor  # (B, N, H, D)
     scale: Tensor  # (B, P, H, T)
@@ -169,111 +174,120 @@ class _Keep:
     before: bool
     after: bool
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, float, bool, bool]:
+        return self.values, self.scale, self.share, self.before, self.after
 
-def _extra_part(extra: tuple[Tensor, Tensor] | None, frames: int) -> tuple[Tensor | None, Tensor | None]:
-    """The extra part as the kernels read it, out (B, T, P, H, D) and log-sum-exp (B, H, T, P) float32."""
-    if extra is None:
-        return None, None
-    out, lse = (split_frames(x, frames) for x in extra)
+
+def _extra_part(inputs: Inputs) -> _Part | None:
+    """The extra part as the kernels read it."""
+    if inputs.extra is None:
+        return None
+    out, lse = (split_frames(x, inputs.frames) for x in inputs.extra)
     return out.contiguous(), lse.permute(0, 3, 1, 2).float().contiguous()
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, frames: int, scale: float, band: int | None, first_frame: bool) -> _Call:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _Call(split_frames(q, frames), k, v, scale, band, first_frame, chip(q.device))
+def _merge(part: _Part, other: _Part | None) -> _Part:
+    """``merge_exact`` of two parts; the first alone without another."""
+    if other is None:
+        return part
+    (out_a, lse_a), (out_b, lse_b) = part, other
+    merged, lse = merge_exact(out_a, lse_a.permute(0, 2, 3, 1), out_b, lse_b.permute(0, 2, 3, 1))
+    return merged.contiguous(), lse.permute(0, 3, 1, 2).contiguous()
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor | None, other_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``merge_exact`` of outs (B, T, P, H, D) and statistics (B, H, T, P); the first alone without another."""
-    if other is None or other_lse is None:
-        return out, lse
-    merged, merged_lse = merge_exact(out, lse.permute(0, 2, 3, 1), other, other_lse.permute(0, 2, 3, 1))
-    return merged.contiguous(), merged_lse.permute(0, 3, 1, 2).contiguous()
+@dataclass(frozen=True)
+class _Targets:
+    """What an attention kernel writes; None for what is not wanted.
 
-
-def _r_step(call: _Call, beta: Tensor, rk: Tensor, c_l: Tensor, y: Tensor | None) -> None:
-    """R K and c_l of every frame, and R V into ``y`` when it is given."""
-    frames = call.sizes[1]
-    _attend(call, beta, rk=rk, c_l=c_l, out=y, lse=None, query_frames=(0, frames), window=(0, 1))
-
-
-def _attend_band(call: _Call, exact: Tensor, exact_lse: Tensor) -> None:
-    frames = call.sizes[1]
-    first = 0
-    if call.first_frame:
-        _attend_frame(call, 0, exact[:, 0], exact_lse[:, :, 0])
-        first = 1
-    _attend(
-        call,
-        call.q,
-        rk=None,
-        c_l=None,
-        out=exact,
-        lse=exact_lse,
-        query_frames=(first, frames),
-        window=call.band_arguments,
-    )
-
-
-def _attend(
-    call: _Call,
-    queries: Tensor,
-    *,
-    rk: Tensor | None,
-    c_l: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    query_frames: tuple[int, int],
-    window: tuple[int, int],
-    split_keys: int = 0,
-    splits: int = 1,
-) -> None:
-    """Launch an attention kernel; absent tensors are replaced by placeholders that it never touches.
-
-    ``window`` is (band, width) in frames. With ``split_keys`` the programs divide frame 0's
-    keys, and out and lse are float32 partials with the split as leading dimension.
+    Where keys are split, ``out`` and ``lse`` are the splits' float32 partials, (S, B, P, H, D) and (S, B, H, P).
     """
+
+    rk: Tensor | None = None  # (B, T, P, H, D)
+    c_l: Tensor | None = None  # (B, H, T, P)
+    out: Tensor | None = None  # (B, T, P, H, D)
+    lse: Tensor | None = None  # (B, H, T, P)
+
+    def arguments(self, split: bool) -> tuple[Any, ...]:
+        """The tensors with their strides, as the kernels take them."""
+        o_strides: tuple[int, ...] = (0, 0, 0, 0)
+        l_strides: tuple[int, ...] = (0, 0, 0)
+        if self.out is not None:
+            o_strides = self.out.stride()[:4]
+            if split:
+                o_strides = (o_strides[1], o_strides[0], *o_strides[2:])
+        if self.lse is not None:
+            l_strides = self.lse.stride()[:3]
+            if split:
+                l_strides = (l_strides[1], l_strides[2], l_strides[0])
+        return self.rk, self.c_l, self.out, *o_strides, self.lse, *l_strides
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Query frames ``first`` to ``first + count``, and the key frames that each of them sees.
+
+    With ``split_keys`` there is one query frame, and ``splits`` programs take so many of its keys each.
+    """
+
+    first: int
+    count: int
+    band: int
+    width: int
+    split_keys: int = 0
+    splits: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Programs for each block of rows, head and sample."""
+        return self.splits if self.split_keys else self.count
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        return self.first, self.band, self.width, self.split_keys
+
+    def keys(self, positions: int) -> list[int]:
+        """How many keys the programs see: one number for most of them, and with splits one for the last."""
+        keys = self.width * positions
+        return [self.split_keys, keys % self.split_keys] if self.split_keys else [keys]
+
+
+def _r_step(call: _Call, q_r: Tensor, rk: Tensor, c_l: Tensor, y: Tensor | None) -> None:
+    """R K and c_l of every frame, and R V into ``y`` when it is given."""
+    _attend(call, q_r, _Targets(rk, c_l, y), _Window(0, call.sizes[1], band=0, width=1))
+
+
+def _attend_band(call: _Call) -> _Part:
+    """Every query frame over its exact key frames."""
+    out, lse = call.like_q(), call.statistic()
+    first = 0
+    if call.options.first_frame:
+        _attend_frame(call, 0, out[:, 0], lse[:, :, 0])
+        first = 1
+    _attend(call, call.q, _Targets(out=out, lse=lse), _Window(first, call.sizes[1] - first, *call.band_arguments))
+    return out, lse
+
+
+def _attend(call: _Call, queries: Tensor, targets: _Targets, window: _Window) -> None:
+    """Launch an attention kernel: the Hopper one where it can run and has enough to do, else the plain one."""
     batch, frames, positions, heads, dim = call.sizes
-    split = split_keys > 0
-    band, width = window
-    o = call.q if out is None else out
-    o_strides = (o.stride(1), o.stride(0), o.stride(2), o.stride(3)) if split else o.stride()[:4]
-    if lse is None:
-        lse_strides = (0, 0, 0)
-    elif split:  # (S, B, H, P)
-        lse_strides = (lse.stride(1), lse.stride(2), lse.stride(0))
-    else:  # (B, H, T, P)
-        lse_strides = (lse.stride(0), lse.stride(1), lse.stride(2))
-    parts = splits if split else query_frames[1] - query_frames[0]
-    targets = (
-        call.q if rk is None else rk,
-        call.q if c_l is None else c_l,
-        o,
-        *o_strides,
-        call.q if lse is None else lse,
-        *lse_strides,
-    )
-    window_arguments = (query_frames[0], band, width, split_keys)
-    with_k, with_v = rk is not None, out is not None
-    options = {
+    with_k, with_v, split = targets.rk is not None, targets.out is not None, window.split_keys > 0
+    config, hopper = call.attend_tile(with_k=with_k, with_v=with_v)
+    window_keys = window.keys(positions)
+    constants = {
         "BLOCK_D": call.block_d,
         "WITH_K": with_k,
         "WITH_V": with_v,
-        "WITH_LSE": lse is not None,
+        "WITH_LSE": targets.lse is not None,
         "SPLIT": split,
         **_FUSION,
     }
-    hopper = hopper_config(dim, call.q.dtype, call.chip.capability, with_k=with_k, with_v=with_v)
-    window_keys = [split_keys, width * positions % split_keys] if split else [width * positions]
-    tiles = _cdiv(positions, HOPPER_ROWS) * parts * batch * heads
-    wide = all(keys == 0 or keys > hopper.block_n for keys in window_keys) if hopper is not None else False
-    if hopper is not None and wide and tiles >= MIN_WAVES * call.chip.multiprocessors:
+    if hopper is not None and _fills(call, hopper, window):
         rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
         if len(rows) == 3:
-            _attend_hopper(call, hopper, rows, targets, window_arguments, window_keys, tiles, parts, options)
+            _attend_hopper(call, hopper, rows, targets, window, constants)
             return
-    config = attend_config(call.block_d, call.q.dtype, call.chip.shared_memory, with_k=with_k, with_v=with_v)
-    grid = (_cdiv(positions, config.block_m), parts, batch * heads)
+    grid = (_cdiv(positions, config.block_m), window.parts, batch * heads)
     kernels.attend_kernel[grid](
         queries,
         *queries.stride()[:4],
@@ -281,13 +295,13 @@ def _attend(
         *call.k.stride()[:3],
         call.v,
         *call.v.stride()[:3],
-        *targets,
+        *targets.arguments(split),
         call.scale,
         frames,
         positions,
         heads,
         dim,
-        *window_arguments,
+        *window.arguments,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         MASK_D=call.block_d != dim,
@@ -296,20 +310,29 @@ def _attend(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **options,
+        **constants,
     )
+
+
+def _tiles(call: _Call, window: _Window) -> int:
+    """Tiles of query rows that the Hopper kernel computes."""
+    batch, _, positions, heads, _ = call.sizes
+    return _cdiv(positions, HOPPER_ROWS) * window.parts * batch * heads
+
+
+def _fills(call: _Call, config: HopperConfig, window: _Window) -> bool:
+    """Whether the Hopper kernel has tiles enough for the chip, and in each of them keys enough for its pipeline."""
+    long = all(keys == 0 or keys > config.block_n for keys in window.keys(call.sizes[2]))
+    return long and _tiles(call, window) >= MIN_WAVES * call.chip.multiprocessors
 
 
 def _attend_hopper(
     call: _Call,
     config: HopperConfig,
     rows: list[Tensor],
-    targets: tuple[object, ...],
-    window_arguments: tuple[int, int, int, int],
-    window_keys: list[int],
-    tiles: int,
-    parts: int,
-    options: dict[str, int],
+    targets: _Targets,
+    window: _Window,
+    constants: dict[str, int],
 ) -> None:
     """Launch ``attend_hopper_kernel`` on as many programs as the chip has multiprocessors."""
     from triton.experimental.gluon import language as gl
@@ -324,17 +347,18 @@ def _attend_hopper(
         descriptors.append(
             TensorDescriptor(x, list(x.shape), list(x.stride()), [block, dim], _layout(block, dim, dtype))
         )
-    tail = max(keys % config.block_n or config.block_n for keys in window_keys if keys)
+    tail = max(keys % config.block_n or config.block_n for keys in window.keys(positions) if keys)
+    tiles = _tiles(call, window)
     _hopper.attend_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
         *descriptors,
-        *targets,
+        *targets.arguments(window.split_keys > 0),
         call.scale,
         tiles,
         frames,
         positions,
-        parts,
+        window.parts,
         heads,
-        *window_arguments,
+        *window.arguments,
         BLOCK_N=config.block_n,
         # Narrower than 16 keys the tensor cores do not multiply.
         TAIL=max(16, power_of_2(tail)),
@@ -342,7 +366,7 @@ def _attend_hopper(
         Q_STAGES=config.query_stages,
         num_warps=4,
         maxnreg=168,  # of three warp groups: 240 for each of the two that compute, 24 for the one that loads
-        **options,
+        **constants,
     )
 
 
@@ -374,68 +398,42 @@ def _attend_frame(
     out: Tensor,
     lse: Tensor | None = None,
     *,
-    extra: tuple[Tensor | None, Tensor | None] = (None, None),
+    extra: _Part | None = None,
     keep: _Keep | None = None,
 ) -> None:
     """Exact attention of one frame's queries over all keys, and an extra part, into out (B, P, H, D), lse (B, H, P).
 
     One frame's queries give too few programs for a large chip, so the keys are split as well. What merges the splits
-    also merges the extra part and keeps corrections.
+    also merges the extra part and keeps the residual.
     """
     batch, frames, positions, heads, dim = call.sizes
     tokens = frames * positions
     queries = call.q[:, frame:]
-    hopper = hopper_config(dim, call.q.dtype, call.chip.capability, with_k=False, with_v=True)
-    config = attend_config(call.block_d, call.q.dtype, call.chip.shared_memory, with_k=False, with_v=True)
+    config, hopper = call.attend_tile(with_k=False, with_v=True)
     block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
     tiles = _cdiv(positions, block_m) * heads * batch
     splits = _even_splits(tiles, call.chip.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
-    extra_out, extra_lse = extra
-    if splits == 1 and extra_out is None and keep is None:
-        _attend(
-            call,
-            queries,
-            rk=None,
-            c_l=None,
-            out=out.unsqueeze(1),
-            lse=(call.statistic() if lse is None else lse.unsqueeze(2)),
-            query_frames=(0, 1),
-            window=(0, frames),
-        )
+    if splits == 1 and extra is None and keep is None:
+        out_lse = call.statistic() if lse is None else lse.unsqueeze(2)
+        _attend(call, queries, _Targets(out=out.unsqueeze(1), lse=out_lse), _Window(0, 1, band=0, width=frames))
         return
     split_keys = _cdiv(_cdiv(tokens, splits), 128) * 128
     splits = _cdiv(tokens, split_keys)
     # (S, B, P, H, D) seen through strides of (S, B, H, P, D) memory
     part = call.q.new_empty((splits, batch, heads, positions, dim), dtype=torch.float32)
     part_lse = call.q.new_empty((splits, batch, heads, positions), dtype=torch.float32)
-    _attend(
-        call,
-        queries,
-        rk=None,
-        c_l=None,
-        out=part.transpose(2, 3),
-        lse=part_lse,
-        query_frames=(0, 1),
-        window=(0, frames),
-        split_keys=split_keys,
-        splits=splits,
-    )
+    targets = _Targets(out=part.transpose(2, 3), lse=part_lse)
+    _attend(call, queries, targets, _Window(0, 1, 0, frames, split_keys=split_keys, splits=splits))
     block_m = 32
-    unused = call.q
     kernels.merge_splits_kernel[(_cdiv(positions, block_m), batch * heads)](
         part,
         part_lse,
-        unused if extra_out is None else extra_out,
-        unused if extra_lse is None else extra_lse,
+        *(extra or (None, None)),
         out,
         *out.stride()[:3],
-        unused if lse is None else lse,
+        lse,
         *((0, 0) if lse is None else lse.stride()[:2]),
-        unused if keep is None else keep.values,
-        unused if keep is None else keep.scale,
-        0.0 if keep is None else keep.share,
-        keep is not None and keep.before,
-        keep is not None and keep.after,
+        *((None, None, 0.0, False, False) if keep is None else keep.arguments),
         batch,
         frames,
         frame,
@@ -446,7 +444,7 @@ def _attend_frame(
         BLOCK_M=block_m,
         BLOCK_D=call.block_d,
         WITH_LSE=lse is not None,
-        HAS_EXTRA=extra_out is not None,
+        HAS_EXTRA=extra is not None,
         KEEP=keep is not None,
         **_FUSION,
     )
@@ -463,22 +461,19 @@ def _even_splits(tiles: int, slots: int, largest: int) -> int:
     return next((s for s in choices if used(s) >= _FULL_WAVES), max(choices, key=used))
 
 
-def _next_beta(
+def _r_queries(
     call: _Call,
-    c_floor: float,
     *,
     rk: Tensor | None = None,
     c_l: Tensor | None = None,
     exact_lse: Tensor | None = None,
     l_prev: Tensor | None = None,
 ) -> Tensor:
-    """alpha_r / max(c_r, c_floor) of an L-step (rk and c_l given) or of a stored L; the kernels
-    apply the score scale, so that beta has the magnitude of a query.
-    """
+    """The next R-step's queries, alpha_r / max(c_r, c_floor), of an L-step (rk and c_l given) or of a stored L."""
     batch, frames, positions, heads, dim = call.sizes
     from_l = l_prev is not None
-    config = next_beta_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, from_l=from_l)
-    beta = call.like_q()
+    config = r_queries_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, from_l=from_l)
+    q_r = call.like_q()
     whole_rows = frames <= config.block_k
     row_lse = None
     shared = {
@@ -487,8 +482,8 @@ def _next_beta(
         "BLOCK_D": call.block_d,
         "MASK_D": call.block_d != dim,
         "HAS_EXACT": exact_lse is not None,
-        "BANDED": call.band is not None,
-        "FIRST_FRAME": call.first_frame,
+        "BANDED": call.options.band is not None,
+        "FIRST_FRAME": call.options.first_frame,
         "PRECISION": call.precision,
         "num_warps": config.num_warps,
         **_FUSION,
@@ -498,10 +493,10 @@ def _next_beta(
         grid = (positions * heads, _cdiv(frames, config.block_l), batch)
         kernels.l_lse_kernel[grid](
             call.q,
-            *call.q.stride()[:4],
+            *call.row_order,
             rk,
             c_l,
-            call.q if exact_lse is None else exact_lse,
+            exact_lse,
             row_lse,
             call.scale,
             frames,
@@ -512,20 +507,19 @@ def _next_beta(
             **shared,
         )
     grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_k), batch)
-    unused = call.q
     stored = None if l_prev is None else with_padded_rows(l_prev, call.chip.dtype_8bit)
-    kernels.next_beta_kernel[grid](
+    kernels.r_queries_kernel[grid](
         call.q,
-        *call.q.stride()[:4],
-        unused if rk is None else rk,
-        unused if c_l is None else c_l,
-        unused if exact_lse is None else exact_lse,
-        unused if row_lse is None else row_lse,
-        unused if stored is None else stored,
+        *call.row_order,
+        rk,
+        c_l,
+        exact_lse,
+        row_lse,
+        stored,
         0 if stored is None else stored.stride(3) // L_ROW_ENTRIES,
-        beta,
+        q_r,
         call.scale,
-        c_floor,
+        call.options.c_floor,
         frames,
         positions,
         heads,
@@ -539,47 +533,39 @@ def _next_beta(
         ONE_TILE=frames <= config.block_l and (whole_rows or from_l),
         **shared,
     )
-    return beta
+    return q_r
 
 
 def _l_output(
     call: _Call,
-    rk: Tensor,
-    c_l: Tensor,
-    y: Tensor,
-    exact: Tensor | None,
-    exact_lse: Tensor | None,
+    r_step: tuple[Tensor, Tensor, Tensor],
+    exact: _Part | None,
     residual: tuple[Tensor, Tensor] | None,
-    out: Tensor,
     return_l: bool,
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor | None]:
+    """The last L-step: out (B, T, P, H, D) and L from the last R-step's R K, c_l and R V."""
     batch, frames, positions, heads, dim = call.sizes
     config = l_output_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, exact=exact is not None)
-    l_new = None
-    if return_l:
-        l_new = empty_l(call.q, dtype=call.chip.dtype_8bit)
+    out = call.like_q()
+    l_new = empty_l(call.q, dtype=call.chip.dtype_8bit) if return_l else None
+    first_row = 1 if call.options.first_frame and call.options.band is None else 0
     grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_l), batch)
-    unused = call.q
     kernels.l_output_kernel[grid](
         call.q,
-        *call.q.stride()[:4],
-        rk,
-        c_l,
-        y,
-        unused if exact is None else exact,
-        unused if exact_lse is None else exact_lse,
+        *call.row_order,
+        *r_step,
+        *(exact or (None, None)),
         out,
-        unused if l_new is None else l_new,
+        l_new,
         0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
-        unused if residual is None else _kernel_8bit(residual[0]),
-        unused if residual is None else residual[1],
+        *((None, None) if residual is None else (_kernel_8bit(residual[0]), residual[1])),
         call.scale,
         frames,
         positions,
         heads,
         dim,
         *call.band_arguments,
-        1 if call.first_frame and call.band is None else 0,
+        first_row,
         BLOCK_L=config.block_l,
         BLOCK_K=config.block_k,
         BLOCK_D=call.block_d,
@@ -588,8 +574,8 @@ def _l_output(
         STAGES=config.num_stages,
         MASK_D=call.block_d != dim,
         HAS_EXACT=exact is not None,
-        BANDED=call.band is not None,
-        FIRST_FRAME=call.first_frame,
+        BANDED=call.options.band is not None,
+        FIRST_FRAME=call.options.first_frame,
         STORE_L=l_new is not None,
         HAS_RESIDUAL=residual is not None,
         ONE_TILE=frames <= config.block_k,
@@ -597,7 +583,7 @@ def _l_output(
         num_warps=config.num_warps,
         **_FUSION,
     )
-    return None if l_new is None else with_padded_rows(l_new, L_DTYPE)
+    return out, None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
 def _kernel_8bit(x: Tensor) -> Tensor:

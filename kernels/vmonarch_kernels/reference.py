@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels.cost import is_exact
-from vmonarch_kernels.structure import dequantised, exact_pairs, merge_exact, split_frames
+from vmonarch_kernels.spec import PAPER, Inputs, Options
+from vmonarch_kernels.structure import (
+    L_DTYPE,
+    dequantised,
+    exact_pairs,
+    merge_exact,
+    split_frames,
+    with_padded_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -36,52 +44,39 @@ def softmax_attention(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: flo
     return torch.softmax(scores, dim=-1) @ v_BHSD, torch.logsumexp(scores, dim=-1)
 
 
-def monarch_factors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: tuple[int, int, int],
-    *,
-    num_steps: int = 2,
-    c_floor: float = 0.1,
-    first_frame: bool = True,
-    band: int | None = None,
-    scale: float | None = None,
-    l_prev: Tensor | None = None,
-    extra: tuple[Tensor, Tensor] | None = None,
-    residual: tuple[Tensor, Tensor] | None = None,
-    compute_dtype: torch.dtype = torch.float64,
-) -> Factors:
+def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: torch.dtype = torch.float64) -> Factors:
     """Steps 1-5 of the algorithm on (B, N, H, D) tensors, with L and R materialised.
 
     Memory grows with N * P: for tests and pictures. ``compute_dtype`` is used for every
     intermediate; bfloat16 gives the eager low-precision error that bounds a kernel's error.
-    ``out`` is returned in ``compute_dtype``. Other arguments as in ``monarch_attention``.
+    ``out`` is returned in ``compute_dtype``.
     """
-    frames = grid[0]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_BHTPD, k_BHTPD, v_BHTPD = (split_frames(x, frames).permute(0, 3, 1, 2, 4).to(compute_dtype) for x in (q, k, v))
+    q, frames = inputs.q, inputs.frames
+    first_frame, band, scale = options.first_frame, options.band, options.score_scale(inputs.head_dim)
+    q_BHTPD, k_BHTPD, v_BHTPD = (
+        split_frames(x, frames).permute(0, 3, 1, 2, 4).to(compute_dtype) for x in (q, inputs.k, inputs.v)
+    )
     batch, heads, _, positions, _ = q_BHTPD.shape
 
     # Every query's exact entry: the band and the extra part, either of which may be missing.
     exact = torch.zeros(frames, frames, dtype=torch.bool, device=q.device)
     o_exact, lse_exact = torch.zeros_like(q_BHTPD), torch.full_like(q_BHTPD[..., 0], float("-inf"))
-    if extra is not None:
-        o_extra, lse_extra = (split_frames(x, frames).transpose(2, 3).transpose(1, 2) for x in extra)
+    if inputs.extra is not None:
+        o_extra, lse_extra = (split_frames(x, frames).transpose(2, 3).transpose(1, 2) for x in inputs.extra)
         o_exact, lse_exact = o_extra.to(compute_dtype), lse_extra.to(compute_dtype)
     if band is not None or is_exact(frames, band):
         exact = exact_pairs(frames, frames if band is None else band, first_frame, q.device)
         o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
         o_exact, lse_exact = merge_exact(o_band, lse_band, o_exact, lse_exact)
 
-    if l_prev is None:
+    if inputs.l_prev is None:
         alpha_r, c_r = q_BHTPD, torch.ones_like(q_BHTPD[..., 0])
     else:
-        L = l_prev.to(compute_dtype).permute(0, 2, 3, 4, 1)  # (B, P, H, l, k) -> (B, H, l, k, P)
+        L = inputs.l_prev.to(compute_dtype).permute(0, 2, 3, 4, 1)  # (B, P, H, l, k) -> (B, H, l, k, P)
         alpha_r, c_r = _gather_queries(L, q_BHTPD)
 
-    for _ in range(num_steps):
-        beta = scale * alpha_r / c_r.clamp_min(c_floor)[..., None]
+    for _ in range(options.num_steps):
+        beta = scale * alpha_r / c_r.clamp_min(options.c_floor)[..., None]
         R = torch.softmax(beta @ k_BHTPD.mT, dim=-1)
         alpha_l = scale * (R @ k_BHTPD)
         c_l = torch.special.xlogy(R, R).sum(-1)
@@ -92,13 +87,20 @@ def monarch_factors(
         alpha_r, c_r = _gather_queries(L, q_BHTPD)
 
     out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD) + L_exact[..., None] * o_exact
-    if residual is not None:
-        out = out + dequantised(*residual, frames).permute(0, 3, 1, 2, 4)
+    if inputs.residual is not None:
+        out = out + dequantised(*inputs.residual, frames).permute(0, 3, 1, 2, 4)
     if first_frame and not exact.any():
         first, lse = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
         out[:, :, 0], _ = merge_exact(first, lse, o_exact[:, :, 0], lse_exact[:, :, 0])
     out = out.permute(0, 2, 3, 1, 4).reshape(batch, frames * positions, heads, -1)
     return Factors(out, L, R, L_exact, c_l)
+
+
+def monarch_reference(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
+    """impl="reference": ``monarch_factors`` in float32, or in float64 for float64 inputs; L is e4m3 (B, P, H, T, T)."""
+    factors = monarch_factors(inputs, options, compute_dtype=torch.promote_types(inputs.q.dtype, torch.float32))
+    l_new = with_padded_rows(factors.L.permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
+    return factors.out.to(inputs.q.dtype), l_new
 
 
 def _gather_queries(L: Tensor, q_BHTPD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,29 +1,30 @@
 """Frame refresh (ours): every call recomputes a few frames exactly, in turn, and keeps what that changed.
 
-First-frame recomputation that moves on. The error of structured attention lies in the values' side: R, and with it
-R V, is shared by all query frames. It changes slowly from one denoising step to the next, so the difference that a
-frame's exact attention made stays a good correction until the frame's next turn (../README.md, frame refresh).
+It is the first-frame recomputation for all frames. The error of structured attention lies in R V, which all query
+frames share. It changes slowly from one denoising step to the next. So the difference between a frame's exact and its
+structured attention, its residual, stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.api import frame_attention, monarch_attention, resolve_impl
+from vmonarch_kernels.api import attend, frame_attention, resolve_impl
+from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, split_frames
 
 DECAY = 0.95
-"""What of a correction is left after each call: it fades as it ages."""
+"""Factor of every residual in each call: it fades as it ages."""
 NEIGHBOUR_SHARE = 0.25
-"""Weight of a recomputed frame's correction in those of the frames beside it, which hold older ones."""
+"""Weight of a recomputed frame's residual in those of the frames beside it, which are older."""
 FIRST_TURNS = 1 / 3
-"""How much of one forward's turns come in the first call, where nothing corrects the frames yet."""
+"""Share of one forward's turns that come in the first call, where no frame has a residual yet ..."""
 FIRST_FRAMES = 0.5
-"""... which are at the most so much of all frames."""
+"""... but at most this share of all frames."""
 EARLY_TURNS, EARLY_CALLS = 0.8, 0.2
-"""Of the turns left so many at the most come in the calls from the second on that make up so much of a clip."""
+"""After the first call, at most this share of the turns that are left comes in this share of a clip's calls."""
 _LARGEST = torch.finfo(L_DTYPE).max
 _GOLDEN = 0.6180339887498949
 
@@ -35,9 +36,10 @@ class Residual:
     """
 
     def __init__(self, q: Tensor, frames: int, *, first_frame: bool = True, calls: int | None = None) -> None:
-        """Nothing known yet for tensors of q's shape (B, N, heads, D); with ``first_frame`` frame 0 needs no turn.
+        """A residual of zero for tensors of q's shape (B, N, heads, D).
 
-        With the number of ``calls`` that will come turns come earlier (``turns_before``).
+        With ``first_frame`` frame 0 is exact in every call and needs no turn. ``calls`` is the number of calls that
+        will come; where it is known, turns come earlier (``turns_before``).
         """
         batch, tokens, heads, _ = q.shape
         self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(L_DTYPE)
@@ -57,52 +59,50 @@ class Residual:
 
     def attention(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int, int],
+        inputs: Inputs,
+        options: Options,
         refresh: float,
         *,
         forwards: int = 1,
-        **options: Any,
+        impl: str = "auto",
+        return_l: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """``monarch_attention`` with the corrections added, and the next ``refresh`` frames exact.
+        """``attend`` with the residual added, and the next ``refresh`` frames exact.
 
         Args:
-            q: as in ``monarch_attention``, of the shape that this was made for.
-            k: as q.
-            v: as q.
-            grid: as in ``monarch_attention``.
-            refresh: frames to recompute, above 0; all of them at the most. A fraction is their mean over several calls,
-                rounded up in the first: 0.75 is one frame in three calls of four. Where the number of calls was
-                told it is the mean over all of them.
-            forwards: calls of this step with the same corrections: this one, which takes the turns of all, and those of
-                ``corrected`` that follow.
-            options: keyword arguments of ``monarch_attention``.
+            inputs: as in ``attend``, of the shape that this was made for; without a residual of their own.
+            options: as in ``attend``.
+            refresh: frames to recompute, above 0; at most all of them. A fraction is the mean over several calls,
+                rounded up in the first: 0.75 is one frame in three calls of four. Where the number of calls is known,
+                it is the mean over all of them.
+            forwards: how many calls of this step use this residual: this one, which takes the turns of all, and those
+                of ``attention_without_turns`` that follow.
+            impl: as in ``attend``.
+            return_l: as in ``attend``.
 
         Returns:
-            (out, L), L being None unless ``return_l`` is given.
+            (out, L), L being None unless ``return_l`` is set.
 
         """
         chosen = self._take_turns(refresh, forwards)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
-        out, factor = self.corrected(q, k, v, grid, **options)
-        named = {name: options[name] for name in ("scale", "impl", "extra") if name in options}
+        out, l_new = self.attention_without_turns(inputs, options, impl=impl, return_l=return_l)
         for frame in chosen:
             beside = [x for x in (frame - 1, frame + 1) if x in self._order and x not in chosen]
-            self._recompute(frame, beside, q, k, v, grid, out, **named)
-        return out, factor
+            self._recompute(frame, beside, inputs, options.score_scale(inputs.head_dim), impl, out)
+        return out, l_new
 
-    def corrected(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int, int], **options: Any
+    def attention_without_turns(
+        self, inputs: Inputs, options: Options, *, impl: str = "auto", return_l: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``monarch_attention`` with the corrections added as they are: for a step's other forwards, which guidance
-        compares with the one that takes the turns. Arguments and result as in ``attention``.
+        """``attend`` with the residual added as it is, for the other forwards of a step.
+
+        Guidance compares their outputs with that of the forward that takes the turns. Arguments and result as in
+        ``attention``.
         """
-        result = monarch_attention(q, k, v, grid, residual=(self.values, self.scale), **options)
-        return result if isinstance(result, tuple) else (result, None)
+        return attend(replace(inputs, residual=(self.values, self.scale)), options, impl=impl, return_l=return_l)
 
     def _take_turns(self, refresh: float, forwards: int) -> list[int]:
         """The frames of this call."""
@@ -117,30 +117,16 @@ class Residual:
         self._next = (self._next + count) % len(self._order)
         return list(dict.fromkeys(chosen))
 
-    def _recompute(
-        self,
-        frame: int,
-        beside: list[int],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int, int],
-        out: Tensor,
-        *,
-        scale: float | None = None,
-        impl: str = "auto",
-        extra: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    def _recompute(self, frame: int, beside: list[int], inputs: Inputs, scale: float, impl: str, out: Tensor) -> None:
         """Replace a frame of ``out`` by its exact attention; keep what that changed, for frames ``beside`` it too."""
-        if resolve_impl(impl, q.device, q.dtype, q.shape[-1]) == "triton":
+        q, k, v, grid = inputs.q, inputs.k, inputs.v, inputs.grid
+        if resolve_impl(impl, q.device, q.dtype, inputs.head_dim) == "triton":
             from vmonarch_kernels.launch import refresh_triton
 
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            kept = (self.values, self.scale)
-            refresh_triton(q, k, v, extra, out, kept, grid[0], frame, beside, NEIGHBOUR_SHARE, scale)
+            refresh_triton(inputs, out, (self.values, self.scale), frame, beside, NEIGHBOUR_SHARE, scale)
             return
         structured = split_frames(out, grid[0])[:, frame]
-        exact = frame_attention(q, k, v, grid, frame, scale=scale, impl=impl, extra=extra)
+        exact = frame_attention(q, k, v, grid, frame, scale=scale, impl=impl, extra=inputs.extra)
         change = exact.float() - structured.float()
         values = split_frames(self.values, grid[0])
         for other in beside:
@@ -150,7 +136,7 @@ class Residual:
         structured.copy_(exact)
 
     def _keep(self, frame: int, change: Tensor) -> None:
-        """Make a change (B, P, heads, D) the frame's correction, every row in 8 bits scaled by its largest entry."""
+        """Make a change (B, P, heads, D) the frame's residual, every row in 8 bits scaled by its largest entry."""
         scale = change.abs().amax(-1).clamp_min(1e-30) / _LARGEST
         split_frames(self.values, self.scale.shape[3])[:, frame] = (change / scale[..., None]).to(L_DTYPE)
         self.scale[..., frame] = scale
@@ -160,7 +146,7 @@ def turns_before(call: int, refresh: float, frames: int, calls: int | None, forw
     """How many turns come before a call (from 0): ``refresh`` for each forward on the mean, evenly unless ``calls`` is
     known.
 
-    A correction serves every later call, so most turns come early: some in the first call, where structured attention
+    A residual serves every later call, so most turns come early: some in the first call, where structured attention
     is farthest from dense, then one for every frame, or most of what is left where that is fewer; the rest come evenly.
     """
     mean = refresh * forwards

@@ -89,7 +89,7 @@ def with_padded_rows(l_BPHTT: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 
 def dequantised(values_BNHD: Tensor, scale_BPHT: Tensor, frames: int) -> Tensor:
-    """The correction of every token in float32, (B, T, P, H, D), from 8 bits and a scale for each token and head."""
+    """The residual of every token in float32, (B, T, P, H, D), from 8 bits and a scale for each token and head."""
     return split_frames(values_BNHD.float(), frames) * scale_BPHT.permute(0, 3, 1, 2)[..., None]
 
 

@@ -5,11 +5,14 @@ for free (the identity of ../README.md). L lives only for a chunk of positions a
 tensor of N * N or N * P elements exists.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vmonarch_kernels.cost import window_frames
 from vmonarch_kernels.dense import attention_lse
+from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
     band_groups,
@@ -23,59 +26,58 @@ from vmonarch_kernels.structure import (
 _CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that they stay in cache
 
 
-def monarch_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    l_prev: Tensor | None,
-    extra: tuple[Tensor, Tensor] | None,
-    residual: tuple[Tensor, Tensor] | None,
-    frames: int,
-    num_steps: int,
-    c_floor: float,
-    first_frame: bool,
-    band: int | None,
-    scale: float,
-    return_l: bool,
-) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class _LStep:
+    """What every L-step of a call shares."""
+
+    q: Tensor  # (B, T, P, H, D)
+    exact: tuple[Tensor, Tensor] | None
+    """(out (B, T, P, H, D), lse (B, T, P, H)) of every query's exact part."""
+    pairs: Tensor | None
+    """(T, T) bool: which frames the exact part covers; None where it covers none."""
+    scale: float
+    c_floor: float
+
+
+def monarch_torch(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
-    q_BTPHD, k_BTPHD, v_BTPHD = (split_frames(x, frames) for x in (q, k, v))
+    frames, band, first_frame = inputs.frames, options.band, options.first_frame
+    scale = options.score_scale(inputs.head_dim)
+    q_BTPHD, k_BTPHD, v_BTPHD = (split_frames(x, frames) for x in (inputs.q, inputs.k, inputs.v))
     out = torch.empty_like(q_BTPHD, memory_format=torch.contiguous_format)
-    exact = pairs = None
-    if extra is not None:
-        extra = split_frames(extra[0], frames), split_frames(extra[1], frames)
+    extra = exact = pairs = None
+    if inputs.extra is not None:
+        extra = split_frames(inputs.extra[0], frames), split_frames(inputs.extra[1], frames)
         exact = extra
     if band is not None:
         exact = _exact_band(q_BTPHD, k_BTPHD, v_BTPHD, band, first_frame, scale)
-        pairs = exact_pairs(frames, band, first_frame, q.device)
+        pairs = exact_pairs(frames, band, first_frame, inputs.q.device)
         if extra is not None:
             exact = merge_exact(*exact, *extra)
-    if l_prev is None:
-        beta = q_BTPHD * scale
-    else:
-        beta = _warm_queries(l_prev, q_BTPHD, c_floor, scale)
+    l_step = _LStep(q_BTPHD, exact, pairs, scale, options.c_floor)
+    beta = q_BTPHD * scale if inputs.l_prev is None else _warm_beta(l_step, inputs.l_prev)
 
     l_new = None
-    for step in range(num_steps):
-        last = step == num_steps - 1
-        alpha, y, lse = _r_step(beta, k_BTPHD, v_BTPHD if last else None)
+    for step in range(options.num_steps):
+        last = step == options.num_steps - 1
+        rk, y, lse = _r_step(beta, k_BTPHD, v_BTPHD if last else None)
         # sum R log R by the identity, from the very values that enter the products below, so that
-        # the rounding of alpha cancels in the L logits.
-        c_l = (beta * alpha).sum(-1, dtype=lse.dtype) - lse
+        # the rounding of R K cancels in the L logits.
+        c_l = (beta * rk).sum(-1, dtype=lse.dtype) - lse
         if not last:
             beta = torch.empty_like(beta)
-            _l_step(q_BTPHD, alpha, c_l, None, exact, pairs, scale, c_floor, beta, None)
+            _run_l_step(l_step, rk, c_l, None, beta, None)
         else:
             if return_l:
                 l_new = empty_l(q_BTPHD)
-            _l_step(q_BTPHD, alpha, c_l, y, exact, pairs, scale, c_floor, out, l_new)
-    if residual is not None:
-        out += dequantised(*residual, frames)
+            _run_l_step(l_step, rk, c_l, y, out, l_new)
+    if inputs.residual is not None:
+        out += dequantised(*inputs.residual, frames)
     if first_frame and band is None:
-        first, first_lse = frame_torch(q_BTPHD[:, 0], k, v, scale)
+        first, first_lse = frame_torch(q_BTPHD[:, 0], inputs.k, inputs.v, scale)
         if extra is not None:
             first, _ = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
         out[:, 0] = first
@@ -88,13 +90,13 @@ def _r_step(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor |
         return _r_step_cpu(beta, k, v)
     frames = beta.shape[1]
     beta_, k_ = (x.flatten(0, 1).transpose(1, 2) for x in (beta, k))
-    alpha, lse = attention_lse(beta_, k_, k_, scale=1.0)
+    rk, lse = attention_lse(beta_, k_, k_, scale=1.0)
     y = None
     if v is not None:
         y, _ = attention_lse(beta_, k_, v.flatten(0, 1).transpose(1, 2), scale=1.0)
         y = y.transpose(1, 2).unflatten(0, (-1, frames))
     return (
-        alpha.transpose(1, 2).unflatten(0, (-1, frames)),
+        rk.transpose(1, 2).unflatten(0, (-1, frames)),
         y,
         lse.transpose(1, 2).unflatten(0, (-1, frames)),
     )
@@ -107,8 +109,8 @@ def _r_step_cpu(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tens
     need no online rescaling, and R serves K and V after one softmax.
     """
     batch, frames, positions, heads, _ = beta.shape
-    alpha = torch.empty_like(beta, memory_format=torch.contiguous_format)
-    y = None if v is None else torch.empty_like(alpha)
+    rk = torch.empty_like(beta, memory_format=torch.contiguous_format)
+    y = None if v is None else torch.empty_like(rk)
     lse = beta.new_empty(beta.shape[:-1])
     rows = min(positions, max(32, _CHUNK_ELEMENTS // (heads * positions)))
     scores_buffer = beta.new_empty(heads * rows * positions)
@@ -125,10 +127,10 @@ def _r_step_cpu(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tens
                 R = torch.softmax(scores, -1)
                 # log R = score - lse holds for every entry; the largest cannot underflow.
                 lse[b, frame, part] = (top - R.amax(-1).log()).T
-                alpha[b, frame, part] = torch.bmm(R, keys).transpose(0, 1)
+                rk[b, frame, part] = torch.bmm(R, keys).transpose(0, 1)
                 if v is not None and y is not None:
                     y[b, frame, part] = torch.bmm(R, v[b, frame].transpose(0, 1)).transpose(0, 1)
-    return alpha, y, lse
+    return rk, y, lse
 
 
 def frame_torch(q_BPHD: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -181,34 +183,24 @@ def _by_position(x_TPHD: Tensor) -> Tensor:
     return x_TPHD.flatten(1, 2).transpose(0, 1).to(wide)
 
 
-def _l_step(
-    q: Tensor,
-    alpha: Tensor,
-    c_l: Tensor,
-    y: Tensor | None,
-    exact: tuple[Tensor, Tensor] | None,
-    pairs: Tensor | None,
-    scale: float,
-    c_floor: float,
-    target: Tensor,
-    l_new: Tensor | None,
-) -> None:
+def _run_l_step(step: _LStep, rk: Tensor, c_l: Tensor, y: Tensor | None, target: Tensor, l_new: Tensor | None) -> None:
     """L = softmax over key frames; writes the next beta (y is None) or the output into ``target``."""
+    q = step.q
     heads = q.shape[3]
     for b in range(q.shape[0]):
         for part in _position_chunks(q):
             q_j = _by_position(q[b, :, part])
             bias = -c_l[b, :, part].flatten(1).T[:, None].to(q_j.dtype)  # (P * H, 1, T_k)
-            logits = torch.baddbmm(bias, q_j, _by_position(alpha[b, :, part]).mT, alpha=scale)
+            logits = torch.baddbmm(bias, q_j, _by_position(rk[b, :, part]).mT, alpha=step.scale)
             weight = None
-            if exact is not None:
-                o_exact, lse_exact = exact
+            if step.exact is not None:
+                o_exact, lse_exact = step.exact
                 weight = lse_exact[b, :, part].flatten(1).T[:, :, None].to(q_j.dtype)
-            if pairs is not None:
-                logits.masked_fill_(pairs, float("-inf"))
+            if step.pairs is not None:
+                logits.masked_fill_(step.pairs, float("-inf"))
             L, weight = _softmax_short_rows(logits, weight)
             if y is None:
-                result = _next_beta(L, q_j, c_floor, scale)
+                result = _next_beta(step, L, q_j)
             else:
                 result = L @ _by_position(y[b, :, part])
                 if weight is not None:
@@ -233,19 +225,20 @@ def _softmax_short_rows(logits: Tensor, extra: Tensor | None) -> tuple[Tensor, T
     return L.div_(total), weight.div_(total)
 
 
-def _next_beta(L: Tensor, q_j: Tensor, c_floor: float, scale: float) -> Tensor:
+def _next_beta(step: _LStep, L: Tensor, q_j: Tensor) -> Tensor:
     """beta[k] = s alpha_r / max(c_r, c_floor) of (P * H, T, T) L and (P * H, T, D) queries."""
     c_r = L.sum(dim=1)[..., None]
-    return torch.bmm(L.mT, q_j).mul_(scale / c_r.clamp_min(c_floor))
+    return torch.bmm(L.mT, q_j).mul_(step.scale / c_r.clamp_min(step.c_floor))
 
 
-def _warm_queries(l_prev: Tensor, q: Tensor, c_floor: float, scale: float) -> Tensor:
+def _warm_beta(step: _LStep, l_prev: Tensor) -> Tensor:
     """The first beta of a warm start, from the last call's L and this call's queries."""
+    q = step.q
     beta = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
         for part in _position_chunks(q):
             q_j = _by_position(q[b, :, part])
             L = l_prev[b, part].flatten(0, 1).to(q_j.dtype)
-            result = _next_beta(L, q_j, c_floor, scale)
+            result = _next_beta(step, L, q_j)
             beta[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, q.shape[3]))
     return beta

@@ -15,7 +15,7 @@ def scaling(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     shape = ["--model", "demo", "--size", "48x48", "--frames", "17", "--repeats", "2"]
     return subprocess.run(
-        [*launch, str(ROOT / "kernels" / "bench" / "scaling.py"), *shape, *arguments],
+        [*launch, str(ROOT / "tests" / "bench" / "scaling.py"), *shape, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
 

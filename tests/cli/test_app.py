@@ -207,7 +207,7 @@ def test_an_implementation_that_cannot_run_says_why(fake_run: None, monkeypatch:
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.memory, "available_bytes", lambda: 10 * 2**30)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 10 * 2**30)
     assert error(call("generate", "-m", "wan2.1-14b", "-p", "a cat", "--device", "cpu")) == (
         "error: too little memory: wan2.1-14b at 1280x720 with 81 frames in float32 needs at least 86.0 GiB and 10.0 "
         "GiB are free: choose a smaller model or size, or a narrower --dtype"

@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from vmonarch_cli.cli.progress import RunProgress
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from rich.console import Console, RenderableType
 from vmonarch_cli.cli import model_tables as model_listings
 from vmonarch_cli.cli import plan_tables as listings
 from vmonarch_cli.cli import report
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.pipeline.preflight import Machine
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset, shipped_names
 from vmonarch_cli.text import binary_size, flops
 from vmonarch_cli.timing import Coverage

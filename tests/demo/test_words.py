@@ -31,8 +31,8 @@ def all_specs(split: Split, seed: int) -> Iterator[ClipSpec]:
 
 def test_prompts_are_checked_without_torch() -> None:
     code = (
-        "import sys; from vmonarch_cli.demo import captions; from vmonarch_cli.models import demo_vocabulary;"
-        "demo_vocabulary.unknown_words('a');"
+        "import sys; from vmonarch_cli.demo import captions; "
+        "from vmonarch_cli.models import demo_vocabulary; demo_vocabulary.unknown_words('a');"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

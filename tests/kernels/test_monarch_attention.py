@@ -6,19 +6,24 @@ kernels run under Triton's interpreter on small shapes.
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from vmonarch_kernels import (
+    Factors,
     ImplUnavailable,
+    Inputs,
+    Options,
     attention_lse,
     dense_attention,
     monarch_attention,
     monarch_factors,
     resolve_impl,
 )
+from vmonarch_kernels.spec import Grid
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -85,6 +90,20 @@ def inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape.size, generator=generator).to(DEVICE, dtype) for _ in range(3)]
 
 
+def factors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+    **rest: Any,
+) -> Factors:
+    """The reference with the arguments of ``monarch_attention``."""
+    tensors = {name: rest.pop(name) for name in ("l_prev", "extra", "residual") if name in rest}
+    return monarch_factors(Inputs(q, k, v, grid, **tensors), Options(**rest), compute_dtype=compute_dtype)
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     return float((value.double() - expected).norm() / expected.norm())
@@ -95,7 +114,7 @@ def budget(qkv: list[Tensor], expected: Tensor, grid: tuple[int, int, int], **op
 
     In float32 both errors are a few roundings, so their ratio says little: there it is tripled.
     """
-    eager = monarch_factors(*qkv, grid, compute_dtype=qkv[0].dtype, **options).out  # type: ignore[arg-type]
+    eager = factors(*qkv, grid, compute_dtype=qkv[0].dtype, **options).out
     factor = 3.0 if qkv[0].dtype == torch.float32 else 1.5
     return factor * max(relative_error(eager, expected), torch.finfo(qkv[0].dtype).eps / 4)
 
@@ -105,7 +124,7 @@ def budget(qkv: list[Tensor], expected: Tensor, grid: tuple[int, int, int], **op
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float32_matches_the_float64_reference(impl: str, shape: Shape, options: dict[str, int]) -> None:
     qkv = inputs(shape, torch.float32)
-    expected = monarch_factors(*qkv, shape.grid, **options).out  # type: ignore[arg-type]
+    expected = factors(*qkv, shape.grid, **options).out
     out = monarch_attention(*qkv, shape.grid, impl=impl, **options)  # type: ignore[call-overload]
     assert relative_error(out, expected) <= budget(qkv, expected, shape.grid, **options)
 
@@ -118,7 +137,7 @@ def test_low_precision_stays_within_the_eager_error(impl: str, shape: Shape, dty
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; this case runs on a GPU")
     qkv = inputs(shape, dtype)
     for options in ({"num_steps": 2}, {"num_steps": 1, "band": 1}):
-        expected = monarch_factors(*qkv, shape.grid, **options).out  # type: ignore[arg-type]
+        expected = factors(*qkv, shape.grid, **options).out
         out = monarch_attention(*qkv, shape.grid, impl=impl, **options)  # type: ignore[call-overload]
         assert out.dtype is dtype
         assert relative_error(out, expected) <= budget(qkv, expected, shape.grid, **options)
@@ -130,10 +149,10 @@ def test_warm_start_continues_from_the_returned_factor(impl: str, band: int | No
     shape = Shape((6, 2, 3), batch=2)
     first, second = inputs(shape, torch.float32), inputs(shape, torch.float32, seed=1)
     _, factor = monarch_attention(*first, shape.grid, band=band, impl=impl, return_l=True)
-    expected_l = monarch_factors(*first, shape.grid, band=band).L.permute(0, 4, 1, 2, 3)
+    expected_l = factors(*first, shape.grid, band=band).L.permute(0, 4, 1, 2, 3)
     assert (factor.double() - expected_l).abs().max() <= 1 / 32  # half a step of e4m3 below one
     options = {"num_steps": 1, "band": band, "l_prev": factor}
-    expected = monarch_factors(*second, shape.grid, **options).out  # type: ignore[arg-type]
+    expected = factors(*second, shape.grid, **options).out
     warm = monarch_attention(*second, shape.grid, impl=impl, **options)  # type: ignore[call-overload]
     cold = monarch_attention(*second, shape.grid, impl=impl, num_steps=1, band=band)
     assert relative_error(warm, expected) < 1e-6
@@ -147,7 +166,7 @@ def test_warm_start_with_tiled_key_frames(impl: str, frames: int) -> None:
     qkv = inputs(shape, torch.float32)
     _, factor = monarch_attention(*qkv, shape.grid, band=1, impl=impl, return_l=True)
     options = {"num_steps": 1, "band": 1, "l_prev": factor}
-    expected = monarch_factors(*qkv, shape.grid, **options).out  # type: ignore[arg-type]
+    expected = factors(*qkv, shape.grid, **options).out
     out = monarch_attention(*qkv, shape.grid, impl=impl, **options)  # type: ignore[call-overload]
     assert relative_error(out, expected) < 1e-6
 
@@ -159,7 +178,7 @@ def test_warm_start_in_16_bits(impl: str, frames: int) -> None:
     qkv = inputs(shape, LOW)
     options = {"num_steps": 1, "band": 0, "first_frame": False}
     _, factor = monarch_attention(*qkv, shape.grid, impl=impl, return_l=True, **options)  # type: ignore[call-overload]
-    expected = monarch_factors(*qkv, shape.grid, l_prev=factor, **options).out  # type: ignore[arg-type]
+    expected = factors(*qkv, shape.grid, l_prev=factor, **options).out
     out = monarch_attention(*qkv, shape.grid, impl=impl, l_prev=factor, **options)  # type: ignore[call-overload]
     assert relative_error(out, expected) < 1e-2
 
@@ -247,7 +266,7 @@ def test_an_extra_part_matches_the_reference(impl: str, band: int | None) -> Non
     shape = Shape((6, 1, 4))
     q, k, v = inputs(shape, torch.float32)
     _, _, extra = text_part(q)
-    expected = monarch_factors(q, k, v, shape.grid, band=band, extra=extra).out
+    expected = factors(q, k, v, shape.grid, band=band, extra=extra).out
     out = monarch_attention(q, k, v, shape.grid, impl=impl, band=band, extra=extra)
     assert relative_error(out, expected) < 1e-6
 
@@ -312,7 +331,7 @@ def test_memory_around_and_before_the_call_does_not_leak_in(impl: str, band: int
         garbage = [torch.full(size, float("nan"), device=DEVICE) for _ in range(4)]
         del garbage
     out = monarch_attention(q, k, v, shape.grid, impl=impl, band=band)
-    expected = monarch_factors(q, k, v, shape.grid, band=band).out
+    expected = factors(q, k, v, shape.grid, band=band).out
     assert relative_error(out, expected) < 1e-6
 
 
@@ -331,7 +350,7 @@ def test_a_constant_added_to_every_key_changes_nothing(impl: str, band: int | No
 def test_large_logits_stay_finite(impl: str) -> None:
     shape = Shape((3, 2, 3))
     q, k, v = inputs(shape, torch.float32)
-    expected = monarch_factors(q * 60, k * 60, v, shape.grid).out
+    expected = factors(q * 60, k * 60, v, shape.grid).out
     out = monarch_attention(q * 60, k * 60, v, shape.grid, impl=impl)
     assert torch.isfinite(out).all()
     assert relative_error(out, expected) < 1e-2
@@ -341,13 +360,13 @@ def test_large_logits_stay_finite(impl: str) -> None:
 def test_factors_are_stochastic_and_rebuild_the_output(band: int | None) -> None:
     shape = Shape((5, 2, 3), batch=2)
     q, k, v = inputs(shape, torch.float64)
-    factors = monarch_factors(q, k, v, shape.grid, band=band, first_frame=False)
-    assert torch.allclose(factors.L.sum(3) + factors.L_exact, torch.ones_like(factors.L_exact))
-    assert torch.allclose(factors.R.sum(-1), torch.ones_like(factors.R[..., 0]))
+    found = factors(q, k, v, shape.grid, band=band, first_frame=False)
+    assert torch.allclose(found.L.sum(3) + found.L_exact, torch.ones_like(found.L_exact))
+    assert torch.allclose(found.R.sum(-1), torch.ones_like(found.R[..., 0]))
     if band is None:
-        dense_matrix = torch.einsum("bhlkj,bhkji->bhljki", factors.L, factors.R).flatten(2, 3).flatten(3)
+        dense_matrix = torch.einsum("bhlkj,bhkji->bhljki", found.L, found.R).flatten(2, 3).flatten(3)
         rebuilt = (dense_matrix @ v.transpose(1, 2)).transpose(1, 2)
-        assert torch.allclose(rebuilt, factors.out)
+        assert torch.allclose(rebuilt, found.out)
 
 
 def test_entropy_identity() -> None:

@@ -1,4 +1,4 @@
-"""Frame refresh: exact frames in turn, and the corrections that they leave for the calls after them."""
+"""Frame refresh: exact frames in turn, and the residual that they leave for the calls after them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmonarch_kernels import Residual, dense_attention, frame_attention, monarch_attention
+from vmonarch_kernels import Inputs, Options, Residual, attend, dense_attention, frame_attention, monarch_attention
 from vmonarch_kernels.residual import DECAY, NEIGHBOUR_SHARE, turns, turns_before
 from vmonarch_kernels.structure import dequantised, split_frames
 
@@ -81,24 +81,24 @@ def test_on_tensors_that_stay_the_output_becomes_dense(impl: str) -> None:
     residual = Residual(q, GRID[0])
     errors = []
     for call in range(4):
-        out, factor = residual.attention(q, k, v, GRID, 1, impl=impl, band=0, return_l=True)
+        out, factor = residual.attention(Inputs(q, k, v, GRID), Options(band=0), 1, impl=impl, return_l=True)
         assert factor is not None
         frames = split_frames(out, GRID[0])
         errors.append(error(frames, dense))
         assert error(frames[:, turns(GRID[0], first_frame=True)[call]], dense[:, turns(GRID[0], True)[call]]) < 1e-5
     assert errors == sorted(errors, reverse=True)
-    # What is left is what the corrections have faded by, what neighbours gave them, and 8 bits.
+    # What is left is what the residual has faded by, what neighbours gave them, and 8 bits.
     assert errors[-1] < 0.3 * errors[0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_correction_fades(impl: str) -> None:
+def test_a_residual_fades(impl: str) -> None:
     q, k, v = inputs()
     residual = Residual(q, GRID[0])
-    first, _ = residual.attention(q, k, v, GRID, 4, impl=impl)
+    first, _ = residual.attention(Inputs(q, k, v, GRID), Options(), 4, impl=impl)
     assert error(first, dense_attention(q, k, v)) < 1e-5, "all frames at once"
     kept = residual.scale.clone()
-    residual.attention(q, k, v, GRID, 1, impl=impl)
+    residual.attention(Inputs(q, k, v, GRID), Options(), 1, impl=impl)
     now, *rest = turns(GRID[0], first_frame=True)
     last = next(frame for frame in rest if abs(frame - now) > 1)
     assert torch.equal(residual.scale[..., last], kept[..., last] * DECAY)
@@ -109,12 +109,13 @@ def test_a_correction_fades(impl: str) -> None:
 def test_neighbours_get_a_share_of_a_change(impl: str, with_extra: bool) -> None:
     q, k, v = inputs()
     lse = torch.full(q.shape[:3], 1.0, device=DEVICE)
-    options = {"impl": impl, "band": 0, "extra": (v.flip(1).contiguous(), lse) if with_extra else None}
+    extra = (v.flip(1).contiguous(), lse) if with_extra else None
+    call, options = Inputs(q, k, v, GRID, extra=extra), Options(band=0)
     residual = Residual(q, GRID[0])
     first = turns(GRID[0], first_frame=True)[0]
-    structured = split_frames(monarch_attention(q, k, v, GRID, **options), GRID[0])
-    residual.attention(q, k, v, GRID, 1, **options)
-    exact = frame_attention(q, k, v, GRID, first, impl="reference", extra=options["extra"])
+    structured = split_frames(attend(call, options, impl=impl)[0], GRID[0])
+    residual.attention(call, options, 1, impl=impl)
+    exact = frame_attention(q, k, v, GRID, first, impl="reference", extra=extra)
     change = exact - structured[:, first]
     kept = dequantised(residual.values, residual.scale, GRID[0])
     assert error(kept[:, first], change) < 0.04, "8 bits"
@@ -124,13 +125,13 @@ def test_neighbours_get_a_share_of_a_change(impl: str, with_extra: bool) -> None
         elif frame != first:
             assert not kept[:, frame].any(), "frame 0 is exact in every call"
 
-    # The next change is mixed with what a neighbour holds, here a correction of its own.
+    # The next change is mixed with what a neighbour holds, here a residual of its own.
     beside = first + 1
+    residual = Residual(q, GRID[0])
     values, old = split_frames(residual.values, GRID[0]), torch.randn_like(change)
     values[:, beside] = old.to(torch.float8_e4m3fn)
     residual.scale[..., beside] = 1.0
-    residual._next = 0
-    residual.attention(q, k, v, GRID, 1, **options)
+    residual.attention(call, options, 1, impl=impl)
     kept = dequantised(residual.values, residual.scale, GRID[0])[:, beside]
     assert error(kept, NEIGHBOUR_SHARE * change + (1 - NEIGHBOUR_SHARE) * DECAY * old) < 0.06
 
@@ -155,16 +156,17 @@ def test_where_the_calls_are_counted_turns_come_early_and_are_no_more(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_corrected_calls_use_corrections_and_leave_them(impl: str) -> None:
+def test_calls_without_turns_use_the_residual_and_leave_it(impl: str) -> None:
     q, k, v = inputs()
+    call = Inputs(q, k, v, GRID)
     residual = Residual(q, GRID[0])
-    residual.attention(q, k, v, GRID, 2, impl=impl, band=0)
+    residual.attention(call, Options(band=0), 2, impl=impl)
     values, scale = residual.values.clone().view(torch.uint8), residual.scale.clone()
     expected = monarch_attention(q, k, v, GRID, impl=impl, band=0, residual=(residual.values, residual.scale))
-    out, factor = residual.corrected(q, k, v, GRID, impl=impl, band=0)
+    out, factor = residual.attention_without_turns(call, Options(band=0), impl=impl)
     assert factor is None
     assert torch.equal(out, expected)
-    assert residual.corrected(q, k, v, GRID, impl=impl, band=0, return_l=True)[1] is not None
+    assert residual.attention_without_turns(call, Options(band=0), impl=impl, return_l=True)[1] is not None
     assert torch.equal(residual.values.view(torch.uint8), values)
     assert torch.equal(residual.scale, scale)
 
@@ -178,7 +180,7 @@ def test_a_fraction_is_the_mean_over_calls() -> None:
         counts = []
         for _ in range(8):
             residual.scale.zero_()
-            out = split_frames(residual.attention(q, k, v, GRID, refresh, impl="torch")[0], GRID[0])
+            out = split_frames(residual.attention(Inputs(q, k, v, GRID), Options(), refresh, impl="torch")[0], GRID[0])
             counts.append(sum(error(out[:, frame], dense[:, frame]) < 1e-5 for frame in range(1, GRID[0])))
         return counts
 
@@ -191,7 +193,7 @@ def test_a_fraction_is_the_mean_over_calls() -> None:
 def test_all_frames_take_turns_where_the_first_is_not_exact() -> None:
     q, k, v = inputs()
     residual = Residual(q, GRID[0], first_frame=False)
-    out, _ = residual.attention(q, k, v, GRID, 99, impl="torch", first_frame=False)
+    out, _ = residual.attention(Inputs(q, k, v, GRID), Options(first_frame=False), 99, impl="torch")
     assert error(out, dense_attention(q, k, v)) < 1e-5
 
 

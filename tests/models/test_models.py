@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vmonarch_cli.errors import InputError, ModelError
-from vmonarch_cli.models.registry import ENTRIES, find_model
+from vmonarch_cli.models.catalogue import ENTRIES
+from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN22_5B
 
 KNOWN = ", ".join(entry.alias for entry in ENTRIES)

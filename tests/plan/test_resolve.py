@@ -10,7 +10,11 @@ import pytest
 
 from vmonarch_cli.errors import InputError, PresetError, VmonarchError
 from vmonarch_cli.models.wan import NEGATIVE_PROMPT
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, count_flops, kept_bytes, resolve
+from vmonarch_cli.plan.costs import count_flops
+from vmonarch_cli.plan.memory import kept_bytes
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset
 
 

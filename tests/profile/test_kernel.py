@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli import profile as commands
@@ -24,6 +25,8 @@ from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import backends, kernel, plot, record
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.results import Check, ChipPeak, KernelRow, KernelShape, Spread
+from vmonarch_kernels import Inputs, Options
+from vmonarch_kernels.api import IMPLS
 from vmonarch_kernels.cost import dense_flops, monarch_bytes, monarch_flops
 
 SMALL = ("--shape", "5x24", "--heads", "2", "--head-dim", "16", "--repeats", "3", "--device", "cpu")
@@ -83,8 +86,8 @@ def test_every_preset_stands_against_every_backend_and_the_record_says_where(tmp
     grid = (5, 24, 1)
     assert rows["flash"]["flops"] == dense_flops(grid, 2, 16)
     assert rows["paper"]["flops"] == monarch_flops(grid, 2, 16)
-    fast = {"num_steps": 1, "first_frame": False, "band": 0, "warm": True, "refresh": 0.6}
-    assert rows["fast"]["flops"] == monarch_flops(grid, 2, 16, **fast)
+    fast = Options(num_steps=1, first_frame=False, band=0)
+    assert rows["fast"]["flops"] == monarch_flops(grid, 2, 16, options=fast, warm=True, refresh=0.6)
     assert (rows["paper"]["note"], rows["fast"]["note"], rows["quality"]["note"]) == ("cold", "warm", "exact")
     for row in rows.values():
         time = row["time"]
@@ -138,13 +141,13 @@ def test_a_sampled_error_is_that_of_its_queries() -> None:
 
 
 def test_a_wrong_kernel_is_marked_and_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = kernel.monarch_attention
+    real = IMPLS["torch"]
 
-    def wrong(*tensors: Any, impl: str = "auto", **options: Any) -> Any:
-        out = real(*tensors, impl=impl, **options)
-        return out if impl != "torch" or isinstance(out, tuple) else out + 1e-3
+    def wrong(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
+        out, factor = real(inputs, options, return_l)
+        return (out if return_l else out + 1e-3), factor
 
-    monkeypatch.setattr(kernel, "monarch_attention", wrong)
+    monkeypatch.setitem(IMPLS, "torch", wrong)
     result = call("kernel", *SMALL, "--preset", "paper", "--preset", "fast", "--json", "out.json", code=1)
     assert "paper cold ✗" in result.stdout
     assert "paper: check failed: error" in " ".join(result.stdout.split())
@@ -178,12 +181,7 @@ def test_a_preset_that_cannot_run_fails_the_run(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_result_that_is_not_finite_fails_and_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = kernel.monarch_attention
-
-    def broken(*tensors: Any, impl: str = "auto", **options: Any) -> Any:
-        return real(*tensors, impl=impl, **options) * (math.nan if impl == "torch" else 1)
-
-    monkeypatch.setattr(kernel, "monarch_attention", broken)
+    monkeypatch.setitem(IMPLS, "torch", lambda inputs, options, return_l: (torch.full_like(inputs.q, math.nan), None))
     call("kernel", *SMALL, "--preset", "paper", "--json", "out.json", code=1)
     row = rows_of(json.loads(Path("out.json").read_text()))["paper"]
     assert (row["error"], row["check"]["error"], row["passed"]) == (None, None, False)
@@ -457,8 +455,8 @@ def test_break_even_outside_of_what_was_measured(
 def test_bytes_of_a_call() -> None:
     tensor = 21 * 1560 * 12 * 128 * 2
     assert monarch_bytes((21, 30, 52), 12, 128) == 17 * tensor  # R 3, L 3, R with V 5, L 4, first frame 2
-    assert monarch_bytes((21, 30, 52), 12, 128, band=30) == 4 * tensor
-    warm = monarch_bytes((21, 30, 52), 12, 128, num_steps=1, band=0, warm=True, keep_l=True)
+    assert monarch_bytes((21, 30, 52), 12, 128, options=Options(band=30)) == 4 * tensor
+    warm = monarch_bytes((21, 30, 52), 12, 128, options=Options(num_steps=1, band=0), warm=True)
     assert warm == 18 * tensor + 2 * 12 * 1560 * 21 * 24
     preset = load_preset("paper")
     assert (preset.num_steps, preset.band) == (2, None)

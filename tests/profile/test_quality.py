@@ -24,6 +24,7 @@ from vmonarch_cli.profile.results import ChipPeak, QualityProfile, QualityRow
 from vmonarch_cli.profile.variants import SWEEPS, variants
 from vmonarch_kernels import dense_attention, monarch_attention
 from vmonarch_kernels.cost import monarch_flops
+from vmonarch_kernels.spec import Options
 
 TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "2", "--prompts", "2")
 
@@ -114,7 +115,7 @@ def test_operations_of_blocks() -> None:
     unit = 13 * 144 * 144 * 64 * 4
     assert block_flops((13, 12, 12), 4, 64, paper, 1) == monarch_flops((13, 12, 12), 4, 64)
     pairs = block_flops((13, 12, 12), 4, 64, paper, 2) - 4 * unit
-    assert pairs == monarch_flops((7, 24, 12), 4, 64, first_frame=False)
+    assert pairs == monarch_flops((7, 24, 12), 4, 64, options=Options(first_frame=False))
 
 
 # Runs
@@ -177,12 +178,10 @@ def test_an_exact_preset_that_is_not_fails_the_run(tiny_wan_folder: Path, monkey
 
 
 def test_a_variant_that_raises_is_a_row(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vmonarch_cli.profile.blocks import BlockAttention
-
-    def broken(self: BlockAttention, *tensors: Any) -> Any:
+    def broken(*tensors: Any, **options: Any) -> Any:
         raise RuntimeError("too large")
 
-    monkeypatch.setattr(BlockAttention, "attend", broken)
+    monkeypatch.setattr("vmonarch_cli.profile.blocks.block_attention", broken)
     result = call("-m", str(tiny_wan_folder), *TINY, "--sweep", "paper", code=1)
     assert "frame pairs has no figures: RuntimeError: too large" in result.stdout
 

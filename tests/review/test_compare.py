@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.pipeline import load
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.review.compare.figures import changes, distance, flicker
 from vmonarch_cli.review.compare.pictures import contact_sheet, side_by_side
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison

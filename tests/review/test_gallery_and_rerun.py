@@ -17,11 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.clip.records import plan_again, read_record, settings_of
+from vmonarch_cli.clip.record import plan_again, read_record, settings_of
 from vmonarch_cli.machine import hardware
 from vmonarch_cli.pipeline import doctor
 from vmonarch_cli.plan import history
-from vmonarch_cli.plan.resolve import GenerateRequest, resolve
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.profile.remember import remember_profile
 from vmonarch_cli.profile.results import ModelProfile, Spread, StepRow
 from vmonarch_cli.review.gallery import write_gallery
 from vmonarch_cli.review.webpage import PAGES
@@ -186,10 +188,10 @@ def test_doctor_finds_this_machine_well() -> None:
 
 
 def test_doctor_exits_1_when_something_essential_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_ffmpeg() -> list[doctor.Check]:
+    def no_ffmpeg() -> list[doctor.Finding]:
         raise RuntimeError("No ffmpeg exe could be found.\nand more")
 
-    monkeypatch.setattr(doctor, "_CHECKS", (("python", doctor._python), ("ffmpeg", no_ffmpeg)))
+    monkeypatch.setattr(doctor, "EXAMINATIONS", {"python": doctor.EXAMINATIONS["python"], "ffmpeg": no_ffmpeg})
     result = call("doctor")
     assert result.exit_code == 1
     assert "RuntimeError: No ffmpeg exe could be found." in result.stdout
@@ -285,7 +287,7 @@ def test_a_profile_is_remembered_too(cache: Path) -> None:
     ]
     size = (plan.width, plan.height, plan.num_frames)
     profile = ModelProfile("wan", False, False, size, plan.grid, 2, plan.steps, rows, [], 1.0, 9.0)
-    history.remember_profile(profile, plan.model, plan.model_source, [plan.preset], "cpu", "float32")
+    remember_profile(profile, plan.model, plan.model_source, [plan.preset], "cpu", "float32")
     found = history.expect(plan)
     assert found is not None
     assert (found.exact, found.clip_s) == (True, 110.0)

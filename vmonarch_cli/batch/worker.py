@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from vmonarch_cli.machine.torchrun import Rank
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 
 _GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _GROUP |= {"ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}

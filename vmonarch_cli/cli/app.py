@@ -22,7 +22,9 @@ from vmonarch_cli.cli.profile import profile_app
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset, read_preset, shipped_names
 from vmonarch_cli.text import first_line
 from vmonarch_cli.timing import ClipResult
@@ -234,7 +236,9 @@ def _run(plan: Plan, as_json: bool, quiet: bool, retry_dense: bool) -> None:
     progress = RunProgress(Console(stderr=True, highlight=False), on_clip, quiet=silent)
     try:
         with stoppable() as interrupts, progress:
-            results = run_generate(plan, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress)
+            results = run_generate(
+                plan, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress
+            )
     except BaseException as error:
         _name_saved_latents(plan)
         if isinstance(error, Interrupted):
@@ -289,7 +293,7 @@ def models(context: typer.Context) -> None:
     """List the models that --model knows by name; `show NAME` tells all about one."""
     if context.invoked_subcommand is None:
         from vmonarch_cli.cli.model_tables import models_table
-        from vmonarch_cli.models.registry import ENTRIES
+        from vmonarch_cli.models.catalogue import ENTRIES
 
         Console(highlight=False).print(models_table(ENTRIES))
 

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from vmonarch_cli.cli.report import facts
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import memory
-from vmonarch_cli.plan.resolve import Flops, branches_of, count_flops, kept_by
+from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.text import binary_size, flops
 
@@ -92,9 +92,9 @@ def _step(model: ModelEntry) -> Flops:
 
 def _peaks(model: ModelEntry) -> dict[str, int]:
     d = model.defaults
-    grid = model.grid(d.height, d.width, d.num_frames)
-    kept = kept_by(model, grid, load_preset(d.preset), d.guidance_scale)
-    return memory.peaks(model, grid, d.height, d.width, d.num_frames, "bfloat16", kept=kept)
+    shape = (d.height, d.width, d.num_frames)
+    kept = kept_by(model, model.grid(*shape), load_preset(d.preset), d.guidance_scale)
+    return memory.peaks(model, shape, "bfloat16", kept=kept)
 
 
 def _tokens(model: ModelEntry) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 import typer
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.plan.resolve import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"

@@ -13,9 +13,9 @@ from rich.text import Text
 from vmonarch_cli.cli.report import facts, flops_words
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.history import expect, resolved_dtype
-from vmonarch_cli.plan.resolve import Plan, kept_bytes
+from vmonarch_cli.plan.memory import at_least, kept_bytes, shape_of
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 
@@ -87,7 +87,7 @@ def estimates(plan: Plan) -> dict[str, Any]:
 
 def memory_bytes(plan: Plan) -> int:
     """Bytes that a run of this plan needs at the very least, with all weights loaded."""
-    return memory.at_least(plan.model, plan.grid, plan.height, plan.width, plan.num_frames, resolved_dtype(plan))
+    return at_least(plan.model, shape_of(plan), resolved_dtype(plan))
 
 
 def _time_words(plan: Plan) -> str:

@@ -16,10 +16,10 @@ from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.options import ATTENTION, MODEL, OUTPUT, SAMPLING, SHAPE, number_option, option, whole_option
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.history import remember_profile
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.plot import check_plot, plot_kernel, plot_model, plot_quality
 from vmonarch_cli.profile.record import Machine, Recorder, check_target, this_machine
+from vmonarch_cli.profile.remember import remember_profile
 from vmonarch_cli.profile.results import Check, KernelShape, ModelProfile, QualityProfile, StepRow
 from vmonarch_cli.profile.variants import SWEEPS, Variant, variants
 from vmonarch_cli.text import near, shown

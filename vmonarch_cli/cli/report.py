@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli.pipeline.preflight import Machine
-from vmonarch_cli.plan.resolve import Plan
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
 
@@ -37,7 +37,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns)"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
-            ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl}"),
+            ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
             ("attention", flops_words(plan)),
             *([("memory", machine.memory)] if machine.memory else []),
         ]

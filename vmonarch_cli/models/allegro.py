@@ -1,4 +1,4 @@
-"""Allegro: groups of four frames without a first one apart, so that 88 frames are 22 latent ones."""
+"""Allegro: its VAE encodes groups of four frames and no first frame alone: 88 frames are 22 latent frames."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
+"""Tokens: latent frames, rows, columns."""
+ClipShape = tuple[int, int, int]
+"""Height and width in pixels, frames."""
 
 CACHES = ("first-block", "pab", "taylorseer")
 """Step caches of diffusers that `--cache` offers."""
@@ -40,8 +43,8 @@ class Defaults(BaseModel):
 class PipelineFacts:
     """What a run must know of one diffusers pipeline class: how it takes text, images and guidance.
 
-    The transformer's token layout and the place of its self-attention are in `vmonarch_cli/attention`, in the file of
-    the family's name.
+    What touches diffusers (the place of its self-attention, its decoder, its quirks) is in `vmonarch_cli/families`, in
+    the file of the family's name.
     """
 
     name: str
@@ -58,9 +61,9 @@ class PipelineFacts:
     image_pipeline: str | None = None
     """The class that the same checkpoint is used with when a first frame is given."""
     text_with_image: bool = False
-    """The text encoder reads the first frame with the prompt, so that the pipeline's call must encode them itself."""
+    """The text encoder reads the first frame together with the prompt: the pipeline's call encodes both."""
     vae_in_dtype: bool = False
-    """The first frame comes to the VAE in the transformer's dtype, which the VAE must have, too."""
+    """The pipeline gives the first frame to the VAE in the transformer's dtype, so the VAE must have that dtype."""
     guider: bool = False
     """Guidance is a component of the pipeline, not an argument of its call."""
     guidance_by_batch: bool = False
@@ -71,6 +74,9 @@ class PipelineFacts:
     """diffusers loads LoRA weights into it."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
+    transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
+    """Arguments of the transformer's class that build it for an entry, without its weights; None for the families whose
+    whole models are not profiled."""
 
 
 class ModelEntry(BaseModel):
@@ -105,7 +111,7 @@ class ModelEntry(BaseModel):
     boundary_ratio: float | None = None
     max_sequence_length: int = 512
     frame_offset: int = 1
-    """Frames that the VAE encodes apart, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
+    """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
     """Decode in float32 whatever the transformer's dtype is."""
     fixed_size: tuple[int, int] | None = None
@@ -114,7 +120,7 @@ class ModelEntry(BaseModel):
     takes_image: bool = False
     """The model needs a first frame, which `--image` gives."""
     image_pipeline: str | None = None
-    """Pipeline class that continues a first frame with the same weights, where the model can do without one, too."""
+    """Pipeline class that continues a first frame with the same weights, for a model that also works without one."""
     embedded_guidance: bool = False
     """The guidance scale is an input of the transformer, and a step has one forward."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
-from vmonarch_cli.models.families import ENTRIES, PIPELINES
+from vmonarch_cli.models.catalogue import PIPELINES, PUBLISHED
 
 _NEEDED = ("transformer", "text_encoder", "vae")
 _BESIDE_THE_TEXT = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")  # counted with the text encoder
@@ -139,11 +139,11 @@ def _defaults(figures: dict[str, Any]) -> Defaults:
     smallest where no model of the pipeline is known, without a prompt.
     """
     same = ("pipeline", "heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
-    for entry in ENTRIES:
+    for entry in PUBLISHED:
         if all(getattr(entry, key) == figures[key] for key in same):
             return entry.defaults
-    relatives = [entry for entry in ENTRIES if entry.pipeline == figures["pipeline"]]
-    relatives = relatives or [entry for entry in ENTRIES if entry.family == figures["family"]]
+    relatives = [entry for entry in PUBLISHED if entry.pipeline == figures["pipeline"]]
+    relatives = relatives or [entry for entry in PUBLISHED if entry.family == figures["family"]]
     smallest = min(relatives, key=lambda entry: entry.transformer_params)
     return smallest.defaults.model_copy(
         update={"negative_prompt": "", "flow_shift": None, "guidance_scale_2": None, "dense_every": 1}

@@ -95,7 +95,7 @@ def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
 
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
-_CACHES_2 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+_CACHES_2 = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
     PipelineFacts(

@@ -22,7 +22,7 @@ MOTIF_VIDEO_2B = ModelEntry(
     layers=12 + 24,
     ffn_dim=4 * 1536,
     transformer_params=2_151_132_608,
-    text_encoder_params=4_000_000_000,  # not published apart; about the size of the Gemma 3 it was made from
+    text_encoder_params=4_000_000_000,  # an estimate: the size of the Gemma 3 that it was made from
     vae_params=126_892_531,
     defaults=Defaults(height=736, width=1280, num_frames=121, fps=24, steps=50, guidance_scale=8.0),
 )

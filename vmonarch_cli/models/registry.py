@@ -9,13 +9,12 @@ from pathlib import Path
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models import wan
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.demo import DEMO, WEIGHTS
-from vmonarch_cli.models.families import ENTRIES as FAMILY_ENTRIES
 from vmonarch_cli.models.folder import read_folder
 
 DEMO_ALIAS = DEMO.alias
 HOW_TO_GET_A_REAL_MODEL = f"--model {wan.WAN21_1_3B.alias} downloads a real one, about 29 GB"
-ENTRIES: tuple[ModelEntry, ...] = (DEMO, *FAMILY_ENTRIES)
 
 
 def find_model(name: str, revision: str | None = None) -> tuple[ModelEntry, str]:

@@ -7,23 +7,28 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vmonarch_cli.errors import InputError, ModelError, VmonarchError
+from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.models import hub
-from vmonarch_cli.models.families import PIPELINES
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.folder import read_folder
-from vmonarch_cli.pipeline import apply_setup as additions
-from vmonarch_cli.pipeline import context_parallel as distributed
-from vmonarch_cli.pipeline import offload
+from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_config
+from vmonarch_cli.pipeline.complete import check_complete
+from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import device_name, dtype_name
-from vmonarch_cli.plan import memory
+from vmonarch_cli.pipeline.offload import place
+from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.text import first_line
 
-_WEIGHTS_IN = ("transformer", "transformer_2", "text_encoder", "vae")
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
 _IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
 
@@ -36,76 +41,115 @@ def load_pipeline(
     flow_shift: float | None = None,
     revision: str | None = None,
     setup: Setup = Setup(offload="none"),  # noqa: B008 - frozen
-    offload_mode: str = "none",
     image_pipeline: str | None = None,
     share_clip: bool = False,
-    to_decode: bool = False,
 ) -> Any:
-    """A diffusers pipeline from a local folder or a hub id, ready to run, or (`to_decode`) to decode alone, without the
-    transformers and text encoders.
+    """A diffusers pipeline from a local folder or a hub id, ready to run.
 
-    Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``offload_mode`` is
-    what ``offload.choose`` decided; ``image_pipeline`` names the class to use the weights with when there is a first
-    frame; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read and no code from
-    the model runs.
+    Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``setup.offload`` is
+    a mode that was decided, not "auto"; ``image_pipeline`` names the class to use the weights with when there is a
+    first frame; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read and no code
+    from the model runs.
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
+    quiet_libraries()
+    from diffusers import DiffusionPipeline
+
+    folder = _local_folder(source, revision)
+    entry = read_folder(folder)
+    on_card = device.type == "cuda" and setup.offload == "none"
+    if not (on_card and setup.quantize):
+        _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))
+    quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
+    config = quantization_config(setup, quantized)
+    extra = {} if config is None else {"quantization_config": config}
+    with _one_sentence(source, device):
+        pipeline = _read(DiffusionPipeline, folder, _dtypes(entry, dtype, image_pipeline), **extra)
+        if config is None:
+            check_complete(pipeline, folder)
+        if image_pipeline is not None:
+            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        prepare(pipeline, setup, dtype)
+        if share_clip:
+            split(pipeline, device)
+        place(pipeline, setup.offload, device)
+        finish(pipeline, setup)
+    pipeline.set_progress_bar_config(disable=True)
+    set_flow_shift(pipeline, flow_shift)
+    return pipeline
+
+
+def load_decoder(
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    vae_tiling: bool = False,
+    image_pipeline: str | None = None,
+) -> Any:
+    """The same without transformers and text encoders, to decode saved latents; all of it is on the device."""
     quiet_libraries()
     import diffusers
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
-    need = memory.weight_bytes(entry, dtype_name(dtype), to_decode=to_decode)
-    on_card = device.type == "cuda" and offload_mode == "none"
-    free = torch.cuda.mem_get_info(device)[0] if on_card else memory.available_bytes()
-    if need > free and not (on_card and setup.quantize):
+    _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
+    parts = json.loads((folder / "model_index.json").read_text())
+    without = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
+    with _one_sentence(source, device):
+        # The base class does not know which parts may be None.
+        kind = getattr(diffusers, parts["_class_name"])
+        pipeline = _read(kind, folder, _dtypes(entry, dtype, image_pipeline), **without)
+        pipeline.loaded_for_decoding = dtype
+        check_complete(pipeline, folder)
+        if image_pipeline is not None:
+            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        prepare(pipeline, Setup(vae_tiling=vae_tiling), dtype)
+        place(pipeline, "none", device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if need > free:
         raise ModelError(
-            f"the weights of {source} need {need / 1e9:.1f} GB in {dtype} and "
-            f"{device_name(device if on_card else torch.device('cpu'))} has "
+            f"the weights of {source} need {need / 1e9:.1f} GB in {dtype} and {device_name(device)} has "
             f"{free / 1e9:.1f} GB free: choose a smaller model, a narrower --dtype or another --device"
         )
+
+
+def _dtypes(entry: ModelEntry, dtype: torch.dtype, image_pipeline: str | None) -> dict[str, torch.dtype]:
+    """The dtype of each component, as from_pretrained takes them."""
     dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
     as_image = PIPELINES.get(image_pipeline or "")
     if not entry.vae_float32 or (as_image is not None and as_image.vae_in_dtype):
         dtypes["vae"] = dtype
-    quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
-    pipeline_class: Any = diffusers.DiffusionPipeline
-    extra: dict[str, Any] = {}
-    if to_decode:
-        setup = Setup(offload=setup.offload, vae_tiling=setup.vae_tiling)
-        parts = json.loads((folder / "model_index.json").read_text())
-        # The base class does not know which parts may be None.
-        pipeline_class = getattr(diffusers, parts["_class_name"])
-        extra = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
-    elif (config := additions.quantization_config(setup, quantized)) is not None:
-        extra["quantization_config"] = config
+    return dtypes
+
+
+def _read(kind: Any, folder: Path, dtypes: dict[str, torch.dtype], **extra: Any) -> Any:
+    return kind.from_pretrained(
+        str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
+    )
+
+
+@contextmanager
+def _one_sentence(source: str, device: torch.device) -> Iterator[None]:
+    """Silence the libraries' warnings, and turn whatever they raise into a ModelError of one sentence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline = pipeline_class.from_pretrained(
-                str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
-            )
-            if to_decode:
-                pipeline.loaded_for_decoding = dtype
-            if "quantization_config" not in extra:
-                _check_complete(pipeline, folder)
-            if image_pipeline is not None:
-                pipeline = _as_image_pipeline(pipeline, image_pipeline)
-            additions.prepare(pipeline, setup, dtype)
-            if share_clip:
-                distributed.split(pipeline, device)
-            offload.place(pipeline, offload_mode, device)
-            additions.finish(pipeline, setup)
+            yield
     except VmonarchError:
         raise
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{source} does not fit the memory of {device_name(device)}: choose a smaller model") from None
     except Exception as error:
         # from_pretrained has no error family of its own: OSError, ValueError, KeyError, SafetensorError and more.
-        raise ModelError(f"model {source} cannot be loaded: {_one_sentence(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    set_flow_shift(pipeline, flow_shift)
-    return pipeline
+        reason = first_line(error).rstrip(".")[:300]
+        raise ModelError(f"model {source} cannot be loaded: {reason}") from error
 
 
 def quiet_libraries() -> None:
@@ -160,35 +204,3 @@ def _as_image_pipeline(pipeline: Any, name: str) -> Any:
     known = inspect.signature(kind.__init__).parameters
     settings = {key: value for key, value in pipeline.config.items() if key in known and key not in pipeline.components}
     return kind(**{key: part for key, part in pipeline.components.items() if key in known}, **settings)
-
-
-def _check_complete(pipeline: Any, folder: Path) -> None:
-    """ModelError when a parameter is not in the files: the libraries would start it at random and only warn."""
-    from safetensors import safe_open
-
-    for name in _WEIGHTS_IN:
-        module = getattr(pipeline, name, None)
-        if module is None:
-            continue
-        stored: set[str] = set()
-        for path in (folder / name).glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                stored |= set(file.keys())
-        state = module.state_dict()
-        if not stored <= state.keys():
-            # transformers renamed them while loading, so only their number can be compared.
-            if len({tensor.data_ptr() for tensor in state.values()}) > len(stored):
-                raise ModelError(f"{folder / name} lacks some of its weights: download the model again")
-            continue
-        # A tied weight is stored under one of its names only.
-        loaded = {tensor.data_ptr() for key, tensor in state.items() if key in stored}
-        missing = sorted(key for key, tensor in state.items() if key not in stored and tensor.data_ptr() not in loaded)
-        if missing:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ModelError(f"{folder / name} lacks the weights of {missing[0]}{others}: download the model again")
-
-
-def _one_sentence(error: Exception) -> str:
-    """The first line of a library's message: some go on for a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

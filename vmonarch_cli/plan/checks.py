@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
@@ -83,3 +84,32 @@ def second_guidance(model: ModelEntry, value: float | None) -> None:
     """Only a model with a second transformer has a second guidance scale."""
     if value is not None and model.transformers < 2:
         raise InputError(f"--guidance-scale-2 is for models with two transformers, and {model.alias} has one")
+
+
+def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:
+    """A value out of a few, or None; InputError that names them."""
+    if value is not None and value not in valid:
+        *first, last = valid
+        raise InputError(f"{flag} takes {', '.join(first)} or {last}, got {shown(value)}{near(value, valid)}")
+    return value
+
+
+def image(model: ModelEntry, text: str | None) -> str | None:
+    """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
+    if text is None:
+        if model.takes_image:
+            raise InputError(f"{model.alias} continues a picture and none was given: add --image FILE")
+        return None
+    if not (model.takes_image or model.image_pipeline):
+        raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(text).expanduser()
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+    except FileNotFoundError:
+        raise InputError(f"there is no image {text}") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise InputError(f"image {text} cannot be read: give a PNG, JPEG or WebP file") from None
+    return str(path)

@@ -7,27 +7,55 @@ cache that cannot be written or does not parse costs an expectation and nothing 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from vmonarch_cli.machine.hardware import can_use_gpu, device_key
-from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.plan.resolve import Plan, count_flops
-from vmonarch_cli.presets import Preset, load_preset
-
-if TYPE_CHECKING:
-    from vmonarch_cli.profile.results import ModelProfile
+from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.plan.costs import branches_of
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import Preset
 
 CACHE_VARIABLE = "VMONARCH_CACHE"
 _MAX_BYTES = 1 << 20
 _LABELS = {"name", "description"}
-_KEYS = {"device", "model", "grid", "branches", "preset", "dtype", "steps", "date"}
-_KEYS |= {"attention_s", "denoise_s", "rest_s", "flops", "peak_memory_bytes"}
+
+
+class Measurement(BaseModel):
+    """What one clip took; a line of the file. Times in seconds, of one clip."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    """See `device_key`."""
+    model: str
+    """Folder or hub id of the weights."""
+    grid: Grid
+    branches: int = Field(ge=1)
+    """Forwards of a denoising step; see `branches_of`."""
+    preset: dict[str, Any]
+    """See `computed_fields`."""
+    dtype: str
+    steps: int = Field(ge=1)
+    attention_s: float
+    denoise_s: float
+    rest_s: float
+    """Encoding the text, decoding and writing."""
+    flops: int
+    """Self-attention operations of the clip."""
+    peak_memory_bytes: int | None
+    date: str = Field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the clip."""
+        frames, rows, columns = self.grid
+        return max(1, frames * rows * columns)
 
 
 @dataclass(frozen=True)
@@ -55,115 +83,13 @@ def cache_folder() -> Path:
 
 
 def remember(record: dict[str, Any]) -> None:
-    """Keep the timings of a clip's record (see run.py); one that lacks a field is left out."""
-    with contextlib.suppress(KeyError):
-        _append(_line(record))
+    """Keep the timings of a clip's record; one that lacks a field is left out."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        keep(_measurement(record))
 
 
-def remember_profile(
-    profile: ModelProfile, entry: ModelEntry, source: str, presets: Sequence[Preset], device: str, dtype: str
-) -> None:
-    """Keep what `profile model` found of whole clips; nothing of a compiled model, which `generate` does not make."""
-    if profile.compiled or profile.decode_s is None:
-        return
-    measured = [(preset, profile.row(preset.name, "warm") or profile.row(preset.name)) for preset in presets]
-    measured.append((load_preset("dense"), profile.fastest_dense))
-    for preset, row in measured:
-        if row is None or row.clip_s is None or row.step is None:
-            continue
-        share = row.share(profile.skipped)
-        attention_s = (share or 0) * row.clip_s
-        if row.attention_s is not None:
-            attention_s = row.clip_s * row.attention_s / row.step.median
-        _append(
-            {
-                "device": device_key(device),
-                "model": source,
-                "grid": list(profile.grid),
-                "branches": profile.forwards,
-                "preset": _mathematics(preset.model_dump()),
-                "dtype": dtype,
-                "steps": profile.clip_steps,
-                "attention_s": attention_s,
-                "denoise_s": row.clip_s,
-                "rest_s": profile.decode_s + (profile.text_encode_s or 0),
-                "flops": count_flops(entry, profile.grid, preset, profile.clip_steps, profile.forwards).planned,
-                "peak_memory_bytes": row.peak_bytes,
-                "date": datetime.now(UTC).date().isoformat(),
-            }
-        )
-
-
-def _line(record: dict[str, Any]) -> dict[str, Any]:
-    timing, settings = record["timing"], record["settings"]
-    return {
-        "device": device_key(record["device"]["type"]),
-        "model": record["model"]["source"],
-        "grid": record["grid"],
-        "branches": 2 if settings["guidance_scale"]["value"] > 1 else 1,
-        "preset": _mathematics(record["preset"]),
-        "dtype": record["dtype"],
-        "steps": settings["steps"]["value"],
-        "attention_s": timing["attention_s"],
-        "denoise_s": timing["denoise_s"],
-        "rest_s": timing["text_encode_s"] + timing["decode_s"] + timing["write_s"],
-        "flops": record["flops"]["planned"],
-        "peak_memory_bytes": timing["peak_memory_bytes"],
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def expect(plan: Plan) -> Expectation | None:
-    """From the last recorded clip of this device, model and dtype: of the same shape and preset, or else scaled."""
-    device = device_key(plan.device)
-    dtype = resolved_dtype(plan)
-    branches = 2 if plan.guidance_scale > 1 else 1
-    same_model = [
-        line
-        for line in reversed(_lines())
-        if (line["device"], line["model"], line["dtype"]) == (device, plan.model_source, dtype)
-    ]
-    wanted = [list(plan.grid), branches, _mathematics(plan.preset.model_dump())]
-    for line in same_model:
-        # The first steps of a preset may run dense, so that another number of steps is not simply proportional.
-        if [line["grid"], line["branches"], line["preset"]] == wanted and line["steps"] == plan.steps:
-            seconds = line["denoise_s"] + line["rest_s"]
-            return Expectation(seconds, line["peak_memory_bytes"], True, device, line["date"])
-    if not same_model:
-        return None
-    line = min(same_model, key=lambda line: abs(_tokens(line) - plan.tokens))
-    attention = line["attention_s"] * plan.flops.planned / max(1, line["flops"])
-    work = plan.tokens / _tokens(line)
-    forwards = branches * plan.steps / (line["branches"] * line["steps"])
-    seconds = attention + (line["denoise_s"] - line["attention_s"]) * work * forwards + line["rest_s"] * work
-    return Expectation(seconds, None, False, device, line["date"])
-
-
-def resolved_dtype(plan: Plan) -> str:
-    """The dtype that "auto" will be, as far as it can be told without torch."""
-    if plan.dtype != "auto":
-        return plan.dtype
-    on_gpu = plan.device.startswith("cuda") or (plan.device == "auto" and can_use_gpu())
-    return "bfloat16" if on_gpu else "float32"
-
-
-def _mathematics(preset: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a preset that say what is computed; of a dense one, that it is dense."""
-    if preset["attention"] == "dense":
-        return {"attention": "dense"}
-    return {name: preset[name] for name in Preset.model_fields if name not in _LABELS}
-
-
-def _tokens(line: dict[str, Any]) -> int:
-    frames, rows, columns = line["grid"]
-    return int(frames * rows * columns)
-
-
-def _file() -> Path:
-    return cache_folder() / "timings.jsonl"
-
-
-def _append(line: dict[str, Any]) -> None:
+def keep(measured: Measurement) -> None:
+    """Add a line to the file, whose older half goes when it has grown too long."""
     path = _file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,10 +97,73 @@ def _append(line: dict[str, Any]) -> None:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             path.write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(measured.model_dump_json() + "\n")
 
 
-def _lines() -> list[dict[str, Any]]:
+def _measurement(record: dict[str, Any]) -> Measurement:
+    timing, settings = record["timing"], record["settings"]
+    model = ModelEntry.model_validate({key: value for key, value in record["model"].items() if key != "source"})
+    return Measurement(
+        device=device_key(record["device"]["type"]),
+        model=record["model"]["source"],
+        grid=record["grid"],
+        branches=branches_of(model, settings["guidance_scale"]["value"]),
+        preset=computed_fields(Preset.model_validate(record["preset"])),
+        dtype=record["dtype"],
+        steps=settings["steps"]["value"],
+        attention_s=timing["attention_s"],
+        denoise_s=timing["denoise_s"],
+        rest_s=timing["text_encode_s"] + timing["decode_s"] + timing["write_s"],
+        flops=record["flops"]["planned"],
+        peak_memory_bytes=timing["peak_memory_bytes"],
+    )
+
+
+def expect(plan: Plan) -> Expectation | None:
+    """From the last recorded clip of this device, model and dtype: of the same shape and preset, or else scaled."""
+    device = device_key(plan.device)
+    dtype = resolved_dtype(plan)
+    branches = branches_of(plan.model, plan.guidance_scale)
+    same_model = [
+        line
+        for line in reversed(_lines())
+        if (line.device, line.model, line.dtype) == (device, plan.model_source, dtype)
+    ]
+    wanted = (plan.grid, branches, computed_fields(plan.preset), plan.steps)
+    for line in same_model:
+        # The first steps of a preset may run dense, so that another number of steps is not simply proportional.
+        if (line.grid, line.branches, line.preset, line.steps) == wanted:
+            return Expectation(line.denoise_s + line.rest_s, line.peak_memory_bytes, True, device, line.date)
+    if not same_model:
+        return None
+    line = min(same_model, key=lambda line: abs(line.tokens - plan.tokens))
+    attention = line.attention_s * plan.flops.planned / max(1, line.flops)
+    work = plan.tokens / line.tokens
+    forwards = branches * plan.steps / (line.branches * line.steps)
+    seconds = attention + (line.denoise_s - line.attention_s) * work * forwards + line.rest_s * work
+    return Expectation(seconds, None, False, device, line.date)
+
+
+def resolved_dtype(plan: Plan) -> str:
+    """The dtype that "auto" will be, as far as it can be known without torch."""
+    if plan.dtype != "auto":
+        return plan.dtype
+    on_gpu = plan.device.startswith("cuda") or (plan.device == "auto" and can_use_gpu())
+    return "bfloat16" if on_gpu else "float32"
+
+
+def computed_fields(preset: Preset) -> dict[str, Any]:
+    """The fields of a preset that say what is computed; of a dense one, that it is dense."""
+    if preset.attention == "dense":
+        return {"attention": "dense"}
+    return preset.model_dump(exclude=_LABELS)
+
+
+def _file() -> Path:
+    return cache_folder() / "timings.jsonl"
+
+
+def _lines() -> list[Measurement]:
     """Every line that this version can read, oldest first."""
     try:
         text = _file().read_text(encoding="utf-8")
@@ -183,7 +172,5 @@ def _lines() -> list[dict[str, Any]]:
     found = []
     for raw in text.splitlines():
         with contextlib.suppress(ValueError):
-            line = json.loads(raw)
-            if isinstance(line, dict) and line.keys() >= _KEYS:
-                found.append(line)
+            found.append(Measurement.model_validate_json(raw))
     return found

@@ -1,12 +1,23 @@
-"""What a run needs in memory at the very least, and what this machine has; only a hopeless run is refused."""
+"""What a run takes of memory: one model of it, for plans, tables, the choice of an offload mode, and refusals."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
-from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.base import ClipShape, Grid, ModelEntry
+from vmonarch_cli.plan.costs import kept_by
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import apply_overrides, parse_assignment
 
+OFFLOAD_WORDS = {
+    "none": "all weights stay on the device",
+    "model": "one component at a time is on the device",
+    "group": "the VAE and a few transformer blocks at a time are on the device",
+    "sequential": "one layer at a time is on the device",
+}
+"""The offload modes, the fastest first."""
+LIGHTER = ("shared_refresh=true", "refresh=0")
+"""Changes to a preset, as `--set` takes them, that keep less from step to step; the better results first."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
 
@@ -25,23 +36,21 @@ def activation_bytes(model: ModelEntry, grid: Grid, dtype: str) -> int:
     return tokens * (5 * model.hidden_dim + model.ffn_dim) * _BYTES[dtype]
 
 
-def decode_bytes(height: int, width: int, num_frames: int) -> int:
+def decode_bytes(shape: ClipShape) -> int:
     """A lower bound of decoding: the frames once in float32 and once in 8 bits."""
+    height, width, num_frames = shape
     return num_frames * height * width * 3 * (4 + 1)
 
 
-def at_least(model: ModelEntry, grid: Grid, height: int, width: int, num_frames: int, dtype: str) -> int:
+def at_least(model: ModelEntry, shape: ClipShape, dtype: str) -> int:
     """Bytes below which a run that keeps all weights in memory cannot succeed."""
-    working = max(activation_bytes(model, grid, dtype), decode_bytes(height, width, num_frames))
+    working = max(activation_bytes(model, model.grid(*shape), dtype), decode_bytes(shape))
     return weight_bytes(model, dtype) + working
 
 
 def peaks(
     model: ModelEntry,
-    grid: Grid,
-    height: int,
-    width: int,
-    num_frames: int,
+    shape: ClipShape,
     dtype: str,
     *,
     quantize: str | None = None,
@@ -51,16 +60,17 @@ def peaks(
     """Estimated peak bytes on the device in each offload mode, the fastest mode first.
 
     A step's working set is taken as twice the lower bound of `activation_bytes`, decoding as 40 float32 channels of
-    one group of frames at full size (a sixth of it in tiles) beside the frames. ``kept`` is what attention hands on
+    one group of frames at full size (a sixth of it in tiles) beside the frames. ``kept``: bytes that attention keeps
     from step to step.
     """
     width_of = _BYTES[dtype]
     transformer = model.transformer_params * (1 if quantize else width_of)
     text = model.text_encoder_params * width_of
     vae = model.vae_params * (4 if model.vae_float32 else width_of)
-    working = kept + 2 * activation_bytes(model, grid, dtype) + model.transformer_params // model.layers * width_of
-    group = model.vae_temporal * height * width * 40 * (4 if model.vae_float32 else width_of)
-    decoding = decode_bytes(height, width, num_frames) + (group // 6 if vae_tiling else group)
+    activations = activation_bytes(model, model.grid(*shape), dtype)
+    working = kept + 2 * activations + model.transformer_params // model.layers * width_of
+    group = model.vae_temporal * shape[0] * shape[1] * 40 * (4 if model.vae_float32 else width_of)
+    decoding = decode_bytes(shape) + (group // 6 if vae_tiling else group)
     layer = 4 * (transformer // model.layers)
     return {
         "none": transformer * model.transformers + text + vae + max(working, decoding) + _RESERVE,
@@ -70,26 +80,45 @@ def peaks(
     }
 
 
-def available_bytes() -> int:
-    """Memory that a new process can use: free and reclaimable RAM plus free swap, within the container's limit."""
-    return min(_machine_available(), _cgroup_available())
+def shape_of(plan: Plan) -> ClipShape:
+    """Height, width and frames of a plan's clips."""
+    return plan.height, plan.width, plan.num_frames
 
 
-def _machine_available() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        table = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        return table["MemAvailable"] + table.get("SwapFree", 0)
-    except (OSError, KeyError, ValueError, IndexError):  # not Linux: the whole of the RAM is the best bound there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def kept_bytes(plan: Plan) -> int:
+    """Bytes that a clip keeps from step to step as planned; see ``kept_by``."""
+    return kept_by(plan.model, plan.grid, plan.preset, plan.guidance_scale)
 
 
-def _cgroup_available() -> int:
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return 2**63 if limit == "max" else int(limit) - used + int(stat.get("file", 0))
-    except (OSError, ValueError):
-        return 2**63
+def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
+    """Estimated peak of each offload mode for a plan, the fastest mode first."""
+    return peaks(
+        plan.model,
+        shape_of(plan),
+        dtype,
+        quantize=plan.setup.quantize,
+        vae_tiling=plan.setup.vae_tiling,
+        kept=kept_bytes(plan),
+    )
+
+
+def largest_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:
+    """Estimated peak of each offload mode for plans of one model that take turns: of each mode the largest."""
+    found = [peaks_of(plan, dtype) for plan in plans]
+    return {mode: max(peak[mode] for peak in found) for mode in found[0]}
+
+
+def lighter_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:
+    """The same plans' least peak if their presets kept less, by the change to `--set`; empty where none keeps much."""
+    if not any(plan.preset.refresh for plan in plans):
+        return {}
+    return {
+        change: min(largest_peaks([_changed(plan, change) for plan in plans], dtype).values()) for change in LIGHTER
+    }
+
+
+def _changed(plan: Plan, assignment: str) -> Plan:
+    name, value = parse_assignment(assignment)
+    if not plan.preset.refresh:
+        return plan
+    return plan.model_copy(update={"preset": apply_overrides(plan.preset, {name: ("--set", value)})})

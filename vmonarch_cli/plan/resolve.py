@@ -5,136 +5,24 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, Grid, ModelEntry, PipelineFacts
+from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo_vocabulary import unknown_words
-from vmonarch_cli.models.families import PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan import setup as setup_checks
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
-from vmonarch_kernels.cost import dense_flops, monarch_flops, residual_bytes, warm_state_bytes
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """The flags of `vmonarch generate` as they came; None (or empty) means not given."""
-
-    model: str | None = None
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    size: str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_scale_2: float | None = None
-    flow_shift: float | None = None
-    seed: int | None = None
-    num_videos: int | None = None
-    preset: str | None = None
-    overrides: tuple[str, ...] = field(default=())
-    dense_steps: int | None = None
-    dense_layers: int | None = None
-    impl: str | None = None
-    dense_every: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    output: str | None = None
-    overwrite: bool = False
-    revision: str | None = None
-    image: str | None = None
-    offload: str | None = None
-    vae_tiling: bool = False
-    quantize: str | None = None
-    loras: tuple[str, ...] = field(default=())
-    cache: str | None = None
-    compile: bool = False
-
-
-class Flops(BaseModel):
-    """Self-attention floating-point operations of one clip, all dense and as planned (a multiply-add counts as two)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    dense_call: int
-    """One dense self-attention call of one layer."""
-    structured_call: int
-    """The same call as the preset computes it in most steps (warm, where it starts warm)."""
-    dense: int
-    """All calls of the clip, dense."""
-    planned: int
-    """All calls of the clip as planned: cold and warm calls, dense steps and dense layers counted as such."""
-
-
-class Plan(BaseModel):
-    """Everything a run needs to know, and where each value came from.
-
-    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default" or "default".
-    Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: ModelEntry
-    model_source: str
-    prompt: str
-    negative_prompt: str
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None
-    flow_shift: float | None
-    seed: int
-    num_videos: int
-    preset: Preset
-    device: str
-    dtype: str
-    dense_every: int
-    outputs: tuple[Path, ...]
-    overwrite: bool
-    grid: Grid
-    tokens: int
-    flops: Flops
-    revision: str | None = None
-    image: str | None = None
-    setup: Setup = Setup()
-    origins: dict[str, str]
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
-        values: dict[str, Any] = {"model": self.model.alias}
-        for name in self.origins:
-            if name.startswith("preset."):
-                values[name] = getattr(self.preset, name.removeprefix("preset."))
-            elif name == "preset":
-                values[name] = self.preset.name
-            elif name == "output":
-                values[name] = [str(path) for path in self.outputs]
-            elif name in Setup.model_fields:
-                values[name] = getattr(self.setup, name)
-            elif name != "model":
-                values[name] = getattr(self, name)
-        return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}
 
 
 def resolve(request: GenerateRequest) -> Plan:
@@ -157,7 +45,7 @@ def resolve(request: GenerateRequest) -> Plan:
     num_frames = take("num_frames", request.num_frames, defaults.num_frames)
     model.check_shape(height, width, num_frames)
 
-    image = setup_checks.check_image(model, request.image)
+    image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
 
     checks.second_guidance(model, request.guidance_scale_2)
@@ -217,25 +105,20 @@ def resolve(request: GenerateRequest) -> Plan:
 def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
-        "offload": setup_checks.one_of("--offload", request.offload, setup_checks.OFFLOAD_MODES),
+        "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
-        "quantize": setup_checks.one_of("--quantize", request.quantize, setup_checks.QUANTIZATIONS),
+        "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
-        "cache": setup_checks.one_of("--cache", request.cache, CACHES),
+        "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
     }
     for text in request.loras:
-        setup_checks.parse_lora(text)
+        parse_lora(text)
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
     setup = Setup.model_validate(chosen)
-    setup_checks.check_additions(setup, facts)
+    check_additions(setup, facts)
     return setup
-
-
-def branches_of(model: ModelEntry, guidance_scale: float) -> int:
-    """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts."""
-    return 2 if guidance_scale > 1 and not model.embedded_guidance else 1
 
 
 def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:
@@ -260,59 +143,6 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved
-
-
-def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int) -> Flops:
-    """Self-attention operations of a clip; `branches` is the number of forwards per step (2 with guidance)."""
-    dense_call = dense_flops(grid, model.heads, model.head_dim)
-    dense = dense_call * model.layers * branches * steps
-    if preset.attention == "dense":
-        return Flops(dense_call=dense_call, structured_call=dense_call, dense=dense, planned=dense)
-
-    def call(warm: bool) -> int:
-        return monarch_flops(
-            grid,
-            model.heads,
-            model.head_dim,
-            num_steps=1 if warm else preset.num_steps,
-            first_frame=preset.first_frame,
-            band=preset.band,
-            warm=warm,
-            refresh=preset.refresh,
-        )
-
-    structured_layers = max(0, model.layers - preset.dense_layers)
-    structured_steps = max(0, steps - preset.dense_steps)
-    # Every transformer starts cold once; without warm start every step is cold.
-    cold_steps = min(model.transformers, structured_steps) if preset.warm_start else structured_steps
-    warm_steps = structured_steps - cold_steps
-    structured = structured_layers * (cold_steps * call(False) + warm_steps * call(True))
-    remaining = (model.layers * steps - structured_layers * structured_steps) * dense_call
-    return Flops(
-        dense_call=dense_call,
-        structured_call=call(preset.warm_start),
-        dense=dense,
-        planned=(structured + remaining) * branches,
-    )
-
-
-def kept_bytes(plan: Plan) -> int:
-    """Bytes kept from step to step by a clip as planned; see ``kept_by``."""
-    return kept_by(plan.model, plan.grid, plan.preset, plan.guidance_scale)
-
-
-def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float) -> int:
-    """Bytes kept from step to step, one per entry of L (warm start) and of the output (frame refresh), for every layer
-    and guidance branch of the transformer at work; corrections that the branches share once.
-    """
-    if preset.attention == "dense":
-        return 0
-    layers = max(0, model.layers - preset.dense_layers)
-    branches = branches_of(model, guidance_scale)
-    call = warm_state_bytes(grid, model.heads) * branches if preset.warm_start else 0
-    if preset.refresh:
-        call += residual_bytes(grid, model.heads, model.head_dim) * (1 if preset.shared_refresh else branches)
-    return call * layers
 
 
 def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:

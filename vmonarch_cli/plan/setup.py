@@ -8,8 +8,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.models.base import ModelEntry, PipelineFacts
-from vmonarch_cli.text import near, shown
+from vmonarch_cli.models.base import PipelineFacts
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 QUANTIZATIONS = ("fp8", "int8")
@@ -33,14 +32,6 @@ class Lora(NamedTuple):
 
     source: str
     scale: float
-
-
-def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:
-    """A value out of a few, or None; InputError that names them."""
-    if value is not None and value not in valid:
-        *first, last = valid
-        raise InputError(f"{flag} takes {', '.join(first)} or {last}, got {shown(value)}{near(value, valid)}")
-    return value
 
 
 def parse_lora(text: str) -> Lora:
@@ -75,24 +66,3 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
-
-
-def check_image(model: ModelEntry, text: str | None) -> str | None:
-    """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
-    if text is None:
-        if model.takes_image:
-            raise InputError(f"{model.alias} continues a picture and none was given: add --image FILE")
-        return None
-    if not (model.takes_image or model.image_pipeline):
-        raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
-    from PIL import Image, UnidentifiedImageError
-
-    path = Path(text).expanduser()
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise InputError(f"there is no image {text}") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"image {text} cannot be read: give a PNG, JPEG or WebP file") from None
-    return str(path)

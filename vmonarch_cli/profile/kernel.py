@@ -6,26 +6,17 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import BURST_S, Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
-from vmonarch_kernels import Residual, monarch_attention, resolve_impl
-from vmonarch_kernels.cost import (
-    band_with_refresh,
-    dense_bytes,
-    dense_flops,
-    is_exact,
-    monarch_bytes,
-    monarch_flops,
-    refresh_period,
-)
+from vmonarch_kernels import Inputs, Options, Residual, attend, resolve_impl
+from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 OnWork = Callable[[str], None]
@@ -230,22 +221,14 @@ def _structured(
     """A preset as a model calls it: warm ones in steady state, from the L of an earlier call and keeping the next."""
     grid = (frames, positions, 1)
     impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
-    options: dict[str, Any] = {
-        "num_steps": preset.num_steps,
-        "c_floor": preset.c_floor,
-        "first_frame": preset.first_frame,
-        "band": band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame),
-    }
-    exact = is_exact(frames, options["band"])
-    warm = preset.warm_start and not exact
-    refresh = 0 if exact else preset.refresh
+    cold, chosen = options_for(preset, frames), options_for(preset, frames, warm=True)
+    exact, warm, refresh, options = chosen.exact, chosen.warm, chosen.refresh, chosen.kernel
+    inputs = Inputs(*tensors, grid)
     if warm:
-        _, options["l_prev"] = monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)
-        options["num_steps"] = 1
-    counted = {name: options[name] for name in ("num_steps", "first_frame", "band")}
+        inputs = replace(inputs, l_prev=attend(inputs, cold.kernel, impl=impl, return_l=True)[1])
     size = (grid, settings.heads, settings.head_dim, settings.batch)
-    work = monarch_flops(*size, warm=warm, refresh=refresh, **counted)
-    moved = monarch_bytes(*size, settings.dtype.itemsize, warm=warm, keep_l=warm, refresh=refresh, **counted)
+    work = monarch_flops(*size, **chosen.cost())
+    moved = monarch_bytes(*size, settings.dtype.itemsize, **chosen.cost())
     row = KernelRow(
         preset.name,
         "structured",
@@ -259,41 +242,36 @@ def _structured(
 
     def run() -> Tensor:
         if residual is not None:
-            return residual.attention(*tensors, grid, refresh, impl=impl, return_l=warm, **options)[0]
-        if warm:
-            return monarch_attention(*tensors, grid, impl=impl, return_l=True, **options)[0]
-        out: Tensor = monarch_attention(*tensors, grid, impl=impl, **options)
-        return out
+            return residual.attention(inputs, options, refresh, impl=impl, return_l=warm)[0]
+        return attend(inputs, options, impl=impl, return_l=warm)[0]
 
     def check(out: Tensor, error: float) -> Check:
         if exact:
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
-        return _structured_check(out, tensors, grid, impl, refresh, options)
+        return _structured_check(out, inputs, options, refresh, impl)
 
     return _Contender(row, run, check, refresh_period(refresh))
 
 
-def _structured_check(
-    out: Tensor, tensors: Tensors, grid: tuple[int, int, int], impl: str, refresh: float, options: dict[str, Any]
-) -> Check:
+def _structured_check(out: Tensor, inputs: Inputs, options: Options, refresh: float, impl: str) -> Check:
     """A first call's output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
     The budget is EAGER_FACTOR times the error that the eager algorithm makes in the tensors' own dtype.
     """
     dtype = out.dtype
     batch, tokens, heads, _ = out.shape
-    fits = batch * heads * tokens * (tokens // grid[0]) * 8 <= _REFERENCE_BYTES
+    fits = batch * heads * tokens * (tokens // inputs.frames) * 8 <= _REFERENCE_BYTES
     other = "reference" if impl == "torch" and fits else "torch"
     on_cpu = out.device.type == "cpu"
     wide = torch.float64 if dtype == torch.float32 and on_cpu else torch.float32
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(dtype: torch.dtype) -> Tensor:
+        call = replace(inputs, q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
         if refresh:
-            residual = Residual(q, grid[0], first_frame=options["first_frame"])
-            return residual.attention(q, k, v, grid, refresh, impl=other, **options)[0]
-        found: Tensor = monarch_attention(q, k, v, grid, impl=other, **options)
-        return found
+            residual = Residual(call.q, call.frames, first_frame=options.first_frame)
+            return residual.attention(call, options, refresh, impl=other)[0]
+        return attend(call, options, impl=other)[0]
 
-    truth, eager = attend(*(x.to(wide) for x in tensors)), attend(*tensors)
+    truth, eager = run(wide), run(dtype)
     budget = max(_ROUNDING[dtype], EAGER_FACTOR * difference(eager, truth))
     return Check(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")

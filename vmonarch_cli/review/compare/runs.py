@@ -11,7 +11,10 @@ from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.events import ClipStarted, Event
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
-from vmonarch_cli.plan.resolve import GenerateRequest, Plan, resolve
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.review.compare.existing import differing, shared_facts
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
@@ -48,7 +51,7 @@ def _default_preset(request: GenerateRequest) -> str:
 
 
 def run_comparison(
-    plans: dict[str, Plan], on_event: Callable[[Event], None] = lambda event: None
+    plans: dict[str, Plan], machine: Machine, on_event: Callable[[Event], None] = lambda event: None
 ) -> tuple[Comparison, list[ClipResult]]:
     """Make the clips of `plan_comparison` and measure them; raises as `clip.make.generate` does."""
     from vmonarch_cli.clip.make import ClipMaker
@@ -61,7 +64,7 @@ def run_comparison(
         """A plan makes its clip 0; whoever watches sees them as the clips of one run."""
         on_event(replace(event, index=len(contenders), count=len(plans)) if isinstance(event, ClipStarted) else event)
 
-    maker = ClipMaker(first, retry_dense=False, on_event=counted)
+    maker = ClipMaker(first, machine, retry_dense=False, on_event=counted)
     lpips, note = load_lpips()
     results: list[ClipResult] = []
     for index, (name, plan) in enumerate(plans.items()):

@@ -1,6 +1,6 @@
 """A batch on several GPUs against the same batch on one, and what becomes of it when a process is killed.
 
-    python kernels/bench/batch.py --processes 4 --clips 32 --work /tmp/batch --json batch.json
+    python tests/bench/batch.py --processes 4 --clips 32 --work /tmp/batch --json batch.json
 
 Makes the same clips four times: by one process, by a torchrun of N, by a torchrun one of whose processes is killed in
 mid-run and that is started again, and by N processes without torchrun one of which is killed. Every time each clip must
@@ -51,7 +51,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def start(command: list[str], gpu: int | None = None) -> subprocess.Popen[bytes]:
     own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL)  # noqa: S603
+    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL)
 
 
 def kill_one(folder: Path, after: int, timeout: float) -> int:
@@ -146,7 +146,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"processes": args.processes, "clips": args.clips, "arguments": args.arguments}
     recorder = Recorder(
-        "batch", args.json and str(args.json), this_machine(device), settings, "python kernels/bench/batch.py"
+        "batch", args.json and str(args.json), this_machine(device), settings, "python tests/bench/batch.py"
     )
     made: list[dict[str, Any]] = []
     for run in runs(args, prompts):

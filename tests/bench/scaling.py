@@ -1,6 +1,6 @@
 """One denoising step of a model over several GPUs against the same step on one, dense and structured.
 
-    torchrun --standalone --nproc-per-node 2 kernels/bench/scaling.py --model wan2.1-1.3b --size 832x480 --json two.json
+    torchrun --standalone --nproc-per-node 2 tests/bench/scaling.py --model wan2.1-1.3b --size 832x480 --json two.json
 
 Every process holds the model with the same random weights and splits its attention by heads, as `vmonarch generate`
 does under torchrun. Afterwards the first process runs it alone: those figures are the one card that the others are
@@ -25,17 +25,17 @@ from rich.table import Table
 from vmonarch_cli.attention.parallel import ulysses
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.models.registry import ENTRIES
 from vmonarch_cli.pipeline import context_parallel as distributed
-from vmonarch_cli.pipeline.device import dtype_name
+from vmonarch_cli.pipeline.device import dtype_name, own_device
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import timed
@@ -52,9 +52,9 @@ def forward_arguments(
     entry: ModelEntry, size: Size, frames: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What one forward takes, the same in every process."""
-    clip = clip_in_latents(entry, size[1], size[0], frames)
+    clip = LatentClip.of(entry, size[1], size[0], frames)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(FORWARDS[entry.pipeline].latents(entry, clip), generator=generator)
+    noise = torch.randn(forward_inputs(entry).latents(entry, clip), generator=generator)
     text = torch.randn(1, entry.max_sequence_length, entry.text_dim, generator=generator)
     return {
         "hidden_states": noise.to(device, dtype),
@@ -189,7 +189,7 @@ def main() -> int:
     args = parsed()
     entry = next(e for e in WAN_ENTRIES if e.alias == args.model)
     presets = [load_preset(name) for name in args.preset or ("paper", "balanced")]
-    device = distributed.own_device()
+    device = own_device()
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     sizes: list[Size] = []
     try:
@@ -246,7 +246,7 @@ def run(
             "model": args.model, "frames": args.frames, "processes": world, "repeats": args.repeats,
             "dtype": dtype_name(dtype), "presets": [preset.model_dump() for preset in presets],
         }  # fmt: skip
-        program = f"torchrun --standalone --nproc-per-node {world} kernels/bench/scaling.py"
+        program = f"torchrun --standalone --nproc-per-node {world} tests/bench/scaling.py"
         recorder = Recorder("scaling", args.json and str(args.json), machine, settings, program)
         single = random_transformer(entry, device, dtype)
         found: list[dict[str, Any]] = []

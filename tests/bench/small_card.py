@@ -1,6 +1,6 @@
 """Measure what a full-size model needs on a smaller card: `vmonarch generate`, no flag given, with that much free.
 
-    python kernels/bench/small_card.py --model wan2.1-1.3b --card 24 --card 12 --work /tmp/models --json peaks.json
+    python tests/bench/small_card.py --model wan2.1-1.3b --card 24 --card 12 --work /tmp/models --json peaks.json
 
 Writes the model once with random weights of the true size (`--work` must hold its bytes), then takes memory of the
 GPU away until only `--card` GiB are free and lets the command line choose its offload mode. Beside its estimate
@@ -21,7 +21,7 @@ import torch
 
 from vmonarch_cli.demo.model import build_tokenizer
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 
@@ -93,7 +93,7 @@ def measure(folder: Path, card: float, arguments: list[str], timeout: float) -> 
     watch.start()
     start = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         code, shown = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired:
         code, shown = 124, ""
@@ -134,7 +134,7 @@ def main() -> None:
         write_model(entry, folder)
     settings = {"model": args.model, "arguments": args.arguments, "dtype": "bfloat16"}
     machine = this_machine(torch.device("cuda"))
-    recorder = Recorder("card", str(args.json), machine, settings, "python kernels/bench/small_card.py")
+    recorder = Recorder("card", str(args.json), machine, settings, "python tests/bench/small_card.py")
     cards: list[dict[str, Any]] = []
     for card in args.card or [24.0]:
         cards.append(measure(folder, card, args.arguments, args.timeout))
