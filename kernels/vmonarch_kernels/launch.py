@@ -156,20 +156,20 @@ def refresh_triton(
     before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
     call = _Call.of(inputs, Options(scale=scale))
-    values, scales = residual
-    converted = _kernel_8bit(values)
-    keep = _Keep(converted, scales, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
+    kept = _kernel_residual(residual)
+    keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
-    if converted is not values:
-        values.copy_(converted)
+    for mine, theirs in zip(kept, residual, strict=True):
+        if mine is not theirs:
+            theirs.copy_(mine)
 
 
 @dataclass(frozen=True)
 class _Keep:
     """Where a recomputed frame's residual goes, and which neighbours get a share of it."""
 
-    values: Tensor  # (B, N, H, D)
-    scale: Tensor  # (B, P, H, T)
+    values: Tensor  # (B, N, H, D), contiguous
+    scale: Tensor  # (B, P, H, T) float32, contiguous
     share: float
     before: bool
     after: bool
@@ -381,9 +381,11 @@ def _layout(rows: int, columns: int, dtype: Any) -> Any:
 def _rows(x_BNHD: Tensor) -> Tensor | None:
     """The tensor as (B * N, H * D) rows for the copy engine, or None where its layout has none.
 
-    Heads must lie side by side, batches on end, base and rows on 16 bytes.
+    Heads must lie side by side, rows (which do not overlap) and batches on end, base and rows on 16 bytes.
     """
     batch, tokens, heads, dim = x_BNHD.shape
+    if x_BNHD.stride(1) < heads * dim:
+        return None
     side_by_side = x_BNHD.stride(3) == 1 and (heads == 1 or x_BNHD.stride(2) == dim)
     on_end = batch == 1 or x_BNHD.stride(0) == tokens * x_BNHD.stride(1)
     row_bytes = x_BNHD.stride(1) * x_BNHD.element_size()
@@ -558,7 +560,7 @@ def _l_output(
         out,
         l_new,
         0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
-        *((None, None) if residual is None else (_kernel_8bit(residual[0]), residual[1])),
+        *((None, None) if residual is None else _kernel_residual(residual)),
         call.scale,
         frames,
         positions,
@@ -586,5 +588,7 @@ def _l_output(
     return out, None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
-def _kernel_8bit(x: Tensor) -> Tensor:
-    return x.contiguous().to(chip(x.device).dtype_8bit)
+def _kernel_residual(residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Values and scale as the kernels read and write them; the tensors themselves where they are so already."""
+    values, scale = residual
+    return values.contiguous().to(chip(values.device).dtype_8bit), scale.contiguous().float()
