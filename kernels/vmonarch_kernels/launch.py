@@ -3,9 +3,10 @@
 A kernel argument is None for a tensor that a launch does not have; constants tell the kernel so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ _FUSION = {"enable_fp_fusion": True}
 
 _Part = tuple[Tensor, Tensor]
 """Exactly known attention: out (B, T, P, H, D), contiguous, and log-sum-exp (B, H, T, P) float32, contiguous."""
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_their_device(
+    run: Callable[Concatenate[Inputs, _Arguments], _Result],
+) -> Callable[Concatenate[Inputs, _Arguments], _Result]:
+    """Make the inputs' device the current one: Triton launches on that, wherever the tensors are."""
+
+    @wraps(run)
+    def guarded(inputs: Inputs, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.cuda.device_of(inputs.q):
+            return run(inputs, *args, **kwargs)
+
+    return guarded
 
 
 # Triton's own cdiv is made for kernels and is slow on the host.
@@ -105,6 +123,7 @@ class _Call:
         return self.q.new_empty(self.q.shape)
 
 
+@_on_their_device
 def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
@@ -128,6 +147,7 @@ def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Te
     return out.flatten(1, 2), l_new
 
 
+@_on_their_device
 def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32).
 
@@ -141,6 +161,7 @@ def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tens
     return out, lse.transpose(1, 2)
 
 
+@_on_their_device
 def refresh_triton(
     inputs: Inputs,
     out: Tensor,
