@@ -94,8 +94,8 @@ class _Call:
 
     @property
     def precision(self) -> str:
-        """float32 products as three tf32 ones, which keeps float32's accuracy on tensor cores."""
-        return "tf32x3" if self.q.dtype == torch.float32 else "tf32"
+        """Of products; only those of float32 have a choice."""
+        return self.chip.float32_precision if self.q.dtype == torch.float32 else "ieee"
 
     @property
     def band_arguments(self) -> tuple[int, int]:
