@@ -184,9 +184,10 @@ def _local_folder(source: str, revision: str | None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if cached := hub.cached_folder(source, revision):
+        return cached
     from diffusers import DiffusionPipeline
 
-    hub.check_disk(source, revision)
     try:
         return Path(
             DiffusionPipeline.download(source, revision=revision, use_safetensors=True, trust_remote_code=False)
