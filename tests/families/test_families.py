@@ -13,12 +13,14 @@ import torch
 from tiny_families import NEGATIVE, PROMPT, TINY, Tiny, latents_of
 
 from vmonarch_cli.clip import make as run
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.registry import FAMILIES, facts_of
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.pipeline import call as pipelines
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage
 
@@ -129,7 +131,7 @@ def test_prompts_of_one_forward_are_guidance_branches(case: Loaded, name: str) -
         same: dict[str, Any] = {"negative_prompt": PROMPT}
         with swapped(case.pipeline, preset) as session:
             guided = latents_of(case.pipeline, case.tiny, steps=STEPS, **same)
-            held[preset] = session.warm_state_bytes
+            held[preset] = session.kept_bytes
         if preset is WARM:
             with swapped(case.pipeline, preset):
                 unguided = latents_of(case.pipeline, case.tiny, steps=STEPS, guidance_scale=1.0, **same)
@@ -177,20 +179,20 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 **options,
             )
         else:
-            latents = run.denoise(
-                pipeline,
-                session,
-                embeddings,
+            asked = GenerateRequest(
+                model=str(case.folder),
+                prompt=PROMPT,
                 height=tiny.height,
                 width=tiny.width,
                 num_frames=tiny.num_frames,
                 steps=STEPS,
                 guidance_scale=scale,
-                guidance_scale_2=None,
-                seed=0,
-                image=path,
                 fps=25,
+                image=path,
+                output=str(tmp_path / "x.mp4"),
             )
+            plan = resolve(asked).model_copy(update={"guidance_scale_2": None})
+            latents = run.denoise(pipeline, session, embeddings, plan, seed=0)
     frames = run.decode(pipeline, latents, shape)
     expected = latents_of(pipeline, tiny, steps=STEPS, output_type="np")[0]
     assert frames.shape == expected.shape
@@ -209,7 +211,7 @@ def test_a_folder_describes_itself(case: Loaded, name: str) -> None:
     entry.check_shape(tiny.height, tiny.width, tiny.num_frames)
     assert entry.grid(tiny.height, tiny.width, tiny.num_frames) == tiny.grid
     assert entry.takes_image == ("image" in tiny.options)
-    forwards = 1 if entry.embedded_guidance or pipelines.facts_of(case.pipeline).guidance_by_batch else 2
+    forwards = 1 if entry.embedded_guidance or facts_of(case.pipeline).guidance_by_batch else 2
     assert forwards == tiny.forwards
 
 
