@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def cached_folder(repo: str, revision: str | None) -> Path | None:
             raise explain(error, repo, revision) from error
     _check_disk(repo, info)
     return None
+
+
+def hub_file(repo: str, choose: Callable[[Sequence[str]], str], thing: str = "LoRA") -> Path:
+    """One file of a repository, downloaded or from the local cache; `choose` picks its name of all names."""
+    import huggingface_hub
+
+    quiet_hub()
+    try:
+        names = _files(repo, None)
+    except Exception as error:
+        try:
+            snapshot = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        except Exception:
+            raise explain(error, repo, thing=thing) from error
+        return snapshot / choose([path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.safetensors")])
+    name = choose(names)
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name))
+    except Exception as error:
+        raise explain(error, repo, thing=thing) from error
 
 
 def _check_disk(repo: str, info: Any) -> None:
