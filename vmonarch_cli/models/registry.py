@@ -65,4 +65,4 @@ def _names(entry: ModelEntry) -> tuple[str, ...]:
 def _near(name: str) -> str:
     """' (did you mean A or B?)' from aliases and from hub ids, shown as the short alias."""
     owners = {known.lower().split("/")[-1]: entry.alias for entry in ENTRIES for known in _names(entry)}
-    return near(name.lower().split("/")[-1], owners, cutoff=0.7)
+    return near(name.split("/")[-1], owners, cutoff=0.7, names=owners)
