@@ -54,17 +54,19 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     def on_clip(result: ClipResult, load_s: float | None) -> None:
         remember(result.record)
         title = f"clip {result.index + 1} of {resolved.num_videos}" if resolved.num_videos > 1 else ""
-        out.show(report.clip_report(result, load_s, title))
+        out.show(lambda width: report.clip_report(result, load_s, title, width))
 
     from vmonarch_cli.clip.make import generate as run_generate
 
-    progress = RunProgress(out, on_clip)
+    progress = RunProgress(out, on_clip, live=report.step_table)
     try:
         with stoppable() as interrupts, progress:
             results = run_generate(
                 resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress
             )
     except BaseException as error:
+        if progress.steps:
+            out.show(lambda width: report.interrupted_report(progress.steps, width))
         _name_saved_latents(resolved, out)
         if isinstance(error, Interrupted):
             raise typer.Exit(error.exit_code) from None
