@@ -22,6 +22,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.text import shown
+from vmonarch_cli.untrusted.files import user_path
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
@@ -55,7 +56,7 @@ class PlannedClip:
 def batch_folder(request: GenerateRequest) -> Path:
     """The folder of a batch; OutputError where --output names a file."""
     output = DEFAULT_FOLDER if request.output is None else request.output
-    folder = Path(output).expanduser()
+    folder = user_path(output, "output", OutputError)
     if not output.strip() or (folder.suffix.lower() in ENDINGS and not folder.is_dir()):
         raise OutputError(f"--output takes a folder with --prompts-file, got {shown(output)}")
     return folder

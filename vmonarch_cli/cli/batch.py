@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
+from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.prompts import FORMATS
 from vmonarch_cli.batch.request import BatchFlags as BatchFlags
@@ -84,7 +84,10 @@ def run_prompts_file(
         _show_dry_run(planned.open(dry=True), as_json, quiet)
         return
     machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
-    _run(planned.open(), machine, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
+    opened = planned.open(on_wait=lambda sentence: errors.print(sentence, markup=False))
+    for sentence in opened.notes if rank.rank == 0 else ():
+        errors.print(f"warning: {sentence}", style="yellow", markup=False)
+    _run(opened, machine, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
 
 
 def _run(
@@ -115,6 +118,10 @@ def _run(
                     errors.print(f"failed: line {line}: {path.name}: {sentence}", style="red", markup=False)
                     if debug:
                         errors.print(trace, markup=False)
+                case ClipTakenOver(line=line, path=path, owner=owner):
+                    errors.print(
+                        f"line {line}: {path.name} was taken over by {owner or 'another process'}", markup=False
+                    )
                 case WaitingForOthers(count=count, owners=owners):
                     if not silent:
                         words = f" ({', '.join(owners)})" if owners else ""

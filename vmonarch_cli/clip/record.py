@@ -30,10 +30,12 @@ _NEEDED = ("schema", "prompt", "seed", "clip", "settings", "preset", "model", "f
 _REPEATED = "record"
 
 
-def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames) -> dict[str, Any]:
+def make_record(
+    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any]
+) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
-    `frames`: (F, H, W, 3), uint8, as decoded.
+    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see `whole.file_facts`.
     """
     return {
         "schema": RECORD_SCHEMA,
@@ -47,6 +49,7 @@ def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, 
             "fps": plan.fps,
             "sha256": frames_hash(frames),
         },
+        "file": written,
         "settings": plan.settings(),
         "preset": plan.preset.model_dump(),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
