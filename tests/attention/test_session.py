@@ -133,7 +133,7 @@ def test_both_transformers_of_a_two_stage_model_are_swapped() -> None:
     assert session.coverage() == Coverage(structured=CALLS)
     with swapped(pipeline, WARM) as session:
         latents_of(pipeline)
-        both = session.warm_state_bytes
+        both = session.kept_bytes
     frames, rows, columns = GRID
     one_stage = LAYERS * 2 * (rows * columns * 2 * frames * frames)  # 2 branches; positions x heads x T x T bytes
     assert both == one_stage, "the first stage's factors are dropped when the second begins"
@@ -329,10 +329,10 @@ def test_warm_start_is_used_from_the_second_step_on(pipeline: Any) -> None:
 
 def test_refreshed_frames_bring_the_clip_closer_to_dense(pipeline: Any, stock: torch.Tensor) -> None:
     with swapped(pipeline, REFRESH) as session:
-        refreshed, kept = latents_of(pipeline), session.warm_state_bytes
+        refreshed, kept = latents_of(pipeline), session.kept_bytes
     with swapped(pipeline, WARM) as session:
         warm = latents_of(pipeline)
-        assert kept > session.warm_state_bytes > 0
+        assert kept > session.kept_bytes > 0
     assert (refreshed - stock).norm() < (warm - stock).norm()
 
 
@@ -429,7 +429,7 @@ def test_shared_corrections_serve_both_guidance_branches(pipeline: Any, stock: t
     for preset in (WARM, REFRESH, SHARED):
         with swapped(pipeline, preset) as session:
             errors[preset] = float((latents_of(pipeline) - stock).norm())
-            held[preset] = session.warm_state_bytes
+            held[preset] = session.kept_bytes
     assert held[REFRESH] - held[WARM] == 2 * (held[SHARED] - held[WARM]) > 0, "once for both"
     assert errors[SHARED] < errors[WARM]
 

@@ -25,7 +25,8 @@ from rich.table import Table
 from vmonarch_cli.attention.parallel import ulysses
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
@@ -35,7 +36,6 @@ from vmonarch_cli.pipeline import context_parallel as distributed
 from vmonarch_cli.pipeline.device import dtype_name, own_device
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import timed
@@ -52,9 +52,9 @@ def forward_arguments(
     entry: ModelEntry, size: Size, frames: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What one forward takes, the same in every process."""
-    clip = clip_in_latents(entry, size[1], size[0], frames)
+    clip = LatentClip.of(entry, size[1], size[0], frames)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(FORWARDS[entry.pipeline].latents(entry, clip), generator=generator)
+    noise = torch.randn(forward_inputs(entry).latents(entry, clip), generator=generator)
     text = torch.randn(1, entry.max_sequence_length, entry.text_dim, generator=generator)
     return {
         "hidden_states": noise.to(device, dtype),

@@ -13,7 +13,7 @@ import torch
 from tiny_families import NEGATIVE, PROMPT, TINY, Tiny, latents_of
 
 from vmonarch_cli.clip import make as run
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.registry import FAMILIES, facts_of
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.pipeline import call as pipelines
@@ -131,7 +131,7 @@ def test_prompts_of_one_forward_are_guidance_branches(case: Loaded, name: str) -
         same: dict[str, Any] = {"negative_prompt": PROMPT}
         with swapped(case.pipeline, preset) as session:
             guided = latents_of(case.pipeline, case.tiny, steps=STEPS, **same)
-            held[preset] = session.warm_state_bytes
+            held[preset] = session.kept_bytes
         if preset is WARM:
             with swapped(case.pipeline, preset):
                 unguided = latents_of(case.pipeline, case.tiny, steps=STEPS, guidance_scale=1.0, **same)
@@ -211,7 +211,7 @@ def test_a_folder_describes_itself(case: Loaded, name: str) -> None:
     entry.check_shape(tiny.height, tiny.width, tiny.num_frames)
     assert entry.grid(tiny.height, tiny.width, tiny.num_frames) == tiny.grid
     assert entry.takes_image == ("image" in tiny.options)
-    forwards = 1 if entry.embedded_guidance or pipelines.facts_of(case.pipeline).guidance_by_batch else 2
+    forwards = 1 if entry.embedded_guidance or facts_of(case.pipeline).guidance_by_batch else 2
     assert forwards == tiny.forwards
 
 

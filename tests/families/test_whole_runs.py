@@ -14,9 +14,9 @@ from tiny_families import TINY, image
 
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.families.ltx import compressed
 from vmonarch_cli.models.hub import explain
 from vmonarch_cli.models.registry import find_model
-from vmonarch_cli.pipeline.call import compressed
 from vmonarch_cli.pipeline.preflight import check_machine
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve

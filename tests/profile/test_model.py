@@ -18,13 +18,13 @@ from vmonarch_cli.cli import profile as commands
 from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import contenders, model
-from vmonarch_cli.profile.forward import FORWARDS
 from vmonarch_cli.profile.results import BreakEven, ChipPeak, ModelProfile, Spread, StepRow
 
 TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "2")
@@ -109,9 +109,10 @@ def test_the_random_transformer_is_the_published_one() -> None:
 def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
     import diffusers
 
-    forward = FORWARDS[entry.pipeline]
+    facts = PIPELINES[entry.pipeline]
+    assert facts.transformer_config is not None
     with torch.device("meta"):
-        transformer = getattr(diffusers, forward.transformer)(**forward.config(entry))
+        transformer = getattr(diffusers, facts.transformer)(**facts.transformer_config(entry))
     assert sum(p.numel() for p in transformer.parameters()) == entry.transformer_params
 
 

@@ -178,12 +178,10 @@ def test_an_exact_preset_that_is_not_fails_the_run(tiny_wan_folder: Path, monkey
 
 
 def test_a_variant_that_raises_is_a_row(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vmonarch_cli.profile.blocks import BlockAttention
-
-    def broken(self: BlockAttention, *tensors: Any) -> Any:
+    def broken(*tensors: Any, **options: Any) -> Any:
         raise RuntimeError("too large")
 
-    monkeypatch.setattr(BlockAttention, "attend", broken)
+    monkeypatch.setattr("vmonarch_cli.profile.blocks.block_attention", broken)
     result = call("-m", str(tiny_wan_folder), *TINY, "--sweep", "paper", code=1)
     assert "frame pairs has no figures: RuntimeError: too large" in result.stdout
 

@@ -10,11 +10,10 @@ from vmonarch_cli.demo.captions import plain_caption
 from vmonarch_cli.demo.score import held_out_specs
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.catalogue import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import checks
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
-from vmonarch_cli.profile.forward import FORWARDS
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
 from vmonarch_cli.text import shown
 
@@ -91,9 +90,10 @@ def model_shape(
         if not random or known is None:
             raise
         entry, source = known, ""
-    if entry.pipeline not in FORWARDS:
+    profiled = sorted((name for name, facts in PIPELINES.items() if facts.transformer_config is not None), key=len)
+    if entry.pipeline not in profiled:
         raise InputError(
-            f"whole models are profiled for {', '.join(FORWARDS)}, and {entry.alias} is a {entry.pipeline}: "
+            f"whole models are profiled for {', '.join(profiled)}, and {entry.alias} is a {entry.pipeline}: "
             "`vmonarch profile kernel --shape TxP --heads H --head-dim D` measures its attention"
         )
     if entry.pipeline != WAN and not random:

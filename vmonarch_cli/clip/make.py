@@ -282,7 +282,7 @@ class ClipMaker:
                 excluded_s=session.excluded_s,
                 total_s=watch.total(),
                 peak_memory_bytes=peak_memory(self._device)[0],
-                warm_state_bytes=session.warm_state_bytes,
+                warm_state_bytes=session.kept_bytes,
                 skipped_calls=session.skipped_calls,
                 device={
                     "type": str(self._device),

@@ -1,12 +1,14 @@
-"""Allegro: video tokens alone in ``attn1``. Its pipeline gives no mask there; a caller's own mask is refused."""
+"""Allegro: ``attn1`` sees only video tokens. Its pipeline gives no mask there, and a mask of a caller is refused."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, MonarchProcessor, heads_of, layers
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.families.base import Family, Shape, layers
 
 
 class AllegroMonarchProcessor(MonarchProcessor):
@@ -39,4 +41,23 @@ class AllegroMonarchProcessor(MonarchProcessor):
         return result
 
 
-ALLEGRO = Family({"AllegroAttnProcessor2_0": AllegroMonarchProcessor}, layers("transformer_blocks.N.attn1"))
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    clip: torch.Tensor = pipeline.decode_latents(latents.to(pipeline.vae.dtype))
+    if shape is not None:
+        height, width, num_frames = shape
+        clip = clip[:, :, :num_frames, :height, :width]
+    return clip
+
+
+def _without_negative_prompt(pipeline: Any, arguments: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+    """Its call has a negative prompt as its default, and takes either that or the embeddings of one."""
+    return nullcontext({**arguments, "negative_prompt": None})
+
+
+ALLEGRO = Family(
+    {"AllegroAttnProcessor2_0": AllegroMonarchProcessor},
+    layers("transformer_blocks.N.attn1"),
+    _decode,
+    adjusted=_without_negative_prompt,
+    always_tiled=True,
+)

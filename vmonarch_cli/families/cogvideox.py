@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, Grid, MonarchProcessor, heads_of, layers, patch_of
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, Shape, layers, patch_of
+from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.cogvideox import transformer_config
 
 
 class CogVideoXMonarchProcessor(MonarchProcessor):
@@ -56,11 +59,42 @@ def _grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return frames // p_t, rows // p_h, columns // p_w
 
 
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    if shape is not None:  # 1.5 fills up its last temporal patch in front
+        latents = latents[:, latents.shape[1] - ((shape[2] - 1) // pipeline.vae_scale_factor_temporal + 1) :]
+    clip: torch.Tensor = pipeline.decode_latents(latents.to(pipeline.vae.dtype))
+    return clip
+
+
+def _latents(entry: ModelEntry, clip: LatentClip) -> tuple[int, ...]:
+    return 1, clip.frames, entry.latent_channels, clip.height, clip.width
+
+
+def _rotary(entry: ModelEntry, clip: LatentClip, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The pipeline computes the rotary embedding; 2b has none."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    config = transformer_config(entry)
+    if not config["use_rotary_positional_embeddings"]:
+        return {}
+    rows, columns = clip.height // entry.patch[1], clip.width // entry.patch[2]
+    grid = {"grid_size": (rows, columns), "temporal_size": -(-clip.frames // entry.patch[0]), "device": device}
+    if config["patch_size_t"] is None:
+        crops: Any = ((0, 0), (rows, columns))
+        embedding = get_3d_rotary_pos_embed(entry.head_dim, crops, **grid)
+    else:
+        largest = config["sample_height"] // entry.patch[1], config["sample_width"] // entry.patch[2]
+        embedding = get_3d_rotary_pos_embed(entry.head_dim, None, grid_type="slice", max_size=largest, **grid)
+    return {"image_rotary_emb": embedding}
+
+
 COGVIDEOX = Family(
     {
         "CogVideoXAttnProcessor2_0": CogVideoXMonarchProcessor,
         "FusedCogVideoXAttnProcessor2_0": CogVideoXMonarchProcessor,
     },
     layers("transformer_blocks.N.attn1"),
+    _decode,
     grid=_grid,
+    forward=ForwardInputs(_latents, _rotary),
 )

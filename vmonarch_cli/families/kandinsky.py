@@ -1,4 +1,4 @@
-"""Kandinsky 5: video tokens alone in ``self_attention`` of the visual blocks; text blocks stay stock."""
+"""Kandinsky 5: ``self_attention`` of the visual blocks sees only video tokens; text blocks stay stock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, Grid, MonarchProcessor, layers, patch_of
+from vmonarch_cli.attention.base import MonarchProcessor
+from vmonarch_cli.families.base import Family, Shape, decode_scaled, layers, patch_of
+from vmonarch_cli.models.base import Grid
 
 
 class KandinskyMonarchProcessor(MonarchProcessor):
@@ -58,9 +60,15 @@ def _sparse(transformer: Any) -> str | None:
     return None
 
 
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    return decode_scaled(pipeline, latents.permute(0, 4, 1, 2, 3), shape)
+
+
 KANDINSKY_5 = Family(
     {"Kandinsky5AttnProcessor": KandinskyMonarchProcessor},
     layers("visual_transformer_blocks.N.self_attention"),
+    _decode,
     grid=_grid,
     obstacle=_sparse,
+    prompt=lambda text: [text],  # its encode_prompt goes through the characters of a bare string
 )

@@ -1,14 +1,19 @@
-"""LTX-Video and LTX-2: video tokens alone in ``attn1``. LTX-2's sound and cross-attentions stay stock."""
+"""LTX-Video and LTX-2: ``attn1`` sees only video tokens. LTX-2's sound and cross-attentions stay stock."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, Grid, MonarchProcessor, heads_of, layers, patch_of
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.families.base import Family, Shape, layers, patch_of, run_vae, stock_plan
+from vmonarch_cli.models.base import Grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -128,12 +133,95 @@ def _grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return bound["num_frames"] // p_t, bound["height"] // p_h, bound["width"] // p_w
 
 
-LTX = Family({"LTXVideoAttnProcessor": LTXMonarchProcessor}, layers("transformer_blocks.N.attn1"), grid=_grid)
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    if shape is None:
+        raise ValueError("LTX latents are packed as tokens: their shape must be given")
+    height, width, num_frames = shape
+    latents = pipeline._unpack_latents(
+        latents,
+        (num_frames - 1) // pipeline.vae_temporal_compression_ratio + 1,
+        height // pipeline.vae_spatial_compression_ratio,
+        width // pipeline.vae_spatial_compression_ratio,
+        pipeline.transformer_spatial_patch_size,
+        pipeline.transformer_temporal_patch_size,
+    )
+    vae = pipeline.vae
+    latents = pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    # The pipeline rounds to the transformer's dtype; one that was loaded only to decode has no transformer to ask.
+    dtype = pipeline.loaded_for_decoding if pipeline.transformer is None else pipeline.transformer.dtype
+    latents = latents.to(dtype).to(vae.dtype)
+    return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
+
+
+def _decode_2(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    """The pipeline gives these latents unpacked and denormalised."""
+    latents = latents.to(pipeline.vae.dtype)
+    return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
+
+
+def _decode_timestep(pipeline: Any, latents: torch.Tensor) -> torch.Tensor | None:
+    """The pipelines' default, 0, at which a decoder that knows noise gets none."""
+    return latents.new_zeros(latents.shape[0]) if pipeline.vae.config.timestep_conditioning else None
+
+
+def _parallel_plan(transformer: Any) -> dict[str, Any]:
+    """The plan of diffusers without the text.
+
+    In diffusers 0.42 the plan splits the text, too, and fails: the mask of the text has all heads where each process
+    has a part of them. The timesteps are one for each token when a clip continues a first frame.
+    """
+    plan = stock_plan(transformer)
+    of_video = plan[""]["hidden_states"]  # (B, tokens, channels)
+    plan[""] = {"hidden_states": of_video, "timestep": replace(of_video, expected_dims=2)}
+    return plan
+
+
+@contextmanager
+def _compressing(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compress a first frame as the pipeline would, without the PyAV that it needs for that."""
+    if "image" in arguments and "image_crf" not in arguments:
+        from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
+
+        image = compressed(arguments["image"], resolve_default_image_crf(pipeline.text_encoder))
+        arguments = {**arguments, "image": image, "image_crf": 0}
+    yield arguments
+
+
+def compressed(image: Any, quality: int) -> Any:
+    """The image as a frame of an H.264 video of this CRF, such as LTX-2 was trained to continue.
+
+    Its pipeline does the same with PyAV; the ffmpeg that clips are written with does not need another package.
+    """
+    import imageio_ffmpeg
+    from PIL import Image
+
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+    encode = ["-c:v", "libx264", "-crf", str(quality), "-preset", "veryfast", "-pix_fmt", "yuv420p", "-f", "h264"]
+    size = f"{image.width}x{image.height}"
+
+    def ffmpeg(content: bytes, *arguments: str) -> bytes:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *arguments, "-"]
+        return subprocess.run(command, input=content, capture_output=True, check=True).stdout  # noqa: S603 - fixed
+
+    video = ffmpeg(image.convert("RGB").tobytes(), *raw, "-s", size, "-i", "-", *encode)
+    return Image.frombytes("RGB", image.size, ffmpeg(video, "-f", "h264", "-i", "-", *raw))
+
+
+LTX = Family(
+    {"LTXVideoAttnProcessor": LTXMonarchProcessor},
+    layers("transformer_blocks.N.attn1"),
+    _decode,
+    grid=_grid,
+    parallel_plan=_parallel_plan,
+)
 LTX2 = Family(
     {
         "LTX2AudioVideoAttnProcessor": LTX2MonarchProcessor,
         "LTX2PerturbedAttnProcessor": LTX2PerturbedMonarchProcessor,
     },
     layers("transformer_blocks.N.attn1"),
+    _decode_2,
     grid=_grid,
+    adjusted=_compressing,
+    parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, MonarchProcessor, added_qkv, heads_of, layers, split_out
+from vmonarch_cli.attention.base import MonarchProcessor, added_qkv, heads_of, split_out
+from vmonarch_cli.families.base import Family, Shape, layers, mean_and_std, run_vae
 
 
 class MochiMonarchProcessor(MonarchProcessor):
@@ -43,4 +44,12 @@ def _apply_rotary(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Ten
     return torch.stack([first, second], dim=-1).flatten(-2)
 
 
-MOCHI = Family({"MochiAttnProcessor2_0": MochiMonarchProcessor}, layers("transformer_blocks.N.attn1"))
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    config = pipeline.vae.config
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return run_vae(pipeline, (latents / config.scaling_factor).to(pipeline.vae.dtype))
+    mean, std = mean_and_std(pipeline, latents)
+    return run_vae(pipeline, (latents * std / config.scaling_factor + mean).to(pipeline.vae.dtype))
+
+
+MOCHI = Family({"MochiAttnProcessor2_0": MochiMonarchProcessor}, layers("transformer_blocks.N.attn1"), _decode)

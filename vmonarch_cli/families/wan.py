@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, Wan VACE and SkyReels-V2: video tokens alone in ``attn1``; ``attn2``, for text, stays stock."""
+"""Wan 2.1 and 2.2, Wan VACE and SkyReels-V2: ``attn1`` sees only video tokens; ``attn2``, for text, stays stock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.base import Family, MonarchProcessor, heads_of, layers, project
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
+from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae
+from vmonarch_cli.families.wan_vae import decode_raw, is_plain
+
+_WHOLE_PIXELS = 1 << 20
+"""A clip of so few pixels in all is decoded whole: chunk by chunk, as long clips must be, takes twice as long."""
 
 
 class WanMonarchProcessor(MonarchProcessor):
@@ -51,7 +56,19 @@ def _causal(transformer: Any) -> str | None:
     return None
 
 
-WAN = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"))
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    latents = latents.to(pipeline.vae.dtype)
+    mean, std = mean_and_std(pipeline, latents)
+    # The pipeline divides by the reciprocal; so that frames are the same to the bit, so does this.
+    latents = latents / (1.0 / std) + mean
+    if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(pipeline.vae):
+        return decode_raw(pipeline.vae, latents).clamp(-1, 1)
+    return run_vae(pipeline, latents)
+
+
+WAN = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, forward=ForwardInputs())
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
-WAN_VACE = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1", "vace_blocks.N.attn1"))
-SKYREELS_V2 = Family({"SkyReelsV2AttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), obstacle=_causal)
+WAN_VACE = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1", "vace_blocks.N.attn1"), _decode)
+SKYREELS_V2 = Family(
+    {"SkyReelsV2AttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, obstacle=_causal
+)

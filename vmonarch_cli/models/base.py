@@ -43,8 +43,8 @@ class Defaults(BaseModel):
 class PipelineFacts:
     """What a run must know of one diffusers pipeline class: how it takes text, images and guidance.
 
-    The transformer's token layout and the place of its self-attention are in `vmonarch_cli/families`, in the file of
-    the family's name.
+    What touches diffusers (the place of its self-attention, its decoder, its quirks) is in `vmonarch_cli/families`, in
+    the file of the family's name.
     """
 
     name: str
@@ -74,6 +74,9 @@ class PipelineFacts:
     """diffusers loads LoRA weights into it."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
+    transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
+    """Arguments of the transformer's class that build it for an entry, without its weights; None for the families whose
+    whole models are not profiled."""
 
 
 class ModelEntry(BaseModel):

@@ -104,31 +104,6 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-_TEXT = ("prompt_embeds", "negative_prompt_embeds")
-
-PIPELINES = (
-    PipelineFacts(
-        "CogVideoXPipeline",
-        "cogvideox",
-        "CogVideoXTransformer3DModel",
-        _TEXT,
-        _figures,
-        guidance_by_batch=True,
-        compiles=False,
-    ),
-    PipelineFacts(
-        "CogVideoXImageToVideoPipeline",
-        "cogvideox",
-        "CogVideoXTransformer3DModel",
-        _TEXT,
-        _figures,
-        guidance_by_batch=True,
-        compiles=False,
-        takes_image=True,
-    ),
-)
-
-
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
     """Arguments of diffusers' CogVideoXTransformer3DModel that build this entry's transformer, without its weights."""
     temporal_patch = entry.patch[0] if entry.patch[0] > 1 else None
@@ -148,3 +123,29 @@ def transformer_config(entry: ModelEntry) -> dict[str, Any]:
         "max_text_seq_length": entry.max_sequence_length,
         "use_rotary_positional_embeddings": entry.alias != COGVIDEOX_2B.alias,
     }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "CogVideoXPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
+        transformer_config=transformer_config,
+    ),
+    PipelineFacts(
+        "CogVideoXImageToVideoPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
+        takes_image=True,
+    ),
+)

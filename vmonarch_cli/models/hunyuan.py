@@ -116,6 +116,25 @@ def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[st
     return _distilled(config, vae)
 
 
+def transformer_config(entry: ModelEntry) -> dict[str, Any]:
+    """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
+
+    A third of its layers project video and text separately, two thirds together.
+    """
+    return {
+        "in_channels": entry.latent_channels,
+        "out_channels": entry.latent_channels,
+        "num_attention_heads": entry.heads,
+        "attention_head_dim": entry.head_dim,
+        "num_layers": entry.layers // 3,
+        "num_single_layers": entry.layers - entry.layers // 3,
+        "patch_size": entry.patch[1],
+        "patch_size_t": entry.patch[0],
+        "guidance_embeds": entry.embedded_guidance,
+        "text_embed_dim": entry.text_dim,
+    }
+
+
 _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _TEXT_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
@@ -129,6 +148,7 @@ PIPELINES = (
         _TEXT,
         _distilled,
         negative="never",
+        transformer_config=transformer_config,
     ),
     PipelineFacts(
         "HunyuanVideoImageToVideoPipeline",
@@ -165,22 +185,3 @@ PIPELINES = (
         lora=False,
     ),
 )
-
-
-def transformer_config(entry: ModelEntry) -> dict[str, Any]:
-    """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
-
-    A third of its layers project video and text separately, two thirds together.
-    """
-    return {
-        "in_channels": entry.latent_channels,
-        "out_channels": entry.latent_channels,
-        "num_attention_heads": entry.heads,
-        "attention_head_dim": entry.head_dim,
-        "num_layers": entry.layers // 3,
-        "num_single_layers": entry.layers - entry.layers // 3,
-        "patch_size": entry.patch[1],
-        "patch_size_t": entry.patch[0],
-        "guidance_embeds": entry.embedded_guidance,
-        "text_embed_dim": entry.text_dim,
-    }

@@ -187,17 +187,6 @@ def figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-_TEXT = ("prompt_embeds", "negative_prompt_embeds")
-
-PIPELINES = (
-    PipelineFacts(
-        "WanPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, image_pipeline="WanImageToVideoPipeline"
-    ),
-    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
-    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
-)
-
-
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
     """Arguments of diffusers' WanTransformer3DModel that build one transformer of this entry, without its weights.
 
@@ -219,3 +208,20 @@ def transformer_config(entry: ModelEntry) -> dict[str, Any]:
         "eps": 1e-6,
         "rope_max_seq_len": 1024,
     }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "WanPipeline",
+        "wan",
+        "WanTransformer3DModel",
+        _TEXT,
+        figures,
+        image_pipeline="WanImageToVideoPipeline",
+        transformer_config=transformer_config,
+    ),
+    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
+    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
+)

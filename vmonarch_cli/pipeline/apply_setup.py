@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.plan.setup import Setup, parse_lora
 
 FIRST_BLOCK_THRESHOLD = 0.05
 """Relative change of the first block's output below which the others are skipped; diffusers' own default."""
-ALWAYS_TILED = "Allegro"
-"""The VAE that diffusers can decode in tiles only."""
 
 
 def transformers_of(pipeline: Any) -> list[Any]:
@@ -47,7 +46,7 @@ def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype) -> None:
     if setup.quantize == "fp8":
         for transformer in transformers_of(pipeline):
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
-    if setup.vae_tiling or ALWAYS_TILED in type(pipeline.vae).__name__:
+    if setup.vae_tiling or family_of(pipeline).always_tiled:
         if not hasattr(pipeline.vae, "enable_tiling"):
             raise InputError(f"--vae-tiling: {type(pipeline.vae).__name__} of this model cannot decode in tiles")
         pipeline.vae.enable_tiling()

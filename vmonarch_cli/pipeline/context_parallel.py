@@ -6,12 +6,12 @@ import atexit
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.pipeline.apply_setup import transformers_of
 
@@ -35,11 +35,8 @@ def split(pipeline: Any, device: torch.device) -> None:
                 f"{name} cannot be split over {count} processes: diffusers has no context-parallel plan for it "
                 "(it has one for Wan and LTX-Video)"
             )
-        if name.startswith("LTX2"):
-            raise InputError(
-                f"{name} cannot be split over {count} processes: its sound attends to all of the video, of which "
-                "diffusers' plan gives each process a part"
-            )
+        if FAMILIES[name].parallel_obstacle is not None:
+            raise InputError(f"{name} cannot be split over {count} processes: {FAMILIES[name].parallel_obstacle}")
         if heads % count:
             raise InputError(f"{count} processes cannot share the {heads} heads of {name} evenly")
     if not torch.distributed.is_initialized():
@@ -49,25 +46,11 @@ def split(pipeline: Any, device: torch.device) -> None:
         atexit.register(_stop)
     with nullcontext() if device.type == "cuda" else _cpu_as_an_accelerator():
         for transformer in transformers_of(pipeline):
-            transformer.enable_parallelism(
-                config=ContextParallelConfig(ulysses_degree=count), cp_plan=_plan_of(transformer)
-            )
+            plan = FAMILIES[type(transformer).__name__].parallel_plan(transformer)
+            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count), cp_plan=plan)
             for name, module in transformer.named_modules():
                 if name.endswith(".attn2"):  # all of the text for a part of the video: nothing to exchange
                     module.processor._parallel_config = None
-
-
-def _plan_of(transformer: Any) -> dict[str, Any]:
-    """Which tensors are split by tokens, as diffusers says; for LTX-Video without its text.
-
-    In diffusers 0.42 the plan of LTX-Video also splits the text, and fails: the mask of the text has all heads, and
-    each process has a part of them. The timesteps are one for each token when a clip continues a first frame.
-    """
-    plan: dict[str, Any] = dict(transformer._cp_plan)
-    if type(transformer).__name__ == "LTXVideoTransformer3DModel":
-        of_video = plan[""]["hidden_states"]  # (B, tokens, channels)
-        plan[""] = {"hidden_states": of_video, "timestep": replace(of_video, expected_dims=2)}
-    return plan
 
 
 def check_tokens(tokens: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention import op
+from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.families.registry import FAMILIES, MonarchProcessor
+from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.presets import Preset
 
@@ -152,7 +153,7 @@ def _watched(scheduler: Any, session: AttentionSession) -> Iterator[None]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = kind.set_timesteps(self, *args, **kwargs)
         if self is scheduler:
-            session.watch_clip(len(self.timesteps))
+            session.begin_clip(len(self.timesteps), watching=True)
         return result
 
     @functools.wraps(kind.step)

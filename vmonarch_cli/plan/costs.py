@@ -5,9 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
-from vmonarch_kernels.spec import Options
 
 
 class Flops(BaseModel):
@@ -38,14 +37,7 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
         return Flops(dense_call=dense_call, structured_call=dense_call, dense=dense, planned=dense)
 
     def call(warm: bool) -> int:
-        return monarch_flops(
-            grid,
-            model.heads,
-            model.head_dim,
-            options=Options(1 if warm else preset.num_steps, preset.c_floor, preset.first_frame, preset.band),
-            warm=warm,
-            refresh=preset.refresh,
-        )
+        return monarch_flops(grid, model.heads, model.head_dim, **options_for(preset, grid[0], warm=warm).cost())
 
     structured_layers = max(0, model.layers - preset.dense_layers)
     structured_steps = max(0, steps - preset.dense_steps)

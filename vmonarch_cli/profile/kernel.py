@@ -10,21 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import BURST_S, Budget, call_memory, reason, timed, wall
 from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
 from vmonarch_kernels import Inputs, Options, Residual, attend, resolve_impl
-from vmonarch_kernels.cost import (
-    band_with_refresh,
-    dense_bytes,
-    dense_flops,
-    is_exact,
-    monarch_bytes,
-    monarch_flops,
-    refresh_period,
-)
+from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 OnWork = Callable[[str], None]
@@ -229,18 +221,14 @@ def _structured(
     """A preset as a model calls it: warm ones in steady state, from the L of an earlier call and keeping the next."""
     grid = (frames, positions, 1)
     impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
-    band = band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame)
-    options = Options(preset.num_steps, preset.c_floor, preset.first_frame, band)
-    exact = is_exact(frames, band)
-    warm = preset.warm_start and not exact
-    refresh = 0 if exact else preset.refresh
+    cold, chosen = options_for(preset, frames), options_for(preset, frames, warm=True)
+    exact, warm, refresh, options = chosen.exact, chosen.warm, chosen.refresh, chosen.kernel
     inputs = Inputs(*tensors, grid)
     if warm:
-        _, l_prev = attend(inputs, options, impl=impl, return_l=True)
-        inputs, options = replace(inputs, l_prev=l_prev), replace(options, num_steps=1)
+        inputs = replace(inputs, l_prev=attend(inputs, cold.kernel, impl=impl, return_l=True)[1])
     size = (grid, settings.heads, settings.head_dim, settings.batch)
-    work = monarch_flops(*size, options=options, warm=warm, refresh=refresh)
-    moved = monarch_bytes(*size, settings.dtype.itemsize, options=options, warm=warm, refresh=refresh)
+    work = monarch_flops(*size, **chosen.cost())
+    moved = monarch_bytes(*size, settings.dtype.itemsize, **chosen.cost())
     row = KernelRow(
         preset.name,
         "structured",

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
@@ -25,7 +27,6 @@ from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.contenders import Contender, structured
 from vmonarch_cli.profile.contenders import contenders as make_contenders
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.kernel import KernelSettings, OnWork, profile_shape
 from vmonarch_cli.profile.repeat import Budget, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import Check, ChipPeak, KernelShape, ModelProfile, Spread, StepRow
@@ -139,13 +140,15 @@ def random_transformer(entry: ModelEntry, device: torch.device, dtype: torch.dty
     quiet_libraries()
     import diffusers
 
-    forward = FORWARDS[entry.pipeline]
+    facts = PIPELINES[entry.pipeline]
+    if facts.transformer_config is None:
+        raise ModelError(f"a {facts.transformer} cannot be made without its weights: profile it with them")
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            transformer = getattr(diffusers, forward.transformer)(**forward.config(entry)).eval()
+            transformer = getattr(diffusers, facts.transformer)(**facts.transformer_config(entry)).eval()
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{entry.alias} does not fit the memory of this GPU: choose a smaller model") from None
     finally:
@@ -373,8 +376,8 @@ def _clip_times(settings: ModelSettings, profile: ModelProfile) -> None:
 
 def _first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> _Inputs:
     entry = settings.entry
-    clip = clip_in_latents(entry, settings.height, settings.width, settings.num_frames)
-    forward = FORWARDS[entry.pipeline]
+    clip = LatentClip.of(entry, settings.height, settings.width, settings.num_frames)
+    forward = forward_inputs(entry)
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
     return _Inputs(

@@ -21,7 +21,7 @@ from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.presets import Preset, load_preset
-from vmonarch_cli.profile.blocks import BlockAttention, block_flops
+from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
 from vmonarch_cli.profile.kernel import OnWork
 from vmonarch_cli.profile.repeat import Budget, reason
 from vmonarch_cli.profile.results import EXACT, Check, QualityProfile, QualityRow
@@ -164,11 +164,8 @@ def _session(
 ) -> tuple[Preset, AttentionSession]:
     count = 1 if getattr(pipeline, "transformer_2", None) is None else 2
     layers = [settings.entry.layers] * count
-    if frames_per_block == 1:
-        return preset, AttentionSession(preset, layers)
-    session = BlockAttention(preset, layers)
-    session.frames_per_block = frames_per_block
-    return preset, session
+    attention = attention_in_blocks(preset, frames_per_block) if frames_per_block > 1 else None
+    return preset, AttentionSession(preset, layers, attention=attention)
 
 
 @torch.no_grad()
