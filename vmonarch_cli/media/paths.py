@@ -65,8 +65,7 @@ def resolve_targets(output: str | None, prompt: str, seed: int, count: int, over
     """
     if output is not None and not output.strip():
         raise OutputError("--output is empty: it takes a file ending in .mp4, .gif or .png, or a folder")
-    _check_text(output or DEFAULT_FOLDER)
-    path = user_path(output or DEFAULT_FOLDER, "output", OutputError)
+    path = output_path(output or DEFAULT_FOLDER)
     if _is_folder(output or DEFAULT_FOLDER, path):
         _check_folder(path)
         found = tuple(_free_name(path, f"{slug(prompt)}-s{seed + i}", overwrite) for i in range(count))
@@ -101,23 +100,26 @@ def check_rate(paths: tuple[Path, ...], fps: int) -> None:
         raise OutputError(f"a .gif cannot show {fps} frames per second: valid are 1 to 50, or an .mp4")
 
 
-def _check_text(output: str) -> None:
-    """OutputError for a path that a record, which is UTF-8, cannot name."""
+def output_path(output: str) -> Path:
+    """The path that --output gives; OutputError for one that no file system, or no record in UTF-8, can name."""
     try:
         output.encode()
     except UnicodeEncodeError:
         raise OutputError(f"output {output!a} is not UTF-8: give a path that is") from None
-    if "\0" in output:
-        raise OutputError(f"output {output!a} holds a NUL character, which no path can")
+    path = user_path(output, "output", OutputError)
+    for part in path.parts:
+        if len(os.fsencode(part)) > _MAX_NAME:
+            raise OutputError(f"output name {part[:40]}... is too long: a name has at most {_MAX_NAME} bytes")
+    return path
 
 
 def _check_lengths(clips: Sequence[Path]) -> None:
     """OutputError unless the longest name that a clip takes on its way fits the file system."""
     for clip in clips:
         spare = _MAX_NAME - len(os.fsencode(latents_path(clip).name))
-        if spare < 0 or len(os.fsencode(clip.name)) > _MAX_NAME:
+        if spare < 0:
             raise OutputError(
-                f"output name {clip.name[:40]}... is too long by {max(1, -spare)} bytes: {clip.suffix} clips take up "
+                f"output name {clip.name[:40]}... is too long by {-spare} bytes: {clip.suffix} clips take up "
                 f"to {_MAX_NAME - len(LATENTS_ENDING) + len(clip.suffix)} bytes, so that the latents' name fits as well"
             )
         if len(os.fsencode(clip.absolute())) + _MAX_NAME > _MAX_PATH:
