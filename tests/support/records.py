@@ -57,5 +57,5 @@ def write(plan: Plan, *, clip: bool = False) -> Path:
     frames = np.full((plan.num_frames, plan.height, plan.width, 3), 128, np.uint8)
     timing = make_timing(latents, 1.0, 0.1, (2**20, "process"))
     path = plan.outputs[0]
-    facts = file_facts(write_clip(frames, path, plan.fps, overwrite=True)) if clip else {}
+    facts = file_facts(write_clip(frames, path, plan.fps, overwrite=True)) if clip else None
     return write_record(record_path(path), make_record(plan, latents, timing, path, frames, facts))

@@ -24,6 +24,7 @@ from vmonarch_cli.events import (
     CompilingKernels,
     Decoding,
     Event,
+    LatentsSaved,
     ModelLoaded,
     ModelLoading,
     Retrying,
@@ -71,6 +72,7 @@ def generate(
             continue
         with finishing():
             plan, denoised = maker.save_as_free(plan, index, denoised)
+            on_event(LatentsSaved(index, latents_path(plan.outputs[index])))
         with finishing():
             # The latents hold the name until the clip has it.
             results.append(maker.finish(plan, index, denoised, on_written=_remove_latents))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.clip.record import read_record
+from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import record_path
 from vmonarch_cli.plan.plan import Plan
@@ -45,11 +45,11 @@ def damage(clip: Path) -> str | None:
     try:
         if not _ends_well(clip, record):
             return "is cut off"
-        known = record.get("file")
-        facts = file_facts(clip) if isinstance(known, dict) else {}
+        facts = file_facts(clip) if record.file is not None else {}
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if isinstance(known, dict) and facts["bytes"] == known.get("bytes") and facts["sha256"] != known.get("sha256"):
+    known = record.file
+    if known is not None and facts["bytes"] == known.bytes and facts["sha256"] != known.sha256:
         return "is not as it was written: some of its bytes are others"
     return None
 
@@ -59,23 +59,21 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     if damage(clip) is not None:
         return False
     record = read_record(record_path(clip))
-    try:
-        if record["clip"] != clip.name or record["file"] != file_facts(clip) or record["seed"] != plan.seed:
-            return False
-        then = {name: entry["value"] for name, entry in record["settings"].items()}
-    except (KeyError, TypeError, AttributeError, OSError):
+    if record.clip != clip.name or record.seed != plan.seed or record.file is None:
         return False
+    if record.file.model_dump() != file_facts(clip):
+        return False
+    then = {name: entry.value for name, entry in record.settings.items()}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}
 
 
-def _ends_well(clip: Path, record: dict[str, Any]) -> bool:
+def _ends_well(clip: Path, record: Record) -> bool:
     """Whether a file has the beginning and the end of its format; of a folder, whether every frame is there."""
     if clip.is_dir():
         frames = sorted(clip.glob("frame-*.png"))
-        count = record["frames"].get("count") if isinstance(record["frames"], dict) else None
-        return len(frames) == count and all(_end(file, len(_PNG_END)) == _PNG_END for file in frames)
+        return len(frames) == record.frames.count and all(_end(file, len(_PNG_END)) == _PNG_END for file in frames)
     if clip.suffix.lower() == ".gif":
         with clip.open("rb") as file:
             return file.read(4) == b"GIF8" and _end(clip, 1) == b"\x3b"
