@@ -29,6 +29,7 @@ Value = TypeVar("Value")
 
 def resolve(request: GenerateRequest) -> Plan:
     """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done."""
+    checks.texts(request)
     prompt = checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
