@@ -199,6 +199,26 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
 
 
 @families
+def test_every_part_of_a_clip_follows_its_latents(case: Loaded, name: str) -> None:
+    """Corners of the first, a middle and the last frame: no part is blank, and other latents change all of them."""
+    tiny = case.tiny
+    shape = (tiny.height, tiny.width, tiny.num_frames)
+    noise = torch.randn(case.stock.shape, generator=torch.Generator().manual_seed(3))
+    clips = [
+        torch.from_numpy(run.decode(case.pipeline, latents, shape)).float()
+        for latents in (case.stock, case.stock + 3 * noise)
+    ]
+    assert clips[0].shape == (tiny.num_frames, tiny.height, tiny.width, 3)
+    side = min(tiny.height, tiny.width) // 4
+    for frame in (0, tiny.num_frames // 2, tiny.num_frames - 1):
+        for rows in (slice(side), slice(-side, None)):
+            for columns in (slice(side), slice(-side, None)):
+                first, second = (clip[frame, rows, columns] for clip in clips)
+                assert first.std() > 0 or second.std() > 0, "a corner is constant"
+                assert (first - second).abs().max() > 0, "a corner does not depend on the latents"
+
+
+@families
 def test_a_folder_describes_itself(case: Loaded, name: str) -> None:
     entry, source = find_model(str(case.folder))
     tiny = case.tiny

@@ -20,6 +20,7 @@ COLUMNS = {
     "test_reference_and_torch_implementations_agree": "reference = torch",
     "test_everything_is_put_back_to_the_bit": "restored to the bit",
     "test_a_run_makes_the_frames_of_the_pipelines_own_call": "run = pipeline's frames",
+    "test_every_part_of_a_clip_follows_its_latents": "frames follow latents",
     "test_a_folder_describes_itself": "folder described",
     "test_offload_changes_nothing_but_where_weights_are": "offload",
     "test_narrow_weights_run_and_are_close": "fp8, int8",

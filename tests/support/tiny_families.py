@@ -724,6 +724,7 @@ def allegro() -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
+        sample_size=128,  # of the decoder's tiles: what they do not fill stays grey
     ).eval()
     return quiet(
         AllegroPipeline(
@@ -964,7 +965,17 @@ TINY: dict[str, Tiny] = {
         options={**_LTX2, "image": image(32), "image_crf": 0},
     ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
-    "allegro": Tiny(allegro, "AllegroTransformer3DModel", 2, 1, (4, 2, 3), num_frames=16, options=_GUIDED),
+    "allegro": Tiny(
+        allegro,
+        "AllegroTransformer3DModel",
+        2,
+        1,
+        (6, 8, 8),
+        height=128,
+        width=128,
+        num_frames=24,
+        options=_GUIDED,
+    ),
     "kandinsky-5": Tiny(kandinsky_5, "Kandinsky5Transformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
     "kandinsky-5-i2v": Tiny(
         kandinsky_5_i2v,

@@ -49,6 +49,7 @@ COGVIDEOX_15 = COGVIDEOX_5B.model_copy(
         "hub_id": "THUDM/CogVideoX1.5-5B",
         "aliases": ("cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B"),
         "patch": (2, 2, 2),
+        "max_grid": (None, 150, 150),
         "transformer_params": 5_570_676_352,
         "defaults": COGVIDEOX_5B.defaults.model_copy(
             update={"height": 768, "width": 1360, "num_frames": 81, "fps": 16}
@@ -101,7 +102,15 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
         "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
         "vae_spatial": spatial,
         "fixed_size": (config["sample_height"] * spatial, config["sample_width"] * spatial) if learned else None,
+        "max_grid": _max_grid(config),
     }
+
+
+def _max_grid(config: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """1.5 cuts its positions out of those of its largest size; 1.0 stretches them over any."""
+    if config.get("patch_size_t") is None:
+        return None, None, None
+    return None, config["sample_height"] // config["patch_size"], config["sample_width"] // config["patch_size"]
 
 
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:

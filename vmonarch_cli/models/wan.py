@@ -26,6 +26,7 @@ WAN21_1_3B = ModelEntry(
     aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
     licence="Apache-2.0",
     vae_float32=True,
+    max_grid=(1024, 1024, 1024),
     heads=12,
     head_dim=128,
     layers=30,
@@ -184,6 +185,7 @@ def figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]
         "vae_temporal": vae.get("scale_factor_temporal") or 4,
         "vae_spatial": vae.get("scale_factor_spatial") or 8,
         "vae_float32": True,
+        "max_grid": (config.get("rope_max_seq_len", 1024),) * 3,
     }
 
 
