@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 
 
-def near(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """' (did you mean A or B?)' for the closest known words, or an empty string."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=3, cutoff=cutoff)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+def near(word: str, known: Iterable[str] | Mapping[str, str], cutoff: float = 0.5) -> str:
+    """' (did you mean A or B?)' for the three closest known words, or an empty string.
+
+    Of a mapping the keys are compared and the values named, each once.
+    """
+    names = known if isinstance(known, Mapping) else {name: name for name in known}
+    close = [names[key] for key in difflib.get_close_matches(word.lower(), list(names), n=6, cutoff=cutoff)]
+    words = list(dict.fromkeys(close))[:3]
+    return f" (did you mean {' or '.join(words)}?)" if words else ""
+
+
+_STEERING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x2028, 0x2029)))
+"""Marks that turn the direction of text, and separators that break its lines."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that could steer a terminal shown as its escape; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(sign if _is_plain(sign) else ascii(sign)[1:-1] for sign in text)
+
+
+def _is_plain(sign: str) -> bool:
+    return sign in "\n\t" or (unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _STEERING)
 
 
 def shown(value: object, limit: int = 60) -> str:

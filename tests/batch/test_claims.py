@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 
 from vmonarch_cli.batch import claims as claims_module
 from vmonarch_cli.batch.claims import FOLDER, LEASE_S, Claims
-from vmonarch_cli.batch.manifest import Entry, Manifest, happened, planned
+from vmonarch_cli.batch.manifest import Manifest, ManifestEntry, happened, planned
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts, stoppable
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.machine.process import digest, this_process
 
 
 def hold(folder: str, key: str) -> subprocess.Popen[str]:
@@ -75,7 +77,7 @@ def test_a_killed_process_leaves_nothing_locked(tmp_path: Path) -> None:
 def test_a_process_id_that_was_given_again_is_not_the_owner(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     with Claims(tmp_path) as claims:
-        about = {**claims._own, "start": "1"}
+        about = {**asdict(this_process()), "start": "1"}
         (tmp_path / FOLDER / "k.1.claim").write_text(json.dumps(about))
         claim = claims.take("k")
         assert claim is not None
@@ -100,7 +102,7 @@ def test_another_hosts_claim_lives_as_long_as_it_is_touched(tmp_path: Path) -> N
 
 
 def test_an_owner_keeps_its_claim_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "_HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(claims_module, "HEARTBEAT_S", 0.02)
     with Claims(tmp_path) as claims:
         claim = claims.take("k")
         assert claim is not None
@@ -126,8 +128,8 @@ def test_without_hard_links_claims_are_exclusive_too(tmp_path: Path, monkeypatch
 
 
 def test_what_a_killed_claimer_drafted_is_removed(tmp_path: Path) -> None:
-    with Claims(tmp_path) as claims:
-        place = claims._draft.name.split(".")[0]
+    with Claims(tmp_path):
+        place = digest(this_process().place)
         (tmp_path / FOLDER / f"{place}.999999.12.draft").touch()
     assert list(tmp_path.iterdir()) == []
 
@@ -148,8 +150,8 @@ def _race(folder: str, barrier: Any, wins: Any) -> None:
 def test_of_four_processes_one_gets_a_claim_also_of_a_dead_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     (tmp_path / FOLDER).mkdir()
-    with Claims(tmp_path) as claims:
-        dead = json.dumps({**claims._own, "start": "1"})
+    with Claims(tmp_path):
+        dead = json.dumps({**asdict(this_process()), "start": "1"})
         for number in range(0, 60, 2):
             (tmp_path / FOLDER / f"k{number}.1.claim").write_text(dead)
     barrier, wins = context.Barrier(4), context.Queue()
@@ -167,8 +169,8 @@ def test_of_four_processes_one_gets_a_claim_also_of_a_dead_one(tmp_path: Path) -
 # The manifest
 
 
-def entry(key: str = "k") -> Entry:
-    return Entry(key, f"{key}.mp4", 1, "a\nb \u2028 🎬", 0)
+def entry(key: str = "k") -> ManifestEntry:
+    return ManifestEntry(key, f"{key}.mp4", 1, "a\nb \u2028 🎬", 0)
 
 
 def test_states_of_a_clip(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from batches import batch, request
 from PIL import Image
 
-from vmonarch_cli.batch.clips import Clip, in_running_order, plan_clips
+from vmonarch_cli.batch.clips import PlannedClip, in_running_order, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms
+from vmonarch_cli.batch.lines import Line, Prompts
 from vmonarch_cli.batch.manifest import happened
-from vmonarch_cli.batch.prompts import Line
 from vmonarch_cli.errors import InputError, InputErrors, OutputError
 
 HOSTILE = [
@@ -35,8 +35,8 @@ HOSTILE = [
 ]
 
 
-def clips(model: Path, folder: Path, lines: list[Line], **flags: Any) -> list[Clip]:
-    return plan_clips(request(model, folder, **flags), lines, "p")[0]
+def clips(model: Path, folder: Path, lines: list[Line], **flags: Any) -> list[PlannedClip]:
+    return plan_clips(request(model, folder, **flags), Prompts("p", lines, []))[0]
 
 
 def lines(*prompts: str, **fields: Any) -> list[Line]:
@@ -49,7 +49,7 @@ def names(opened: Batch) -> list[str]:
 
 def test_flags_beat_lines_and_lines_beat_presets_and_models(tiny_wan_folder: Path, tmp_path: Path) -> None:
     line = Line(4, {"prompt": "x", "steps": 7, "size": "64x64", "preset": "fast", "seed": 3, "dense_steps": 1})
-    made, notes = plan_clips(request(tiny_wan_folder, tmp_path, height=None, width=None), [line], "p")
+    made, notes = plan_clips(request(tiny_wan_folder, tmp_path, height=None, width=None), Prompts("p", [line], []))
     plan = made[0].plan
     assert (plan.steps, plan.height, plan.preset.name, plan.seed, plan.preset.dense_steps) == (2, 64, "fast", 3, 1)
     origins = {name: plan.origins[name] for name in ("steps", "height", "seed", "preset", "preset.dense_steps")}
@@ -62,7 +62,7 @@ def test_flags_beat_lines_and_lines_beat_presets_and_models(tiny_wan_folder: Pat
     }
     assert plan.origins["preset.band"] == "preset"
     assert notes == ["--steps beats steps in 1 line"]
-    made, notes = plan_clips(request(tiny_wan_folder, tmp_path), [line], "p")
+    made, notes = plan_clips(request(tiny_wan_folder, tmp_path), Prompts("p", [line], []))
     assert (made[0].plan.height, sorted(notes)) == (
         32,
         ["--size beats size in 1 line", "--steps beats steps in 1 line"],

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import SIX, batch, frames, tree, whole
+from batches import SIX, batch, frames, machine_of, tree, whole
 
 from vmonarch_cli.batch.manifest import Manifest
 from vmonarch_cli.batch.runner import Limits, run_batch
@@ -32,7 +32,8 @@ KILLS = 30
 
 def work(model: Path | None, folder: Path, text: str = SIX) -> None:
     torch.set_num_threads(1)
-    run_batch(batch(model, folder, text, steps=4), Limits(), Interrupts())
+    opened = batch(model, folder, text, steps=4)
+    run_batch(opened, machine_of(opened), Limits(), Interrupts())
 
 
 def start(model: Path | None, folder: Path) -> Any:
@@ -105,7 +106,8 @@ def killed_at(model: Path, folder: Path, call: int) -> Any:
         for name in SYSTEM_CALLS:
             setattr(os, name, guarded(getattr(os, name)))
         torch.set_num_threads(1)
-        run_batch(batch(model, folder, "red\n", steps=1), Limits(), Interrupts())
+        opened = batch(model, folder, "red\n", steps=1)
+        run_batch(opened, machine_of(opened), Limits(), Interrupts())
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -123,7 +125,8 @@ def test_killed_before_every_system_call_and_resumed(tiny_wan_folder: Path, tmp_
             break
         deaths += 1
         torch.set_num_threads(1)
-        run_batch(batch(tiny_wan_folder, folder, "red\n", steps=1), Limits(), Interrupts())
+        opened = batch(tiny_wan_folder, folder, "red\n", steps=1)
+        run_batch(opened, machine_of(opened), Limits(), Interrupts())
         assert tree(folder) == whole(["red-s0"]), f"killed before call {call}"
         assert np.array_equal(frames(folder / "red-s0.mp4"), frames(tmp_path / "1" / "red-s0.mp4"))
     assert deaths > 20
@@ -143,6 +146,7 @@ def test_memory_is_flat_over_fifty_clips(tmp_path: Path) -> None:
     opened = batch(None, tmp_path, "".join(f"red {i}\n" for i in range(50)))
     run_batch(
         opened,
+        machine_of(opened),
         Limits(),
         Interrupts(),
         on_event=lambda event: sizes.append(resident()) if isinstance(event, ClipDone) else None,

@@ -13,12 +13,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vmonarch_cli.batch.prompts import FORMATS, LINE_FIELDS, Line, parse_prompts, read_prompts
+from vmonarch_cli.batch.lines import LINE_FIELDS, Line
+from vmonarch_cli.batch.prompts import FORMATS, parse_prompts, read_prompts
 from vmonarch_cli.errors import InputError, InputErrors
 
 
 def parse(text: str | bytes, format: str) -> list[Line]:
-    return parse_prompts(text.encode() if isinstance(text, str) else text, format, "p")
+    return parse_prompts(text.encode() if isinstance(text, str) else text, format, "p").checked()
 
 
 def errors(text: str | bytes, format: str) -> list[str]:
@@ -155,8 +156,8 @@ def test_aliases_in_yaml_do_not_explode() -> None:
 def test_files_and_formats(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("- a cat\n")
-    assert read_prompts(str(path)) == [Line(1, {"prompt": "- a cat"})]
-    assert read_prompts(str(path), "yaml") == [Line(1, {"prompt": "a cat"})]
+    assert read_prompts(str(path)).checked() == [Line(1, {"prompt": "- a cat"})]
+    assert read_prompts(str(path), "yaml").checked() == [Line(1, {"prompt": "a cat"})]
     for source, format, words in (
         (str(tmp_path / "q.txt"), None, "does not exist"),
         (str(tmp_path), "txt", "cannot be read"),
@@ -201,7 +202,7 @@ damaged = st.builds(
 def test_malformed_files_are_sentences(text: str, format: str) -> None:
     content = text.encode("utf-8", "surrogatepass")
     try:
-        lines = parse_prompts(content, format, "p")
+        lines = parse_prompts(content, format, "p").checked()
     except InputErrors as error:
         assert error.exit_code == 2
         assert error.sentences
@@ -215,6 +216,6 @@ def test_malformed_files_are_sentences(text: str, format: str) -> None:
 @given(content=st.binary(max_size=80), format=st.sampled_from(FORMATS))
 def test_bytes_are_sentences_too(content: bytes, format: str) -> None:
     try:
-        parse_prompts(content, format, "p")
+        parse_prompts(content, format, "p").checked()
     except InputErrors as error:
         assert error.exit_code == 2

@@ -12,24 +12,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from batches import batch, frames, request, tree, whole
+from batches import batch, frames, machine_of, request, tree, whole
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch, Terms
-from vmonarch_cli.batch.manifest import Entry, Manifest
+from vmonarch_cli.batch.manifest import Manifest, ManifestEntry
 from vmonarch_cli.batch.runner import Limits, run_batch
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts
 from vmonarch_cli.errors import NonFiniteError, OutputError
 from vmonarch_cli.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
-from vmonarch_cli.media import write as video
 from vmonarch_cli.media.paths import latents_path
+from vmonarch_cli.pipeline.preflight import check_machine
 
 THREE = "red\nblue\na circle\n"
 NAMES = ["red-s0", "blue-s0", "a-circle-s0"]
@@ -38,9 +39,9 @@ NAMES = ["red-s0", "blue-s0", "a-circle-s0"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(opened: Batch, events: list[Any] | None = None, **limits: Any) -> dict[str, Entry]:
+def make(opened: Batch, events: list[Any] | None = None, **limits: Any) -> dict[str, ManifestEntry]:
     seen: list[BatchEvent] = [] if events is None else events
-    return run_batch(opened, Limits(**limits), Interrupts(), on_event=seen.append)
+    return run_batch(opened, machine_of(opened), Limits(**limits), Interrupts(), on_event=seen.append)
 
 
 def status(folder: Path) -> dict[str, str]:
@@ -89,7 +90,8 @@ def test_a_batch_is_what_single_runs_make(tiny_wan_folder: Path, tmp_path: Path)
     assert {event.clip for event in events if isinstance(event, StepDone | Decoding)} == set(range(6))
 
     alone = request(tiny_wan_folder, tmp_path / "alone.mp4", prompt="blue", seed=1)
-    (result,) = run.generate(resolve(alone))
+    plan = resolve(alone)
+    (result,) = run.generate(plan, check_machine(plan))
     assert np.array_equal(frames(result.path), frames(tmp_path / "out" / "blue-s1.mp4"))
     record = json.loads((tmp_path / "out" / "blue-s1.json").read_text())
     assert (record["prompt"], record["seed"], record["clip"], record["retries"]) == ("blue", 1, "blue-s1.mp4", [])
@@ -245,7 +247,7 @@ def test_a_full_disk_stops_the_batch_and_leaves_nothing_half_written(
         if moment == "latents":
             patch.setattr(Path, "write_bytes", fail_second(Path.write_bytes))
         elif moment == "clip":
-            patch.setattr(video, "_write_mp4", fail_second(video._write_mp4))
+            patch.setattr("imageio.v2.get_writer", fail_second(imageio.get_writer))
         elif moment == "record":
             patch.setattr(Path, "write_text", fail_second(Path.write_text))
         else:
@@ -314,8 +316,9 @@ def test_a_signal_drops_the_step_or_finishes_the_clip(
         if isinstance(event, when) and event.clip == 1:
             signal.raise_signal(number)
 
+    opened = batch(tiny_wan_folder, tmp_path, THREE)
     with stoppable() as interrupts, pytest.raises(Interrupted) as caught:
-        run_batch(batch(tiny_wan_folder, tmp_path, THREE), Limits(), interrupts, on_event=stop)
+        run_batch(opened, machine_of(opened), Limits(), interrupts, on_event=stop)
     assert caught.value.exit_code == code
     expected = ["done", "planned", "planned"] if when is StepDone else ["done", "done", "planned"]
     assert list(status(tmp_path).values()) == expected
@@ -329,7 +332,8 @@ def test_a_signal_drops_the_step_or_finishes_the_clip(
 
 def _work(model: str, folder: str, queue: Any) -> None:
     torch.set_num_threads(1)
-    entries = run_batch(batch(Path(model), Path(folder)), Limits(), Interrupts())
+    opened = batch(Path(model), Path(folder))
+    entries = run_batch(opened, machine_of(opened), Limits(), Interrupts())
     queue.put([entry.status for entry in entries.values()])
 
 
@@ -363,7 +367,7 @@ def test_a_clip_of_another_process_is_waited_for_and_taken_over(tiny_wan_folder:
                 assert list(status(tmp_path).values()) == ["done", "planned", "done"]
                 claim.__exit__()
 
-        run_batch(opened, Limits(), Interrupts(), on_event=on_event)
+        run_batch(opened, machine_of(opened), Limits(), Interrupts(), on_event=on_event)
     assert tree(tmp_path) == whole(NAMES)
     assert waited == [WaitingForOthers(1, (f"process {os.getpid()} on {os.uname().nodename}",))]
 
@@ -401,7 +405,10 @@ def test_bad_lines_are_told_before_anything_happens(tiny_wan_folder: Path, tmp_p
     path.write_text("prompt,seed,preset\na,1,paper\nb,x,\nc,-4,papre\n")
     result = call(*flags(tiny_wan_folder, tmp_path / "out"), "--prompts-file", str(path))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {path} line 3: seed takes a whole number, got 'x'\n"
+    line_3, *line_4 = result.stderr.splitlines()
+    assert line_3 == f"error: {path} line 3: seed takes a whole number, got 'x'"
+    assert sorted(line.split(": ")[2][:22] for line in line_4) == ["seed takes a whole num", "there is no preset 'pa"]
+    assert all(line.startswith(f"error: {path} line 4: ") for line in line_4)
     path.write_text("prompt,seed,preset\na,1,paper\nc,-4,\nd,3,papre\n")
     result = call(*flags(tiny_wan_folder, tmp_path / "out"), "--prompts-file", str(path), "--json")
     assert [line.split(":")[1] for line in result.stderr.splitlines()] == [f" {path} line 3", f" {path} line 4"]
@@ -446,7 +453,7 @@ def test_a_folder_that_cannot_be_written(tiny_wan_folder: Path, tmp_path: Path) 
     (tmp_path / "manifest.jsonl").mkdir()
     result = call(*flags(tiny_wan_folder, tmp_path), "--prompts-file", "-", text=THREE)
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith(f"error: manifest {tmp_path}/manifest.jsonl cannot be ")
+    assert result.stderr.splitlines()[-1] == f"error: manifest {tmp_path}/manifest.jsonl is a folder, not a file"
 
 
 def test_torchrun_gives_every_process_its_own_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

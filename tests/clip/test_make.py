@@ -14,15 +14,17 @@ import torch
 from tiny_wan import FRAMES, GRID, HEIGHT, LAYERS, WIDTH
 
 from vmonarch_cli.clip import make as run
+from vmonarch_cli.clip.record import RECORD_SCHEMA
 from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, ModelLoaded, ModelLoading, StepDone
 from vmonarch_cli.pipeline.device import pick_device, pick_dtype
 from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.preflight import check_machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.timing import ClipTiming, StepAttention
+from vmonarch_cli.timing import ClipResult, ClipTiming, StepAttention
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -60,6 +62,11 @@ def plan_for(folder: Path, output: Path, **flags: Any) -> Plan:
     return resolve(GenerateRequest(model=str(folder), output=str(output), **settings))
 
 
+def generate(plan: Plan, **more: Any) -> list[ClipResult]:
+    """A run of a plan, as the command line begins one."""
+    return run.generate(plan, check_machine(plan), **more)
+
+
 def pngs(path: Path) -> np.ndarray[Any, Any]:
     return np.stack([imageio.imread(file) for file in sorted(path.glob("*.png"))])
 
@@ -80,7 +87,7 @@ def edit_weights(folder: Path, part: str, change: Any) -> None:
 def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     events: list[Event] = []
     plan = plan_for(folder, tmp_path / "clip.mp4", seed=11)
-    (result,) = run.generate(plan, on_event=events.append)
+    (result,) = generate(plan, on_event=events.append)
 
     assert result.path == tmp_path / "clip.mp4"
     assert imageio.imread(result.path).shape == (FRAMES, HEIGHT, WIDTH, 3)
@@ -88,7 +95,7 @@ def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.Captu
     assert [type(event) for event in events] == kinds
 
     record = json.loads(result.record_path.read_text())
-    assert record["schema"] == run.RECORD_SCHEMA
+    assert record["schema"] == RECORD_SCHEMA
     assert (record["prompt"], record["seed"], record["clip"]) == ("a red circle moving left", 11, "clip.mp4")
     assert record["settings"]["steps"] == {"value": STEPS, "origin": "flag"}
     assert record["settings"]["preset.num_steps"]["origin"] == "preset"
@@ -114,8 +121,8 @@ def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.Captu
 
 
 def test_the_same_seed_gives_the_same_frames_whatever_ran_before(folder: Path, tmp_path: Path) -> None:
-    first = run.generate(plan_for(folder, tmp_path / "a.png", seed=5, num_videos=2, preset="fast"))
-    alone = run.generate(plan_for(folder, tmp_path / "b.png", seed=6, preset="fast", dense_every=0))
+    first = generate(plan_for(folder, tmp_path / "a.png", seed=5, num_videos=2, preset="fast"))
+    alone = generate(plan_for(folder, tmp_path / "b.png", seed=6, preset="fast", dense_every=0))
     assert [result.seed for result in first] == [5, 6]
     frames = [pngs(result.path) for result in (*first, *alone)]
     assert np.array_equal(frames[1], frames[2])
@@ -124,7 +131,7 @@ def test_the_same_seed_gives_the_same_frames_whatever_ran_before(folder: Path, t
 
 def test_dense_preset_makes_the_frames_of_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
     plan = plan_for(folder, tmp_path / "clip.png", preset="dense", seed=3, flow_shift=3.0)
-    (result,) = run.generate(plan)
+    (result,) = generate(plan)
     stock = load_pipeline(str(folder), device=CPU, dtype=torch.float32)(
         prompt=plan.prompt,
         negative_prompt=plan.negative_prompt,
@@ -143,7 +150,7 @@ def test_dense_preset_makes_the_frames_of_the_stock_pipeline(folder: Path, tmp_p
 
 
 def test_without_guidance_there_is_one_forward_a_step(folder: Path, tmp_path: Path) -> None:
-    (result,) = run.generate(plan_for(folder, tmp_path / "clip.png", guidance_scale=1.0))
+    (result,) = generate(plan_for(folder, tmp_path / "clip.png", guidance_scale=1.0))
     assert result.coverage.calls == LAYERS * STEPS
 
 
@@ -154,7 +161,7 @@ def test_a_latent_that_is_not_finite_stops_the_clip_with_the_step(damaged: Path,
     edit_weights(damaged, "transformer", lambda tensors: tensors["proj_out.bias"].fill_(float("nan")))
     steps: list[Event] = []
     with pytest.raises(NonFiniteError, match=f"step 1 of {STEPS}") as caught:
-        run.generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"), on_event=steps.append)
+        generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"), on_event=steps.append)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out").exists()
     assert not any(isinstance(event, StepDone) for event in steps)
@@ -170,30 +177,20 @@ def test_the_step_in_the_message_is_the_step_that_went_wrong(folder: Path, tmp_p
     pipeline.transformer.register_forward_hook(spoil)
     plan = plan_for(folder, tmp_path / "unused.png")
     with swapped(pipeline, plan.preset) as session, pytest.raises(NonFiniteError, match=f"step 2 of {STEPS}"):
-        run.denoise(
-            pipeline,
-            session,
-            run.encode(pipeline, "a red circle", "", 4.0, 16),
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
-            steps=STEPS,
-            guidance_scale=4.0,
-            seed=0,
-        )
+        run.denoise(pipeline, session, run.encode(pipeline, "a red circle", "", 4.0, 16), plan, seed=0)
 
 
 def test_frames_that_are_not_finite_are_not_written(damaged: Path, tmp_path: Path) -> None:
     edit_weights(damaged, "vae", lambda tensors: tensors["decoder.conv_out.bias"].fill_(float("nan")))
     with pytest.raises(NonFiniteError, match="frames are not finite"):
-        run.generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"))
+        generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.latents.safetensors"]
 
 
 def test_weights_that_are_not_in_the_files_are_an_error_not_random(damaged: Path, tmp_path: Path) -> None:
     edit_weights(damaged, "transformer", lambda tensors: tensors.pop("blocks.1.attn1.to_q.weight"))
     with pytest.raises(ModelError, match=r"lacks the weights of blocks\.1\.attn1\.to_q\.weight"):
-        run.generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"))
+        generate(plan_for(damaged, tmp_path / "out" / "clip.mp4"))
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +222,7 @@ def test_an_implementation_that_cannot_run_stops_before_anything_is_written(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(DeviceError, match="triton"):
-        run.generate(plan_for(folder, tmp_path / "out" / "clip.mp4", impl="triton"))
+        generate(plan_for(folder, tmp_path / "out" / "clip.mp4", impl="triton"))
     assert not (tmp_path / "out").exists()
 
 

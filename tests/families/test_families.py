@@ -19,6 +19,8 @@ from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.pipeline import call as pipelines
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage
 
@@ -177,20 +179,20 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 **options,
             )
         else:
-            latents = run.denoise(
-                pipeline,
-                session,
-                embeddings,
+            asked = GenerateRequest(
+                model=str(case.folder),
+                prompt=PROMPT,
                 height=tiny.height,
                 width=tiny.width,
                 num_frames=tiny.num_frames,
                 steps=STEPS,
                 guidance_scale=scale,
-                guidance_scale_2=None,
-                seed=0,
-                image=path,
                 fps=25,
+                image=path,
+                output=str(tmp_path / "x.mp4"),
             )
+            plan = resolve(asked).model_copy(update={"guidance_scale_2": None})
+            latents = run.denoise(pipeline, session, embeddings, plan, seed=0)
     frames = run.decode(pipeline, latents, shape)
     expected = latents_of(pipeline, tiny, steps=STEPS, output_type="np")[0]
     assert frames.shape == expected.shape

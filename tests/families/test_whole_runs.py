@@ -17,6 +17,7 @@ from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.families.ltx import compressed
 from vmonarch_cli.models.hub import explain
 from vmonarch_cli.models.registry import find_model
+from vmonarch_cli.pipeline.preflight import check_machine
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 
@@ -49,7 +50,7 @@ def request(folder: Path, name: str, output: Path, **more: Any) -> GenerateReque
 def test_a_clip_of_another_family(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     tiny = TINY[name]
     plan = resolve(request(folders[name], name, tmp_path / "clip.gif"))
-    (result,) = run.generate(plan)
+    (result,) = run.generate(plan, check_machine(plan))
     record = json.loads(result.record_path.read_text())
     assert result.path.stat().st_size > 0
     frames = record["frames"]
@@ -70,7 +71,7 @@ def test_a_first_frame_steers_the_clip(folders: dict[str, Path], name: str, tmp_
     made = []
     for index, path in enumerate((first, other)):
         plan = resolve(request(folders[name], name, tmp_path / f"{index}.gif", image=str(path)))
-        maker = run.ClipMaker(plan)
+        maker = run.ClipMaker(plan, check_machine(plan))
         denoised = maker.denoise(plan, 0)
         assert denoised.grid == plan.grid
         assert denoised.coverage.dense == {}
@@ -85,7 +86,7 @@ def test_a_clip_from_an_image_has_the_size_asked_for(folders: dict[str, Path], t
     image().save(first)
     name = "hunyuan-video-1.5-i2v"
     plan = resolve(request(folders[name], name, tmp_path / "x.gif", image=str(first), height=32, width=48))
-    (result,) = run.generate(plan)
+    (result,) = run.generate(plan, check_machine(plan))
     assert (result.record["frames"]["height"], result.record["frames"]["width"]) == (32, 48)
     assert result.grid == plan.grid == (5, 8, 12)
 

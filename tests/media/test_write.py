@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media import write as video
 from vmonarch_cli.media.write import write_clip, write_record
 
 
@@ -74,7 +73,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video, "_publish", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         write_clip(frames(2), tmp_path / name, fps=16)
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +83,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, "_sync", interrupt)
+    monkeypatch.setattr("os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_clip(frames(2), tmp_path / "x.mp4", fps=16)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.clip.records import plan_again, read_record, settings_of
+from vmonarch_cli.clip.record import plan_again, read_record, settings_of
 from vmonarch_cli.machine import hardware as here
 from vmonarch_cli.pipeline import doctor
 from vmonarch_cli.plan import history as timings

@@ -15,6 +15,7 @@ from tiny_wan import FRAMES, HEIGHT, WIDTH
 from vmonarch_cli.batch.clips import batch_folder, plan_clips
 from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import parse_prompts
+from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.request import GenerateRequest
 
 DEMO: dict[str, Any] = {"height": 48, "width": 48, "num_frames": 9, "fps": 8}
@@ -43,8 +44,13 @@ def batch(
 ) -> Batch:
     """A batch opened in `folder`, as `generate --prompts-file` opens it."""
     asked = request(model, folder, **flags)
-    clips, _ = plan_clips(asked, parse_prompts(text.encode(), format, "prompts"), "prompts")
+    clips, _ = plan_clips(asked, parse_prompts(text.encode(), format, "prompts"))
     return open_batch(clips, batch_folder(asked), terms or Terms(overwrite=asked.overwrite), "prompts")
+
+
+def machine_of(opened: Batch) -> Machine:
+    """Where the clips of a batch run, as the command line finds it out."""
+    return check_machine_for([clip.plan for clip in opened.clips])
 
 
 def tree(folder: Path) -> list[str]:

@@ -63,8 +63,8 @@ def result(plan: Plan, index: int = 0, **timing: Any) -> ClipResult:
     )
 
 
-def generate(plan: Plan, *, on_event: Callable[[Any], None], **_: Any) -> list[ClipResult]:
-    """Stands in for `run.generate`: all events of a run, no file."""
+def generate(plan: Plan, machine: object, *, on_event: Callable[[Any], None], **_: Any) -> list[ClipResult]:
+    """Stands in for `make.generate`: all events of a run, no file."""
     on_event(ModelLoading(plan.model_source))
     on_event(ModelLoaded(plan.model_source, 1.5, "CPU (2 threads)", "float32", "torch"))
     results = []

@@ -14,8 +14,16 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {"vmonarch_cli": ROOT / "vmonarch_cli", "vmonarch_kernels": ROOT / "kernels" / "vmonarch_kernels"}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmonarch_kernels",),
-    ("vmonarch_cli.errors", "vmonarch_cli.text", "vmonarch_cli.presets", "vmonarch_cli.timing", "vmonarch_cli.events"),
-    ("vmonarch_cli.machine", "vmonarch_cli.models", "vmonarch_cli.media"),
+    (
+        "vmonarch_cli.errors",
+        "vmonarch_cli.text",
+        "vmonarch_cli.untrusted",
+        "vmonarch_cli.presets",
+        "vmonarch_cli.timing",
+        "vmonarch_cli.events",
+    ),
+    ("vmonarch_cli.machine",),
+    ("vmonarch_cli.models", "vmonarch_cli.media"),
     ("vmonarch_cli.plan",),
     ("vmonarch_cli.attention",),
     ("vmonarch_cli.families",),
@@ -27,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmonarch_cli.__main__",),
 )
 """From the ground up. Rooms of one layer do not import each other, but for those of the ground (see `ORDER`)."""
-ORDER = ("errors", "text", "presets", "timing", "events")
+ORDER = ("errors", "text", "untrusted", "presets", "timing", "events")
 """The modules of the ground, each of which may import those before it."""
 
 
@@ -75,7 +83,7 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
             here, there = level(source), level(target)
             if here is None or there is None or there < here or room(source) == room(target):
                 continue
-            names = [name.removeprefix("vmonarch_cli.") for name in (source, target)]
+            names = [room(name).removeprefix("vmonarch_cli.") for name in (source, target)]
             if there == here and all(name in ORDER for name in names) and ORDER.index(names[1]) < ORDER.index(names[0]):
                 continue
             found.append(f"{source} imports {target}")

@@ -17,6 +17,7 @@ from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.events import Event
 from vmonarch_cli.media.paths import LATENTS_ENDING, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.pipeline.preflight import machine_to_decode
 from vmonarch_cli.plan.checks import device as checked_device
 from vmonarch_cli.timing import ClipResult
 
@@ -73,7 +74,7 @@ def decode_files(
         kind = (latents.plan.model_source, latents.plan.device, latents.plan.dtype)
         if loaded is None or loaded[0] != kind:
             loaded = None  # the model before goes first: both may not fit
-            loaded = (kind, ClipMaker(latents.plan, on_event=on_event, to_decode=True))
+            loaded = (kind, ClipMaker(latents.plan, machine_to_decode(latents.plan), on_event=on_event, to_decode=True))
         outcomes.append(_decode(file, latents, loaded[1], keep, overwrite, interrupts))
     return outcomes
 

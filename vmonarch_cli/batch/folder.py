@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.clips import Clip, assign_names, in_running_order
-from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Entry, Manifest, happened, planned
+from vmonarch_cli.batch.clips import PlannedClip, assign_names, in_running_order
+from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Manifest, ManifestEntry, happened, planned
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import latents_path, record_path
 
@@ -34,14 +34,14 @@ class Batch:
 
     folder: Path
     manifest: Manifest
-    clips: list[Clip]
-    before: dict[str, Entry]
+    clips: list[PlannedClip]
+    before: dict[str, ManifestEntry]
 
-    def in_running_order(self) -> list[Clip]:
+    def in_running_order(self) -> list[PlannedClip]:
         return in_running_order(self.clips)
 
 
-def open_batch(clips: Sequence[Clip], folder: Path, terms: Terms, source: str, *, dry: bool = False) -> Batch:
+def open_batch(clips: Sequence[PlannedClip], folder: Path, terms: Terms, source: str, *, dry: bool = False) -> Batch:
     """Give every clip its name, and say so in the manifest (with `dry` nothing is written).
 
     Raises InputErrors where a line's name is taken, InputError where the folder holds another batch, OutputError
@@ -64,7 +64,7 @@ def open_batch(clips: Sequence[Clip], folder: Path, terms: Terms, source: str, *
 
 
 def _opened(
-    clips: Sequence[Clip], folder: Path, terms: Terms, source: str, manifest: Manifest
+    clips: Sequence[PlannedClip], folder: Path, terms: Terms, source: str, manifest: Manifest
 ) -> tuple[Batch, list[dict[str, Any]]]:
     """The batch, and the events that make the manifest agree with it."""
     entries = manifest.read()
@@ -83,7 +83,7 @@ def _opened(
     for clip in named:
         entry = entries.get(clip.key)
         if entry is None:
-            entry = Entry(clip.key, clip.path.name, clip.line, clip.plan.prompt, clip.plan.seed)
+            entry = ManifestEntry(clip.key, clip.path.name, clip.line, clip.plan.prompt, clip.plan.seed)
             entries[clip.key] = entry
             events.append(planned(entry, owns_name=terms.overwrite))
             continue
@@ -95,7 +95,7 @@ def _opened(
     return Batch(folder, manifest, named, before), events
 
 
-def _reset(entry: Entry, clip: Clip, terms: Terms) -> str | None:
+def _reset(entry: ManifestEntry, clip: PlannedClip, terms: Terms) -> str | None:
     """The event that makes a clip due again, if it is."""
     if terms.overwrite:
         return "again"
@@ -106,6 +106,6 @@ def _reset(entry: Entry, clip: Clip, terms: Terms) -> str | None:
     return None
 
 
-def has_latents(clip: Clip) -> bool:
+def has_latents(clip: PlannedClip) -> bool:
     """Whether a clip waits to be decoded only."""
     return latents_path(clip.path).is_file()

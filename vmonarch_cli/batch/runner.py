@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from vmonarch_cli.batch.claims import Claim, Claims
-from vmonarch_cli.batch.clips import Clip
+from vmonarch_cli.batch.clips import PlannedClip
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
-from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, Entry, happened
+from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import Denoised, load_latents
 from vmonarch_cli.clip.make import ClipMaker
@@ -27,6 +27,7 @@ from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, Outpu
 from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.text import first_line
 
 OnEvent = Callable[[BatchEvent], None]
@@ -42,16 +43,22 @@ class Limits:
 
 
 def run_batch(
-    batch: Batch, limits: Limits, interrupts: Interrupts, *, on_event: OnEvent = lambda event: None
-) -> dict[str, Entry]:
+    batch: Batch,
+    machine: Machine,
+    limits: Limits,
+    interrupts: Interrupts,
+    *,
+    on_event: OnEvent = lambda event: None,
+) -> dict[str, ManifestEntry]:
     """Make every clip that is due; the manifest's entries of the batch when none is left to make.
 
-    The model is loaded when the first clip needs it. A clip that another process is making is waited for, and
-    made here should that process die. Raises OutputError when something cannot be written (with exit code 1),
-    DeviceError when the GPU fails, ModelError when the model does not load, Interrupted; nothing is half-written then.
+    `machine`: what preflight decided for all its clips. The model is loaded when the first clip needs it. A clip that
+    another process is making is waited for, and made here should that process die. Raises OutputError when something
+    cannot be written (with exit code 1), DeviceError when the GPU fails, ModelError when the model does not load,
+    Interrupted; nothing is half-written then.
     """
     with Claims(batch.folder) as claims:
-        run = _Run(batch, limits, interrupts, claims, on_event)
+        run = _BatchRun(batch, machine, limits, interrupts, claims, on_event)
         try:
             run.all()
         except OutputError as error:
@@ -62,19 +69,28 @@ def run_batch(
         return run.entries()
 
 
-class _Run:
-    def __init__(self, batch: Batch, limits: Limits, interrupts: Interrupts, claims: Claims, on_event: OnEvent) -> None:
+class _BatchRun:
+    def __init__(
+        self,
+        batch: Batch,
+        machine: Machine,
+        limits: Limits,
+        interrupts: Interrupts,
+        claims: Claims,
+        on_event: OnEvent,
+    ) -> None:
         self._batch = batch
+        self._machine = machine
         self._limits = limits
         self._interrupts = interrupts
         self._claims = claims
         self._on_event = on_event
         self._maker: ClipMaker | None = None
         self._with_image = False
-        self._clip: Clip | None = None
+        self._clip: PlannedClip | None = None
         self._position = {clip.key: index for index, clip in enumerate(batch.clips)}
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, ManifestEntry]:
         """What the manifest says now of the clips of this batch, by line."""
         entries = self._batch.manifest.read()
         return {clip.key: entries[clip.key] for clip in self._batch.clips if clip.key in entries}
@@ -97,7 +113,7 @@ class _Run:
                 self._on_event(WaitingForOthers(len(due), tuple(sorted(owners))))
             time.sleep(_POLL_S)
 
-    def _due(self) -> list[Clip]:
+    def _due(self) -> list[PlannedClip]:
         entries = self.entries()
         return [clip for clip in self._batch.in_running_order() if _is_due(entries.get(clip.key))]
 
@@ -116,7 +132,7 @@ class _Run:
         failed = [key for key, entry in self.entries().items() if entry.status == FAILED]
         return sum(before[key].status != FAILED for key in failed) >= self._limits.max_failures
 
-    def _make_if_free(self, clip: Clip) -> bool:
+    def _make_if_free(self, clip: PlannedClip) -> bool:
         claim = self._claims.take(clip.key)
         if claim is None:
             return False
@@ -127,7 +143,7 @@ class _Run:
                 self._make(clip, entry, claim)
         return True
 
-    def _make(self, clip: Clip, entry: Entry, claim: Claim) -> None:
+    def _make(self, clip: PlannedClip, entry: ManifestEntry, claim: Claim) -> None:
         self._clip = clip
         if not entry.owns_name and clip.path.exists():
             self._fail(clip, InputError(f"{clip.path} was made by something else: move it away, then --retry-failed"))
@@ -149,7 +165,7 @@ class _Run:
             # Whatever one clip dies of, the others are still to be made.
             self._fail(clip, error)
 
-    def _saved(self, clip: Clip) -> Denoised | None:
+    def _saved(self, clip: PlannedClip) -> Denoised | None:
         """Latents that a run before this one left, if they are whole and this clip's."""
         path = latents_path(clip.path)
         if not path.is_file():
@@ -163,7 +179,7 @@ class _Run:
         self._note("decoding", clip)
         return saved.denoised
 
-    def _denoise(self, clip: Clip, maker: ClipMaker, claim: Claim) -> Denoised:
+    def _denoise(self, clip: PlannedClip, maker: ClipMaker, claim: Claim) -> Denoised:
         self._note("started", clip)
         denoised = maker.denoise(clip.plan, 0)
         with self._interrupts.finishing():
@@ -172,18 +188,20 @@ class _Run:
             self._note("denoised", clip, retries=list(denoised.retries))
         return denoised
 
-    def _loaded(self, clip: Clip) -> ClipMaker:
+    def _loaded(self, clip: PlannedClip) -> ClipMaker:
         with_image = clip.plan.image is not None
         if self._maker is None or self._with_image != with_image:
             self._maker = None  # the pipeline before goes first: both may not fit
             self._with_image = with_image
-            self._maker = ClipMaker(clip.plan, retry_dense=self._limits.retry_dense, on_event=self._relay)
+            self._maker = ClipMaker(
+                clip.plan, self._machine, retry_dense=self._limits.retry_dense, on_event=self._relay
+            )
         return self._maker
 
-    def _note(self, event: str, clip: Clip, **facts: object) -> None:
+    def _note(self, event: str, clip: PlannedClip, **facts: object) -> None:
         self._batch.manifest.append(happened(event, clip.key, **facts))
 
-    def _fail(self, clip: Clip, error: Exception) -> None:
+    def _fail(self, clip: PlannedClip, error: Exception) -> None:
         sentence = error.message if isinstance(error, VmonarchError) else _sentence(error)
         self._note("failed", clip, error=sentence)
         trace = "".join(traceback.format_exception(error))
@@ -207,7 +225,7 @@ class _Run:
         self._on_event(event)
 
 
-def _is_due(entry: Entry | None) -> bool:
+def _is_due(entry: ManifestEntry | None) -> bool:
     return entry is not None and entry.status not in (DONE, FAILED)
 
 

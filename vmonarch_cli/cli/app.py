@@ -236,7 +236,9 @@ def _run(plan: Plan, as_json: bool, quiet: bool, retry_dense: bool) -> None:
     progress = RunProgress(Console(stderr=True, highlight=False), on_clip, quiet=silent)
     try:
         with stoppable() as interrupts, progress:
-            results = run_generate(plan, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress)
+            results = run_generate(
+                plan, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress
+            )
     except BaseException as error:
         _name_saved_latents(plan)
         if isinstance(error, Interrupted):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +10,18 @@ import typer
 from rich.console import Console
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.clips import Clip, batch_folder, plan_clips
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
-from vmonarch_cli.batch.folder import Batch, Terms, open_batch
-from vmonarch_cli.batch.prompts import FORMATS, read_prompts
-from vmonarch_cli.batch.worker import leave_group, on_own_device
-from vmonarch_cli.cli import batch_tables as report
+from vmonarch_cli.batch.folder import Batch
+from vmonarch_cli.batch.prompts import FORMATS
+from vmonarch_cli.batch.request import BatchFlags as BatchFlags
+from vmonarch_cli.batch.request import BatchPlan, plan_batch
+from vmonarch_cli.batch.worker import leave_group
+from vmonarch_cli.cli.batch_tables import batch_json, batch_table, clip_line, failure_table, failures, standing
 from vmonarch_cli.cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
-from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError, VmonarchError
+from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
 from vmonarch_cli.machine.torchrun import Rank, read_rank
+from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
 
@@ -69,47 +69,34 @@ RetryDense = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class BatchFlags:
-    """The flags that only a batch has, as they came."""
-
-    source: str
-    format: str | None = None
-    resume: bool | None = None
-    retry_failed: bool = False
-    max_failures: int | None = None
-    retry_dense: bool = True
-    overwrite: bool = False
-
-
 def run_prompts_file(
     request: GenerateRequest, flags: BatchFlags, *, dry_run: bool, as_json: bool, quiet: bool, debug: bool
 ) -> None:
     """Plan a batch and make it, or with `dry_run` show it. Exits with 1 when a clip failed or was left unmade."""
-    if flags.max_failures is not None and flags.max_failures < 1:
-        raise InputError(f"--max-failures takes a whole number from 1 up, got {flags.max_failures}")
     rank = read_rank()
     leave_group()
-    terms = Terms(flags.resume, flags.overwrite, flags.retry_failed)
-    if rank.world > 1 and terms.again:
-        raise InputError("--overwrite and --no-resume begin a batch again, which one process must do, not torchrun")
-    request = on_own_device(request, rank)
-    clips, notes = plan_clips(request, read_prompts(flags.source, flags.format), flags.source)
+    planned = plan_batch(request, flags, rank)
     silent = as_json or quiet or rank.rank > 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if rank.rank == 0:
-        _show_notes(clips, notes, errors, silent)
-    folder = batch_folder(request)
+        _show_notes(planned, errors, silent)
     if dry_run:
-        _show_dry_run(open_batch(clips, folder, terms, flags.source, dry=True), as_json, quiet)
+        _show_dry_run(planned.open(dry=True), as_json, quiet)
         return
-    _check_machine(clips)
-    batch = open_batch(clips, folder, terms, flags.source)
-    _run(batch, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
+    machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
+    _run(planned.open(), machine, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
 
 
 def _run(
-    batch: Batch, flags: BatchFlags, rank: Rank, errors: Console, *, as_json: bool, silent: bool, debug: bool
+    batch: Batch,
+    machine: Machine,
+    flags: BatchFlags,
+    rank: Rank,
+    errors: Console,
+    *,
+    as_json: bool,
+    silent: bool,
+    debug: bool,
 ) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
@@ -118,7 +105,7 @@ def _run(
     def on_clip(result: ClipResult, load_s: float | None) -> None:
         remember(result.record)
         if not silent:
-            errors.print(report.clip_line(result, len(batch.clips)), markup=False)
+            errors.print(clip_line(result, len(batch.clips)), markup=False)
 
     with stoppable() as interrupts, RunProgress(Console(stderr=True, highlight=False), on_clip, silent) as progress:
 
@@ -137,12 +124,12 @@ def _run(
 
         try:
             limits = Limits(flags.retry_dense, flags.max_failures)
-            entries = run_batch(batch, limits, interrupts, on_event=on_event)
+            entries = run_batch(batch, machine, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
             if not silent:
                 entries = batch.manifest.read()
                 again = " (without --overwrite or --no-resume)" if flags.overwrite or flags.resume is False else ""
-                errors.print(report.standing(batch, entries), markup=False)
+                errors.print(standing(batch, entries), markup=False)
                 errors.print(f"the same command{again} goes on from here", markup=False)
             raise typer.Exit(stop.exit_code) from None
     left = [entry for entry in entries.values() if entry.status != "done"]
@@ -167,16 +154,16 @@ def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
 
 def _show_end(batch: Batch, entries: dict[str, Any], errors: Console, *, as_json: bool, silent: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"version": __version__, **report.batch_json(batch, entries)}, indent=2))
+        typer.echo(json.dumps({"version": __version__, **batch_json(batch, entries)}, indent=2))
         return
-    failures = report.failures(batch, entries)
+    sentences = failures(batch, entries)
     if silent:
-        for sentence in failures:
+        for sentence in sentences:
             errors.print(f"failed: {sentence}", markup=False)
     else:
-        if failures:
-            Console(stderr=True, highlight=False).print(report.failure_table(batch, entries))
-        errors.print(report.standing(batch, entries), markup=False)
+        if sentences:
+            Console(stderr=True, highlight=False).print(failure_table(batch, entries))
+        errors.print(standing(batch, entries), markup=False)
     for clip in batch.clips:
         if clip.key in entries and entries[clip.key].status == "done":
             typer.echo(clip.path)
@@ -184,34 +171,25 @@ def _show_end(batch: Batch, entries: dict[str, Any], errors: Console, *, as_json
 
 def _show_dry_run(batch: Batch, as_json: bool, quiet: bool) -> None:
     if as_json:
-        about = {"dry_run": True, "version": __version__, **report.batch_json(batch, batch.before)}
+        about = {"dry_run": True, "version": __version__, **batch_json(batch, batch.before)}
         typer.echo(json.dumps(about, indent=2))
     elif quiet:
         for clip in batch.clips:
             typer.echo(clip.path)
     else:
         console = Console(highlight=False)
-        console.print(report.batch_table(batch))
-        console.print(report.standing(batch, batch.before), markup=False)
+        console.print(batch_table(batch))
+        console.print(standing(batch, batch.before), markup=False)
 
 
-def _show_notes(clips: Sequence[Clip], notes: Sequence[str], errors: Console, silent: bool) -> None:
-    found = [f"line {clip.line}: {sentence}" for clip in clips for sentence in clip.plan.warnings]
-    for sentence in dict.fromkeys([*clips[0].plan.notes, *notes]) if not silent else ():
+def _show_notes(planned: BatchPlan, errors: Console, silent: bool) -> None:
+    found = planned.warnings
+    for sentence in planned.notes if not silent else ():
         errors.print(f"note: {sentence}", style="dim", markup=False)
     for sentence in found[:_MAX_WARNINGS]:
         errors.print(f"warning: {sentence}", style="yellow", markup=False)
     if len(found) > _MAX_WARNINGS:
         errors.print(f"warning: and {len(found) - _MAX_WARNINGS} more like these", style="yellow", markup=False)
-
-
-def _check_machine(clips: Sequence[Clip]) -> None:
-    """Every kind of clip once: device, implementation and memory, before the folder is touched."""
-    from vmonarch_cli.pipeline.preflight import check_machine
-
-    kinds = {(clip.plan.height, clip.plan.width, clip.plan.num_frames, clip.plan.preset): clip for clip in clips}
-    for clip in kinds.values():
-        check_machine(clip.plan)
 
 
 def decode_latents(

@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.batch.clips import Clip
+from vmonarch_cli.batch.clips import PlannedClip
 from vmonarch_cli.batch.folder import Batch, has_latents
-from vmonarch_cli.batch.manifest import DONE, FAILED, PLANNED, Entry
+from vmonarch_cli.batch.manifest import DONE, FAILED, PLANNED, ManifestEntry
 from vmonarch_cli.text import seconds
 from vmonarch_cli.timing import ClipResult
 
@@ -36,7 +36,7 @@ def batch_table(batch: Batch) -> Table:
     return table
 
 
-def to_do(clip: Clip, entry: Entry) -> str:
+def to_do(clip: PlannedClip, entry: ManifestEntry) -> str:
     """'make' or 'decode', or that it is 'done' or 'failed' and nothing will be done (without --retry-failed)."""
     if entry.status in (DONE, FAILED):
         return entry.status
@@ -52,7 +52,7 @@ def clip_line(result: ClipResult, count: int) -> str:
     return f"clip {result.index + 1} of {count}: {result.path.name}, {seconds(result.timing.total_s)}{gain}{tried}"
 
 
-def failure_table(batch: Batch, entries: Mapping[str, Entry]) -> Table:
+def failure_table(batch: Batch, entries: Mapping[str, ManifestEntry]) -> Table:
     """A row per clip that failed: line, file and sentence."""
     table = _table("line", "file", "why it failed")
     for clip in batch.clips:
@@ -62,13 +62,13 @@ def failure_table(batch: Batch, entries: Mapping[str, Entry]) -> Table:
     return table
 
 
-def failures(batch: Batch, entries: Mapping[str, Entry]) -> list[str]:
+def failures(batch: Batch, entries: Mapping[str, ManifestEntry]) -> list[str]:
     """The same as one sentence each."""
     rows = [(clip.line, entries[clip.key]) for clip in batch.clips if clip.key in entries]
     return [f"line {line}: {entry.name}: {entry.error}" for line, entry in rows if entry.status == FAILED]
 
 
-def standing(batch: Batch, entries: Mapping[str, Entry]) -> str:
+def standing(batch: Batch, entries: Mapping[str, ManifestEntry]) -> str:
     """'6 clips: 4 done (2 of them before), 1 failed, 1 not made (its latents are saved)'."""
     status = [(clip, entries[clip.key].status) for clip in batch.clips if clip.key in entries]
     done = [clip for clip, what in status if what == DONE]
@@ -85,7 +85,7 @@ def standing(batch: Batch, entries: Mapping[str, Entry]) -> str:
     return f"{count} clip{'s' if count > 1 else ''}: {', '.join(words)}"
 
 
-def batch_json(batch: Batch, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def batch_json(batch: Batch, entries: Mapping[str, ManifestEntry]) -> dict[str, Any]:
     """Every clip and what became of it."""
     return {
         "folder": str(batch.folder),
@@ -94,7 +94,7 @@ def batch_json(batch: Batch, entries: Mapping[str, Entry]) -> dict[str, Any]:
     }
 
 
-def _clip_json(clip: Clip, entry: Entry | None) -> dict[str, Any]:
+def _clip_json(clip: PlannedClip, entry: ManifestEntry | None) -> dict[str, Any]:
     return {
         "line": clip.line,
         "key": clip.key,

@@ -1,4 +1,4 @@
-"""The progress bar of a run, on stderr: one line that follows the events of `run.generate`."""
+"""The progress bar of a run, on stderr: one line that follows the events of `make.generate`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmonarch_cli.timing import ClipResult
 
 
 class RunProgress:
-    """A context manager to hand to `run.generate` as `on_event`.
+    """A context manager to hand to `make.generate` as `on_event`.
 
     On a terminal it draws a bar that vanishes at the end; elsewhere it writes one plain line per phase. `on_clip` gets
     every finished clip and the seconds that loading took, with the bar out of the way.

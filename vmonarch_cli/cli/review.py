@@ -68,7 +68,7 @@ def compare(
 
 def _make(request: GenerateRequest, presets: list[str], silent: bool) -> tuple[Path, Any]:
     from vmonarch_cli.cli.progress import RunProgress
-    from vmonarch_cli.pipeline.preflight import check_machine
+    from vmonarch_cli.pipeline.preflight import check_machine_for
     from vmonarch_cli.plan.history import remember
     from vmonarch_cli.review.compare.runs import plan_comparison, run_comparison
 
@@ -79,10 +79,9 @@ def _make(request: GenerateRequest, presets: list[str], silent: bool) -> tuple[P
         errors.print(f"note: {sentence}", style="dim", markup=False)
     for sentence in first.warnings:
         errors.print(f"warning: {sentence}", style="yellow", markup=False)
-    for plan in plans.values():
-        check_machine(plan)
+    machine = check_machine_for(list(plans.values()))
     with RunProgress(errors, lambda result, load_s: remember(result.record), quiet=silent) as progress:
-        comparison, _ = run_comparison(plans, progress)
+        comparison, _ = run_comparison(plans, machine, progress)
     return folder, comparison
 
 
@@ -137,7 +136,7 @@ def rerun(
     Exit 0 when every pixel is the same, 1 when not.
     """
     from vmonarch_cli.cli.progress import RunProgress
-    from vmonarch_cli.clip.records import plan_again
+    from vmonarch_cli.clip.record import plan_again
     from vmonarch_cli.media.paths import ENDINGS, record_path
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.review.rerun import check_record, repeat
@@ -145,10 +144,10 @@ def rerun(
     file = record_path(record) if record.suffix.lower() in ENDINGS else record
     before = check_record(file)
     plan: Plan = plan_again(file, output, overwrite, device)
-    check_machine(plan)
+    machine = check_machine(plan)
     console = Console(stderr=True, highlight=False)
     with RunProgress(console, lambda result, load_s: None, quiet=as_json or quiet) as progress:
-        repetition = repeat(plan, before, progress)
+        repetition = repeat(plan, machine, before, progress)
     if as_json:
         _print_json({"version": __version__, **repetition.to_json()})
     else:

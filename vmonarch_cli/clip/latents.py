@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media import write as video
+from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.base import Grid
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
@@ -77,7 +77,7 @@ def save_latents(
         "denoised": json.dumps(facts),
     }
     content = save({"latents": denoised.latents.detach().cpu().contiguous()}, metadata)
-    with video.atomic(path, overwrite=True, work=work) as temporary:
+    with atomic(path, overwrite=True, work=work) as temporary:
         temporary.write_bytes(content)
 
 

@@ -64,5 +64,5 @@ def _read_file(path: Path) -> NDArray[np.uint8]:
             return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
     import imageio.v3 as imageio
 
-    frames: NDArray[np.uint8] = imageio.imread(path, plugin="FFMPEG")
+    frames: NDArray[np.uint8] = imageio.imread(path.absolute(), plugin="FFMPEG")
     return frames

@@ -11,11 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from numpy.typing import NDArray
 
 from vmonarch_cli.errors import OutputError
 from vmonarch_cli.media.paths import ENDINGS
+from vmonarch_cli.media.publish import atomic
 
 # Constant quality, visually lossless for small clips; the size of a 96x96 clip stays below 100 KB.
 _CRF = "14"
@@ -64,50 +60,11 @@ def frames_hash(frames: NDArray[np.uint8]) -> str:
     return hashlib.sha256(shape.encode() + b"\n" + np.ascontiguousarray(frames).tobytes()).hexdigest()
 
 
-@contextmanager
-def atomic(path: Path, overwrite: bool, work: Path | None = None) -> Iterator[Path]:
-    """A temporary path to write to, in a hidden folder in `work` (by default beside `path`); on success what was
-    written takes the target's place. OutputError when that cannot be done; then nothing is left.
-    """
-    scratch: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.stem[:40]}.", suffix=".tmp", dir=work or path.parent))
-        temporary = scratch / path.name
-        yield temporary
-        _publish(temporary, path, scratch, overwrite)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(temporary: Path, path: Path, scratch: Path, overwrite: bool) -> None:
-    for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-        _sync(file)
-    if not overwrite and path.exists():
-        raise OutputError(f"{path} exists already: pass --overwrite to replace it, or another --output")
-    if temporary.is_dir() and path.is_dir():
-        # A folder that is not empty cannot be replaced by rename: move the old one away first.
-        path.rename(scratch / "replaced")
-    temporary.replace(path)
-    with suppress(OSError):  # some file systems cannot sync a folder; the rename is atomic all the same
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
     import imageio.v2 as imageio
     import imageio_ffmpeg
 
+    path = path.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
     height, width = frames.shape[1:3]
     even = height % 2 == 0 and width % 2 == 0
     writer = imageio.get_writer(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from vmonarch_cli.clip.records import clip_of, read_record
+from vmonarch_cli.clip.record import clip_of, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.write import atomic
+from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.review import webpage
 from vmonarch_cli.text import flops, seconds
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.clip.records import read_record
+from vmonarch_cli.clip.record import read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.events import Event
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import ClipResult
 
 
@@ -54,11 +56,13 @@ def check_record(file: Path) -> dict[str, Any]:
     return record
 
 
-def repeat(plan: Any, record: dict[str, Any], on_event: Callable[[Event], None] = lambda event: None) -> Repetition:
-    """Run the plan of a record (see `records.plan_again`) and compare; raises as `run.generate` does."""
+def repeat(
+    plan: Plan, machine: Machine, record: dict[str, Any], on_event: Callable[[Event], None] = lambda event: None
+) -> Repetition:
+    """Run the plan of a record (see `record.plan_again`) and compare; raises as `make.generate` does."""
     from vmonarch_cli.clip.make import generate
 
-    (result,) = generate(plan, retry_dense=False, on_event=on_event)
+    (result,) = generate(plan, machine, retry_dense=False, on_event=on_event)
     same = result.record["frames"]["sha256"] == record["frames"]["sha256"]
     return Repetition(result, same, differing_circumstances(record, result.record))
 

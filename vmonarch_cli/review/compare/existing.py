@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vmonarch_cli.clip.records import clip_of, read_record, settings_of
+from vmonarch_cli.clip.record import clip_of, read_record, settings_of
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.read import read_clip

@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media.write import atomic, write_clip, write_record
+from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.media.write import write_clip, write_record
 from vmonarch_cli.review.compare.page import report_page
 from vmonarch_cli.review.compare.results import Comparison
 

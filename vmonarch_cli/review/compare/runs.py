@@ -11,6 +11,7 @@ from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.events import ClipStarted, Event
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -50,9 +51,9 @@ def _default_preset(request: GenerateRequest) -> str:
 
 
 def run_comparison(
-    plans: dict[str, Plan], on_event: Callable[[Event], None] = lambda event: None
+    plans: dict[str, Plan], machine: Machine, on_event: Callable[[Event], None] = lambda event: None
 ) -> tuple[Comparison, list[ClipResult]]:
-    """Make the clips of `plan_comparison` and measure them; raises as `run.generate` does."""
+    """Make the clips of `plan_comparison` and measure them; raises as `make.generate` does."""
     from vmonarch_cli.clip.make import ClipMaker
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
@@ -63,7 +64,7 @@ def run_comparison(
         """A plan makes its clip 0; whoever watches sees them as the clips of one run."""
         on_event(replace(event, index=len(contenders), count=len(plans)) if isinstance(event, ClipStarted) else event)
 
-    maker = ClipMaker(first, retry_dense=False, on_event=counted)
+    maker = ClipMaker(first, machine, retry_dense=False, on_event=counted)
     lpips, note = load_lpips()
     results: list[ClipResult] = []
     for index, (name, plan) in enumerate(plans.items()):

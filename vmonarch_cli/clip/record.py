@@ -1,23 +1,87 @@
-"""Read the JSON record beside a clip: for a gallery, a comparison, or to make the clip again. No torch."""
+"""The JSON record beside a clip: what it says, how it is read back, and how the clip is made again. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmonarch_cli.errors import InputError, PresetError
+from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.media.write import frames_hash
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset
+from vmonarch_cli.timing import ClipTiming
+
+if TYPE_CHECKING:
+    from vmonarch_cli.clip.latents import Denoised
+    from vmonarch_cli.pipeline.call import Frames
+
+RECORD_SCHEMA = 1
+"""Version of the record's layout; raised when a reader of an older one would misread it."""
 
 _MAX_BYTES = 64 << 20
 _NEEDED = ("schema", "prompt", "seed", "clip", "settings", "preset", "model", "frames")
 _REPEATED = "record"
+
+
+def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames) -> dict[str, Any]:
+    """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
+
+    `frames`: (F, H, W, 3), uint8, as decoded.
+    """
+    return {
+        "schema": RECORD_SCHEMA,
+        "prompt": plan.prompt,
+        "seed": denoised.seed,
+        "clip": clip.name,
+        "frames": {
+            "count": len(frames),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "fps": plan.fps,
+            "sha256": frames_hash(frames),
+        },
+        "settings": plan.settings(),
+        "preset": plan.preset.model_dump(),
+        "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
+        "grid": list(denoised.grid),
+        "tokens": plan.tokens,
+        "flops": plan.flops.model_dump(),
+        "device": denoised.device,
+        "dtype": denoised.dtype,
+        "impl": denoised.impl,
+        "coverage": denoised.coverage.to_json(),
+        "timing": timing.to_json(),
+        "versions": installed_versions(),
+        "warnings": list(plan.warnings),
+        "retries": list(denoised.retries),
+        "setup": plan.setup.model_dump(),
+        "skipped_calls": denoised.skipped_calls,
+    }
+
+
+def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple[int, str]) -> ClipTiming:
+    """Where a clip's time went: what its latents took, and the rest. `peak`: bytes, and what they count."""
+    first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
+    return ClipTiming(
+        steps=denoised.steps,
+        text_encode_s=denoised.text_encode_s,
+        denoise_s=denoised.denoise_s,
+        decode_s=decode_s,
+        write_s=denoised.save_s + write_s,
+        total_s=denoised.total_s + denoised.save_s + decode_s + write_s,
+        excluded_s=denoised.excluded_s,
+        first_call_s=sum(first_calls) if first_calls else None,
+        peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
+        peak_memory_kind=peak[1],
+        warm_state_bytes=denoised.warm_state_bytes,
+    )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -37,15 +101,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{file} is not the record of a clip: it has no {missing[0]}")
     return dict(record)
-
-
-def is_record(path: Path) -> bool:
-    """Whether a file is the record of a clip."""
-    try:
-        read_record(path)
-    except InputError:
-        return False
-    return True
 
 
 def clip_of(record: dict[str, Any], file: Path) -> Path:
