@@ -176,10 +176,22 @@ def _unipc() -> Any:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def _euler() -> Any:
+def _euler(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options})
+
+
+_LTX_SCHEDULE: dict[str, Any] = {
+    "shift": 1.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+"""As published for LTX-Video and LTX-2."""
 
 
 def _wan_parts(**options: Any) -> dict[str, Any]:
@@ -521,7 +533,11 @@ def ltx_video(kind: str = "LTXPipeline") -> Any:
     ).eval()
     return quiet(
         getattr(diffusers, kind)(
-            scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer)
+            scheduler=_euler(**_LTX_SCHEDULE),
+            vae=vae,
+            text_encoder=t5(),
+            tokenizer=words(),
+            transformer=sharpen(transformer),
         )
     )
 
@@ -644,7 +660,7 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
     ).eval()
     return quiet(
         getattr(diffusers, kind)(
-            scheduler=_euler(),
+            scheduler=_euler(**_LTX_SCHEDULE),
             vae=vae,
             audio_vae=audio_vae,
             text_encoder=text_encoder,
@@ -687,7 +703,11 @@ def mochi() -> Any:
     ).eval()
     return quiet(
         MochiPipeline(
-            scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer)
+            scheduler=_euler(shift=1.0, invert_sigmas=True),
+            vae=vae,
+            text_encoder=t5(),
+            tokenizer=words(),
+            transformer=sharpen(transformer),
         )
     )
 

@@ -25,6 +25,7 @@ ALLEGRO = ModelEntry(
     licence="Apache-2.0",
     frame_offset=0,
     decoder_tiles=_tiles(320),
+    has_flow_shift=False,
     vae_float32=True,
     latent_channels=4,
     heads=24,
@@ -54,6 +55,7 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
         "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
         "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
         "frame_offset": 0,
+        "has_flow_shift": False,
         "decoder_tiles": _tiles(vae.get("sample_size", 320)),
         "vae_float32": True,
     }

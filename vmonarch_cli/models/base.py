@@ -122,6 +122,10 @@ class ModelEntry(BaseModel):
     decoder_tiles: Tiles | None = None
     """Of a decoder that leaves blank what its tiles do not fill."""
     min_frames: int = 1
+    min_steps: int = 1
+    """Fewest denoising steps that its noise schedule can be made of."""
+    has_flow_shift: bool = True
+    """Its noise schedule has a shift that can be set."""
     takes_image: bool = False
     """The model needs a first frame, which `--image` gives."""
     image_pipeline: str | None = None

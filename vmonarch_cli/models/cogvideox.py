@@ -17,6 +17,7 @@ COGVIDEOX_2B = ModelEntry(
     hub_id="THUDM/CogVideoX-2b",
     aliases=("zai-org/CogVideoX-2b",),
     licence="Apache-2.0",
+    has_flow_shift=False,
     heads=30,
     head_dim=64,
     layers=30,
@@ -103,6 +104,7 @@ def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any
         "vae_spatial": spatial,
         "fixed_size": (config["sample_height"] * spatial, config["sample_width"] * spatial) if learned else None,
         "max_grid": _max_grid(config),
+        "has_flow_shift": False,
     }
 
 

@@ -57,7 +57,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] | None = None) -> Mod
         raise ModelError(f"{config_file} has no {error}, which {article} needs") from None
     except (ValueError, TypeError):
         raise ModelError(f"{config_file} does not describe a {kind} transformer") from None
-    return _with_own_shift(entry, folder)
+    return _with_own_schedule(entry, folder)
 
 
 def _image_pipeline(facts: PipelineFacts, index: dict[str, Any]) -> str | None:
@@ -150,13 +150,20 @@ def _defaults(figures: dict[str, Any]) -> Defaults:
     )
 
 
-def _with_own_shift(entry: ModelEntry, folder: Path) -> ModelEntry:
-    """Take the flow shift from the folder's scheduler where no known model gives one."""
+def _with_own_schedule(entry: ModelEntry, folder: Path) -> ModelEntry:
+    """Take what the folder's scheduler says: its fewest steps, and its flow shift where no known model gives one.
+
+    A scheduler that shifts by the number of tokens has no shift of its own.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
-    if entry.defaults.flow_shift is not None or not path.is_file():
+    if not path.is_file():
         return entry
     config = _read_json(path, f"{path} is damaged")
+    if config.get("shift_terminal"):  # the schedule is stretched to end there, which one step cannot
+        entry = entry.model_copy(update={"min_steps": max(2, entry.min_steps)})
     shift = config.get("flow_shift", config.get("shift"))
+    if entry.defaults.flow_shift is not None or config.get("use_dynamic_shifting"):
+        return entry
     if not isinstance(shift, int | float) or shift <= 0:
         return entry
     return entry.model_copy(update={"defaults": entry.defaults.model_copy(update={"flow_shift": float(shift)})})

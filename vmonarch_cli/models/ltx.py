@@ -27,6 +27,7 @@ LTX_VIDEO = ModelEntry(
     layers=28,
     ffn_dim=4 * 2048,
     max_sequence_length=128,
+    min_steps=2,  # the schedule is stretched to end at a given noise level, which one step cannot
     transformer_params=1_923_385_472,
     text_encoder_params=4_762_310_656,
     vae_params=419_193_649,
