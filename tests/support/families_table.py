@@ -26,6 +26,7 @@ COLUMNS = {
     "test_narrow_weights_run_and_are_close": "fp8, int8",
     "test_a_lora_changes_the_result_by_its_scale": "LoRA",
     "test_a_cache_skips_calls_that_are_counted_apart": "caches",
+    "test_a_branch_is_what_it_would_be_alone": "caches by branch",
     "test_two_processes_equal_one": "two processes",
 }
 
@@ -60,7 +61,7 @@ def cell(outcomes: list[str]) -> str:
 def main() -> int:
     """Run the tests and write the table; pytest's exit code."""
     collector = Collector()
-    files = [TESTS / "families" / "test_families.py", TESTS / "pipeline" / "test_apply_setup.py"]
+    files = [TESTS / "families" / "test_families.py", *sorted((TESTS / "pipeline").glob("test_*.py"))]
     code = pytest.main([*map(str, files), "-q"], plugins=[collector])
     lines = [
         "# Families and the tests they pass",

@@ -37,7 +37,8 @@ class Tiny:
     layers: int
     """Self-attention layers that must be swapped, of all transformers that a step uses."""
     forwards: int
-    """Forwards of the transformer in a step with guidance (1 where guidance is a batch of two, or embedded)."""
+    """Forwards of the transformer in a step with guidance: 1 where guidance is a batch of two, or embedded; 3 in LTX-2,
+    which has two more kinds of guidance by default."""
     grid: tuple[int, int, int]
     height: int = 32
     width: int = 48
@@ -48,7 +49,7 @@ class Tiny:
     @property
     def guidance_by_batch(self) -> bool:
         """A step's forward has the samples of both prompts."""
-        return self.forwards == 1 and "negative_prompt" in self.options
+        return self.forwards != 2 and "negative_prompt" in self.options
 
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
@@ -887,14 +888,6 @@ def image(width: int = 48, height: int = 32) -> Any:
 _WAN: dict[str, Any] = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
 _I2V = {**_WAN, "max_sequence_length": 512}
 _GUIDED = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
-_LTX2: dict[str, Any] = {
-    **_GUIDED,
-    "stg_scale": 0.0,
-    "modality_scale": 1.0,
-    "audio_stg_scale": 0.0,
-    "audio_modality_scale": 1.0,
-    "spatio_temporal_guidance_blocks": None,
-}
 
 TINY: dict[str, Tiny] = {
     "wan": Tiny(wan, "WanTransformer3DModel", 2, 2, (5, 2, 3), options=_WAN),
@@ -971,18 +964,18 @@ TINY: dict[str, Tiny] = {
         options={**_GUIDED, "image": image(32)},
     ),
     "ltx-2": Tiny(
-        ltx2, "LTX2VideoTransformer3DModel", 2, 1, (5, 16, 16), height=32, width=32, num_frames=9, options=_LTX2
+        ltx2, "LTX2VideoTransformer3DModel", 2, 3, (5, 16, 16), height=32, width=32, num_frames=9, options=_GUIDED
     ),
     "ltx-2-i2v": Tiny(
         ltx2_i2v,
         "LTX2VideoTransformer3DModel",
         2,
-        1,
+        3,
         (5, 16, 16),
         height=32,
         width=32,
         num_frames=9,
-        options={**_LTX2, "image": image(32), "image_crf": 0},
+        options={**_GUIDED, "image": image(32), "image_crf": 0},
     ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
     "allegro": Tiny(

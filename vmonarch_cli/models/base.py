@@ -132,6 +132,8 @@ class ModelEntry(BaseModel):
     """Pipeline class that continues a first frame with the same weights, for a model that also works without one."""
     embedded_guidance: bool = False
     """The guidance scale is an input of the transformer, and a step has one forward."""
+    extra_forwards: int = 0
+    """Forwards of a step beside those of the prompts, of one sample each: guidance of other kinds, on by default."""
 
     transformer_params: int
     text_encoder_params: int

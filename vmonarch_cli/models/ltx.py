@@ -9,6 +9,8 @@ from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 
 _NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
+_EXTRA_FORWARDS = 2  # of LTX-2's pipeline: spatio-temporal guidance, and guidance by isolated modalities
+
 LTX_VIDEO = ModelEntry(
     alias="ltx-video",
     title="LTX-Video",
@@ -56,6 +58,7 @@ LTX_2 = LTX_VIDEO.model_copy(
         "layers": 48,
         "ffn_dim": 4 * 4096,
         "text_dim": 3840,
+        "extra_forwards": _EXTRA_FORWARDS,
         "max_sequence_length": 1024,
         "transformer_params": 18_876_174_592,
         "text_encoder_params": 12_187_325_040,  # Gemma 3 12B
@@ -91,7 +94,7 @@ def _ltx(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_figures(config, vae), "max_sequence_length": 1024}
+    return {**_figures(config, vae), "max_sequence_length": 1024, "extra_forwards": _EXTRA_FORWARDS}
 
 
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
