@@ -46,8 +46,8 @@ class Command:
     """Width of the output; None leaves the program its default."""
     measured: bool = False
     """Whether the output holds times: its numbers are then left out of the text, and wrapping does not matter."""
-    kill_at: str = ""
-    """A glob: the process is killed as soon as a file matches it."""
+    kill_at: tuple[str, str] = ("", "")
+    """A file and a text: the process is killed as soon as the file holds the text."""
     in_full: bool = False
     """Whether a record's facts of the model and the preset are kept, not only their digest."""
     slow: bool = False
@@ -171,7 +171,8 @@ class _Running:
 
     def ended(self) -> Left | None:
         """What the command left, once it has ended."""
-        if self.command.kill_at and any(self._here.glob(self.command.kill_at)):
+        name, sign = self.command.kill_at
+        if name and (self._here / name).is_file() and sign in (self._here / name).read_text(encoding="utf-8"):
             os.kill(self._pid, signal.SIGKILL)
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         if pid == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,15 @@ def test_ssim() -> None:
     assert ssim(x, y) == pytest.approx((2 * 0.24 + 1e-4) / (0.16 + 0.36 + 1e-4))
     with pytest.raises(ValueError, match="11 x 11"):
         ssim(a[..., :8], a[..., :8])
+
+
+def test_values_are_those_of_scikit_image() -> None:
+    """scikit-image 0.26: gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1."""
+    y, x = np.mgrid[:24, :32]
+    a = np.stack([7 * x + 3 * y, 5 * x + 11 * y, x * y]) % 256 / 255
+    b = np.stack([7 * x + 3 * y + 9, 5 * x + 12 * y, x * y + x]) % 256 / 255
+    assert ssim(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(0.7684478566182525, rel=1e-9)
+    assert psnr(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(14.265219477116748, rel=1e-9)
 
 
 def test_relative_error() -> None:

@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import InputError, OutputError
-from vmonarch_cli.pipeline import load as loading
+from vmonarch_cli.pipeline import load
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.review.compare.figures import changes, distance, flicker
 from vmonarch_cli.review.compare.pictures import contact_sheet, side_by_side
-from vmonarch_cli.review.compare.results import Comparison, Contender
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison
 from vmonarch_cli.review.compare.runs import plan_comparison
 
 HOSTILE = 'a red <script>alert(1)</script> circle "moving" \'&amp; <img src=http://evil.example/x onerror=alert(1)>'
@@ -78,11 +78,11 @@ def test_lpips_is_used_where_it_is_installed() -> None:
 
 
 def comparison(*others: np.ndarray) -> Comparison:
-    reference = Contender("dense", clip(), changes(clip()), None)
-    held = [
-        Contender(f"a long name of a preset {i}", c, [], None, distance(c, clip()) if c.shape == clip().shape else None)
-        for i, c in enumerate(others)
-    ]
+    reference = ComparedClip("dense", clip(), changes(clip()), None)
+    held = []
+    for number, film in enumerate(others):
+        found = distance(film, clip()) if film.shape == clip().shape else None
+        held.append(ComparedClip(f"a long name of a preset {number}", film, [], None, found))
     return Comparison("title", "prompt", 8, reference, held, [])
 
 
@@ -123,7 +123,7 @@ def made(tiny_wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("compare") / "out"
     loads = []
     with pytest.MonkeyPatch.context() as patch:
-        original = loading.load_pipeline
+        original = load.load_pipeline
 
         def counted(*args: object, **extra: object) -> object:
             loads.append(args)

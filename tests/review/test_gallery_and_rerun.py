@@ -18,15 +18,15 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip.record import plan_again, read_record, settings_of
-from vmonarch_cli.machine import hardware as here
+from vmonarch_cli.machine import hardware
 from vmonarch_cli.pipeline import doctor
-from vmonarch_cli.plan import history as timings
+from vmonarch_cli.plan import history
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.profile.remember import remember_profile
 from vmonarch_cli.profile.results import ModelProfile, Spread, StepRow
 from vmonarch_cli.review.gallery import write_gallery
-from vmonarch_cli.review.webpage import text
+from vmonarch_cli.review.webpage import PAGES
 
 HOSTILE = (
     "</p><script>alert(1)</script>",
@@ -112,8 +112,9 @@ def test_a_damaged_clip_does_not_cost_the_gallery(batch: Path) -> None:
 
 
 def test_text_cannot_become_markup() -> None:
-    assert text('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
-    assert text("a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
+    shown = PAGES.from_string("{{ value }}")
+    assert shown.render(value='<a href="x">&\'') == "&lt;a href=&#34;x&#34;&gt;&amp;&#39;"
+    assert shown.render(value="a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
 
 
 # Rerun
@@ -202,7 +203,7 @@ def test_doctor_exits_1_when_something_essential_is_broken(monkeypatch: pytest.M
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(timings.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(history.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -238,42 +239,42 @@ def test_plan_expects_what_a_clip_took(original: Path, cache: Path, tmp_path: Pa
     record = read_record(original)
     again = plan_again(original, str(tmp_path / "x.mp4"))
     flags = {"preset": again.preset.model_copy(update={"impl": "auto"})}
-    assert timings.expect(again) is None
-    timings.remember(record)
-    exact = timings.expect(again.model_copy(update=flags))
+    assert history.expect(again) is None
+    history.remember(record)
+    exact = history.expect(again.model_copy(update=flags))
     assert exact is not None
     timing = record["timing"]
     assert exact.exact
     assert exact.clip_s == pytest.approx(sum(timing[k] for k in ("text_encode_s", "denoise_s", "decode_s", "write_s")))
-    double = timings.expect(again.model_copy(update={**flags, "steps": 6}))
+    double = history.expect(again.model_copy(update={**flags, "steps": 6}))
     assert double is not None
     assert not double.exact
     assert double.peak_memory_bytes is None
-    assert timings.expect(resolve(GenerateRequest(model="wan2.1-1.3b", prompt="a cat", device="cpu"))) is None
+    assert history.expect(resolve(GenerateRequest(model="wan2.1-1.3b", prompt="a cat", device="cpu"))) is None
 
 
 def test_a_cache_that_cannot_be_used_costs_nothing(original: Path, cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
     (cache / "timings.jsonl").write_bytes(b"\xff\xfe not JSON\n[]\n{}\n")
-    assert timings.expect(plan_again(original, str(tmp_path / "x.mp4"))) is None
+    assert history.expect(plan_again(original, str(tmp_path / "x.mp4"))) is None
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")
-    timings.remember(read_record(original))
-    timings.remember({"schema": 1})
+    history.remember(read_record(original))
+    history.remember({"schema": 1})
 
 
 def test_gpus_are_named_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (0, 1):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
         (tmp_path / f"0000:0{number}:00.0" / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
-    monkeypatch.setattr(here, "_NVIDIA", tmp_path)
-    here.gpu_names.cache_clear()
+    monkeypatch.setattr(hardware, "_NVIDIA", tmp_path)
+    hardware.gpu_names.cache_clear()
     try:
-        assert here.gpu_names() == ("NVIDIA H100 80GB HBM3",) * 2
-        assert here.device_key("cuda:1") == "NVIDIA H100 80GB HBM3"
-        assert here.device_key("cuda:7") == "cuda:7"
+        assert hardware.gpu_names() == ("NVIDIA H100 80GB HBM3",) * 2
+        assert hardware.device_key("cuda:1") == "NVIDIA H100 80GB HBM3"
+        assert hardware.device_key("cuda:7") == "cuda:7"
     finally:
-        here.gpu_names.cache_clear()
+        hardware.gpu_names.cache_clear()
 
 
 def test_a_profile_is_remembered_too(cache: Path) -> None:
@@ -287,9 +288,9 @@ def test_a_profile_is_remembered_too(cache: Path) -> None:
     size = (plan.width, plan.height, plan.num_frames)
     profile = ModelProfile("wan", False, False, size, plan.grid, 2, plan.steps, rows, [], 1.0, 9.0)
     remember_profile(profile, plan.model, plan.model_source, [plan.preset], "cpu", "float32")
-    found = timings.expect(plan)
+    found = history.expect(plan)
     assert found is not None
     assert (found.exact, found.clip_s) == (True, 110.0)
-    dense = timings.expect(resolve(GenerateRequest(model="wan2.1-1.3b", prompt="a cat", device="cpu", preset="dense")))
+    dense = history.expect(resolve(GenerateRequest(model="wan2.1-1.3b", prompt="a cat", device="cpu", preset="dense")))
     assert dense is not None
     assert dense.clip_s == 210.0

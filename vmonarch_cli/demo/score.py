@@ -192,8 +192,9 @@ def score(
     sheet: Path | None = None,
 ) -> dict[str, Any]:
     """Everything the scorer measures, as plain data."""
-    from vmonarch_cli.demo.training.loop import device_name, save_sheet
-    from vmonarch_cli.demo.training.train_vae import score_vae
+    from vmonarch_cli.demo.training.loop import save_sheet
+    from vmonarch_cli.demo.training.vae_quality import score_vae
+    from vmonarch_cli.pipeline.device import device_name
 
     result: dict[str, Any] = {"device": device_name(device), "settings": asdict(settings)}
     if reader_clips:
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
     args = parser.parse_args(argv)
-    from vmonarch_cli.demo.training.loop import pick_device
+    from vmonarch_cli.pipeline.device import pick_device
     from vmonarch_cli.pipeline.load import quiet_libraries
 
     quiet_libraries()
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.weights,
         settings,
         args.preset or (DENSE,),
-        device=pick_device(args.device),
+        device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,
         vae_clips=args.vae_clips,
         sheet=args.sheet,

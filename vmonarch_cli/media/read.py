@@ -1,4 +1,4 @@
-"""Read clips back: what `video.write_clip` wrote, as frames. No torch."""
+"""Read clips back: what `write_clip` wrote, as frames. No torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _PROCESS_START = time.monotonic()
 
 
 @dataclass
-class Clock:
+class Schedule:
     """Where a training stands between 0 (start) and 1 (end), across interrupted runs.
 
     Either by wall-clock seconds of training (set-up and compilation shorten the plan but do not move the schedule) or,
@@ -149,11 +149,6 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The named device, or the GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def tune_backend(device: torch.device) -> None:
     """TF32 for what stays in float32 and cuDNN's search for the fastest convolution."""
     if device.type == "cuda":
@@ -210,11 +205,6 @@ def set_layout(module: nn.Module, *, channels_last: bool) -> torch.memory_format
 def gpu_memory_gb(device: torch.device) -> float:
     """Peak memory allocated on the device so far, in GB (0 on a CPU)."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the GPU, or CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def synchronize(device: torch.device) -> None:

@@ -18,91 +18,48 @@ import argparse
 import copy
 import json
 import math
-import random
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmonarch_cli.demo.captions import caption, plain_caption
-from vmonarch_cli.demo.clips import FPS, NUM_FRAMES, SIZE, frame_times, occupancy, render
+from vmonarch_cli.demo.clips import NUM_FRAMES
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
-    FLOW_SHIFT,
     build_text_encoder,
     build_tokenizer,
     build_transformer,
     config_dict,
-    encode_prompts,
     export_pipeline,
-    latent_stats,
 )
-from vmonarch_cli.demo.specs import ClipSpec, sample_spec
-from vmonarch_cli.demo.training import loop as training
+from vmonarch_cli.demo.training import loop
+from vmonarch_cli.demo.training.latent_bank import LatentBank
+from vmonarch_cli.demo.training.outlines import OutlineHead
+from vmonarch_cli.demo.training.samples import draw_samples
+from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.structured import halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
-from vmonarch_cli.demo.training.train_vae import exported
-from vmonarch_cli.families.wan_vae import encode_mean
-from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
+from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.pipeline.device import device_name, pick_device
 
-_EMPTY_CAPTION_SHARE = 0.1
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
 _OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
 _AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
-_OUTLINE_BLOCK = 4  # the block after which outlines are read (counted from 0)
-_OUTLINE_SIDE = 4  # each token says in 4 x 4 values where objects are
 _REPORTS_BEFORE = ("vae_report.json", "text_report.json")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train dit`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and weights/")
-    parser.add_argument("--vae", type=Path, required=True, help="the vae folder that `train vae` exported")
-    parser.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of this run")
-    parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
-    parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
-    parser.add_argument("--text", type=Path, required=True, help="the folder that `train text` exported to")
-    parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
-    parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
-    parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
-    parser.add_argument("--batch", type=int, default=64, help="clips a step")
-    parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
-    parser.add_argument("--bank-seconds", type=float, default=45.0, help="stop filling the bank after so long")
-    parser.add_argument("--encode-batch", type=int, default=16)
-    parser.add_argument("--refresh-every", type=int, default=32, help="steps between two refreshes of the bank")
-    parser.add_argument("--refresh", type=int, default=32, help="clips replaced at a refresh")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--size", type=int, default=SIZE)
-    parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
-    parser.add_argument(
-        "--structured",
-        action="store_true",
-        help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
-    parser.add_argument("--profile-steps", type=int, default=40, help="log every fifth of the first steps")
-    parser.add_argument("--samples", type=int, default=8, help="held-out prompts on the sheet at the end")
-    parser.add_argument("--sample-steps", type=int, default=20)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train until the time is up, then export a pipeline and draw samples with it; returns the report."""
-    device = training.pick_device(args.device)
-    training.tune_backend(device)
+    device = pick_device(args.device or "auto")
+    loop.tune_backend(device)
     torch.manual_seed(args.seed)
-    log = training.JsonLog(args.out / "dit_log.jsonl")
-    trainer = _Trainer(args, device, log)
+    log = loop.JsonLog(args.out / "dit_log.jsonl")
+    trainer = TransformerTraining(args, device, log)
     if args.resume:
         trainer.load(args.out / "dit_checkpoint.pt")
     trainer.bank.fill()
@@ -110,152 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return trainer.finish()
 
 
-def sigmas_for(step: int, count: int, generator: torch.Generator, shift: float = FLOW_SHIFT) -> Tensor:
-    """Noise levels (count,) in (0, 1): logit-normal on even steps, uniform on odd ones, both shifted towards noise."""
-    if step % 2 == 0:
-        u = torch.sigmoid(torch.randn(count, generator=generator))
-    else:
-        u = torch.rand(count, generator=generator)
-    return shift * u / (1 + (shift - 1) * u)
-
-
-class LatentBank:
-    """Normalised latents of rendered training clips and where their objects are, kept on the device in float16.
-
-    Args:
-        vae: the frozen autoencoder, float32, with measured latent statistics in its config.
-        capacity: clips to hold.
-
-    """
-
-    def __init__(
-        self, vae: Any, device: torch.device, log: training.JsonLog, *, capacity: int, batch: int, size: int, seed: int,
-        seconds: float,
-    ) -> None:  # fmt: skip
-        self.vae, self.device, self.log = vae, device, log
-        self.capacity, self.batch, self.size, self.seed, self.seconds = capacity, batch, size, seed, seconds
-        self.next_clip = 0
-        self._numbers = list(range(capacity))
-        self.specs: list[ClipSpec] = []
-        self._mean, self._std = latent_stats(vae, device)
-        # A GPU's convolutions want channels last, a CPU's do not care.
-        self._layout = training.set_layout(vae, channels_last=device.type == "cuda")
-        self._oldest = 0
-        side = size // 4
-        frames = (NUM_FRAMES - 1) // 4 + 1
-        self.latents = torch.empty(capacity, vae.config.z_dim, frames, side, side, dtype=torch.float16, device=device)
-        self.outlines = torch.empty(capacity, frames, 2 * side, 2 * side, dtype=torch.float16, device=device)
-        self._outline_times = frame_times()[::4]
-
-    def _put(self, row: int, specs: list[ClipSpec]) -> None:
-        """Render, encode and keep clips from a row on."""
-        rows = slice(row, row + len(specs))
-        self.latents[rows] = self.encode(specs).to(torch.float16)
-        covered = occupancy(specs, self._outline_times, size=self.outlines.shape[-1], device=self.device)
-        self.outlines[rows] = covered.to(torch.float16)
-
-    @torch.no_grad()
-    def encode(self, specs: list[ClipSpec]) -> Tensor:
-        """Normalised latents (B, z, T, h, w) of freshly rendered clips."""
-        video = render(specs, size=self.size, device=self.device).contiguous(memory_format=self._layout)
-        with training.autocast(self.device):
-            latents = encode_mean(self.vae, video)
-        normalised: Tensor = (latents.float() - self._mean) / self._std
-        return normalised
-
-    def restore(self, clips: int, next_clip: int) -> None:
-        """Make `fill` bring back the bank of an earlier run: clip n always lies in row n modulo the bank's size."""
-        self.next_clip = next_clip
-        self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.capacity))]
-
-    def fill(self) -> None:
-        """Fill the bank, or as much of it as the time allows."""
-        start = last = time.monotonic()
-        while len(self.specs) < len(self._numbers) and time.monotonic() - start < self.seconds:
-            done = len(self.specs)
-            specs = [sample_spec("train", self.seed, n) for n in self._numbers[done : done + self.batch]]
-            self._put(done, specs)
-            self.specs.extend(specs)
-            training.synchronize(self.device)
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                self.log.write("bank", clips=len(self.specs), clips_per_second=len(self.specs) / (last - start))
-        self.next_clip = max(self.next_clip, len(self.specs))
-        self._oldest = self.next_clip % len(self.specs)
-        sample = self.latents[: min(len(self.specs), 512)].float()
-        self.log.write(
-            "bank_full", clips=len(self.specs), took=time.monotonic() - start, mean=float(sample.mean()),
-            std=float(sample.std()), memory_gb=training.gpu_memory_gb(self.device),
-        )  # fmt: skip
-
-    def refresh(self, count: int) -> None:
-        """Replace the oldest clips by new ones."""
-        count = min(count, len(self.specs) - self._oldest)
-        if count <= 0:
-            return
-        specs = [sample_spec("train", self.seed, self.next_clip + i) for i in range(count)]
-        self.next_clip += count
-        self._put(self._oldest, specs)
-        self.specs[self._oldest : self._oldest + count] = specs
-        self._oldest = (self._oldest + count) % len(self.specs)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What steps `begin`, `begin` + 1, ... see: bank rows (S, B), noise levels (S, B), embeddings (S, B, L, D)."""
-
-    begin: int
-    rows: Tensor
-    sigmas: Tensor
-    text: Tensor
-
-    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        i = step - self.begin
-        return self.rows[i], self.sigmas[i], self.text[i]
-
-
-class _OutlineHead(nn.Module):
-    """Reads from the tokens in the middle of the transformer where objects are; used in training alone.
-
-    It makes the first blocks find out early, from noise and words, what is where: the idea of REPA (Yu et al., 2024),
-    with the renderer's own knowledge in place of another network's.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(dim, elementwise_affine=False),
-            nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, _OUTLINE_SIDE**2),
-        )  # fmt: skip
-        self._tokens: Tensor | None = None
-
-    def listen_to(self, transformer: Any) -> None:
-        """Keep what the middle block returns, compiled or not; call it again after (un)compiling the block."""
-        block = transformer.blocks[min(_OUTLINE_BLOCK, len(transformer.blocks) - 1)]
-        run = block._compiled_call_impl or block._call_impl
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._tokens = run(*args, **kwargs)
-            return self._tokens
-
-        # Outside the compiled code: a hook would be traced into this block and keep it from sharing the others' code.
-        block._compiled_call_impl = call
-
-    def loss(self, covered: Tensor) -> Tensor:
-        """Mean cross-entropy of the last call's tokens, read as coverage, against `covered` (B, T, h, w) in [0, 1]."""
-        if self._tokens is None:
-            raise RuntimeError("outlines: the transformer has not run since listen_to")
-        target = F.pixel_unshuffle(covered, _OUTLINE_SIDE)
-        batch, channels, rows, columns = target.shape
-        patches = _OUTLINE_SIDE**2
-        target = target.view(batch, channels // patches, patches, rows, columns).permute(0, 1, 3, 4, 2)
-        read = self.layers(self._tokens).view(target.shape)
-        self._tokens = None
-        return F.binary_cross_entropy_with_logits(read.float(), target)
-
-
-class _Trainer:
-    def __init__(self, args: argparse.Namespace, device: torch.device, log: training.JsonLog) -> None:
+class TransformerTraining:
+    def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
         self.args, self.device, self.log = args, device, log
         vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
@@ -271,22 +84,25 @@ class _Trainer:
             if args.batch % 4:
                 raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
             halve_attention(self.transformer, frames=(NUM_FRAMES - 1) // 4 + 1)
-        self.outline_head = _OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
-        self.ema = training.Ema([self.transformer], [self.averaged], args.ema)
+        self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
             [*self.transformer.parameters(), *self.outline_head.parameters()],
             lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda",
         )  # fmt: skip
-        self.guarded_step = training.GuardedStep(self.optimizer, max_norm=1.0)
+        self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
         self.vae = vae
-        self.clock = training.Clock(
+        self.clock = loop.Schedule(
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
         self.step = self.clips_seen = self.distinct_before = 0
         self.last_loss = float("nan")
         self.bank = self._bank()
-        self._plan: _Plan | None = None
+        self.source = InputSource(
+            self.tokenizer, self.text_encoder, device, every=args.refresh_every, size=args.size, seed=args.seed
+        )
+        self._inputs: StepInputs | None = None
 
     @property
     def size(self) -> int:
@@ -328,7 +144,7 @@ class _Trainer:
 
     def train(self) -> None:
         tokens = math.prod(self.bank.latents.shape[2:]) // 4
-        with training.fastest_attention(
+        with loop.fastest_attention(
             self.log, self.device, (self.batch, self.dit_config.num_heads, tokens, self.dit_config.head_dim)
         ):
             self._train()
@@ -349,7 +165,7 @@ class _Trainer:
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self.bank.refresh(self.args.refresh)
-                self._plan = None
+                self._inputs = None
             running.append(self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
                 self.last_loss, outlines, disagreement = self._means(running)
@@ -361,7 +177,7 @@ class _Trainer:
                     outlines=outlines, disagreement=disagreement, lr=self.optimizer.param_groups[0]["lr"],
                     seconds_per_step=(now - last_log) / steps,
                     clips_per_second=steps * self.batch / (now - last_log), size=self.bank.size,
-                    memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
+                    memory_gb=loop.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
                 if self.guarded_step.skipped > 20:
                     raise FloatingPointError(f"training diverged at step {self.step}: loss {self.last_loss}")
@@ -385,7 +201,7 @@ class _Trainer:
         del self.bank
         self.bank = self._bank()
         self.bank.fill()
-        self._plan = None
+        self._inputs = None
         if self.args.compile:
             self._trial()
         self.clock.exclude(time.monotonic() - began)
@@ -401,55 +217,26 @@ class _Trainer:
 
     def _trial(self) -> bool:
         """Compile for this size by trying a step without an update; whether it worked."""
-        worked = training.trial(self.log, "dit", self.device, lambda: self.losses()[0].backward())
+        worked = loop.trial(self.log, "dit", self.device, lambda: self.losses()[0].backward())
         self.optimizer.zero_grad(set_to_none=True)
         return worked
-
-    @torch.no_grad()
-    def _plan_steps(self) -> _Plan:
-        """Draw clips, captions and noise levels up to the next refresh, all fixed by the steps' numbers.
-
-        Made for many steps at once, so that no step waits for the host.
-        """
-        every = self.args.refresh_every
-        begin = self.step - self.step % every
-        rows, prompts, sigmas = [], [], []
-        # A smaller clip has fewer values to average noise over: less noise hides as much of it.
-        shift = FLOW_SHIFT * self.bank.size / self.args.size
-        copies = self._copies
-        for step in range(begin, begin + every):
-            rng = random.Random(self._seed(step))
-            chosen = [rng.randrange(len(self.bank.specs)) for _ in range(self.batch // copies)]
-            rows.append(chosen * copies)
-            prompts += ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(self.bank.specs[i], rng) for i in chosen]
-            generator = torch.Generator().manual_seed(self._seed(step))
-            sigmas.append(sigmas_for(step, self.batch // copies, generator, shift).repeat(copies))
-        with training.autocast(self.device):
-            text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
-        return _Plan(
-            begin, torch.tensor(rows, device=self.device), torch.stack(sigmas).to(self.device),
-            text.view(every, self.batch // copies, *text.shape[1:]).repeat(1, copies, 1, 1),
-        )  # fmt: skip
-
-    def _seed(self, step: int) -> int:
-        return int(self.args.seed * 1_000_003 + step)
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What this step minimises; its flow-matching loss, the cross-entropy of its outlines, and the mean squared
         difference of dense and Monarch attention's velocities (scalars).
         """
-        if self._plan is None:
-            self._plan = self._plan_steps()
-        rows, sigma, text = self._plan.at(self.step)
+        if self._inputs is None:
+            self._inputs = self.source.draw(self.step, self.bank, self.batch // self._copies, self._copies)
+        rows, sigma, text = self._inputs.at(self.step)
         clean = self.bank.latents[rows].float()
         covered = self.bank.outlines[rows].float()
-        generator = torch.Generator(self.device).manual_seed(self._seed(self.step))
+        generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
         distinct = len(clean) // self._copies
         noise = torch.randn(clean[:distinct].shape, generator=generator, device=self.device)
         noise = noise.repeat(self._copies, 1, 1, 1, 1)
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
-        with training.autocast(self.device):
+        with loop.autocast(self.device):
             velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
             outlines = self.outline_head.loss(covered)
         errors = (velocity.float() - (noise - clean)).square().mean(1)
@@ -468,7 +255,7 @@ class _Trainer:
         """One step; returns what `losses` measures (scalars on the device)."""
         for group in self.optimizer.param_groups:
             position = self.clock.position(self.step)
-            group["lr"] = training.learning_rate(self.args.lr, position, self.step, warmup=200)
+            group["lr"] = loop.learning_rate(self.args.lr, position, self.step, warmup=200)
         objective, *measured = self.losses()
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
@@ -479,7 +266,7 @@ class _Trainer:
         return tuple(measured)
 
     def save(self) -> None:
-        training.save_checkpoint(
+        loop.save_checkpoint(
             self.args.out / "dit_checkpoint.pt",
             {
                 "preset": self.args.preset,
@@ -499,14 +286,14 @@ class _Trainer:
         self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed())
 
     def load(self, path: Path) -> None:
-        state = training.load_checkpoint(path, self.device)
+        state = loop.load_checkpoint(path, self.device)
         if state["preset"] != self.args.preset:
             raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.transformer.load_state_dict(state["transformer"])
         self.outline_head.load_state_dict(state["outline_head"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        training.conform_optimizer(self.optimizer)
+        loop.conform_optimizer(self.optimizer)
         self.step, self.clips_seen, self.distinct_before = (
             state[name] for name in ("step", "clips_seen", "distinct_before")
         )
@@ -520,7 +307,7 @@ class _Trainer:
     def finish(self) -> dict[str, Any]:
         """Export the averaged weights with the autoencoder as one pipeline, and draw samples as a user would."""
         weights = self.args.out / "weights"
-        training.set_layout(self.bank.vae, channels_last=False)
+        loop.set_layout(self.bank.vae, channels_last=False)
         vae, transformer, text = (copy.deepcopy(m) for m in (self.bank.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
         summary: dict[str, Any] = {
@@ -536,7 +323,7 @@ class _Trainer:
             "distinct_clips": self.distinct_before + self.bank.next_clip,
             "seconds": self.clock.elapsed(),
             "structured": self.args.structured,
-            "device": training.device_name(self.device),
+            "device": device_name(self.device),
             "before": self._report_of_init(),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
         }
@@ -547,7 +334,7 @@ class _Trainer:
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:
             del self.optimizer, self.bank.latents
-            self._sample(weights)
+            draw_samples(weights, self.args, self.device, self.log)
         return summary
 
     def _report_of_init(self) -> dict[str, Any] | None:
@@ -557,21 +344,3 @@ class _Trainer:
             return None
         report: dict[str, Any] = json.loads(path.read_text())
         return report
-
-    def _sample(self, weights: Path) -> None:
-        from diffusers import WanPipeline
-
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        pipeline = WanPipeline.from_pretrained(weights, dtype=dtype).to(self.device)
-        pipeline.set_progress_bar_config(disable=True)
-        specs = [sample_spec("heldout", 1, i) for i in range(self.args.samples)]
-        prompts = [plain_caption(s) for s in specs]
-        start = time.monotonic()
-        frames = pipeline(
-            prompts, height=self.args.size, width=self.args.size, num_frames=NUM_FRAMES, guidance_scale=4.0,
-            num_inference_steps=self.args.sample_steps, max_sequence_length=MAX_TOKENS, output_type="pt",
-            generator=[torch.Generator(self.device).manual_seed(i) for i in range(len(specs))],
-        ).frames  # fmt: skip
-        clips = frames.float().permute(0, 2, 1, 3, 4) * 2 - 1
-        training.save_sheet(self.args.out / "dit_sheet.png", list(clips))
-        self.log.write("samples", prompts=prompts, took=time.monotonic() - start, frames_per_second=FPS)

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from vmonarch_cli.demo.captions import caption, plain_caption
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder, build_tokenizer, config_dict, encode_prompts
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
-from vmonarch_cli.demo.training import loop as training
+from vmonarch_cli.demo.training import loop
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MAX_TOKENS, MOTIONS, PLACES, SHAPES, SIZES
+from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _OBJECT_FACTS: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
@@ -58,23 +59,11 @@ def all_facts() -> list[tuple[str, ...]]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train text`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for text_encoder/ and the log")
-    parser.add_argument("--init", type=Path, help="start from the text encoder of an exported weights folder")
-    parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=128, help="captions a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train for the given steps, export the text encoder, and return the report."""
-    device = training.pick_device(args.device)
+    device = pick_device(args.device or "auto")
     torch.manual_seed(args.seed)
-    log = training.JsonLog(args.out / "text_log.jsonl")
+    log = loop.JsonLog(args.out / "text_log.jsonl")
     config = DIT_PRESETS[args.preset][1]
     tokenizer, encoder = build_tokenizer(), build_text_encoder(config).to(device).train()
     if args.init is None:
@@ -95,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         logits = _pooled(reader(hidden), real)
         loss = F.binary_cross_entropy_with_logits(logits, _targets(specs, index, device)) * len(names)
         for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(args.lr, step / args.steps, step)
+            group["lr"] = loop.learning_rate(args.lr, step / args.steps, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -108,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "captions": args.steps * args.batch,
         "seconds": time.monotonic() - start,
-        "device": training.device_name(device),
+        "device": device_name(device),
         "read_right": read_share(tokenizer, encoder, reader, [sample_spec("heldout", 1, i) for i in range(256)]),
     }
     encoder.save_pretrained(args.out / "text_encoder", safe_serialization=True)

@@ -9,86 +9,31 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE, frame_times, render
+from vmonarch_cli.demo.clips import NUM_FRAMES, frame_times, render
 from vmonarch_cli.demo.model import VAE_PRESETS, build_vae, config_dict, export_vae
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.training import loop as training
-from vmonarch_cli.demo.training import still_image
-from vmonarch_cli.families.wan_vae import decode_raw, encode_mean, encode_moments
+from vmonarch_cli.demo.training import loop, still_image
+from vmonarch_cli.demo.training.flags import Phase
+from vmonarch_cli.demo.training.vae_quality import exported, losses, measure_latents, score_vae
+from vmonarch_cli.families.wan_vae import decode_raw, encode_moments
+from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _INITIAL_LOGVAR = -5.0
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Clips of `frames` frames until `end` (progress in [0, 1])."""
-
-    frames: int
-    end: float
-
-
-def parse_phases(text: str) -> tuple[Phase, ...]:
-    """Phases from text such as "1:0.1,17:0.35,49:1"."""
-    phases = tuple(Phase(int(part.split(":")[0]), float(part.split(":")[1])) for part in text.split(","))
-    ends = [p.end for p in phases]
-    if ends != sorted(ends) or ends[-1] < 1.0 or any((p.frames - 1) % 4 for p in phases):
-        raise ValueError(f"--phases: got {text!r}, valid are rising ends up to 1 and frame counts 4 n + 1")
-    return phases
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train vae`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and vae/")
-    parser.add_argument("--seconds", type=float, default=540.0, help="wall-clock limit of this run")
-    parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
-    parser.add_argument("--reserve", type=float, default=30.0, help="seconds kept for the final evaluation")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--init", type=Path, help="start from an exported vae folder (weights only)")
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="leave the encoder of --init, and so every latent, as it is"
-    )
-    parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
-    parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
-    parser.add_argument("--preset", choices=sorted(VAE_PRESETS), default="base24")
-    parser.add_argument("--batch", type=int, default=4, help="clips of 49 frames a step; shorter ones in proportion")
-    parser.add_argument("--image-batch", type=int, default=128, help="images a step at most")
-    parser.add_argument(
-        "--phases",
-        type=parse_phases,
-        default=parse_phases("1:0.17,49:1"),
-        help="frames:end, ... with ends in [0, 1] of the whole training",
-    )
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term; more makes smoother latents")
-    parser.add_argument("--polish", type=float, default=0.65, help="progress from which squared error dominates")
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--size", type=int, default=SIZE)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--memory-format", choices=("auto", "contiguous", "channels_last"), default="channels_last")
-    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
-    parser.add_argument("--eval-every", type=float, default=100.0, help="seconds, at a checkpoint")
-    parser.add_argument("--eval-clips", type=int, default=16, help="held-out clips per evaluation")
-    parser.add_argument("--latent-clips", type=int, default=128, help="clips for the latents' statistics")
-    parser.add_argument("--profile-steps", type=int, default=40, help="log every fifth of a phase's first steps")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train until the time is up, then evaluate, measure the latents and export; returns the final report."""
-    device = training.pick_device(args.device)
-    training.tune_backend(device)
+    device = pick_device(args.device or "auto")
+    loop.tune_backend(device)
     torch.manual_seed(args.seed)
-    log = training.JsonLog(args.out / "vae_log.jsonl")
-    trainer = _Trainer(args, device, log)
+    log = loop.JsonLog(args.out / "vae_log.jsonl")
+    trainer = AutoencoderTraining(args, device, log)
     trainer.choose_memory_format()
     if args.resume:
         trainer.load(args.out / "vae_checkpoint.pt")
@@ -96,8 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return trainer.finish()
 
 
-class _Trainer:
-    def __init__(self, args: argparse.Namespace, device: torch.device, log: training.JsonLog) -> None:
+class AutoencoderTraining:
+    def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
         self.args, self.device, self.log = args, device, log
         self.config = VAE_PRESETS[args.preset]
         self.vae = build_vae(self.config).to(device)
@@ -116,17 +61,17 @@ class _Trainer:
             self.fixed_latents = (start.config.latents_mean, start.config.latents_std)
         self.vae.train()
         self.averaged = copy.deepcopy(self.vae).eval()
-        self.ema = training.Ema([self.vae], [self.averaged], args.ema)
+        self.ema = loop.Ema([self.vae], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.vae.parameters() if p.requires_grad],
             lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda",
         )  # fmt: skip
         self.step = 0
         self.phase_start = 0
-        self.guarded_step = training.GuardedStep(self.optimizer, max_norm=0.5)
+        self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=0.5)
         self.clips_seen = 0
         total = args.total_seconds or args.seconds
-        self.clock = training.Clock(
+        self.clock = loop.Schedule(
             args.seconds, total, args.reserve, max_steps=args.max_steps, stop_after=args.stop_after
         )
         self.history: list[dict[str, Any]] = []
@@ -187,14 +132,14 @@ class _Trainer:
             in_profile = self.step - phase_start <= self.args.profile_steps and self.step % 5 == 0
             if in_profile or self.step % 100 == 0:
                 values = {k: float(v) for k, v in parts.items()}
-                training.synchronize(self.device)
+                loop.synchronize(self.device)
                 now = time.monotonic()
                 steps = max(self.step - steps_logged, 1)
                 self.log.write(
                     "step", step=self.step, position=self.clock.position(self.step), frames=phase.frames,
                     **values, seconds_per_step=(now - last_log) / steps,
                     clips_per_second=(self.clips_seen - clips_logged) / (now - last_log),
-                    memory_gb=training.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
+                    memory_gb=loop.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
                 if self.guarded_step.skipped > 20:
                     raise FloatingPointError(f"training diverged at step {self.step}: {values}")
@@ -214,9 +159,7 @@ class _Trainer:
             return
         start = time.monotonic()
         self.forward = torch.compile(self._forward, dynamic=False)
-        if not training.trial(
-            self.log, f"vae, {phase.frames} frames", self.device, lambda: self._rehearse(phase.frames)
-        ):
+        if not loop.trial(self.log, f"vae, {phase.frames} frames", self.device, lambda: self._rehearse(phase.frames)):
             self.forward = self._forward
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.exclude(time.monotonic() - start)
@@ -226,7 +169,7 @@ class _Trainer:
         clips_seen = self.clips_seen
         video, noise = self.batch(frames, count)
         self.clips_seen = clips_seen
-        with training.autocast(self.device):
+        with loop.autocast(self.device):
             recon, mean, logvar = self.forward(self._laid_out(video), noise)
         losses(recon.float(), video, mean.float(), logvar.float(), kl_weight=self.args.kl, polish=False)[
             "loss"
@@ -237,11 +180,11 @@ class _Trainer:
         position = self.clock.position(self.step)
         # Every phase warms up anew: single images leave the older temporal taps without gradient
         # statistics, so that Adam's first steps on clips would be as large as they get.
-        lr = training.learning_rate(self.args.lr, position, self.step - self.phase_start, warmup=200)
+        lr = loop.learning_rate(self.args.lr, position, self.step - self.phase_start, warmup=200)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         video, noise = self.batch(phase.frames)
-        with training.autocast(self.device):
+        with loop.autocast(self.device):
             recon, mean, logvar = self.forward(self._laid_out(video), noise)
         parts = losses(
             recon.float(),
@@ -273,18 +216,18 @@ class _Trainer:
         self._set_format("contiguous" if choice == "auto" else choice)
 
     def _set_format(self, name: str) -> None:
-        self.video_format = training.set_layout(self.vae, channels_last=name == "channels_last")
+        self.video_format = loop.set_layout(self.vae, channels_last=name == "channels_last")
 
     def _time_format(self, name: str) -> float:
         self._set_format(name)
         start = 0.0
         for i in range(5):
             if i == 2:
-                training.synchronize(self.device)
+                loop.synchronize(self.device)
                 start = time.monotonic()
             self._rehearse(17, 4)
             self.optimizer.zero_grad(set_to_none=True)
-        training.synchronize(self.device)
+        loop.synchronize(self.device)
         return (time.monotonic() - start) / 3
 
     @torch.no_grad()
@@ -297,7 +240,7 @@ class _Trainer:
         return report
 
     def save(self) -> None:
-        training.save_checkpoint(
+        loop.save_checkpoint(
             self.args.out / "vae_checkpoint.pt",
             {
                 "preset": self.args.preset,
@@ -313,13 +256,13 @@ class _Trainer:
         self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed())
 
     def load(self, path: Path) -> None:
-        state = training.load_checkpoint(path, self.device)
+        state = loop.load_checkpoint(path, self.device)
         if state["preset"] != self.args.preset:
             raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.vae.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        training.conform_optimizer(self.optimizer)
+        loop.conform_optimizer(self.optimizer)
         self.step, self.clips_seen = state["step"], state["clips_seen"]
         self.clock.before = state["elapsed"]
         self.history = state["history"]
@@ -336,7 +279,7 @@ class _Trainer:
         as_shipped = exported(self.args.out / "vae", self.device)
         report, originals, recons = score_vae(as_shipped, self.device, count=self.args.eval_clips, size=self.args.size)
         pairs = [clip for pair in zip(originals[:8], recons[:8], strict=True) for clip in pair]
-        training.save_sheet(self.args.out / "vae_sheet.png", pairs, columns=2)
+        loop.save_sheet(self.args.out / "vae_sheet.png", pairs, columns=2)
         summary: dict[str, Any] = {
             "vae": report,
             "preset": self.args.preset,
@@ -346,92 +289,8 @@ class _Trainer:
             "seconds": self.clock.elapsed(),
             "latents_mean": mean,
             "latents_std": std,
-            "device": training.device_name(self.device),
+            "device": device_name(self.device),
         }
         (self.args.out / "vae_report.json").write_text(json.dumps(summary, indent=2) + "\n")
         self.log.write("final", **report, steps=self.step, clips_seen=self.clips_seen)
         return summary
-
-
-def losses(
-    recon: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, *, kl_weight: float, polish: bool
-) -> dict[str, Tensor]:
-    """Training losses of a reconstruction; all tensors float32, videos (B, 3, F, H, W) in [-1, 1].
-
-    Early on a robust error with image gradients, and squared error weighted up where a pixel differs from its frame's
-    mean or from its own mean over time: objects cover little of a frame, and fast ones are the hardest to keep. In the
-    polish phase plain squared error dominates, since PSNR is the bar.
-    """
-    squared = (recon - video).square()
-    mse = squared.mean()
-    robust = F.smooth_l1_loss(recon, video, beta=0.05)
-    edges = (recon.diff(dim=-1) - video.diff(dim=-1)).abs().mean() + (
-        recon.diff(dim=-2) - video.diff(dim=-2)
-    ).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    if polish:
-        loss = 25.0 * mse + 0.1 * robust + 0.1 * edges + kl_weight * kl
-    else:
-        away = (video - video.mean(dim=(-2, -1), keepdim=True)).abs().amax(dim=1, keepdim=True)
-        moves = (video - video.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
-        loss = robust + 0.5 * edges + 2.0 * (squared * (1.0 + 2.0 * away + 2.0 * moves)).mean() + kl_weight * kl
-    return {"loss": loss, "mse": mse, "psnr": -10.0 * torch.log10(mse / 4.0), "kl": kl, "scale": mean.std()}
-
-
-@torch.no_grad()
-def score_vae(
-    vae: Any, device: torch.device, *, count: int = 16, size: int = SIZE
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Reconstruction quality on the first `count` held-out clips of 49 frames, in float32.
-
-    Returns:
-        PSNR in dB (mean over clips, and of the first, middle and last frame, with peak 1 for values in [0, 1]), the
-        clips and their reconstructions (count, 3, 49, H, W) in [-1, 1] on the CPU.
-
-    """
-    originals, recons, per_clip = [], [], []
-    for start in range(0, count, 4):
-        specs = [sample_spec("heldout", 0, i) for i in range(start, min(start + 4, count))]
-        video = render(specs, size=size, device=device)
-        recon = decode_raw(vae, encode_mean(vae, video)).clamp(-1, 1)
-        mse = ((recon - video) / 2).square().mean(dim=(1, 3, 4))
-        per_clip.append(mse)
-        originals.append(video.cpu())
-        recons.append(recon.cpu())
-    mse = torch.cat(per_clip).double()
-
-    def decibel(values: Tensor) -> float:
-        return float((-10 * torch.log10(values.clamp(min=1e-12))).mean())
-
-    report = {
-        "psnr": decibel(mse.mean(dim=1)),
-        "psnr_worst_clip": float(-10 * torch.log10(mse.mean(dim=1).max())),
-        "psnr_first": decibel(mse[:, 0]),
-        "psnr_middle": decibel(mse[:, mse.shape[1] // 2]),
-        "psnr_last": decibel(mse[:, -1]),
-        "clips": count,
-    }
-    return report, torch.cat(originals), torch.cat(recons)
-
-
-@torch.no_grad()
-def measure_latents(vae: Any, device: torch.device, *, count: int = 128, size: int = SIZE) -> tuple[list[float], ...]:
-    """Mean and standard deviation of every latent channel over training clips."""
-    total = squares = torch.zeros(1, dtype=torch.float64, device=device)
-    number = 0
-    for start in range(0, count, 8):
-        specs = [sample_spec("train", 1, i) for i in range(start, min(start + 8, count))]
-        latents = encode_mean(vae, render(specs, size=size, device=device)).double()
-        total = total + latents.sum(dim=(0, 2, 3, 4))
-        squares = squares + latents.square().sum(dim=(0, 2, 3, 4))
-        number += latents.numel() // latents.shape[1]
-    mean = total / number
-    std = (squares / number - mean.square()).clamp(min=1e-12).sqrt()
-    return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
-
-
-def exported(directory: Path, device: torch.device) -> Any:
-    """The autoencoder as a user loads it, in float32."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan.from_pretrained(directory).float().to(device).eval()

@@ -12,7 +12,7 @@ from vmonarch_cli.clip.record import clip_of, read_record, settings_of
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.read import read_clip
-from vmonarch_cli.review.compare.results import Comparison, Contender, Frames
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
 _NO_FRAMES: Frames = np.zeros((0, 0, 0, 3), np.uint8)
 _FACTS = {
@@ -40,7 +40,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
 
     lpips, note = load_lpips()
     notes = [note] if note else []
-    contenders: list[Contender] = []
+    contenders: list[ComparedClip] = []
     for name, path in zip(_names(paths), paths, strict=True):
         record, clip = _open(path)
         frames = _NO_FRAMES
@@ -53,7 +53,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
             measured = distance(frames, contenders[0].frames, lpips)
         elif contenders and len(frames) and len(contenders[0].frames):
             notes.append(f"{name} has another shape than {contenders[0].name}: their frames cannot be compared")
-        contenders.append(Contender(name, frames, changes(frames), flicker(frames), measured, record, clip))
+        contenders.append(ComparedClip(name, frames, changes(frames), flicker(frames), measured, record, clip))
     if any(contender.distance for contender in contenders):
         notes.append("distances are between the files, whose lossy coding is part of them")
     reference, *others = contenders
@@ -73,7 +73,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     )
 
 
-def shared_facts(contenders: Sequence[Contender]) -> list[tuple[str, str]]:
+def shared_facts(contenders: Sequence[ComparedClip]) -> list[tuple[str, str]]:
     """The main settings that all records share; nothing when one has no record."""
     tables = _tables(contenders)
     if tables is None:
@@ -86,7 +86,7 @@ def shared_facts(contenders: Sequence[Contender]) -> list[tuple[str, str]]:
     return found
 
 
-def differing(contenders: Sequence[Contender]) -> list[tuple[str, list[str]]]:
+def differing(contenders: Sequence[ComparedClip]) -> list[tuple[str, list[str]]]:
     """Settings, versions and pixels (by hash) in which the records differ, with the value of each."""
     tables = _tables(contenders)
     if tables is None:
@@ -99,7 +99,7 @@ def differing(contenders: Sequence[Contender]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _tables(contenders: Sequence[Contender]) -> list[dict[str, Any]] | None:
+def _tables(contenders: Sequence[ComparedClip]) -> list[dict[str, Any]] | None:
     tables = []
     for contender in contenders:
         if contender.record is None:
@@ -132,7 +132,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return longer if len(set(longer)) == len(longer) else [f"{i + 1}: {stem}" for i, stem in enumerate(stems)]
 
 
-def _common_prompt(contenders: Sequence[Contender]) -> str | None:
+def _common_prompt(contenders: Sequence[ComparedClip]) -> str | None:
     prompts = {(contender.record or {}).get("prompt") for contender in contenders}
     return prompts.pop() if len(prompts) == 1 else None
 

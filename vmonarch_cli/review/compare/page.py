@@ -6,8 +6,8 @@ import math
 
 from vmonarch_cli.machine.versions import caption_versions
 from vmonarch_cli.review import webpage
-from vmonarch_cli.review.compare.results import Comparison, Contender
-from vmonarch_cli.review.webpage import text
+from vmonarch_cli.review.charts import Chart, draw_chart
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison
 from vmonarch_cli.text import flops, seconds
 
 ABSENT = "·"
@@ -23,30 +23,24 @@ EXPLAINED = {
 
 def report_page(comparison: Comparison, film: bytes | None, sheet: bytes | None) -> str:
     """The page; `film` is the side-by-side mp4 and `sheet` the contact sheet's PNG, None where there are no frames."""
-    prompt = f'<p class="prompt">{text(comparison.prompt)}</p>' if comparison.prompt else ""
-    parts = [f"<h1>{text(comparison.title)}</h1>", prompt]
-    parts += [f'<p class="dim small">{text(_facts_line(comparison))}</p>', _figures(comparison)]
-    parts += [f'<p class="dim small">{text(note)}</p>' for note in comparison.notes]
-    if film is not None:
-        uri = webpage.data_uri(film, "video/mp4")
-        parts.append("<h2>Side by side</h2>")
-        video = f'<video class="wide" controls loop muted autoplay playsinline src="{uri}"></video>'
-        parts.append(f'<div class="scroll">{video}</div>')
-    if sheet is not None:
-        uri = webpage.data_uri(sheet, "image/png")
-        parts.append("<h2>Frames and differences</h2>")
-        image = f'<img class="wide" alt="Frames of each clip, and differences from the reference" src="{uri}">'
-        parts.append(f'<div class="scroll">{image}</div>')
-    curves = _curves(comparison)
-    if curves:
-        parts.append("<h2>Frame by frame</h2>")
-        parts.append(webpage.legend(_colours(comparison)) + f'<div class="charts">{curves}</div>')
-    if comparison.differing:
-        titles = ["setting", *(contender.name for contender in comparison.contenders)]
-        rows = [[text(name), *(text(value) for value in values)] for name, values in comparison.differing]
-        parts.append("<h2>What differs</h2>" + webpage.table(titles, rows, words=True))
-    parts.append(f'<p class="dim small" style="margin-top:36px">{text(_caption(comparison))}</p>')
-    return webpage.page(comparison.title, "\n".join(part for part in parts if part))
+    figures = figure_rows(comparison)
+    colours = {contender.name: webpage.colour(number) for number, contender in enumerate(comparison.contenders)}
+    return webpage.render(
+        "report.html",
+        title=comparison.title,
+        prompt=comparison.prompt,
+        facts=_facts_line(comparison),
+        names=list(colours),
+        figures=figures,
+        explained=" ".join(EXPLAINED[title] for title, _ in figures if title in EXPLAINED),
+        notes=comparison.notes,
+        film=None if film is None else webpage.data_uri(film, "video/mp4"),
+        sheet=None if sheet is None else webpage.data_uri(sheet, "image/png"),
+        charts=_charts(comparison, colours),
+        colours=colours,
+        differing=comparison.differing,
+        caption=_caption(comparison),
+    )
 
 
 def figure_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -68,42 +62,17 @@ def figure_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _figures(comparison: Comparison) -> str:
-    rows = figure_rows(comparison)
-    titles = ["", *(title for title, _ in rows)]
-    lines = []
-    for number, contender in enumerate(comparison.contenders):
-        name = f"<strong>{text(contender.name)}</strong>"
-        if contender is comparison.reference:
-            name += " <span class='dim small'>reference</span>"
-        lines.append([name, *(text(values[number]) for _, values in rows)])
-    explained = " ".join(EXPLAINED[title] for title, _ in rows if title in EXPLAINED)
-    return (
-        '<div style="margin-top:20px"></div>'
-        + webpage.table(titles, lines)
-        + f'<p class="dim small">{text(explained)}</p>'
-    )
-
-
-def _curves(comparison: Comparison) -> str:
-    colours = _colours(comparison)
+def _charts(comparison: Comparison, colours: dict[str, str]) -> list[Chart]:
     measured = {c.name: c.distance for c in comparison.others if c.distance is not None}
     charts = [
-        webpage.chart("PSNR", "dB, higher is closer", {n: d.psnr_frames for n, d in measured.items()}, colours),
-        webpage.chart("SSIM", "1 is equal", {n: d.ssim_frames for n, d in measured.items()}, colours),
-        webpage.chart("LPIPS", "0 is equal", {n: d.lpips_frames for n, d in measured.items()}, colours),
-        webpage.chart(
-            "Change per frame",
-            "8-bit levels",
-            {c.name: c.change_frames for c in comparison.contenders},
-            colours,
+        draw_chart("PSNR", "dB, higher is closer", {n: d.psnr_frames for n, d in measured.items()}, colours),
+        draw_chart("SSIM", "1 is equal", {n: d.ssim_frames for n, d in measured.items()}, colours),
+        draw_chart("LPIPS", "0 is equal", {n: d.lpips_frames for n, d in measured.items()}, colours),
+        draw_chart(
+            "Change per frame", "8-bit levels", {c.name: c.change_frames for c in comparison.contenders}, colours
         ),
     ]
-    return "".join(charts)
-
-
-def _colours(comparison: Comparison) -> dict[str, int]:
-    return {contender.name: number for number, contender in enumerate(comparison.contenders)}
+    return [chart for chart in charts if chart is not None]
 
 
 def _facts_line(comparison: Comparison) -> str:
@@ -119,7 +88,7 @@ def _caption(comparison: Comparison) -> str:
     return caption_versions(record.get("versions") or {}) if record else ""
 
 
-def _psnr(contender: Contender) -> str | None:
+def _psnr(contender: ComparedClip) -> str | None:
     if contender.distance is None:
         return None
     return "identical" if math.isinf(contender.distance.psnr) else f"{contender.distance.psnr:.2f} dB"

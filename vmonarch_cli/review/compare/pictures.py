@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vmonarch_cli.review.compare.results import Comparison, Contender, Frames
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
 GROUND, INK, DIM = (18, 19, 22), (240, 241, 243), (158, 163, 172)
 _TILE = 288
@@ -95,7 +95,7 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     return sheet
 
 
-def short_figures(comparison: Comparison, contender: Contender, newline: bool = False) -> str:
+def short_figures(comparison: Comparison, contender: ComparedClip, newline: bool = False) -> str:
     """'PSNR 24.1 dB, SSIM 0.931, attention 2.4x', or what else there is to say in a label."""
     if contender is comparison.reference:
         return "reference"

@@ -37,7 +37,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ComparedClip:
     """One clip of a comparison."""
 
     name: str
@@ -91,8 +91,8 @@ class Comparison:
     title: str
     prompt: str | None
     fps: int
-    reference: Contender
-    others: list[Contender]
+    reference: ComparedClip
+    others: list[ComparedClip]
     facts: list[tuple[str, str]]
     """Settings that all clips share, as label and value."""
     differing: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -103,14 +103,14 @@ class Comparison:
     something."""
 
     @property
-    def contenders(self) -> list[Contender]:
+    def contenders(self) -> list[ComparedClip]:
         return [self.reference, *self.others]
 
     @property
     def same_shape(self) -> bool:
         return all(other.frames.shape == self.reference.frames.shape for other in self.others)
 
-    def speedup(self, other: Contender, name: str) -> float | None:
+    def speedup(self, other: ComparedClip, name: str) -> float | None:
         """A time of the reference over that of another; `name` is "attention_s" or "end_to_end_s"."""
         ours, theirs = getattr(other, name), getattr(self.reference, name)
         if other is self.reference or not self.times_comparable or not ours or theirs is None:

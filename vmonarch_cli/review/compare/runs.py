@@ -16,7 +16,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.review.compare.existing import differing, shared_facts
-from vmonarch_cli.review.compare.results import Comparison, Contender, Frames
+from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
 if TYPE_CHECKING:
     from vmonarch_cli.timing import ClipResult
@@ -53,12 +53,12 @@ def _default_preset(request: GenerateRequest) -> str:
 def run_comparison(
     plans: dict[str, Plan], machine: Machine, on_event: Callable[[Event], None] = lambda event: None
 ) -> tuple[Comparison, list[ClipResult]]:
-    """Make the clips of `plan_comparison` and measure them; raises as `make.generate` does."""
+    """Make the clips of `plan_comparison` and measure them; raises as `clip.make.generate` does."""
     from vmonarch_cli.clip.make import ClipMaker
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
     first = plans[REFERENCE]
-    contenders: list[Contender] = []
+    contenders: list[ComparedClip] = []
 
     def counted(event: Event) -> None:
         """A plan makes its clip 0; whoever watches sees them as the clips of one run."""
@@ -73,7 +73,7 @@ def run_comparison(
         results.append(replace(result, index=index))
         (frames,) = kept
         contenders.append(
-            Contender(
+            ComparedClip(
                 name=name,
                 frames=frames,
                 change_frames=changes(frames),
