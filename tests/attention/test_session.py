@@ -424,6 +424,37 @@ def test_both_guidance_branches_start_from_the_same(pipeline: Any, preset: Prese
     torch.testing.assert_close(guided, unguided, **CLOSE)
 
 
+def one_call(session: AttentionSession, forwards: int, **known: Any) -> list[torch.Tensor]:
+    """A step of so many forwards on the same tensors: the output of each."""
+    shape = (1, GRID[0] * GRID[1] * GRID[2], 2, 16)
+    session.begin_step()
+    outs = []
+    for _ in range(forwards):
+        session.begin_forward(0, GRID, torch.device("cpu"), **known)
+        q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        outs.append(session.attend(2 * q, k, v, transformer=0, layer=0))
+    session.end_step()
+    return outs
+
+
+def test_guidance_that_begins_late_starts_from_what_the_leading_branch_started_from() -> None:
+    """A guidance interval: the steps before it have one forward, and those in it two."""
+    session = AttentionSession(WARM, [1])
+    for forwards in (1, 1):
+        one_call(session, forwards, guided=True)
+    leading, following = one_call(session, 2, guided=True)
+    assert torch.equal(leading, following)
+
+
+def test_a_forward_that_nobody_expected_starts_warm_beside_a_warm_one() -> None:
+    session = AttentionSession(WARM, [1])
+    cold, _ = one_call(session, 2)
+    one_call(session, 1)
+    one_call(session, 1)
+    leading, following = one_call(session, 2)
+    assert (following - leading).norm() < 0.5 * (cold - leading).norm()
+
+
 def test_shared_corrections_serve_both_guidance_branches(pipeline: Any, stock: torch.Tensor) -> None:
     held, errors = {}, {}
     for preset in (WARM, REFRESH, SHARED):

@@ -142,6 +142,23 @@ def test_prompts_of_one_forward_are_guidance_branches(case: Loaded, name: str) -
     assert held[SHARED] - held[WARM] == corrections, "of one sample, not of two"
 
 
+@pytest.mark.parametrize("name", ["hunyuan-video-1.5"])  # diffusers' Motif pipeline fails with an interval
+def test_a_guidance_interval_starts_both_branches_from_the_same(case: Loaded, name: str) -> None:
+    """With the same prompt on both sides guidance changes nothing, also in the first step that has it."""
+    before = case.pipeline.guider
+    made = []
+    try:
+        for options in ({"guidance_scale": 4.0, "start": 0.5}, {"guidance_scale": 1.0}):
+            case.pipeline.guider = before.new(**options)
+            with swapped(case.pipeline, WARM) as session:
+                made.append(latents_of(case.pipeline, case.tiny, steps=4, negative_prompt=PROMPT))
+            calls = [step.calls for step in session.steps]
+            assert calls == [case.tiny.layers * n for n in ((1, 1, 2, 2) if "start" in options else (1, 1, 1, 1))]
+    finally:
+        case.pipeline.guider = before
+    torch.testing.assert_close(made[0], made[1], **CLOSE)
+
+
 @families
 def test_everything_is_put_back_to_the_bit(case: Loaded, name: str) -> None:
     before = processors(case.pipeline.transformer)
