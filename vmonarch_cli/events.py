@@ -48,6 +48,14 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class ClipWarning:
+    """A clip will not be all that was asked for."""
+
+    clip: int
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Retrying:
     """A part of a clip went wrong and is tried in another way."""
 
@@ -60,4 +68,14 @@ class ClipDone:
     result: ClipResult
 
 
-Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | Retrying | ClipDone
+Event = (
+    ModelLoading
+    | ModelLoaded
+    | ClipStarted
+    | CompilingKernels
+    | StepDone
+    | Decoding
+    | ClipWarning
+    | Retrying
+    | ClipDone
+)
