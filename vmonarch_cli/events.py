@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmonarch_cli.timing import ClipResult, StepAttention
 
@@ -43,6 +44,15 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class LatentsSaved:
+    """From here on no failure costs the denoising of a clip."""
+
+    clip: int
+    path: Path
+    """The latents' file."""
+
+
+@dataclass(frozen=True)
 class Decoding:
     clip: int
 
@@ -74,6 +84,7 @@ Event = (
     | ClipStarted
     | CompilingKernels
     | StepDone
+    | LatentsSaved
     | Decoding
     | ClipWarning
     | Retrying
