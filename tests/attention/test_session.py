@@ -54,7 +54,8 @@ def test_exact_preset_equals_the_stock_pipeline(pipeline: Any, stock: torch.Tens
     with swapped(pipeline, EXACT) as session:
         latents = latents_of(pipeline)
     torch.testing.assert_close(latents, stock, **CLOSE)
-    assert session.coverage() == Coverage(structured=CALLS)
+    assert session.coverage() == Coverage(dense={"the structure is exact": CALLS})
+    assert session.impl == "torch", "the structured code runs, by the preset's implementation"
     assert session.grid == GRID
 
 
@@ -130,7 +131,7 @@ def test_both_transformers_of_a_two_stage_model_are_swapped() -> None:
     with swapped(pipeline, EXACT) as session:
         latents = latents_of(pipeline)
     torch.testing.assert_close(latents, stock, **CLOSE)
-    assert session.coverage() == Coverage(structured=CALLS)
+    assert session.coverage() == Coverage(dense={"the structure is exact": CALLS})
     with swapped(pipeline, WARM) as session:
         latents_of(pipeline)
         both = session.kept_bytes
@@ -268,10 +269,11 @@ def test_dense_attention_is_sampled_on_every_nth_step_and_changes_nothing(pipeli
     assert session.coverage().calls == CALLS, "samples are not calls of the model"
 
 
-def test_the_sampled_error_of_exact_attention_is_nothing(pipeline: Any) -> None:
+def test_exact_attention_is_its_own_dense_measurement(pipeline: Any) -> None:
     with swapped(pipeline, EXACT, sample_dense_every=1) as session:
         latents_of(pipeline)
-    assert all(step.error is not None and step.error < 1e-5 for step in session.steps)
+    assert [step.speedup for step in session.steps] == [1.0] * STEPS
+    assert all(step.dense_call_s is None and step.structured_calls == 0 for step in session.steps)
 
 
 def test_a_dense_step_is_its_own_dense_measurement(pipeline: Any) -> None:

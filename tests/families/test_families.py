@@ -70,8 +70,8 @@ def processors(transformer: Any) -> dict[str, Any]:
 @families
 def test_exact_equals_the_stock_pipeline(case: Loaded, name: str) -> None:
     for preset, coverage in (
-        (EXACT, Coverage(structured=case.calls)),
-        (EXACT.model_copy(update={"warm_start": True}), Coverage(structured=case.calls)),
+        (EXACT, Coverage(dense={"the structure is exact": case.calls})),
+        (EXACT.model_copy(update={"warm_start": True}), Coverage(dense={"the structure is exact": case.calls})),
         (DENSE, Coverage(dense={"preset is dense": case.calls})),
     ):
         with swapped(case.pipeline, preset) as session:

@@ -90,6 +90,7 @@ class StructuredAttention:
 
     def _run(self, call: Call, warm: WarmState) -> torch.Tensor:
         """The output of all guidance branches that the call has, in the order of its samples."""
+        self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3])
         branches = self._branches(call)
         outs = [self._branch(branch, warm) for branch in branches]
         return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
