@@ -67,6 +67,11 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def as_fast(ratio: float) -> str:
+    """A ratio of times (the other's over ours) in words that read one way: '1.44x as fast', before 'as dense'."""
+    return f"{ratio:.2f}x as fast"
+
+
 def first_line(error: BaseException, otherwise: str | None = None) -> str:
     """The first line of an error's message; where it has none, `otherwise` or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,33 +1,36 @@
-"""The JSON record beside a clip: what it says, how it is read back, and how the clip is made again. No torch."""
+"""The JSON record beside a clip: what it says, and how the clip is made again (`record_model` reads it). No torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmonarch_cli.errors import InputError, PresetError
+import pydantic.dataclasses
+from pydantic import ConfigDict, ValidationError
+
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
-from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.write import frames_hash
+from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.setup import parse_lora
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
+from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
     from vmonarch_cli.pipeline.call import Frames
 
-RECORD_SCHEMA = 1
-"""Version of the record's layout; raised when a reader of an older one would misread it."""
-
-_MAX_BYTES = 64 << 20
-_NEEDED = ("schema", "prompt", "seed", "clip", "settings", "preset", "model", "frames")
 _REPEATED = "record"
+_StrictRequest = pydantic.dataclasses.dataclass(GenerateRequest, config=ConfigDict(strict=True, allow_inf_nan=False))
+"""A request whose fields are checked against their types as they stand: a record is a stranger's file."""
 
 
 def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames) -> dict[str, Any]:
@@ -84,77 +87,58 @@ def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple
     )
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file, or beside a clip; InputError when it is none."""
-    file = record_path(path) if path.suffix.lower() in ENDINGS else path
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{file} is not the record of a clip: it is larger than any record")
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no record {file}: vmonarch writes one beside each clip, as in clip.json") from None
-    except OSError as error:
-        raise InputError(f"record {file} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{file} is not the record of a clip: it is not valid JSON") from None
-    missing = [name for name in _NEEDED if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise InputError(f"{file} is not the record of a clip: it has no {missing[0]}")
-    return dict(record)
-
-
-def clip_of(record: dict[str, Any], file: Path) -> Path:
-    """Where the clip of a record is: beside it, under the record's own name, also when both were renamed."""
-    return file.with_suffix(Path(str(record["clip"])).suffix)
-
-
-def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Every resolved setting by name, and what it ran on: what two records can be compared by."""
-    values = {name: entry["value"] for name, entry in record["settings"].items() if name != "output"}
-    values["seed"] = record["seed"]  # of this clip, where a run made several
-    values["num_videos"] = 1
-    values["model.source"] = record["model"].get("source")
-    values["device"] = (record.get("device") or {}).get("name")
-    values["dtype"], values["impl"] = record.get("dtype"), record.get("impl")
-    return values
-
-
 def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
-    """A plan that makes the clip of a record again, every setting as it was resolved then.
+    """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
     InputError or ModelError when the record asks for something that this version or this machine does not have.
     """
     record = read_record(file)
+    name = f"record {file} cannot be repeated"
+    if record.device is None or record.dtype is None or "model" not in record.settings:
+        absent = "device" if record.device is None else "dtype" if record.dtype is None else "settings.model"
+        raise InputError(f"{name}: it has no {absent}")
     fields = {field.name for field in dataclasses.fields(GenerateRequest)}
+    given: dict[str, Any] = {key: entry.value for key, entry in record.settings.items() if key in fields}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if record.model.alias != DEMO_ALIAS and record.model.hub_id is None:
+        given["model"] = record.model.source  # a folder: its alias is only its name
+    given |= {
+        "preset": None,
+        "seed": record.seed,
+        "num_videos": None,
+        "dtype": record.dtype,
+        "device": device or record.device.type.partition(":")[0],
+        "output": output or str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
+        "overwrite": overwrite,
+    }
     try:
-        given = {name: entry["value"] for name, entry in record["settings"].items() if name in fields}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        model = str(given["model"])
-        if record["model"]["alias"] != "demo" and record["model"].get("hub_id") is None:
-            model = str(record["model"]["source"])  # a folder: its alias is only its name
-        preset = Preset(**{**record["preset"], **_implementation(record)})
-        given |= {
-            "model": model,
-            "preset": None,
-            "seed": record["seed"],
-            "num_videos": None,
-            "dtype": record["dtype"],
-            "device": device or str(record["device"]["type"]).partition(":")[0],
-            "output": output or str(file.parent / f"{file.stem}-rerun{Path(str(record['clip'])).suffix}"),
-            "overwrite": overwrite,
-        }
-        plan = resolve(GenerateRequest(**given))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"record {file} cannot be repeated: its settings do not parse ({error})") from None
-    except PresetError as error:
-        raise InputError(f"record {file} cannot be repeated: {error.message}") from None
+        _StrictRequest(**given)
+        preset = Preset.model_validate({**record.preset.model_dump(), **_implementation(record)})
+    except ValidationError as error:
+        raise InputError(f"{name}: {fault_of(error)}") from None
+    plan = resolve(GenerateRequest(**given))
     branches = branches_of(plan.model, plan.guidance_scale)
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    return plan.model_copy(update={"preset": preset, "flops": flops, "origins": origins, "notes": (), "warnings": ()})
+    again = {"preset": preset, "flops": flops, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
+    return plan.model_copy(update=again)
 
 
-def _implementation(record: dict[str, Any]) -> dict[str, str]:
+def _implementation(record: Record) -> dict[str, str]:
     """The implementation that ran, in place of "auto": another one may round otherwise."""
-    impl = record.get("impl")
-    return {} if impl in (None, "dense") else {"impl": impl}
+    return {} if record.impl in (None, "dense") else {"impl": str(record.impl)}
+
+
+def _loads(plan: Plan) -> Iterator[str]:
+    """What a plan reads besides the program's own files: whoever repeats a stranger's record should know."""
+    if plan.model.alias != DEMO_ALIAS:
+        yield f"the record loads the model {_place(plan.model_source)}"
+    for text in plan.setup.loras:
+        yield f"the record loads the LoRA {_place(parse_lora(text).source)}"
+    if plan.image is not None:
+        yield f"the record reads the image {plan.image}"
+
+
+def _place(source: str) -> str:
+    path = Path(source)
+    return f"folder {source}" if path.is_dir() else f"file {source}" if path.exists() else f"{source} of the hub"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.clip.record import read_record
+from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.events import Event
 from vmonarch_cli.pipeline.preflight import Machine
@@ -43,40 +43,38 @@ class Repetition:
         }
 
 
-def check_record(file: Path) -> dict[str, Any]:
+def check_record(file: Path) -> Record:
     """The record of a clip that can be repeated and checked; InputError otherwise."""
     record = read_record(file)
-    if not (record["frames"] or {}).get("sha256"):
+    if not record.frames.sha256:
         raise InputError(f"record {file} has no hash of its frames, so that a repetition could not be checked")
-    if record.get("retries"):
+    if record.retries:
         raise InputError(
-            f"record {file} is of a clip that was made with a fallback ({record['retries'][0].get('with')}), which a "
+            f"record {file} is of a clip that was made with a fallback ({record.retries[0].get('with')}), which a "
             "run with its settings does not repeat"
         )
     return record
 
 
 def repeat(
-    plan: Plan, machine: Machine, record: dict[str, Any], on_event: Callable[[Event], None] = lambda event: None
+    plan: Plan, machine: Machine, record: Record, on_event: Callable[[Event], None] = lambda event: None
 ) -> Repetition:
     """Run the plan of a record (see `record.plan_again`) and compare; raises as `clip.make.generate` does."""
     from vmonarch_cli.clip.make import generate
 
     (result,) = generate(plan, machine, retry_dense=False, on_event=on_event)
-    same = result.record["frames"]["sha256"] == record["frames"]["sha256"]
-    return Repetition(result, same, differing_circumstances(record, result.record))
+    now = read_record(result.record_path)
+    same = now.frames.sha256 == record.frames.sha256
+    return Repetition(result, same, differing_circumstances(record, now))
 
 
-def differing_circumstances(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, str]]:
     """What may change pixels and is not a setting: versions, device, threads, dtype, implementation, weights."""
-    found = []
-    for name, old, new in [
-        *((name, version, now["versions"].get(name)) for name, version in (then.get("versions") or {}).items()),
-        ("device", (then.get("device") or {}).get("name"), now["device"]["name"]),
-        ("dtype", then.get("dtype"), now["dtype"]),
-        ("impl", then.get("impl"), now["impl"]),
-        ("model", then["model"].get("source"), now["model"]["source"]),
-    ]:
-        if old != new:
-            found.append((name, str(old), str(new)))
-    return found
+    pairs = [
+        *((name, version, now.versions.get(name)) for name, version in then.versions.items()),
+        ("device", *(None if record.device is None else record.device.name for record in (then, now))),
+        ("dtype", then.dtype, now.dtype),
+        ("impl", then.impl, now.impl),
+        ("model", then.model.source, now.model.source),
+    ]
+    return [(name, str(old), str(new)) for name, old, new in pairs if old != new]

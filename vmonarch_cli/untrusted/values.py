@@ -60,7 +60,7 @@ def parse_json(
 
     def constant(word: str) -> float:
         if not constants:
-            raise Malformed(f"is not valid JSON: {word} is not a number", _line_of(text, word), syntax=True)
+            raise Malformed(f"is not valid JSON: {word} is not JSON", _line_of(text, word), syntax=True)
         return float(word.replace("Infinity", "inf"))
 
     try:
