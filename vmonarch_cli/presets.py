@@ -125,14 +125,14 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     "refresh": FieldDoc(
         "latent frames per forward",
         f"a number from 0 to {MAX_BAND_FRAMES}",
-        "Query frames recomputed exactly in each forward on average, in turn, the first turns early in the clip; "
-        "what that changed is kept, in 8 bits, and corrects the frame until its next turn.",
+        "How many query frames each forward recomputes exactly, on average. Frames take turns, and the first turns "
+        "come early in the clip. The change is kept in 8 bits and corrects the frame until its next turn.",
     ),
     "shared_refresh": FieldDoc(
         "yes/no",
         "true or false",
-        "With guidance, frames have the turns of both forwards in the first and corrections serve both: younger ones, "
-        "in half the memory, but not the other forward's own.",
+        "With guidance, the first of two forwards takes the turns of both, and its corrections serve both. They are "
+        "younger and need half the memory, but the second forward has none of its own.",
     ),
     "dense_steps": FieldDoc(
         "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."

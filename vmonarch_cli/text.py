@@ -7,14 +7,13 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 
 
-def near(word: str, known: Iterable[str] | Mapping[str, str], cutoff: float = 0.5) -> str:
+def near(word: str, known: Iterable[str], cutoff: float = 0.5, names: Mapping[str, str] | None = None) -> str:
     """' (did you mean A or B?)' for the three closest known words, or an empty string.
 
-    Of a mapping the keys are compared and the values named, each once.
+    names: what to call a known word, where that is not the word itself; each name is given once.
     """
-    names = known if isinstance(known, Mapping) else {name: name for name in known}
-    close = [names[key] for key in difflib.get_close_matches(word.lower(), list(names), n=6, cutoff=cutoff)]
-    words = list(dict.fromkeys(close))[:3]
+    close = difflib.get_close_matches(word.lower(), list(known), n=6, cutoff=cutoff)
+    words = list(dict.fromkeys(names[match] if names else match for match in close))[:3]
     return f" (did you mean {' or '.join(words)}?)" if words else ""
 
 

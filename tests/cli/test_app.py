@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +55,28 @@ def error(result: Result) -> str:
 # Help, versions and lists
 
 
-def test_help_in_a_fresh_process_is_fast_and_imports_no_torch() -> None:
+HEAVY = ("torch", "diffusers", "transformers", "triton", "numpy", "imageio", "PIL", "huggingface_hub", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["compare", "--help"], ["presets"], ["models"]]
+)
+def test_what_should_be_quick_imports_nothing_heavy(arguments: list[str]) -> None:
+    """What is slow about a start is what it imports."""
     code = (
         "import sys\n"
         "from vmonarch_cli.cli.app import app\n"
-        "try:\n    app(['generate', '--help'])\n"
+        f"try:\n    app({arguments!r})\n"
         "except SystemExit as e:\n    assert e.code == 0\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'numpy', 'imageio'} & set(sys.modules)\n"
+        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    best = 10.0
-    for _ in range(3):  # the machine may be busy: the best of three is the program's own time
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    assert "--num-inference-steps" in done.stdout
-    assert best < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_of_generate_lists_its_flags() -> None:
+    assert "--num-inference-steps" in call("generate", "--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import fakes
 import pytest
 from rich.console import Console
 
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.progress import RunProgress
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -24,7 +26,8 @@ def plan(tmp_path: Path) -> Plan:
 def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[Any]]:
     stream = io.StringIO()
     clips: list[Any] = []
-    bar = RunProgress(Console(file=stream, width=80, **console), lambda *clip: clips.append(clip), quiet=quiet)
+    out = Output(quiet=quiet, stderr=Console(file=stream, width=80, **console))
+    bar = RunProgress(out, lambda *clip: clips.append(clip))
 
     def refresh(event: Any) -> None:
         bar(event)
@@ -32,7 +35,7 @@ def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[An
             bar._bar.refresh()
 
     with bar:
-        fakes.generate(plan, on_event=refresh)
+        fakes.generate(plan, Machine("cpu", "CPU", "float32", "torch"), on_event=refresh)
     return stream.getvalue(), clips
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmonarch_cli.clip.records import plan_again
 
+from vmonarch_cli.clip.record import plan_again
 from vmonarch_cli.plan.history import CACHE_VARIABLE, cache_folder, expect, remember
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest

@@ -18,13 +18,13 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from vmonarch_cli.cli import profile as commands
-from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.cli.profile import kernel_table as tables
+from vmonarch_cli.cli.profile.model_table import break_even_words
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import backends, kernel, plot, record
 from vmonarch_cli.profile.break_even import break_even
-from vmonarch_cli.profile.results import Check, ChipPeak, KernelRow, KernelShape, Spread
+from vmonarch_cli.profile.results import ChipPeak, KernelRow, KernelShape, OutputCheck, Spread
 from vmonarch_kernels import Inputs, Options
 from vmonarch_kernels.api import IMPLS
 from vmonarch_kernels.cost import dense_flops, monarch_bytes, monarch_flops
@@ -37,7 +37,7 @@ CAPTION = "CPU"
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, and a chip that is not measured: a product of 1024 x 1024 says nothing about a test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands._Run, "measure_chip", lambda self: ChipPeak(1e12, 1e11))
+    monkeypatch.setattr("vmonarch_cli.profile.chip.measure_chip", lambda device, dtype: ChipPeak(1e12, 1e11))
 
 
 def call(*arguments: str, code: int = 0) -> Result:
@@ -109,10 +109,10 @@ def test_json_on_stdout_is_all_there_is() -> None:
 
 @pytest.mark.parametrize("kind", ["video", "random"])
 def test_inputs_are_standard_normal(kind: Any) -> None:
-    size = {"batch": 2, "dtype": torch.float32, "device": torch.device("cpu")}
+    size = {"dtype": torch.float32, "device": torch.device("cpu")}
     from vmonarch_cli.profile.inputs import attention_inputs
 
-    q, k, v = attention_inputs(kind, 6, 50, 4, 32, **size)
+    q, k, v = attention_inputs(kind, (2, 6, 50, 4, 32), **size)
     for x in (q, k, v):
         assert x.shape == (2, 300, 4, 32)
         assert abs(float(x.mean())) < 0.02
@@ -121,7 +121,7 @@ def test_inputs_are_standard_normal(kind: Any) -> None:
     neighbours = float((frames[:, 1:] * frames[:, :-1]).mean())
     assert neighbours == pytest.approx(0.9 if kind == "video" else 0.0, abs=0.03)
     assert float((q * k).mean()) == pytest.approx(0.5 if kind == "video" else 0.0, abs=0.03)
-    assert torch.equal(attention_inputs(kind, 6, 50, 4, 32, **size)[1], k)
+    assert torch.equal(attention_inputs(kind, (2, 6, 50, 4, 32), **size)[1], k)
 
 
 def test_a_sampled_error_is_that_of_its_queries() -> None:
@@ -353,7 +353,7 @@ def test_calls_that_differ_in_turn_count_by_their_mean() -> None:
 
 def shape_of(frames: int, positions: int, *, gain: float = 4.0, on_gpu: bool = True) -> KernelShape:
     """A result with invented figures."""
-    good = Check(1e-3, 2e-3, "a wider type")
+    good = OutputCheck(1e-3, 2e-3, "a wider type")
     dense_s = 1e-10 * (frames * positions) ** 2
     common: dict[str, Any] = {"flops": 10**12, "floor_s": 1e-3, "error": 0.1, "check": good, "first_call_s": 1.0}
     peak = 10**8 if on_gpu else None
@@ -424,7 +424,7 @@ def test_break_even_lies_where_the_lines_cross() -> None:
     found = break_even("paper", [shape_of(8, 100, gain=2.0), shape_of(2, 100, gain=0.5)])
     assert found is not None
     assert (found.kind, found.tokens) == ("between", pytest.approx(400.0))
-    assert "breaks even near 400 tokens at 8x8" in tables.break_even_words(found, (8, 8, 1))
+    assert "breaks even near 400 tokens at 8x8" in break_even_words(found, (8, 8, 1))
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_break_even_outside_of_what_was_measured(
     assert found is not None
     assert found.kind == kind
     assert found.tokens == (None if tokens is None else pytest.approx(tokens, rel=1e-6))
-    assert words in tables.break_even_words(found, (8, 8, 1))
+    assert words in break_even_words(found, (8, 8, 1))
     assert break_even("paper", shapes[:1]) is None
 
 

@@ -14,9 +14,8 @@ from tiny_wan import tiny_transformer
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.attention.session import AttentionSession
-from vmonarch_cli.cli import profile as commands
-from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.cli.profile import model_table as tables
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
@@ -24,7 +23,7 @@ from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset
-from vmonarch_cli.profile import contenders, model
+from vmonarch_cli.profile import contenders, model, steps
 from vmonarch_cli.profile.results import BreakEven, ChipPeak, ModelProfile, Spread, StepRow
 
 TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "2")
@@ -33,7 +32,7 @@ TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands._Run, "measure_chip", lambda self: ChipPeak(1e12, 1e11))
+    monkeypatch.setattr("vmonarch_cli.profile.chip.measure_chip", lambda device, dtype: ChipPeak(1e12, 1e11))
 
 
 def call(*arguments: str, code: int = 0) -> Result:
@@ -122,7 +121,7 @@ def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None
 def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"layers": 3, "heads": 2, "head_dim": 128 if entry is HUNYUAN_VIDEO else 32, "text_dim": 32}
     small = entry.model_copy(update={**sizes, "max_sequence_length": 16})
-    monkeypatch.setattr("vmonarch_cli.cli.profile_request.find_model", lambda name: (small, ""))
+    monkeypatch.setattr("vmonarch_cli.cli.profile.request.find_model", lambda name: (small, ""))
     shape = ("--size", "64x48", "--num-frames", "17", "--steps", "1", "--device", "cpu")
     data = json.loads(call("-m", entry.alias, "--random-weights", "--preset", "paper", *shape, "--json", "-").stdout)
     assert data["checks_passed"], data["checks"]
@@ -152,7 +151,7 @@ def test_one_failing_kind_is_a_row_and_the_others_go_on(tiny_wan_folder: Path, m
 
 
 def test_a_kind_that_fails_later_on_keeps_the_others(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = model._predict, []
+    real, calls = steps.predict, []
 
     def predict(contender: Any, *rest: Any) -> Any:
         calls.append(contender.row.name)
@@ -160,7 +159,7 @@ def test_a_kind_that_fails_later_on_keeps_the_others(tiny_wan_folder: Path, monk
             raise torch.cuda.OutOfMemoryError("a page of details")
         return real(contender, *rest)
 
-    monkeypatch.setattr(model, "_predict", predict)
+    monkeypatch.setattr(steps, "predict", predict)
     call("-m", str(tiny_wan_folder), *TINY, "--preset", "paper", "--preset", "fast", "--json", "out.json", code=1)
     rows = by_name(json.loads(Path("out.json").read_text()))
     assert rows["paper"]["failure"] == "out of memory"
@@ -170,14 +169,14 @@ def test_a_kind_that_fails_later_on_keeps_the_others(tiny_wan_folder: Path, monk
 def test_steps_that_recompute_no_frame_count_by_their_share(
     tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = model._timed_step
+    real = steps.timed_step
 
     def step(contender: Any, *rest: Any) -> Any:
         found = real(contender, *rest)
         contender.seconds[-1] = 0.5 if len(contender.seconds) == 3 else 1.0
         return found
 
-    monkeypatch.setattr(model, "_timed_step", step)
+    monkeypatch.setattr(steps, "timed_step", step)
     presets = ("--preset", "fast", "--preset", "paper")
     call("-m", str(tiny_wan_folder), *TINY, "--steps", "5", *presets, "--json", "out.json")
     rows = by_name(json.loads(Path("out.json").read_text()))
@@ -218,21 +217,19 @@ def test_compiled_blocks_keep_the_backends_apart() -> None:
     transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
     cpu = torch.device("cpu")
     kinds = contenders.contenders(transformer, [load_preset("paper"), load_preset("fast")], cpu, torch.float32)
-    layers = {index: block.attn1 for index, block in enumerate(transformer.blocks)}
-    stock = [module.processor for module in layers.values()]
-    flash = contenders.Contender(
-        StepRow("flash", "dense"), lambda: contenders._dense(layers, contenders._DENSE["flash"])
-    )
-    inputs = model._Inputs(torch.randn(1, 4, 5, 4, 6), torch.tensor([900.0]), (torch.randn(1, 8, 32),), 1.0)
+    layers = [block.attn1 for block in transformer.blocks]
+    stock = [module.processor for module in layers]
+    flash = contenders.contenders(transformer, [], cpu, torch.float32, backends=("flash",))[0]
+    inputs = steps.StepInputs(torch.randn(1, 4, 5, 4, 6), torch.tensor([900.0]), (torch.randn(1, 8, 32),), 1.0)
     with torch.no_grad():
-        first = {c.row.name: model._predict(c, transformer, inputs) for c in [flash, *kinds]}
+        first = {c.row.name: steps.predict(c, transformer, inputs) for c in [flash, *kinds]}
         made = len(graphs)
         for contender in [*kinds, flash]:
-            model._predict(contender, transformer, inputs)
+            steps.predict(contender, transformer, inputs)
     assert made == len(graphs) == 3  # flash, torch's own choice, and one for all that is swapped
     torch.testing.assert_close(first["flash"], first["sdpa"])
     assert not torch.allclose(first["skipped"], first["sdpa"], atol=1e-3)
-    assert [module.processor for module in layers.values()] == stock
+    assert [module.processor for module in layers] == stock
 
 
 def test_a_plot_of_the_steps(tiny_wan_folder: Path) -> None:

@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from vmonarch_cli.cli import profile as commands
-from vmonarch_cli.cli import profile_tables as tables
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.cli.profile import quality_table as tables
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import quality
 from vmonarch_cli.profile.blocks import block_attention, block_flops
 from vmonarch_cli.profile.plot import plot_quality
-from vmonarch_cli.profile.results import ChipPeak, QualityProfile, QualityRow
+from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
+from vmonarch_cli.profile.results import ChipPeak
 from vmonarch_cli.profile.variants import SWEEPS, variants
 from vmonarch_kernels import dense_attention, monarch_attention
 from vmonarch_kernels.cost import monarch_flops
@@ -32,7 +32,7 @@ TINY = ("--size", "48x32", "--num-frames", "17", "--device", "cpu", "--steps", "
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands._Run, "measure_chip", lambda self: ChipPeak(1e12, 1e11))
+    monkeypatch.setattr("vmonarch_cli.profile.chip.measure_chip", lambda device, dtype: ChipPeak(1e12, 1e11))
 
 
 def call(*arguments: str, code: int = 0) -> Result:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vmonarch_cli import __version__
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.prompts import FORMATS
-from vmonarch_cli.batch.request import BatchFlags as BatchFlags
-from vmonarch_cli.batch.request import BatchPlan, plan_batch
+from vmonarch_cli.batch.request import BatchFlags, BatchPlan, plan_batch
 from vmonarch_cli.batch.worker import leave_group
-from vmonarch_cli.cli.batch_tables import batch_json, batch_table, clip_line, failure_table, failures, standing
-from vmonarch_cli.cli.options import OUTPUT, AsJson, Debug, Quiet, option, whole_option
+from vmonarch_cli.cli import batch_tables as report
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
-from vmonarch_cli.machine.torchrun import Rank, read_rank
+from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
@@ -69,56 +68,73 @@ RetryDense = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class PlannedBatchOptions:
+    """The flags of a batch that decide what is to be made."""
+
+    prompts_file: PromptsFile = None
+    prompts_format: PromptsFormat = None
+    resume: Resume = None
+    retry_failed: RetryFailed = False
+
+
+@dataclass(frozen=True)
+class BatchOptions(PlannedBatchOptions):
+    """Every flag that only a batch has."""
+
+    max_failures: MaxFailures = None
+    retry_dense: RetryDense = True
+
+    def flags(self, overwrite: bool) -> BatchFlags:
+        """The same for the batch itself."""
+        return BatchFlags(
+            source=self.prompts_file or "",
+            format=self.prompts_format,
+            resume=self.resume,
+            retry_failed=self.retry_failed,
+            max_failures=self.max_failures,
+            retry_dense=self.retry_dense,
+            overwrite=overwrite,
+        )
+
+
 def run_prompts_file(
-    request: GenerateRequest, flags: BatchFlags, *, dry_run: bool, as_json: bool, quiet: bool, debug: bool
+    request: GenerateRequest, options: BatchOptions, shown: Shown, *, dry_run: bool, debug: bool
 ) -> None:
     """Plan a batch and make it, or with `dry_run` show it. Exits with 1 when a clip failed or was left unmade."""
     rank = read_rank()
     leave_group()
+    flags = options.flags(request.overwrite)
     planned = plan_batch(request, flags, rank)
-    silent = as_json or quiet or rank.rank > 0
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    if rank.rank == 0:
-        _show_notes(planned, errors, silent)
+    out = shown.output(main=rank.is_main)
+    _tell_notes(planned, out)
     if dry_run:
-        _show_dry_run(planned.open(dry=True), as_json, quiet)
+        _show_plan(planned.open(dry=True), out)
         return
     machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
-    _run(planned.open(), machine, flags, rank, errors, as_json=as_json, silent=silent, debug=debug)
+    _run(planned.open(), machine, flags, out, debug=debug)
 
 
-def _run(
-    batch: Batch,
-    machine: Machine,
-    flags: BatchFlags,
-    rank: Rank,
-    errors: Console,
-    *,
-    as_json: bool,
-    silent: bool,
-    debug: bool,
-) -> None:
+def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.plan.history import remember
 
     def on_clip(result: ClipResult, load_s: float | None) -> None:
         remember(result.record)
-        if not silent:
-            errors.print(clip_line(result, len(batch.clips)), markup=False)
+        out.tell(report.clip_line(result, len(batch.clips)))
 
-    with stoppable() as interrupts, RunProgress(Console(stderr=True, highlight=False), on_clip, silent) as progress:
+    with stoppable() as interrupts, RunProgress(out, on_clip) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
                 case ClipFailed(line=line, path=path, sentence=sentence, trace=trace):
-                    errors.print(f"failed: line {line}: {path.name}: {sentence}", style="red", markup=False)
+                    out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
-                        errors.print(trace, markup=False)
+                        out.insist(trace)
                 case WaitingForOthers(count=count, owners=owners):
-                    if not silent:
-                        words = f" ({', '.join(owners)})" if owners else ""
-                        errors.print(f"waiting for {count} clips that others are making{words}", markup=False)
+                    words = f" ({', '.join(owners)})" if owners else ""
+                    out.tell(f"waiting for {count} clips that others are making{words}")
                 case _:
                     progress(event)
 
@@ -126,21 +142,19 @@ def _run(
             limits = Limits(flags.retry_dense, flags.max_failures)
             entries = run_batch(batch, machine, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
-            if not silent:
-                entries = batch.manifest.read()
-                again = " (without --overwrite or --no-resume)" if flags.overwrite or flags.resume is False else ""
-                errors.print(standing(batch, entries), markup=False)
-                errors.print(f"the same command{again} goes on from here", markup=False)
+            if not out.silent:
+                out.tell(report.standing(batch, batch.manifest.read()))
+                without = " (without --overwrite or --no-resume)" if flags.terms.again else ""
+                out.tell(f"the same command{without} goes on from here")
             raise typer.Exit(stop.exit_code) from None
-    left = [entry for entry in entries.values() if entry.status != "done"]
-    if rank.rank == 0:
-        _write_page(batch, entries, errors)
-        _show_end(batch, entries, errors, as_json=as_json, silent=silent)
-    if left:
+    if out.main:
+        _write_page(batch, entries, out)
+        _show_end(batch, entries, out)
+    if any(entry.status != "done" for entry in entries.values()):
         raise typer.Exit(EXIT_CLIP_FAILED)
 
 
-def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
+def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> None:
     """The folder's index.html; the clips are what the user asked for, so a page that fails is a warning."""
     if not any(entry.status == "done" for entry in entries.values()):
         return
@@ -149,49 +163,41 @@ def _write_page(batch: Batch, entries: dict[str, Any], errors: Console) -> None:
     try:
         write_gallery(batch.folder)
     except VmonarchError as error:
-        errors.print(f"warning: the gallery was not written: {error}", markup=False)
+        out.warn(f"the gallery was not written: {error}")
 
 
-def _show_end(batch: Batch, entries: dict[str, Any], errors: Console, *, as_json: bool, silent: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"version": __version__, **batch_json(batch, entries)}, indent=2))
+def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
+    if out.as_json:
+        out.json({"version": __version__, **report.batch_json(batch, entries)})
         return
-    sentences = failures(batch, entries)
-    if silent:
-        for sentence in sentences:
-            errors.print(f"failed: {sentence}", markup=False)
+    failures = report.failures(batch, entries)
+    if out.silent:
+        out.fail(*failures)
+    elif failures:
+        out.tabulate_failures(report.failure_table(batch, entries))
+    out.tell(report.standing(batch, entries))
+    out.paths(*(clip.path for clip in batch.clips if clip.key in entries and entries[clip.key].status == "done"))
+
+
+def _show_plan(batch: Batch, out: Output) -> None:
+    if out.as_json:
+        out.json({"dry_run": True, "version": __version__, **report.batch_json(batch, batch.before)})
+    elif out.silent:
+        out.paths(*(clip.path for clip in batch.clips))
     else:
-        if sentences:
-            Console(stderr=True, highlight=False).print(failure_table(batch, entries))
-        errors.print(standing(batch, entries), markup=False)
-    for clip in batch.clips:
-        if clip.key in entries and entries[clip.key].status == "done":
-            typer.echo(clip.path)
+        out.show(report.batch_table(batch))
+        out.say(report.standing(batch, batch.before))
 
 
-def _show_dry_run(batch: Batch, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        about = {"dry_run": True, "version": __version__, **batch_json(batch, batch.before)}
-        typer.echo(json.dumps(about, indent=2))
-    elif quiet:
-        for clip in batch.clips:
-            typer.echo(clip.path)
-    else:
-        console = Console(highlight=False)
-        console.print(batch_table(batch))
-        console.print(standing(batch, batch.before), markup=False)
-
-
-def _show_notes(planned: BatchPlan, errors: Console, silent: bool) -> None:
+def _tell_notes(planned: BatchPlan, out: Output) -> None:
     found = planned.warnings
-    for sentence in planned.notes if not silent else ():
-        errors.print(f"note: {sentence}", style="dim", markup=False)
-    for sentence in found[:_MAX_WARNINGS]:
-        errors.print(f"warning: {sentence}", style="yellow", markup=False)
+    out.note(*planned.notes)
+    out.warn(*found[:_MAX_WARNINGS])
     if len(found) > _MAX_WARNINGS:
-        errors.print(f"warning: and {len(found) - _MAX_WARNINGS} more like these", style="yellow", markup=False)
+        out.warn(f"and {len(found) - _MAX_WARNINGS} more like these")
 
 
+@takes_request()
 def decode_latents(
     files: Annotated[list[Path], typer.Argument(help="Files ending in .latents.safetensors, or folders of them.")],
     output: Annotated[
@@ -200,8 +206,8 @@ def decode_latents(
     device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")] = None,
     keep: Annotated[bool, option("--keep", panel=OUTPUT, help="Do not remove the latents afterwards.")] = False,
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    *,
+    shown: Shown,
     debug: Debug = False,
 ) -> None:
     """Decode latents that an interrupted or failed run saved, and write their clips and records."""
@@ -209,9 +215,8 @@ def decode_latents(
     from vmonarch_cli.cli.progress import RunProgress
 
     found = find_files(files)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    silent = as_json or quiet
-    with stoppable() as interrupts, RunProgress(errors, lambda *_: None, silent) as progress:
+    out = shown.output()
+    with stoppable() as interrupts, RunProgress(out) as progress:
         try:
             outcomes = decode_files(
                 found,
@@ -224,14 +229,10 @@ def decode_latents(
             )
         except Interrupted as stop:
             raise typer.Exit(stop.exit_code) from None
-    for outcome in outcomes:
-        if outcome.error is not None:
-            errors.print(f"failed: {outcome.latents}: {outcome.error}", style="red", markup=False)
-    if as_json:
-        typer.echo(json.dumps({"version": __version__, "clips": [outcome.to_json() for outcome in outcomes]}, indent=2))
-    else:
-        for outcome in outcomes:
-            if outcome.path is not None:
-                typer.echo(outcome.path)
-    if any(outcome.error is not None for outcome in outcomes):
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    out.fail(*(f"{outcome.latents}: {outcome.error}" for outcome in failed))
+    if out.as_json:
+        out.json({"version": __version__, "clips": [outcome.to_json() for outcome in outcomes]})
+    out.paths(*(outcome.path for outcome in outcomes if outcome.path is not None))
+    if failed:
         raise typer.Exit(EXIT_CLIP_FAILED)

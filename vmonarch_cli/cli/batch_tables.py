@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli.batch.clips import PlannedClip
 from vmonarch_cli.batch.folder import Batch, has_latents
 from vmonarch_cli.batch.manifest import DONE, FAILED, PLANNED, ManifestEntry
+from vmonarch_cli.cli.tables import table
 from vmonarch_cli.text import seconds
 from vmonarch_cli.timing import ClipResult
 
 
 def batch_table(batch: Batch) -> Table:
     """A row per clip: where it comes from, what it is, and what is to be done about it."""
-    table = _table("line", "file", "seed", "clip", "steps", "preset", "to do")
+    made = table("line", "file", "seed", "clip", "steps", "preset", "to do")
     for clip in batch.clips:
         plan = clip.plan
-        table.add_row(
+        made.add_row(
             str(clip.line),
             Text(clip.path.name, overflow="fold"),
             str(plan.seed),
@@ -30,10 +30,10 @@ def batch_table(batch: Batch) -> Table:
             plan.preset.name,
             to_do(clip, batch.before[clip.key]),
         )
-    table.columns[1].ratio = 1
-    for column in table.columns[2:]:
+    made.columns[1].ratio = 1
+    for column in made.columns[2:]:
         column.no_wrap = True
-    return table
+    return made
 
 
 def to_do(clip: PlannedClip, entry: ManifestEntry) -> str:
@@ -54,12 +54,12 @@ def clip_line(result: ClipResult, count: int) -> str:
 
 def failure_table(batch: Batch, entries: Mapping[str, ManifestEntry]) -> Table:
     """A row per clip that failed: line, file and sentence."""
-    table = _table("line", "file", "why it failed")
+    made = table("line", "file", "why it failed")
     for clip in batch.clips:
         entry = entries.get(clip.key)
         if entry is not None and entry.status == FAILED:
-            table.add_row(str(clip.line), Text(entry.name, overflow="fold"), Text(entry.error or "", overflow="fold"))
-    return table
+            made.add_row(str(clip.line), Text(entry.name, overflow="fold"), Text(entry.error or "", overflow="fold"))
+    return made
 
 
 def failures(batch: Batch, entries: Mapping[str, ManifestEntry]) -> list[str]:
@@ -106,10 +106,3 @@ def _clip_json(clip: PlannedClip, entry: ManifestEntry | None) -> dict[str, Any]
         "error": None if entry is None else entry.error,
         "retries": [] if entry is None else entry.retries,
     }
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False)
-    for title in titles:
-        table.add_column(title)
-    return table

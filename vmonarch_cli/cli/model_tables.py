@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import facts
+from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import memory
@@ -20,14 +19,12 @@ from vmonarch_cli.text import binary_size, flops
 
 def models_table(models: Sequence[ModelEntry]) -> Table:
     """What each model makes by default, what a denoising step's self-attention costs, and what memory it takes."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False, caption_justify="left")
-    for title in ("model", "by default", "attention", "memory"):
-        table.add_column(title)
-    for column in table.columns[1:]:
+    made = table("model", "by default", "attention", "memory")
+    for column in made.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for model in models:
         d, cost, peaks = model.defaults, _step(model), _peaks(model)
-        table.add_row(
+        made.add_row(
             Text.assemble(
                 (model.alias, "bold"),
                 (f"\n{model.hub_id or 'comes with vmonarch'}\n", "dim"),
@@ -38,11 +35,11 @@ def models_table(models: Sequence[ModelEntry]) -> Table:
             f"{flops(cost.dense_call)}\n{flops(cost.structured_call)}",
             "\n".join(binary_size(peaks[mode]) for mode in ("none", "model", "group")),
         )
-    table.caption = (
+    made.caption = (
         "attention: of one layer's call, dense and with its default preset; memory: estimated peak in bfloat16 "
         "with --offload none, model and group"
     )
-    return table
+    return made
 
 
 def model_table(model: ModelEntry) -> Group:

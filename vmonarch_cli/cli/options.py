@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 import typer
 
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.text import shown
@@ -132,31 +134,63 @@ Quiet = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only t
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The flags that say how much is printed."""
+
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    def output(self, main: bool = True) -> Output:
+        """Where a command with these flags prints."""
+        return Output(as_json=self.as_json, quiet=self.quiet, main=main)
+
+
 def takes_request(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command whose first parameter is a GenerateRequest: on the command line that one becomes all the
-    flags of `RequestFlags` (except `without`), and its other parameters follow.
+    """Decorate a command that takes its flags in groups: on the command line each field of a group is a flag.
+
+    A group is a parameter of type GenerateRequest, which becomes the flags of `RequestFlags` (except `without`), or of
+    a dataclass whose fields are annotated as flags. Other parameters stay as they are, in their place.
     """
-    flags = get_type_hints(RequestFlags, include_extras=True)
-    kept = [name for name in flags if name not in without]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        groups = {name: found for name, p in own.items() if (found := _flags_of(p.annotation, without))}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            named = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += groups.get(name, [named])
+
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            values = {name: given.pop(name) for name in kept}
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            command(GenerateRequest(**{name: value for name, value in values.items() if value is not None}), **given)
+            for name, flags in groups.items():
+                values = {flag.name: given.pop(flag.name) for flag in flags}
+                values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+                # What was not given is left to the group's own default.
+                given[name] = own[name].annotation(**{key: v for key, v in values.items() if v is not None})
+            command(**given)
 
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        named = inspect.Parameter.KEYWORD_ONLY
-        shared = [
-            inspect.Parameter(
-                name, named, default=False if flags[name].__origin__ is bool else None, annotation=flags[name]
-            )
-            for name in kept
-        ]
-        parameters = [*shared, *(parameter.replace(kind=named) for parameter in own)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
+
+
+def _flags_of(group: Any, without: Sequence[str]) -> list[inspect.Parameter]:
+    """The flags of a group as parameters of a command; none of a type that is no group."""
+    named = inspect.Parameter.KEYWORD_ONLY
+    defaults: dict[str, Any]
+    if group is GenerateRequest:
+        flags = get_type_hints(RequestFlags, include_extras=True)
+        defaults = {name: False if annotation.__origin__ is bool else None for name, annotation in flags.items()}
+    elif is_dataclass(group):
+        flags = get_type_hints(group, include_extras=True)
+        defaults = {field.name: field.default for field in fields(group)}
+    else:
+        return []
+    return [
+        inspect.Parameter(name, named, default=defaults[name], annotation=annotation)
+        for name, annotation in flags.items()
+        if name not in without
+    ]

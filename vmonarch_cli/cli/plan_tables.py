@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import facts, flops_words
+from vmonarch_cli.cli.report import flops_words
+from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype
@@ -22,39 +22,39 @@ from vmonarch_cli.text import binary_size, seconds
 
 def presets_table(presets: Sequence[Preset]) -> Table:
     """Name and sentence of each preset; the default is marked."""
-    table = _table("preset", "what it is for")
+    made = table("preset", "what it is for")
     for preset in presets:
         name = Text(preset.name, style="bold")
         if preset.name == DEFAULT_PRESET:
             name.append(" (default)", "dim")
         elif preset.name == DEMO.defaults.preset:
             name.append(" (demo model's default)", "dim")
-        table.add_row(name, Text(preset.description))
-    return table
+        made.add_row(name, Text(preset.description))
+    return made
 
 
 def preset_table(preset: Preset) -> Group:
     """Every field of a preset: value, unit, what is valid and one sentence."""
-    table = _table("field", "value", "meaning")
+    made = table("field", "value", "meaning")
     for name, doc in FIELD_DOCS.items():
         if name in ("name", "description"):
             continue
         value = format_value(getattr(preset, name))
         meaning = Text.assemble(doc.sentence, (f" Takes {doc.valid}.", "dim"))
         shown = Text.assemble((value, "cyan"), (f"\n{doc.unit}", "dim"))
-        table.add_row(Text(name, style="bold"), shown, meaning)
-    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), table)
+        made.add_row(Text(name, style="bold"), shown, meaning)
+    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), made)
 
 
 def dry_run(plan: Plan) -> Group:
     """Every resolved setting with its origin, and what would be computed and written."""
-    table = _table("setting", "value", "from")
+    made = table("setting", "value", "from")
     for name, entry in plan.settings().items():
         if name == "output":  # the files follow below
             continue
         value = _shown(entry["value"])
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
-        table.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
+        made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
     dtype, need = resolved_dtype(plan), memory_bytes(plan)
     rows: list[tuple[str, RenderableType]] = [
@@ -68,7 +68,7 @@ def dry_run(plan: Plan) -> Group:
     rows += [("file", f"{path} (replaced)" if path.exists() else str(path)) for path in plan.outputs[:10]]
     if len(plan.outputs) > 10:
         rows.append(("", f"and {len(plan.outputs) - 10} more"))
-    return Group(table, facts(rows))
+    return Group(made, facts(rows))
 
 
 def estimates(plan: Plan) -> dict[str, Any]:
@@ -110,10 +110,3 @@ def _shown(value: object) -> str:
         return "true" if value else "false"
     text = str(value)
     return text if len(text) <= 48 else text[:45] + "..."
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), pad_edge=False, caption_justify="left")
-    for title in titles:
-        table.add_column(title)
-    return table

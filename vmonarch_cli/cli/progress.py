@@ -1,13 +1,13 @@
-"""The progress bar of a run, on stderr: one line that follows the events of `make.generate`."""
+"""The progress bar of a run, on stderr: one line that follows the events of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.events import (
     ClipDone,
     ClipStarted,
@@ -23,27 +23,24 @@ from vmonarch_cli.timing import ClipResult
 
 
 class RunProgress:
-    """A context manager to hand to `make.generate` as `on_event`.
+    """A context manager to hand to a run as `on_event`.
 
     On a terminal it draws a bar that vanishes at the end; elsewhere it writes one plain line per phase. `on_clip` gets
     every finished clip and the seconds that loading took, with the bar out of the way.
     """
 
-    def __init__(
-        self, console: Console, on_clip: Callable[[ClipResult, float | None], None], quiet: bool = False
-    ) -> None:
-        self._console = console
+    def __init__(self, out: Output, on_clip: Callable[[ClipResult, float | None], None] = lambda *_: None) -> None:
+        self._out = out
         self._on_clip = on_clip
-        self._quiet = quiet
         self._bar: Progress | None = None
-        if console.is_terminal and not quiet:
+        if out.stderr.is_terminal and not out.silent:
             self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
+                SpinnerColumn("line" if out.stderr.options.ascii_only else "dots"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[count]}"),
+                TextColumn("{task.fields[count]}", markup=False),
                 TimeElapsedColumn(),
-                console=console,
+                console=out.stderr,
                 transient=True,
             )
         self._task: TaskID | None = None
@@ -81,7 +78,7 @@ class RunProgress:
             case Decoding():
                 self._phase("decoding")
             case Retrying(sentence=sentence):
-                self._console.print(sentence, style="yellow", markup=False, highlight=False)
+                self._out.retry(sentence)
             case ClipDone(result=result):
                 if self._bar:
                     self._bar.stop()
@@ -99,5 +96,5 @@ class RunProgress:
                 self._bar.remove_task(self._task)
             self._total = total
             self._task = self._bar.add_task(words, total=total, count=f"0/{total}" if total else "")
-        elif not self._quiet:
-            self._console.print(f"{words} ({total} steps)" if total else words, markup=False, highlight=False)
+        else:
+            self._out.tell(f"{words} ({total} steps)" if total else words)

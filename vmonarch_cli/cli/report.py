@@ -5,27 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vmonarch_cli.cli.tables import ABSENT, facts, maybe, table, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
-
-ABSENT = "·"
-
-
-def facts(rows: Sequence[tuple[str, RenderableType]]) -> Table:
-    """Two columns: a dim label, and a value that wraps."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True, min_width=10)
-    table.add_column(overflow="fold")
-    for label, value in rows:
-        table.add_row(label, Text(value) if isinstance(value, str) else value)
-    return table
 
 
 def header(plan: Plan, machine: Machine) -> Table:
@@ -86,16 +74,16 @@ def flops_words(plan: Plan) -> str:
 
 def step_table(steps: Sequence[StepAttention]) -> Table:
     """One row per denoising step and a row of medians; the times of one column share their unit."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1), show_footer=True, footer_style="bold")
+    made = table(pad_edge=True, show_footer=True, footer_style="bold")
     step_unit, step_time = _time_column([s.step_s for s in steps])
     attention_unit, attention_time = _time_column([s.attention_s for s in steps] + [s.dense_s for s in steps])
 
     def column(title: str, values: Sequence[float | None], shown: Callable[[float], str], style: str = "") -> None:
         known = [value for value in values if value is not None]
         footer = shown(statistics.median(known)) if known else ""
-        table.add_column(title, footer=footer, style=style, justify="right", no_wrap=True)
+        made.add_column(title, footer=footer, style=style, justify="right", no_wrap=True)
 
-    table.add_column("\nstep", footer="median", justify="right", no_wrap=True)
+    made.add_column("\nstep", footer="median", justify="right", no_wrap=True)
     column("\nsigma", [], str, "dim")
     column(f"step\n{step_unit}", [s.step_s for s in steps], step_time)
     column(f"attention\n{attention_unit}", [s.attention_s for s in steps], attention_time)
@@ -105,17 +93,17 @@ def step_table(steps: Sequence[StepAttention]) -> Table:
     column("\nerror", [s.error for s in steps], lambda value: f"{value:.3f}", "dim")
     for s in steps:
         mark = "" if s.structured_calls == s.calls else (" d" if s.structured_calls == 0 else " p")
-        table.add_row(
+        made.add_row(
             Text.assemble(str(s.index + 1), (mark, "yellow")),
-            ABSENT if s.sigma is None else f"{s.sigma:.3f}",
+            maybe(s.sigma, "{:.3f}".format),
             step_time(s.step_s),
             attention_time(s.attention_s),
             _percent(s.attention_share),
-            ABSENT if s.dense_s is None else attention_time(s.dense_s),
-            _speedup_text(s.speedup) if s.structured_calls else ABSENT,
-            ABSENT if s.error is None else f"{s.error:.3f}",
+            maybe(s.dense_s, attention_time),
+            times(s.speedup) if s.structured_calls else ABSENT,
+            maybe(s.error, "{:.3f}".format),
         )
-    return table
+    return made
 
 
 def step_legend(steps: Sequence[StepAttention]) -> Text:
@@ -160,7 +148,7 @@ def _attention_line(timing: ClipTiming) -> Text:
     line = Text(f"{seconds(timing.attention_s)}{share}")
     if timing.attention_speedup is None:
         return line
-    line.append(", ").append(_speedup_text(timing.attention_speedup)).append(" against dense, sampled in this run")
+    line.append(", ").append(times(timing.attention_speedup)).append(" against dense, sampled in this run")
     if timing.attention_speedup < 1:
         line.append("; not worth it at this size", "yellow")
     return line
@@ -170,7 +158,7 @@ def _end_to_end(timing: ClipTiming) -> Text:
     spent = timing.text_encode_s + timing.denoise_s + timing.decode_s + timing.write_s
     line = Text(seconds(spent))
     if timing.end_to_end_speedup is not None:
-        line.append(", ").append(_speedup_text(timing.end_to_end_speedup)).append(" against all dense, estimated")
+        line.append(", ").append(times(timing.end_to_end_speedup)).append(" against all dense, estimated")
     return line
 
 
@@ -199,9 +187,3 @@ def _time_column(values: Sequence[float | None]) -> tuple[str, Callable[[float],
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _speedup_text(value: float | None) -> Text:
-    if value is None:
-        return Text(ABSENT)
-    return Text(f"{value:.2f}x", style="green" if value >= 1 else "yellow")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import ATTENTION, OUTPUT, AsJson, Debug, Quiet, option, takes_request
+from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, InputError
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -80,7 +81,7 @@ def _make(request: GenerateRequest, presets: list[str], silent: bool) -> tuple[P
     for sentence in first.warnings:
         errors.print(f"warning: {sentence}", style="yellow", markup=False)
     machine = check_machine_for(list(plans.values()))
-    with RunProgress(errors, lambda result, load_s: remember(result.record), quiet=silent) as progress:
+    with RunProgress(Output(quiet=silent), lambda result, load_s: remember(result.record)) as progress:
         comparison, _ = run_comparison(plans, machine, progress)
     return folder, comparison
 
@@ -145,8 +146,7 @@ def rerun(
     before = check_record(file)
     plan: Plan = plan_again(file, output, overwrite, device)
     machine = check_machine(plan)
-    console = Console(stderr=True, highlight=False)
-    with RunProgress(console, lambda result, load_s: None, quiet=as_json or quiet) as progress:
+    with RunProgress(Output(quiet=as_json or quiet)) as progress:
         repetition = repeat(plan, machine, before, progress)
     if as_json:
         _print_json({"version": __version__, **repetition.to_json()})

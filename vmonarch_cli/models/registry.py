@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.demo import DEMO, WEIGHTS
 from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.text import near
 
 DEMO_ALIAS = DEMO.alias
 HOW_TO_GET_A_REAL_MODEL = f"--model {wan.WAN21_1_3B.alias} downloads a real one, about 29 GB"
@@ -65,6 +65,4 @@ def _aliases() -> str:
 def _near(name: str) -> str:
     """' (did you mean A or B?)' from aliases and from hub ids, shown as the short alias."""
     owners = {known.lower().split("/")[-1]: entry.alias for entry in ENTRIES for known in _names(entry)}
-    close = difflib.get_close_matches(name.lower().split("/")[-1], owners, n=6, cutoff=0.7)
-    words = list(dict.fromkeys(owners[known] for known in close))[:3]
-    return f" (did you mean {' or '.join(words)}?)" if words else ""
+    return near(name.split("/")[-1], owners, cutoff=0.7, names=owners)

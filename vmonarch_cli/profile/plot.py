@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
 from vmonarch_cli.profile.record import check_parent
-from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile, QualityProfile, QualityRow
+from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile
 
 ENDINGS = (".png", ".svg")
 PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))

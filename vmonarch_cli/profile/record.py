@@ -27,7 +27,7 @@ COMMIT_VARIABLE = "VMONARCH_COMMIT"
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineFacts:
     """Where the figures come from, ready for captions."""
 
     device: str
@@ -41,7 +41,7 @@ class Machine:
         return ", ".join([self.device, *(f"{name} {self.versions[name]}" for name in shown)])
 
 
-def this_machine(device: Any) -> Machine:
+def this_machine(device: Any) -> MachineFacts:
     """Device (a torch.device) and versions; imports torch."""
     import torch
 
@@ -54,7 +54,7 @@ def this_machine(device: Any) -> Machine:
         details["capability"] = list(torch.cuda.get_device_capability(device))
         details["memory_bytes"] = properties.total_memory
         details["multiprocessors"] = properties.multi_processor_count
-    return Machine(device_name(device), installed_versions(), details)
+    return MachineFacts(device_name(device), installed_versions(), details)
 
 
 def commit() -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ class Recorder:
     """Keeps the record of one run and, given a path, its file up to date."""
 
     def __init__(
-        self, kind: str, target: str | None, machine: Machine, settings: dict[str, Any], program: str = "vmonarch"
+        self, kind: str, target: str | None, machine: MachineFacts, settings: dict[str, Any], program: str = "vmonarch"
     ) -> None:
         """target: a file, "-" (the caller prints `data` at the end) or None; program: what the arguments were for."""
         self._path = None if target in (None, "-") else Path(str(target))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vmonarch_cli.cli.profile.flags import ShapeFlags
 from vmonarch_cli.demo.captions import plain_caption
 from vmonarch_cli.demo.score import held_out_specs
 from vmonarch_cli.errors import InputError, ModelError
@@ -79,10 +80,9 @@ def all_structured() -> tuple[str, ...]:
     return tuple(name for name in shipped_names() if load_preset(name).attention != "dense")
 
 
-def model_shape(
-    name: str | None, size: str | None, height: int | None, width: int | None, num_frames: int | None, random: bool
-) -> ModelShape:
+def model_shape(flags: ShapeFlags, *, random: bool) -> ModelShape:
     """The model (the demo by default) and a shape; with random weights an alias needs no weights to be there."""
+    name = flags.model
     try:
         entry, source = find_model(DEMO_ALIAS if name is None else name)
     except ModelError:
@@ -101,17 +101,24 @@ def model_shape(
             f"with its own weights only a {WAN} is profiled, and {entry.alias} is a {entry.pipeline}: "
             "add --random-weights, which takes the same time"
         )
-    given_height, given_width = checks.size(size, height, width)
+    given_height, given_width = checks.size(flags.size, flags.height, flags.width)
     defaults = entry.defaults
     found = ModelShape(
         entry,
         source,
         given_height or defaults.height,
         given_width or defaults.width,
-        defaults.num_frames if num_frames is None else num_frames,
+        defaults.num_frames if flags.num_frames is None else flags.num_frames,
     )
     entry.check_shape(found.height, found.width, found.num_frames)
     return found
+
+
+def check_sampling(steps: int | None, guidance_scale: float | None, flow_shift: float | None) -> None:
+    """InputError when one of these flags is out of its range."""
+    checks.whole("--steps", steps, 1, 1000)
+    checks.number("--guidance-scale", guidance_scale, 0, 100)
+    checks.number("--flow-shift", flow_shift, 0.01, 100)
 
 
 def prompts(entry: ModelEntry, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
