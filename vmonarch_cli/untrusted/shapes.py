@@ -28,7 +28,7 @@ _LIMITS = {
 
 
 def fault_of(error: ValidationError) -> str:
-    """'it has no frames.height' or 'frames.count takes a whole number, got a list', of the first thing that is wrong."""
+    """'it has no frames.height', 'frames.count takes a whole number, got a list': the first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
     kind, came = first["type"], first["input"]
