@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PresetError, match="is not UTF-8 text"):
         load_preset(str(binary))
-    with pytest.raises(PresetError, match="cannot be read: Is a directory"):
+    with pytest.raises(PresetError, match="is a folder, not a file"):
         load_preset(f"{tmp_path}/")
 
 
@@ -156,3 +157,59 @@ def test_any_override_is_taken_or_one_sentence(text: str) -> None:
         apply_overrides(load_preset("paper"), {name: ("--set", value)})
     except PresetError as error:
         assert error.message.startswith("--set: ")
+
+
+# Values of strangers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_steps = " + "9" * 200, "mine.toml line 1: holds a number of more than 100 digits"),
+        ("num_steps = " + "9" * 5000, "mine.toml line 1: holds a number of more than 100 digits"),
+        ("num_steps = 0x" + "f" * 5000, "mine.toml line 1: holds a number of more than 100 digits"),
+        ("band = " + "[" * 500 + "]" * 500, "mine.toml: is nested too deeply"),
+        (
+            'name = "\\u001b[31mX"',
+            "mine.toml: field 'name' takes 1 to 60 printable characters without brackets, got \"\x1b[31mX\"",
+        ),
+        (
+            'name = "[/red]"',
+            "mine.toml: field 'name' takes 1 to 60 printable characters without brackets, got \"[/red]\"",
+        ),
+    ],
+)
+def test_hostile_values_get_one_sentence(text: str, expected: str) -> None:
+    assert sentence(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_steps=" + "9" * 5000, "--set: the value of 'num_steps' holds a number of more than 100 digits"),
+        ("num_steps=0x" + "f" * 5000, "--set: the value of 'num_steps' holds a number of more than 100 digits"),
+        ("band=" + "[" * 500 + "]" * 500, "--set: the value of 'band' is nested too deeply"),
+        ('impl="\\u0000"', "--set: the value of 'impl' holds a NUL character"),
+    ],
+)
+def test_hostile_assignments_get_one_sentence(text: str, expected: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        parse_assignment(text)
+    assert caught.value.message == expected
+
+
+def test_an_assignment_is_one_value() -> None:
+    assert parse_assignment("band=1\nimpl='torch'") == ("band", "1\nimpl='torch'")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null/x.toml", "a\0/b.toml", "\ud800/b.toml", "~nosuchuser/b.toml"])
+def test_paths_that_are_no_preset(name: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        load_preset(name)
+    assert len(caught.value.message.splitlines()) == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(PresetError, match="is a pipe, not a file"):
+        load_preset(str(tmp_path / "pipe.toml"))

@@ -285,7 +285,7 @@ def clips() -> Iterator[Command]:
 def chains() -> Iterator[Command]:
     """Commands that go on with what earlier ones made."""
 
-    def step(folder: str, name: str, args: str, slow: bool = False, kill_at: str = "") -> Command:
+    def step(folder: str, name: str, args: str, slow: bool = False, kill_at: tuple[str, str] = ("", "")) -> Command:
         return Command("chains", name, args, folder, measured=True, columns=400, slow=slow, kill_at=kill_at)
 
     tiny = "--size 32x32 --num-frames 9 --steps 2 --device cpu --dtype float32"
@@ -307,7 +307,7 @@ def chains() -> Iterator[Command]:
     yield step("compare", "compare", f"compare {TINY} --preset paper --preset fast -o both/", slow=True)
     yield step("compare", "compare as JSON", f"compare {TINY} --set band=1 -o one/ --json", slow=True)
     killed = f"generate --prompts-file two.txt {tiny} --num-frames 33 -o batch/ --quiet"
-    saved = "batch/*.latents.safetensors"
+    saved = ("batch/manifest.jsonl", '"event": "denoised"')
     yield step("decode", "decode: killed batch", killed, slow=True, kill_at=saved)
     yield step("decode", "decode", "decode batch --device cpu", slow=True)
     yield step("decode", "decode: batch goes on", f"{killed} --json", slow=True)

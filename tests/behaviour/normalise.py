@@ -11,10 +11,12 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from running import Command, Left
+
+if TYPE_CHECKING:
+    import numpy as np  # not before the number of its threads is set
 
 _DROPPED = re.compile(
     r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s)$"
@@ -96,29 +98,35 @@ class _Tidy:
 
     def text(self, text: str) -> str:
         """Paths, machine facts and, where the command is measured, numbers replaced by their names."""
-        text = text.replace(str(self._folder), "<folder>").replace(str(self._folder.parent / "home"), "<home>")
-        text = re.sub(r"[^\s\"'=]*/demo/weights\b", "<demo weights>", text)
-        text = re.sub(r"(needs at least [^:]* and )[\d.]+ \w+( are free)", r"\1<size>\2", text)
-        text = _DEVICE.sub("<machine>", text)
-        for pattern, plain in _DOCTOR:
-            text = re.sub(pattern, plain, text)
-        text = _VERSION.sub(r"\1 <version>", text)
+        text = self._known(text)
         if self._measured:
             text = _MEASURE.sub(lambda match: "<n>x" if match[2] else _UNITS.get(match[1], "<size>"), text)
             text = _DECIMAL.sub("<n>", text)
             text = re.sub(r"(?m)^( *step +sigma +)m?s( +)m?s( +share +)m?s", r"\1<unit>\2<unit>\3<unit>", text)
             text = re.sub(r"(?m)^LPIPS is left out: .*\n", "", text)
             if self._reports:
-                text = re.sub(r"\b(ms|µs|s|[KMGT]?FLOP/s)\b", "<unit>", _COUNT.sub("<n>", text))
+                text = re.sub(r"(?<![\w'])(ms|µs|s|[KMGT]?FLOP/s)\b", "<unit>", _COUNT.sub("<n>", text))
             text = re.sub(r"; not worth it at this size|, worth it\b", "", text)
             text = re.sub(r"(?m)^\[<time>\] ", "", text)
             text = re.sub(r"[ \t]+", " ", re.sub(r"[─━-]{3,}", "---", text))
         return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
 
+    def _known(self, text: str) -> str:
+        """Without what is of this machine or this run: folders, the device, versions."""
+        text = text.replace(str(self._folder), "<folder>").replace(str(self._folder.parent / "home"), "<home>")
+        text = re.sub(r"[^\s\"'=]*/weights\b", "<demo weights>", text)
+        text = re.sub(r"(needs at least [^:]* and )[\d.]+ \w+( are free)", r"\1<size>\2", text)
+        text = _DEVICE.sub("<machine>", text)
+        for pattern, plain in _DOCTOR:
+            text = re.sub(pattern, plain, text)
+        return _VERSION.sub(r"\1 <version>", text)
+
     def json(self, path: str, value: Any, key: str = "") -> Any:
         """The same tree with measured values taken out."""
         if value is None:
             return None
+        if _DROPPED.search(key):
+            return "<left out>"
         if isinstance(value, dict):
             if "median" in value:
                 return "<times>"
@@ -126,11 +134,9 @@ class _Tidy:
                 return "<device>"
             if set(value) == {"value", "origin"}:
                 return f"{json.dumps(self.json(path, value['value'], key), ensure_ascii=False)} from {value['origin']}"
-            if key in ("model", "preset") and len(value) > 5 and not self._in_full:
-                return f"<{len(value)} facts, {_digest(json.dumps(value).replace(str(self._folder), ''))}>"
+            if ("hub_id" in value or "c_floor" in value) and not self._in_full:
+                return f"<{len(value)} facts, {_digest(self._known(json.dumps(value)))}>"
             return {k: self.json(f"{path}.{k}", v, str(k)) for k, v in value.items()}
-        if _DROPPED.search(key):
-            return "<left out>"
         if isinstance(value, list):
             return [self.json(f"{path}[{i}]", v, key) for i, v in enumerate(value)]
         if isinstance(value, bool):
@@ -139,7 +145,7 @@ class _Tidy:
             if _HASH.search(key):
                 self._exact[path] = value
                 return "<hash>"
-            return "<time>" if key == "time" else self.text(value)
+            return "<time>" if key == "time" else self._known(value)
         if _TIMED.search(key) and not path.endswith("settings.seconds"):
             return "<measured>"
         if _NUMBER.search(key) or (isinstance(value, float) and len(repr(value)) > 8):
@@ -172,6 +178,7 @@ class _Tidy:
 
     def frames(self, folder: str) -> str:
         """Pixels of a folder of PNGs: one hash, and for every frame its mean colour and spread."""
+        import numpy as np
         from PIL import Image
 
         files = sorted((self._folder / folder).glob("*.png"))
@@ -181,7 +188,7 @@ class _Tidy:
 
     def _pixels(self, name: str, pixels: np.ndarray[Any, Any]) -> None:
         self._exact[f"{name} pixels"] = hashlib.sha256(pixels.tobytes()).hexdigest()
-        values = pixels.astype(np.float64)
+        values = pixels.astype("float64")
         for i, colour in enumerate(("red", "green", "blue")):
             self._numbers[f"{name} pixels, mean {colour}"] = [significant(x) for x in values[..., i].mean((1, 2))]
         self._numbers[f"{name} pixels, spread"] = [significant(x) for x in values.std((1, 2, 3))]
@@ -191,7 +198,8 @@ class _Tidy:
 
         picture = Image.open(path)
         count = getattr(picture, "n_frames", 1)
-        self._exact[f"{name} bytes"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if count > 1:
+            self._exact[f"{name} bytes"] = hashlib.sha256(path.read_bytes()).hexdigest()
         each = f" of {picture.info['duration']} ms" if count > 1 else ""
         size = "" if path.name.startswith("plot") else f" {picture.width}x{picture.height}"
         return f"{picture.format}{size}, {count} frame{'s' if count > 1 else ''}{each}"
@@ -208,7 +216,7 @@ class _Tidy:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
         self._exact[f"{name} tensors"] = hashlib.sha256(content[8 + length :]).hexdigest()
-        notes = header.get("__metadata__", {})
+        notes = header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         for key, value in notes.items():
             if value.startswith("{"):
                 notes[key] = json.loads(value)

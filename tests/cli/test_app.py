@@ -369,6 +369,24 @@ def test_generate_end_to_end_with_a_local_folder(tiny_wan_folder: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize(("frames", "preset"), [("17", "exact"), ("1", "paper")])
+def test_where_the_structure_is_exact_nothing_is_called_structured(
+    tiny_wan_folder: Path, frames: str, preset: str
+) -> None:
+    """One table must not say "all dense", "6 of 6 structured" and a speedup."""
+    shape = ("--size", "32x32", "--num-frames", frames, "--steps", "2", "--guidance-scale", "1", "--device", "cpu")
+    result = call(
+        "generate", "-m", str(tiny_wan_folder), "-p", "a red circle", *shape, "--preset", preset, "-o", "x.mp4"
+    )
+    assert result.exit_code == 0, result.stderr
+    shown = " ".join(result.stdout.split())
+    assert "per clip, all dense" in shown
+    assert "0 of 6 self-attention calls structured; dense: 6 (the structure is exact)" in shown
+    assert "against dense" not in shown
+    timing = json.loads(Path("x.json").read_text())["timing"]
+    assert (timing["attention_speedup"], timing["end_to_end_speedup"]) == (None, None)
+
+
 def test_a_real_interrupt_leaves_no_file(tiny_wan_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(tiny_wan_folder), "-p", "a red circle"]
     command += ["--size", "64x64", "--num-frames", "17", "--steps", "1000", "-o", f"{tmp_path}/x.mp4"]

@@ -13,12 +13,14 @@ from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import StepTracker
 from vmonarch_cli.attention.structured import Attention, Call, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.timing import Coverage, StepAttention
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
 DENSE_LAYERS = "dense_layers"
+EXACT = "the structure is exact"
+"""One latent frame, or a band over all of them."""
 GRID_MISFIT = "token count does not fit the grid"
 
 
@@ -168,6 +170,10 @@ class AttentionSession:
         if reason is not None:
             self._dense_calls[reason] += 1
             return self._meter.dense(q, dense)
+        if self._attention is None and options_for(self.preset, call.grid[0]).exact:
+            # The structured code computes dense attention here: a speedup would be noise.
+            self._dense_calls[EXACT] += 1
+            return self._meter.dense(q, functools.partial(self._structured, call))
         self._structured_calls += 1
         if self._attention is not None:
             return self._meter.structured(functools.partial(self._attention, call))
