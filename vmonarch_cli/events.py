@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmonarch_cli.timing import ClipResult, StepAttention
 
@@ -43,6 +44,15 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class LatentsSaved:
+    """From here on no failure costs the denoising of a clip."""
+
+    clip: int
+    path: Path
+    """The latents' file."""
+
+
+@dataclass(frozen=True)
 class Decoding:
     clip: int
 
@@ -60,4 +70,14 @@ class ClipDone:
     result: ClipResult
 
 
-Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | Retrying | ClipDone
+Event = (
+    ModelLoading
+    | ModelLoaded
+    | ClipStarted
+    | CompilingKernels
+    | StepDone
+    | LatentsSaved
+    | Decoding
+    | Retrying
+    | ClipDone
+)

@@ -18,7 +18,7 @@ import pytest
 from vmonarch_cli.batch import claims as claims_module
 from vmonarch_cli.batch.claims import FOLDER, LEASE_S, Claims
 from vmonarch_cli.batch.manifest import Manifest, ManifestEntry, happened, planned
-from vmonarch_cli.clip.interrupts import Interrupted, Interrupts, stoppable
+from vmonarch_cli.clip.interrupts import FIRST, Interrupted, Interrupts, stoppable
 from vmonarch_cli.errors import OutputError
 from vmonarch_cli.machine.process import digest, this_process
 
@@ -271,9 +271,11 @@ def test_two_signals_and_what_they_stop() -> None:
     with stoppable(), pytest.raises(Interrupted) as caught:
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.exit_code == 143
-    with stoppable() as interrupts, pytest.raises(Interrupted) as caught:
+    said: list[str] = []
+    with stoppable(said.append) as interrupts, pytest.raises(Interrupted) as caught:
         finish(interrupts, signal.SIGINT)
     assert (caught.value.exit_code, done) == (130, [signal.SIGINT])
+    assert said == [FIRST], "the first signal is answered at once"
     with stoppable() as interrupts, pytest.raises(Interrupted):
         finish(interrupts, signal.SIGINT, error=OSError("ffmpeg was interrupted as well"))
     done.clear()

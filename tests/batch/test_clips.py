@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 from batches import batch, request
 from PIL import Image
 
@@ -193,8 +194,7 @@ def test_a_manifest_of_other_clips_is_not_joined_by_accident(tiny_wan_folder: Pa
 def test_what_is_due_again(tiny_wan_folder: Path, tmp_path: Path) -> None:
     opened = batch(tiny_wan_folder, tmp_path, "red\nblue\ngreen")
     for clip in opened.clips[:2]:
-        clip.path.touch()
-        clip.path.with_suffix(".json").touch()
+        records.write(clip.plan, clip=True)
         opened.manifest.append(happened("done", clip.key))
     opened.manifest.append(happened("failed", opened.clips[2].key, error="why"))
 

@@ -14,9 +14,18 @@ import torch
 from tiny_wan import FRAMES, GRID, HEIGHT, LAYERS, WIDTH
 
 from vmonarch_cli.clip import make as run
-from vmonarch_cli.clip.record import RECORD_SCHEMA
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA
 from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
-from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, ModelLoaded, ModelLoading, StepDone
+from vmonarch_cli.events import (
+    ClipDone,
+    ClipStarted,
+    Decoding,
+    Event,
+    LatentsSaved,
+    ModelLoaded,
+    ModelLoading,
+    StepDone,
+)
 from vmonarch_cli.pipeline.device import pick_device, pick_dtype
 from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.preflight import check_machine
@@ -91,7 +100,7 @@ def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.Captu
 
     assert result.path == tmp_path / "clip.mp4"
     assert imageio.imread(result.path).shape == (FRAMES, HEIGHT, WIDTH, 3)
-    kinds = [ModelLoading, ModelLoaded, ClipStarted, *[StepDone] * STEPS, Decoding, ClipDone]
+    kinds = [ModelLoading, ModelLoaded, ClipStarted, *[StepDone] * STEPS, LatentsSaved, Decoding, ClipDone]
     assert [type(event) for event in events] == kinds
 
     record = json.loads(result.record_path.read_text())

@@ -1,4 +1,4 @@
-"""Records of clips that nobody made: a plan, invented figures and grey frames, written as a run writes them."""
+"""Clips and records that no model made: a plan, invented figures and grey frames, written as a run writes them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from vmonarch_cli.clip.latents import Denoised
 from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.media.paths import record_path
-from vmonarch_cli.media.write import write_record
+from vmonarch_cli.media.write import write_clip, write_record
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
 
@@ -50,10 +51,11 @@ def denoised(plan: Plan, latents: torch.Tensor | None = None, **facts: Any) -> D
     return Denoised(**{**made, **facts})
 
 
-def write(plan: Plan) -> Path:
-    """The record of the plan's first clip, beside where the clip would be; no clip is written."""
+def write(plan: Plan, *, clip: bool = False) -> Path:
+    """The record of the plan's first clip, beside where the clip would be; the clip itself, grey, only if asked for."""
     latents = denoised(plan)
-    frames = np.zeros((plan.num_frames, plan.height, plan.width, 3), np.uint8)
+    frames = np.full((plan.num_frames, plan.height, plan.width, 3), 128, np.uint8)
     timing = make_timing(latents, 1.0, 0.1, (2**20, "process"))
-    clip = plan.outputs[0]
-    return write_record(record_path(clip), make_record(plan, latents, timing, clip, frames))
+    path = plan.outputs[0]
+    facts = file_facts(write_clip(frames, path, plan.fps, overwrite=True)) if clip else None
+    return write_record(record_path(path), make_record(plan, latents, timing, path, frames, facts))

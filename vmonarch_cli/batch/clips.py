@@ -17,7 +17,7 @@ from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, exists, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, output_path, slug
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -55,7 +55,7 @@ class PlannedClip:
 def batch_folder(request: GenerateRequest) -> Path:
     """The folder of a batch; OutputError where --output names a file."""
     output = DEFAULT_FOLDER if request.output is None else request.output
-    folder = Path(output).expanduser()
+    folder = output_path(output)
     if not output.strip() or (folder.suffix.lower() in ENDINGS and not folder.is_dir()):
         raise OutputError(f"--output takes a folder with --prompts-file, got {shown(output)}")
     return folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.batch.claims import Claim, Claims
+from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.manifest import FILE, Manifest, happened
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import SavedLatents, load_latents
@@ -100,13 +100,23 @@ def _decode(
                 return Outcome(file, error=f"{claims.owner(saved.key)} is making this clip")
             stack.enter_context(claim)
         try:
-            with interrupts.finishing():
-                result = _finish(maker, saved, overwrite or manifest is not None, claim)
+
+            def written(result: ClipResult) -> None:
                 if manifest is not None:
                     done = happened("done", saved.key, retries=result.record["retries"], seconds=result.timing.total_s)
                     manifest.append(done)
                 if not keep:
                     file.unlink(missing_ok=True)
+
+            with interrupts.finishing():
+                result = maker.finish(
+                    saved.plan,
+                    saved.index,
+                    saved.denoised,
+                    overwrite=overwrite or manifest is not None,
+                    work=None if claim is None else claim.work,
+                    on_written=written,
+                )
             return Outcome(file, path=result.path)
         except OutputError:
             raise
@@ -116,8 +126,3 @@ def _decode(
             if not is_out_of_memory(error):
                 raise
             return Outcome(file, error="decoding ran out of memory, in every way that it was tried")
-
-
-def _finish(maker: ClipMaker, saved: SavedLatents, overwrite: bool, claim: Claim | None) -> ClipResult:
-    work = None if claim is None else claim.work
-    return maker.finish(saved.plan, saved.index, saved.denoised, overwrite=overwrite, work=work)

@@ -93,7 +93,7 @@ class Manifest:
         except OSError as error:
             raise OutputError(f"manifest {self.path} cannot be read: {error.strerror}") from None
         except Malformed as wrong:
-            raise OutputError(wrong.about(f"manifest {self.path}")) from None
+            raise OutputError(f"manifest {self.path} cannot be read: it {wrong.reason}") from None
         entries: dict[str, ManifestEntry] = {}
         for number, row in enumerate(content.split(b"\n"), start=1):
             event = _parse(row)

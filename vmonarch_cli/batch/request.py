@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +50,9 @@ class BatchPlan:
         """What will work less well than the user may expect, with the line that it is about."""
         return [f"line {clip.line}: {sentence}" for clip in self.clips for sentence in clip.plan.warnings]
 
-    def open(self, *, dry: bool = False) -> Batch:
+    def open(self, *, dry: bool = False, on_wait: Callable[[str], None] = lambda sentence: None) -> Batch:
         """The batch in its folder (see `open_batch`); with `dry` nothing is written."""
-        return open_batch(self.clips, self.folder, self.terms, self.source, dry=dry)
+        return open_batch(self.clips, self.folder, self.terms, self.source, dry=dry, on_wait=on_wait)
 
 
 def plan_batch(request: GenerateRequest, flags: BatchFlags, rank: Rank) -> BatchPlan:

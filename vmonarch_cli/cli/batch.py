@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.events import BatchEvent, ClipFailed, WaitingForOthers
+from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.prompts import FORMATS
 from vmonarch_cli.batch.request import BatchFlags, BatchPlan, plan_batch
@@ -112,7 +112,10 @@ def run_prompts_file(
         _show_plan(planned.open(dry=True), out)
         return
     machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
-    _run(planned.open(), machine, flags, out, debug=debug)
+    opened = planned.open(on_wait=out.insist)
+    if out.main:
+        out.warn(*opened.notes)
+    _run(opened, machine, flags, out, debug=debug)
 
 
 def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool) -> None:
@@ -124,7 +127,7 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
         remember(result.record)
         out.tell(report.clip_line(result, len(batch.clips)))
 
-    with stoppable() as interrupts, RunProgress(out, on_clip) as progress:
+    with stoppable(out.insist) as interrupts, RunProgress(out, on_clip) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
@@ -132,6 +135,8 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
                     out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
                         out.insist(trace)
+                case ClipTakenOver(line=line, path=path, owner=owner):
+                    out.warn(f"line {line}: {path.name} was taken over by {owner or 'another process'}")
                 case WaitingForOthers(count=count, owners=owners):
                     words = f" ({', '.join(owners)})" if owners else ""
                     out.tell(f"waiting for {count} clips that others are making{words}")
@@ -216,7 +221,7 @@ def decode_latents(
 
     found = find_files(files)
     out = shown.output()
-    with stoppable() as interrupts, RunProgress(out) as progress:
+    with stoppable(out.insist) as interrupts, RunProgress(out) as progress:
         try:
             outcomes = decode_files(
                 found,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +13,7 @@ from vmonarch_cli.cli import batch, plan
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
+from vmonarch_cli.events import Event, LatentsSaved
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -53,7 +56,11 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     machine = check_machine(resolved)
     out.show(report.header(resolved, machine))
 
+    made: list[ClipResult] = []
+    saved: list[Path] = []
+
     def on_clip(result: ClipResult, load_s: float | None) -> None:
+        made.append(result)
         remember(result.record)
         title = f"clip {result.index + 1} of {resolved.num_videos}" if resolved.num_videos > 1 else ""
         out.show(lambda width: report.clip_report(result, load_s, title, width))
@@ -61,16 +68,23 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     from vmonarch_cli.clip.make import generate as run_generate
 
     progress = RunProgress(out, on_clip, live=report.step_table)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, LatentsSaved):
+            saved.append(event.path)
+        progress(event)
+
     try:
-        with stoppable() as interrupts, progress:
+        with stoppable(out.insist) as interrupts, progress:
             results = run_generate(
-                resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=progress
+                resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=on_event
             )
     except BaseException as error:
         if progress.steps:
             out.show(lambda width: report.interrupted_report(progress.steps, width))
-        _name_saved_latents(resolved, out)
+        _name_saved_latents(saved, out)
         if isinstance(error, Interrupted):
+            out.paths(*(result.path for result in made))  # they are whole, whatever is missing
             raise typer.Exit(error.exit_code) from None
         raise
     if out.as_json:
@@ -79,10 +93,8 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     out.paths(*(result.path for result in results))
 
 
-def _name_saved_latents(resolved: Plan, out: Output) -> None:
+def _name_saved_latents(saved: Sequence[Path], out: Output) -> None:
     """What a run that ended early has computed is not lost: say where it is."""
-    from vmonarch_cli.media.paths import latents_path
-
-    for path in map(latents_path, resolved.outputs):
+    for path in saved:
         if path.is_file():
             out.insist(f"latents are saved: vmonarch decode {shlex.quote(str(path))}")

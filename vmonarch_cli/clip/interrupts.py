@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+FIRST = "stopping as soon as this clip is written; a second signal stops at once"
+"""What a first signal is answered with while a clip is being finished."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -21,7 +23,9 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Raises Interrupted where a signal may stop the work, and holds it back where something is being finished."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[str], None] = lambda sentence: None) -> None:
+        """`on_first` gets a sentence when a signal is held back."""
+        self._on_first = on_first
         self._finishing = False
         self._waiting: int | None = None
 
@@ -47,14 +51,19 @@ class Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._finishing and self._waiting is None:
             self._waiting = number
+            with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
+                self._on_first(FIRST)
         else:
             raise Interrupted(number)
 
 
 @contextmanager
-def stoppable() -> Iterator[Interrupts]:
-    """Take over both signals inside the block (in the main thread; elsewhere Python has no say in them)."""
-    interrupts = Interrupts()
+def stoppable(on_first: Callable[[str], None] = lambda sentence: None) -> Iterator[Interrupts]:
+    """Take over both signals inside the block (in the main thread; elsewhere Python has no say in them).
+
+    `on_first`: see `Interrupts`.
+    """
+    interrupts = Interrupts(on_first)
     before = {}
     with suppress(ValueError):
         before = {number: signal.signal(number, interrupts._on_signal) for number in _SIGNALS}

@@ -16,6 +16,7 @@ from vmonarch_cli.clip.denoise import denoise
 from vmonarch_cli.clip.latents import Denoised, save_latents
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
+from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.events import (
     ClipDone,
@@ -23,13 +24,15 @@ from vmonarch_cli.events import (
     CompilingKernels,
     Decoding,
     Event,
+    LatentsSaved,
     ModelLoaded,
     ModelLoading,
     Retrying,
     StepDone,
 )
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.media.paths import latents_path, record_path
+from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
+from vmonarch_cli.media.publish import NameTaken
 from vmonarch_cli.media.write import write_clip, write_record
 from vmonarch_cli.pipeline import context_parallel
 from vmonarch_cli.pipeline.call import Frames, decode, encode
@@ -64,16 +67,20 @@ def generate(
     maker = ClipMaker(plan, machine, retry_dense=retry_dense, on_event=on_event, share_clip=True)
     results = []
     for index in range(plan.num_videos):
-        path = latents_path(plan.outputs[index])
         denoised = maker.denoise(plan, index)
         if not read_rank().is_main:
             continue
         with finishing():
-            denoised = maker.save(path, plan, index, denoised)
+            plan, denoised = maker.save_as_free(plan, index, denoised)
+            on_event(LatentsSaved(index, latents_path(plan.outputs[index])))
         with finishing():
-            results.append(maker.finish(plan, index, denoised))
-            path.unlink(missing_ok=True)
+            # The latents hold the name until the clip has it.
+            results.append(maker.finish(plan, index, denoised, on_written=_remove_latents))
     return results
+
+
+def _remove_latents(result: ClipResult) -> None:
+    latents_path(result.path).unlink(missing_ok=True)
 
 
 class ClipMaker:
@@ -159,6 +166,35 @@ class ClipMaker:
         save_latents(path, plan, index, denoised, key=key, work=work)
         return replace(denoised, save_s=watch.total())
 
+    def save_as_free(self, plan: Plan, index: int, denoised: Denoised) -> tuple[Plan, Denoised]:
+        """Save latents under the plan's name of the clip, or under the next one that is free by now; (the plan with
+        that name, the latents with the time that this took).
+
+        Another run may have planned the same name: of those that save latents under it, one succeeds, and it owns the
+        name until its clip is there.
+        """
+        if plan.overwrite:
+            return plan, self.save(latents_path(plan.outputs[index]), plan, index, denoised)
+        watch = Stopwatch(self._device)
+        wanted = plan.outputs[index]
+        for path in names_like(wanted):
+            if is_taken(path):
+                continue
+            outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
+            renamed = plan.model_copy(update={"outputs": outputs})
+            try:
+                save_latents(latents_path(path), renamed, index, denoised, overwrite=False)
+            except NameTaken:
+                continue
+            if path.exists() or record_path(path).exists():  # of a run that ended just now
+                latents_path(path).unlink(missing_ok=True)
+                continue
+            if path != wanted:
+                sentence = f"{wanted.name} is the name of another run's clip by now: this clip is {path.name}"
+                self._on_event(Retrying(index, sentence))
+            return renamed, replace(denoised, save_s=watch.total())
+        raise AssertionError("names never end")
+
     def finish(
         self,
         plan: Plan,
@@ -168,10 +204,12 @@ class ClipMaker:
         overwrite: bool | None = None,
         work: Path | None = None,
         on_frames: Callable[[Frames], None] = lambda frames: None,
+        on_written: Callable[[ClipResult], None] = lambda result: None,
     ) -> ClipResult:
         """Decode (with less memory where it runs out), and write the clip and its record.
 
-        `overwrite`: the plan's own by default; `work`: see `write_clip`; `on_frames` gets the frames as decoded.
+        `overwrite`: the plan's own by default; `work`: see `write_clip`; `on_frames` gets the frames as decoded,
+        `on_written` the result before anybody else hears of it.
         """
         path = plan.outputs[index]
         replaces = plan.overwrite if overwrite is None else overwrite
@@ -188,7 +226,7 @@ class ClipMaker:
         write_clip(frames, path, plan.fps, replaces, work)
         write_s = watch.lap()
         timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
-        record = make_record(plan, denoised, timing, path, frames)
+        record = make_record(plan, denoised, timing, path, frames, file_facts(path))
         write_record(record_path(path), record, replaces, work)
         on_frames(frames)
         result = ClipResult(
@@ -202,6 +240,7 @@ class ClipMaker:
             timing=timing,
             record=record,
         )
+        on_written(result)
         self._on_event(ClipDone(result))
         return result
 

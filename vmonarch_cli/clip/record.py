@@ -29,14 +29,19 @@ if TYPE_CHECKING:
     from vmonarch_cli.pipeline.call import Frames
 
 _REPEATED = "record"
-_StrictRequest = pydantic.dataclasses.dataclass(GenerateRequest, config=ConfigDict(strict=True, allow_inf_nan=False))
+_StrictRequest = pydantic.dataclasses.dataclass(
+    GenerateRequest, frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False)
+)
 """A request whose fields are checked against their types as they stand: a record is a stranger's file."""
 
 
-def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames) -> dict[str, Any]:
+def make_record(
+    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
-    `frames`: (F, H, W, 3), uint8, as decoded.
+    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see
+    `whole.file_facts`; None where there is none.
     """
     return {
         "schema": RECORD_SCHEMA,
@@ -50,6 +55,7 @@ def make_record(plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, 
             "fps": plan.fps,
             "sha256": frames_hash(frames),
         },
+        "file": written,
         "settings": plan.settings(),
         "preset": plan.preset.model_dump(),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
 import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.untrusted.files import user_path
 
 DEFAULT_FOLDER = "outputs"
 ENDINGS = (".mp4", ".gif", ".png")
 LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
+_MAX_NAME, _MAX_PATH = 255, 4095
+"""Bytes of a file's name and of a path, on all file systems that matter here."""
 
 
 def slug(prompt: str) -> str:
@@ -39,6 +44,18 @@ def latents_path(clip: Path) -> Path:
     return clip.with_suffix(LATENTS_ENDING)
 
 
+def is_taken(clip: Path) -> bool:
+    """Whether a clip, its record or its latents are there: then the name is another clip's, or will be."""
+    return any(os.path.lexists(path) for path in (clip, record_path(clip), latents_path(clip)))
+
+
+def names_like(clip: Path) -> Iterator[Path]:
+    """The clip's own path, then name-2, name-3 and on, without end."""
+    yield clip
+    for number in itertools.count(2):
+        yield clip.with_stem(f"{clip.stem}-{number}")
+
+
 def resolve_targets(output: str | None, prompt: str, seed: int, count: int, overwrite: bool) -> tuple[Path, ...]:
     """Paths of the `count` clips of seeds seed, seed + 1, ...; OutputError when one exists or cannot be written.
 
@@ -48,10 +65,12 @@ def resolve_targets(output: str | None, prompt: str, seed: int, count: int, over
     """
     if output is not None and not output.strip():
         raise OutputError("--output is empty: it takes a file ending in .mp4, .gif or .png, or a folder")
-    path = Path(output or DEFAULT_FOLDER).expanduser()
+    path = output_path(output or DEFAULT_FOLDER)
     if _is_folder(output or DEFAULT_FOLDER, path):
         _check_folder(path)
-        return tuple(_free_name(path, f"{slug(prompt)}-s{seed + i}", overwrite) for i in range(count))
+        found = tuple(_free_name(path, f"{slug(prompt)}-s{seed + i}", overwrite) for i in range(count))
+        _check_lengths(found)
+        return found
     if path.suffix.lower() not in ENDINGS:
         raise OutputError(
             f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENDINGS)} (.png makes a folder of "
@@ -59,7 +78,13 @@ def resolve_targets(output: str | None, prompt: str, seed: int, count: int, over
         )
     _check_folder(path.parent)
     names = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    _check_lengths(names)
     for name in names:
+        if latents_path(name).exists() and not overwrite:
+            raise OutputError(
+                f"{latents_path(name)} exists already: a run that did not end saved it, and vmonarch decode makes its "
+                "clip; pass --overwrite to replace it, or another --output"
+            )
         for taken in (name, record_path(name)):
             if taken.exists() and not overwrite:
                 raise OutputError(f"{taken} exists already: pass --overwrite to replace it, or another --output")
@@ -75,6 +100,32 @@ def check_rate(paths: tuple[Path, ...], fps: int) -> None:
         raise OutputError(f"a .gif cannot show {fps} frames per second: valid are 1 to 50, or an .mp4")
 
 
+def output_path(output: str) -> Path:
+    """The path that --output gives; OutputError for one that no file system, or no record in UTF-8, can name."""
+    try:
+        output.encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"output {output!a} is not UTF-8: give a path that is") from None
+    path = user_path(output, "output", OutputError)
+    for part in path.parts:
+        if len(os.fsencode(part)) > _MAX_NAME:
+            raise OutputError(f"output name {part[:40]}... is too long: a name has at most {_MAX_NAME} bytes")
+    return path
+
+
+def _check_lengths(clips: Sequence[Path]) -> None:
+    """OutputError unless the longest name that a clip takes on its way fits the file system."""
+    for clip in clips:
+        spare = _MAX_NAME - len(os.fsencode(latents_path(clip).name))
+        if spare < 0:
+            raise OutputError(
+                f"output name {clip.name[:40]}... is too long by {-spare} bytes: {clip.suffix} clips take up "
+                f"to {_MAX_NAME - len(LATENTS_ENDING) + len(clip.suffix)} bytes, so that the latents' name fits as well"
+            )
+        if len(os.fsencode(clip.absolute())) + _MAX_NAME > _MAX_PATH:
+            raise OutputError(f"output path {str(clip)[:40]}... is too long: choose a folder with a shorter path")
+
+
 def _is_folder(text: str, path: Path) -> bool:
     if text.endswith(("/", os.sep)) or not path.suffix:
         return True
@@ -82,13 +133,8 @@ def _is_folder(text: str, path: Path) -> bool:
 
 
 def _free_name(folder: Path, stem: str, overwrite: bool) -> Path:
-    """folder/stem.mp4, or the first of stem-2, stem-3, ... of which neither clip nor record exists."""
-    number = 1
-    while True:
-        path = folder / (f"{stem}.mp4" if number == 1 else f"{stem}-{number}.mp4")
-        if overwrite or not (path.exists() or record_path(path).exists()):
-            return path
-        number += 1
+    """folder/stem.mp4, or the first of stem-2, stem-3, ... of which neither clip nor record nor latents exist."""
+    return next(path for path in names_like(folder / f"{stem}.mp4") if overwrite or not is_taken(path))
 
 
 def _check_folder(folder: Path) -> None:

@@ -24,12 +24,16 @@ _AT_CWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
 _NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
+class NameTaken(OutputError):
+    """Something has the name already, and nobody asked to replace it."""
+
+
 @contextmanager
 def atomic(path: Path, overwrite: bool, work: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to, in a hidden folder in `work` (by default beside `path`); on success what was
     written takes the target's place. OutputError when that cannot be done; then nothing is left.
 
-    Without `overwrite` no file that is there is replaced, whoever made it since the run began.
+    Without `overwrite` nothing that is there is replaced, whoever made it since the run began: NameTaken.
     """
     scratch: Path | None = None
     try:
@@ -74,7 +78,7 @@ def _publish(temporary: Path, path: Path, scratch: Path, overwrite: bool) -> Non
         try:
             move_exclusive(temporary, path)
         except FileExistsError:
-            raise OutputError(f"{path} exists already: pass --overwrite to replace it, or another --output") from None
+            raise NameTaken(f"{path} exists already: pass --overwrite to replace it, or another --output") from None
     elif temporary.is_dir() and path.is_dir():
         # A folder that is not empty cannot be replaced by rename.
         if not _rename(temporary, path, _EXCHANGE):

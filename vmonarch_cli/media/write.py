@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.media.ffmpeg import CODEC
 from vmonarch_cli.media.paths import ENDINGS
 from vmonarch_cli.media.publish import atomic
 
@@ -72,7 +73,7 @@ def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
         format="FFMPEG",
         mode="I",
         fps=fps,
-        codec="libx264",
+        codec=CODEC,
         quality=None,
         pixelformat="yuv420p" if even else "yuv444p",
         macro_block_size=1,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 ALLEGRO = ModelEntry(
     alias="allegro",
@@ -30,19 +30,19 @@ ALLEGRO = ModelEntry(
 ENTRIES = (ALLEGRO,)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    patch = config["patch_size"]
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    patch = config.whole("patch_size")
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
     return {
-        "patch": (config["patch_size_t"], patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "patch": (config.whole("patch_size_t"), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden,
-        "text_dim": config["caption_channels"],
-        "latent_channels": config["in_channels"],
-        "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
-        "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
+        "text_dim": config.whole("caption_channels"),
+        "latent_channels": config.whole("in_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", 4),
+        "vae_spatial": 2 ** (vae.length("block_out_channels") - 1),
         "frame_offset": 0,
         "vae_float32": True,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.config import MAX_FIGURE, Config
 from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
@@ -19,6 +20,10 @@ ClipShape = tuple[int, int, int]
 
 CACHES = ("first-block", "pab", "taylorseer")
 """Step caches of diffusers that `--cache` offers."""
+
+
+Figure = Annotated[int, Field(ge=1, le=MAX_FIGURE)]
+"""A width, a size or a number of layers."""
 
 
 class Defaults(BaseModel):
@@ -53,8 +58,8 @@ class PipelineFacts:
     """Class name of its transformer."""
     text: tuple[str, ...]
     """What `encode_prompt` returns, under the names that the pipeline's call gives it."""
-    figures: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    """Fields of a `ModelEntry` from the transformer's config and the VAE's; KeyError for what is missing."""
+    figures: Callable[[Config, Config], dict[str, Any]]
+    """Fields of a `ModelEntry` from the transformer's config and the VAE's."""
     negative: Literal["together", "apart", "never"] = "together"
     """How the negative prompt is encoded: by the same call, by a second one, or not at all (embedded guidance)."""
     takes_image: bool = False
@@ -98,18 +103,18 @@ class ModelEntry(BaseModel):
     aliases: tuple[str, ...] = ()
     licence: str = "unknown"
 
-    patch: Grid = (1, 2, 2)
-    vae_temporal: int = 4
-    vae_spatial: int = 8
-    latent_channels: int = 16
-    heads: int
-    head_dim: int
-    layers: int
-    ffn_dim: int
-    text_dim: int = 4096
+    patch: tuple[Figure, Figure, Figure] = (1, 2, 2)
+    vae_temporal: Figure = 4
+    vae_spatial: Figure = 8
+    latent_channels: Figure = 16
+    heads: Figure
+    head_dim: Figure
+    layers: Figure
+    ffn_dim: Figure
+    text_dim: Figure = 4096
     transformers: int = 1
-    boundary_ratio: float | None = None
-    max_sequence_length: int = 512
+    boundary_ratio: float | None = Field(default=None, gt=0, lt=1)
+    max_sequence_length: Figure = 512
     frame_offset: int = 1
     """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 _NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
@@ -68,28 +68,28 @@ LTX_2 = LTX_VIDEO.model_copy(
 ENTRIES = (LTX_VIDEO, LTX_2)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config.get("patch_size", 1)
-    doublings = 2 ** sum(vae["spatio_temporal_scaling"])
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
+    patch = config.whole("patch_size", 1)
+    doublings = 2 ** vae.count_true("spatio_temporal_scaling")
     return {
-        "patch": (config.get("patch_size_t", 1), patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "patch": (config.whole("patch_size_t", 1), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden,
-        "text_dim": config["caption_channels"],
-        "latent_channels": config["in_channels"],
-        "vae_temporal": vae.get("temporal_compression_ratio") or vae["patch_size_t"] * doublings,
-        "vae_spatial": vae.get("spatial_compression_ratio") or vae["patch_size"] * doublings,
+        "text_dim": config.whole("caption_channels"),
+        "latent_channels": config.whole("in_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", vae.whole("patch_size_t", 1) * doublings),
+        "vae_spatial": vae.whole("spatial_compression_ratio", vae.whole("patch_size", 4) * doublings),
     }
 
 
-def _ltx(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _ltx(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "max_sequence_length": 128}
 
 
-def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _ltx2(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "max_sequence_length": 1024}
 
 

@@ -113,9 +113,11 @@ def _ffmpeg() -> list[Finding]:
     import imageio_ffmpeg
     import numpy as np
 
+    from vmonarch_cli.media.ffmpeg import require_encoder
     from vmonarch_cli.media.read import read_clip
     from vmonarch_cli.media.write import write_clip
 
+    require_encoder()
     version = imageio_ffmpeg.get_ffmpeg_version()
     with tempfile.TemporaryDirectory() as folder:
         path = write_clip(np.zeros((2, 32, 32, 3), np.uint8), Path(folder) / "test.mp4", 8)

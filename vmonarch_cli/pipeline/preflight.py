@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from vmonarch_cli.errors import DeviceError, ModelError
 from vmonarch_cli.machine.memory import available_bytes
+from vmonarch_cli.media.ffmpeg import require_encoder
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import Preset
@@ -51,10 +52,12 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     """One machine for several plans of one loaded model: the offload mode is the fastest that all of them fit in.
 
     plans: at least one, all with the same model, device, dtype and setup.
-    Raises DeviceError for a device or implementation that is not there, ModelError when a plan does not fit the memory.
+    Raises DeviceError for a device, implementation or video encoder that is not there, ModelError when a plan does not
+    fit the memory.
     """
     from vmonarch_cli.pipeline.offload import mode_for
 
+    _check_encoder(plans)
     machine = _machine(plans[0])
     # Of thousands of prompts most differ in nothing that counts here.
     kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
@@ -71,7 +74,13 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
 
 def machine_to_decode(plan: Plan) -> Machine:
     """Where saved latents of a plan are decoded: a decoder alone fits wherever any mode of the whole model does."""
+    _check_encoder([plan])
     return _machine(plan)
+
+
+def _check_encoder(plans: Sequence[Plan]) -> None:
+    if any(path.suffix.lower() == ".mp4" for plan in plans for path in plan.outputs):
+        require_encoder()
 
 
 def _machine(plan: Plan) -> Machine:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.text import near, shown
 
 EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
@@ -20,6 +22,25 @@ DTYPES = {
     "float16": "float16",
     "fp16": "float16",
 }
+
+
+def texts(request: GenerateRequest) -> None:
+    """InputError for a flag whose text no record can hold, because it is not UTF-8, and no path, because it has a NUL.
+
+    The prompt and the negative prompt may hold anything that is UTF-8.
+    """
+    for field in fields(request):
+        value = getattr(request, field.name)
+        flag = "--" + {"overrides": "set", "loras": "lora"}.get(field.name, field.name.replace("_", "-"))
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str) or field.name in ("prompt", "output"):  # which have sentences of their own
+                continue
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(f"{flag} is not valid UTF-8 text") from None
+            if "\0" in text and field.name != "negative_prompt":
+                raise InputError(f"{flag} holds a NUL character")
 
 
 def prompt(text: str | None) -> str:

@@ -5,6 +5,7 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
@@ -12,6 +13,7 @@ from vmonarch_cli.media.paths import check_rate, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo_vocabulary import unknown_words
+from vmonarch_cli.models.lora import check_lora_file, lora_file
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.costs import branches_of, count_flops
@@ -27,6 +29,7 @@ Value = TypeVar("Value")
 
 def resolve(request: GenerateRequest) -> Plan:
     """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done."""
+    checks.texts(request)
     prompt = checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
@@ -113,7 +116,9 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
         "compile": request.compile or None,
     }
     for text in request.loras:
-        parse_lora(text)
+        source = parse_lora(text).source
+        if Path(source).exists():  # what is on the hub is looked at when it is there
+            check_lora_file(lora_file(source))
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
     setup = Setup.model_validate(chosen)
