@@ -146,7 +146,8 @@ def test_models_are_listed() -> None:
 def test_a_pipe_gets_whole_tables() -> None:
     """What is not for a screen is not cut for one, unless COLUMNS asks for it."""
     command = [sys.executable, "-m", "vmonarch_cli", "presets"]
-    plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    free = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, env=free).stdout
     assert max(map(len, plain.splitlines())) > 120
     assert len([line for line in plain.splitlines() if line.strip()]) == 2 + len(shipped_names())
     narrow = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "60"})

@@ -80,7 +80,7 @@ def generate(plan: Plan, machine: object, *, on_event: Callable[[Any], None], **
 
 
 def generate_and_touch(
-    plan: Plan, machine: Machine, *, on_event: Callable[[Any], None], **extra: Any
+    plan: Plan, machine: object, *, on_event: Callable[[Any], None], **extra: Any
 ) -> list[ClipResult]:
     """The same with an empty file for each clip, written before the caller is told."""
 
