@@ -394,6 +394,24 @@ def test_every_text_comes_out_where_stdout_is_not_utf8(arguments: list[str]) -> 
     assert done.stdout.isascii()
 
 
+@pytest.mark.parametrize("module", ["rich.console", "vmonarch_cli.plan.resolve", "torch"])
+def test_an_interrupt_during_an_import_ends_in_one_line(module: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            sys.meta_path.remove(self)\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        f"sys.argv = ['vmonarch', 'generate', *{WAN!r}, '--device', 'cpu']\n"
+        "from vmonarch_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted: no clip was left half-written\n")
+
+
 # The demo model is what a run without --model uses
 
 
