@@ -75,7 +75,7 @@ def size(text: str | None, height: int | None, width: int | None) -> tuple[int |
 def whole(flag: str, value: int | None, low: int, high: int) -> int | None:
     """A whole number within [low, high], or None."""
     if value is not None and not low <= value <= high:
-        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {value}")
+        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {shown(value)}")
     return value
 
 
