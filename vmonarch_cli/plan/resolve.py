@@ -5,10 +5,12 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
+from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.media.paths import check_rate, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
@@ -27,10 +29,14 @@ DEMO_NOTE = f"no --model given: using the small demo model that comes with vmona
 Value = TypeVar("Value")
 
 
-def resolve(request: GenerateRequest) -> Plan:
-    """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done."""
+def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
+    """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done.
+
+    needs_prompt: a plan that nothing runs can do without, and has an empty one.
+    """
     checks.texts(request)
-    prompt = checks.prompt(request.prompt)
+    without = request.prompt is None and not needs_prompt
+    prompt = "" if without else checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
     def take(name: str, given: Value | None, default: Value, otherwise: str = MODEL_DEFAULT) -> Value:
@@ -99,9 +105,9 @@ def resolve(request: GenerateRequest) -> Plan:
         revision=revision,
         image=take("image", image, None, DEFAULT),
         setup=_resolve_setup(request, PIPELINES[pipeline], origins),
-        origins={"prompt": FLAG, **origins},
+        origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
-        warnings=tuple(_warnings(model, prompt, (height, width, num_frames))),
+        warnings=(*_warnings(model, prompt, (height, width, num_frames)), *_without_effect(request, preset)),
     )
 
 
@@ -148,6 +154,19 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved
+
+
+def _without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
+    """Sentences about flags that change nothing."""
+    if preset.attention == "dense":
+        assigned = [parse_assignment(text)[0] for text in request.overrides]
+        given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]
+        names = [name for name in (*assigned, *given) if name != "attention"]
+        if names:
+            yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
+    on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
+    if request.offload not in (None, "auto", "none") and not on_gpu:
+        yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
 
 
 def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
