@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch
-from vmonarch_cli.cli.options import MEMORY, Debug, Shown, number_option, takes_request
+from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, number_option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.checks import number
@@ -25,11 +25,13 @@ def plan(
         number_option("--vram", panel=MEMORY, help="GiB of another card: which offload modes fit it."),
     ] = None,
     debug: Debug = False,
+    words: Stray = None,
 ) -> None:
     """Print what `generate` would do with the same flags: settings and their origins, tokens, FLOPs, memory, time.
 
     No weight is loaded and nothing is written.
     """
+    refuse_stray(words)
     if options.prompts_file is not None:
         batch.run_prompts_file(request, batch.BatchOptions(**vars(options)), shown, dry_run=True, debug=debug)
         return

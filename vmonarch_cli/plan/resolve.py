@@ -5,19 +5,16 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
+from vmonarch_cli.models.base import CACHES, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.demo_vocabulary import unknown_words
 from vmonarch_cli.models.lora import check_lora_file, lora_file
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
-from vmonarch_cli.plan import checks
+from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -61,7 +58,10 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
     steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    checks.steps(model, steps)
+    checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
+    checks.latent_frames(preset, grid[0], num_frames)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -107,7 +107,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         setup=_resolve_setup(request, PIPELINES[pipeline], origins),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
-        warnings=(*_warnings(model, prompt, (height, width, num_frames)), *_without_effect(request, preset)),
+        warnings=(
+            *warnings.of_demo(model, prompt, (height, width, num_frames)),
+            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.without_effect(request, preset),
+        ),
     )
 
 
@@ -154,34 +158,3 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved
-
-
-def _without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
-    """Sentences about flags that change nothing."""
-    if preset.attention == "dense":
-        assigned = [parse_assignment(text)[0] for text in request.overrides]
-        given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]
-        names = [name for name in (*assigned, *given) if name != "attention"]
-        if names:
-            yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
-    on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
-    if request.offload not in (None, "auto", "none") and not on_gpu:
-        yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
-
-
-def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
-    """Sentences about what will work less well than the user may expect."""
-    found: list[str] = []
-    if model.alias != DEMO_ALIAS:
-        return found
-    unknown = unknown_words(prompt)
-    if unknown:
-        words = ", ".join(f"'{word}'" for word in unknown[:8]) + (" and others" if len(unknown) > 8 else "")
-        found.append(f"the demo model was not trained on {words}: those words will not show in the clip")
-    trained = (model.defaults.height, model.defaults.width, model.defaults.num_frames)
-    if model.trained_only_at_default and shape != trained:
-        found.append(
-            f"the demo model was trained at {trained[1]}x{trained[0]} with {trained[2]} frames only: "
-            f"{shape[1]}x{shape[0]} with {shape[2]} will look worse"
-        )
-    return found
