@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from vmonarch_cli.pipeline.call import Frames
 
 _REPEATED = "record"
-_StrictRequest = pydantic.dataclasses.dataclass(GenerateRequest, config=ConfigDict(strict=True, allow_inf_nan=False))
+_StrictRequest = pydantic.dataclasses.dataclass(
+    GenerateRequest, frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False)
+)
 """A request whose fields are checked against their types as they stand: a record is a stranger's file."""
 
 
