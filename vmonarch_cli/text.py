@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 def near(word: str, known: Iterable[str], cutoff: float = 0.5, names: Mapping[str, str] | None = None) -> str:
@@ -75,3 +75,17 @@ def first_line(error: BaseException, otherwise: str | None = None) -> str:
     """The first line of an error's message; where it has none, `otherwise` or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else otherwise or type(error).__name__
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from or while handling, and so on to the first."""
+    step: BaseException | None = error
+    while step is not None:
+        yield step
+        step = step.__cause__ or step.__context__
+
+
+def innermost_line(error: BaseException) -> str:
+    """The first line of the first cause's message: libraries wrap it in sentences that say less."""
+    *_, first = causes(error)
+    return first_line(first)

@@ -11,10 +11,12 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from running import Command, Left
+
+if TYPE_CHECKING:
+    import numpy as np  # not before the number of its threads is set
 
 _DROPPED = re.compile(
     r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s)$"
@@ -176,6 +178,7 @@ class _Tidy:
 
     def frames(self, folder: str) -> str:
         """Pixels of a folder of PNGs: one hash, and for every frame its mean colour and spread."""
+        import numpy as np
         from PIL import Image
 
         files = sorted((self._folder / folder).glob("*.png"))
@@ -185,7 +188,7 @@ class _Tidy:
 
     def _pixels(self, name: str, pixels: np.ndarray[Any, Any]) -> None:
         self._exact[f"{name} pixels"] = hashlib.sha256(pixels.tobytes()).hexdigest()
-        values = pixels.astype(np.float64)
+        values = pixels.astype("float64")
         for i, colour in enumerate(("red", "green", "blue")):
             self._numbers[f"{name} pixels, mean {colour}"] = [significant(x) for x in values[..., i].mean((1, 2))]
         self._numbers[f"{name} pixels, spread"] = [significant(x) for x in values.std((1, 2, 3))]

@@ -1,8 +1,8 @@
 """Run `python -m vmonarch_cli` many times at the cost of one import of torch, and give back what each run left.
 
-A process that has imported torch and the diffusers classes, but nothing of vmonarch, forks for every command; the fork
-enters the program through `runpy`, as `python -m` does. `spawn=True` starts a real interpreter instead, which takes
-seconds longer for each command and must give the same record.
+A process that has imported torch and the diffusers classes, and has run `vmonarch --version`, forks for every command;
+the fork enters the program through `runpy`, as `python -m` does. What a command does to the process is gone with its
+fork. `spawn=True` starts an interpreter for each command instead: seconds longer, and the same record.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def environment(home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "LANG": "C.UTF-8",
         "TERM": "dumb",
         "TZ": "UTC",
@@ -87,7 +88,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def warm_up() -> None:
-    """Import what every clip needs and does not belong to vmonarch; where a name is missing, runs are just slower."""
+    """Import what every clip needs, and start the program once; where a library lacks a name, runs are just slower."""
     os.environ.update({"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"})
     for module, names in (
         ("torch", ()),
@@ -114,8 +115,17 @@ def warm_up() -> None:
             loaded = importlib.import_module(module)
             for name in names:
                 getattr(loaded, name)
-    if any(name.split(".")[0].startswith("vmonarch") for name in sys.modules):
-        raise RuntimeError("vmonarch was imported before a command ran")
+    sys.path[:] = _program_path()
+    argv, sys.argv = sys.argv, ["vmonarch", "--version"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = _enter()
+    sys.argv = argv
+    if code:
+        raise RuntimeError("the program does not start: see above")
+
+
+def _program_path() -> list[str]:
+    return [entry for entry in sys.path if entry and Path(entry).resolve() != HERE]
 
 
 def run_all(commands: list[Command], work: Path, jobs: int, spawn: bool) -> Iterator[tuple[Command, Left]]:
@@ -231,7 +241,7 @@ def _become(arguments: list[str], env: dict[str, str], folder: Path) -> None:
         os.environ.clear()
         os.environ.update(env)
         os.chdir(folder / "here")
-        sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != HERE]
+        sys.path[:] = _program_path()
         sys.argv = ["vmonarch", *arguments]
         code = _enter()
         sys.stdout.flush()

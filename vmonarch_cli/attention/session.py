@@ -13,12 +13,14 @@ from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import StepTracker
 from vmonarch_cli.attention.structured import Attention, Call, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.timing import Coverage, StepAttention
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
 DENSE_LAYERS = "dense_layers"
+EXACT = "the structure is exact"
+"""One latent frame, or a band over all of them."""
 GRID_MISFIT = "token count does not fit the grid"
 
 
@@ -104,12 +106,21 @@ class AttentionSession:
             self.end_step()
         self._tracker.begin_step(index, total)
 
-    def begin_forward(self, transformer: int, grid: Grid, device: torch.device, both_prompts: bool = False) -> None:
+    def begin_forward(
+        self,
+        transformer: int,
+        grid: Grid,
+        device: torch.device,
+        *,
+        both_prompts: bool = False,
+        guided: bool = False,
+    ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
+        ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts):
+        if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
@@ -160,6 +171,7 @@ class AttentionSession:
             step=forward.step,
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
+            may_lead=forward.guided,
             forwards=self._tracker.forwards,
             steps_left=self._tracker.steps_left,
         )
@@ -168,6 +180,10 @@ class AttentionSession:
         if reason is not None:
             self._dense_calls[reason] += 1
             return self._meter.dense(q, dense)
+        if self._attention is None and options_for(self.preset, call.grid[0]).exact:
+            # The structured code computes dense attention here: a speedup would be noise.
+            self._dense_calls[EXACT] += 1
+            return self._meter.dense(q, functools.partial(self._structured, call))
         self._structured_calls += 1
         if self._attention is not None:
             return self._meter.structured(functools.partial(self._attention, call))

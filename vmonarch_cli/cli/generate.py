@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vmonarch_cli.cli import batch, plan
-from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.events import Event, LatentsSaved
@@ -30,8 +30,10 @@ def generate(
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
     debug: Debug = False,
+    words: Stray = None,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
+    refuse_stray(words)
     if options.prompts_file is not None:
         batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
         return
@@ -61,11 +63,11 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
         made.append(result)
         remember(result.record)
         title = f"clip {result.index + 1} of {resolved.num_videos}" if resolved.num_videos > 1 else ""
-        out.show(report.clip_report(result, load_s, title))
+        out.show(lambda width: report.clip_report(result, load_s, title, width))
 
     from vmonarch_cli.clip.make import generate as run_generate
 
-    progress = RunProgress(out, on_clip)
+    progress = RunProgress(out, on_clip, live=report.step_table)
 
     def on_event(event: Event) -> None:
         if isinstance(event, LatentsSaved):
@@ -78,6 +80,8 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
                 resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=on_event
             )
     except BaseException as error:
+        if progress.steps:
+            out.show(lambda width: report.interrupted_report(progress.steps, width))
         _name_saved_latents(saved, out)
         if isinstance(error, Interrupted):
             out.paths(*(result.path for result in made))  # they are whole, whatever is missing

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.tables import ABSENT, facts, maybe, table, times
+from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
+
+LOST_SUBJECT = (
+    "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "
+    "--dense-steps 1, or more --steps"
+)
 
 
 def header(plan: Plan, machine: Machine) -> Table:
@@ -50,7 +56,7 @@ def preset_words(plan: Plan) -> str:
     if preset.first_frame:
         words.append("first frame exact")
     if preset.refresh:
-        words.append(f"{preset.refresh:g} more frame{'s' if preset.refresh > 1 else ''} exact in turn")
+        words.append(f"{preset.refresh:g} more frame{'' if preset.refresh == 1 else 's'} exact in turn")
     if preset.dense_steps:
         words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
     if preset.dense_layers:
@@ -72,45 +78,71 @@ def flops_words(plan: Plan) -> str:
     return f"{flops(planned)} per clip against {flops(dense)} dense ({ratio})"
 
 
-def step_table(steps: Sequence[StepAttention]) -> Table:
-    """One row per denoising step and a row of medians; the times of one column share their unit."""
-    made = table(pad_edge=True, show_footer=True, footer_style="bold")
+def step_table(timing: ClipTiming | Sequence[StepAttention], width: int) -> Table:
+    """One row per denoising step, a row of medians, and of a whole clip a row of its sums.
+
+    The times of one column share their unit.
+    """
+    steps = timing.steps if isinstance(timing, ClipTiming) else timing
     step_unit, step_time = _time_column([s.step_s for s in steps])
     attention_unit, attention_time = _time_column([s.attention_s for s in steps] + [s.dense_s for s in steps])
+    clip = _clip_cells(timing, step_time, attention_time) if isinstance(timing, ClipTiming) else {}
 
-    def column(title: str, values: Sequence[float | None], shown: Callable[[float], str], style: str = "") -> None:
+    def column(
+        title: str, values: Sequence[float | None], shown: Callable[[float], str], rank: int, style: str = ""
+    ) -> Column:
         known = [value for value in values if value is not None]
-        footer = shown(statistics.median(known)) if known else ""
-        made.add_column(title, footer=footer, style=style, justify="right", no_wrap=True)
+        median = shown(statistics.median(known)) if known else ""
+        name = title.split("\n")[0]
+        footer = f"{median}\n{clip.get(name, '')}" if clip else median
+        cells = [ABSENT if value is None else shown(value) for value in values]
+        return Column(title if "\n" in title else f"\n{title}", cells, footer, style, rank)
 
-    made.add_column("\nstep", footer="median", justify="right", no_wrap=True)
-    column("\nsigma", [], str, "dim")
-    column(f"step\n{step_unit}", [s.step_s for s in steps], step_time)
-    column(f"attention\n{attention_unit}", [s.attention_s for s in steps], attention_time)
-    column("\nshare", [s.attention_share for s in steps], _percent)
-    column(f"dense\n{attention_unit}", [s.dense_s for s in steps], attention_time)
-    column("\nspeedup", [s.speedup for s in steps if s.structured_calls], lambda value: f"{value:.2f}x")
-    column("\nerror", [s.error for s in steps], lambda value: f"{value:.3f}", "dim")
-    for s in steps:
-        mark = "" if s.structured_calls == s.calls else (" d" if s.structured_calls == 0 else " p")
-        made.add_row(
-            Text.assemble(str(s.index + 1), (mark, "yellow")),
-            maybe(s.sigma, "{:.3f}".format),
-            step_time(s.step_s),
-            attention_time(s.attention_s),
-            _percent(s.attention_share),
-            maybe(s.dense_s, attention_time),
-            times(s.speedup) if s.structured_calls else ABSENT,
-            maybe(s.error, "{:.3f}".format),
-        )
-    return made
+    speedups = [s.speedup if s.structured_calls else None for s in steps]
+    columns = [
+        Column("\nstep", [_step_cell(s) for s in steps], "median\nclip" if clip else "median"),
+        Column("\nsigma", [maybe(s.sigma, "{:.3f}".format) for s in steps], "", "dim", rank=6),
+        column(f"step\n{step_unit}", [s.step_s for s in steps], step_time, rank=3),
+        column(f"attention\n{attention_unit}", [s.attention_s for s in steps], attention_time, rank=0),
+        column("share", [s.attention_share for s in steps], _percent, rank=5),
+        column(f"dense\n{attention_unit}", [s.dense_s for s in steps], attention_time, rank=4),
+        replace(column("speedup", speedups, "{:.2f}x".format, rank=0), cells=[times(value) for value in speedups]),
+        column("error", [s.error for s in steps], "{:.3f}".format, rank=2, style="dim"),
+    ]
+    return fitted(columns, width, show_footer=True, footer_style="bold")
+
+
+def _step_cell(step: StepAttention) -> Text:
+    mark = "" if step.structured_calls == step.calls else (" d" if step.structured_calls == 0 else " p")
+    return Text.assemble(str(step.index + 1), (mark, "yellow"))
+
+
+def _clip_cells(
+    timing: ClipTiming, step_time: Callable[[float], str], attention_time: Callable[[float], str]
+) -> dict[str, str]:
+    """The sums of a whole clip, and the ratio of the sums; of the errors the largest."""
+    steps_s = sum(step.step_s for step in timing.steps)
+    dense, gain, worst = timing.dense_attention_s, timing.attention_speedup, timing.worst_step
+    cells = {"step": step_time(steps_s), "attention": attention_time(timing.attention_s)}
+    if steps_s > 0:
+        cells["share"] = _percent(timing.attention_s / steps_s)
+    if dense is not None and gain is not None:
+        cells |= {"dense": attention_time(dense), "speedup": f"{gain:.2f}x"}
+    if worst is not None and worst.error is not None:
+        cells["error"] = f"{worst.error:.3f}"
+    return cells
 
 
 def step_legend(steps: Sequence[StepAttention]) -> Text:
-    """What the columns and marks mean, only those that occur."""
+    """What the columns, rows and marks mean, only those that occur."""
     parts = []
     if any(s.dense_s for s in steps):
         parts.append("dense and error: on the tensors of a step's first forward, outside its time")
+    if any(s.structured_calls for s in steps):
+        parts.append("median: of each column, speedup and error of structured steps alone")
+        parts.append("clip: sums of all steps, their ratio, and the largest error")
+    if any(s.structured_calls and s.dense_s is None for s in steps):
+        parts.append("dense of the clip: steps without a sample count by the mean of the samples")
     if any(0 < s.structured_calls < s.calls for s in steps):
         parts.append("p: some layers dense")
     if any(s.structured_calls == 0 for s in steps):
@@ -130,7 +162,7 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
     if load_s is not None:
         rows.append(("load", f"{seconds(load_s)} for the model, in no figure above"))
     if timing.error is not None:
-        rows.append(("error", f"{timing.error:.3f} relative L2 against dense attention, median of the samples"))
+        rows.append(("error", _error_line(timing)))
     rows.append(("coverage", coverage_words(result.coverage)))
     if timing.first_call_s is not None:
         rows.append(("first call", f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above"))
@@ -148,9 +180,20 @@ def _attention_line(timing: ClipTiming) -> Text:
     line = Text(f"{seconds(timing.attention_s)}{share}")
     if timing.attention_speedup is None:
         return line
-    line.append(", ").append(times(timing.attention_speedup)).append(" against dense, sampled in this run")
+    line.append(", ").append(times(timing.attention_speedup)).append(" against dense over the whole clip")
     if timing.attention_speedup < 1:
         line.append("; not worth it at this size", "yellow")
+    return line
+
+
+def _error_line(timing: ClipTiming) -> Text:
+    """Median and largest error of the samples, and what to do where the first step stands out."""
+    line = Text(f"{timing.error:.3f} relative L2 against dense attention, median of the samples")
+    worst = timing.worst_step
+    if worst is not None and worst.error is not None:
+        line.append(f"; largest {worst.error:.3f} in step {worst.index + 1}")
+    if timing.first_step_stands_out:
+        line.append(f"; {LOST_SUBJECT}", "yellow")
     return line
 
 
@@ -169,12 +212,17 @@ def coverage_words(coverage: Coverage) -> str:
     return f"{words}; dense: {dense}" if dense else words
 
 
-def clip_report(result: ClipResult, load_s: float | None, title: str = "") -> Group:
+def clip_report(result: ClipResult, load_s: float | None, title: str, width: int) -> Group:
     """Table, legend and summary of one clip."""
     parts: list[RenderableType] = [Text(title, style="bold")] if title else []
-    steps = result.timing.steps
-    parts += [step_table(steps), step_legend(steps), Text(), summary(result, load_s), Text()]
+    timing = result.timing
+    parts += [step_table(timing, width), step_legend(timing.steps), Text(), summary(result, load_s), Text()]
     return Group(*parts)
+
+
+def interrupted_report(steps: Sequence[StepAttention], width: int) -> Group:
+    """The steps of a clip that was not finished."""
+    return Group(step_table(steps, width), step_legend(steps), Text())
 
 
 def _time_column(values: Sequence[float | None]) -> tuple[str, Callable[[float], str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +24,46 @@ def table(*titles: str, **extra: Any) -> Table:
     for title in titles:
         made.add_column(title)
     return made
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures, all of whose cells are known."""
+
+    title: str
+    cells: Sequence[str | Text]
+    footer: str = ""
+    style: str = ""
+    rank: int = 0
+    """0: stays. Of the others, the highest goes first where there is no room."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal that it takes, with a space on each side."""
+        parts = [part if isinstance(part, str) else part.plain for part in (self.title, self.footer, *self.cells)]
+        return 2 + max((cell_len(line) for part in parts for line in part.splitlines()), default=0)
+
+
+def fitted(columns: Sequence[Column], width: int, **extra: Any) -> Table:
+    """A table of figures that fits the width: whole columns go, never parts of numbers, and a line names them."""
+    kept = list(columns)
+    while _whole_width(kept) > width and any(column.rank for column in kept):
+        kept.remove(max(kept, key=lambda column: column.rank))
+    made = table(pad_edge=True, **extra)
+    for column in kept:
+        made.add_column(column.title, footer=column.footer, style=column.style, justify="right", no_wrap=True)
+    for cells in zip(*(column.cells for column in kept), strict=True):
+        made.add_row(*cells)
+    left_out = [column.title.split("\n")[0] or column.title.strip() for column in columns if column not in kept]
+    if left_out:
+        made.caption = f"no room for {', '.join(left_out)}: a terminal of {_whole_width(columns)} columns shows all"
+        made.caption_style = "dim"
+    return made
+
+
+def _whole_width(columns: Sequence[Column]) -> int:
+    """With the box, which has a space on both sides of each column."""
+    return 1 + sum(column.width + 1 for column in columns)
 
 
 def facts(rows: Sequence[tuple[str, RenderableType]]) -> Table:

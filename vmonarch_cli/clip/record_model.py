@@ -7,19 +7,31 @@ optional, so that the records of earlier ones can be read.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.untrusted.files import read_json
-from vmonarch_cli.untrusted.shapes import fault_of
+from vmonarch_cli.untrusted.shapes import fault_of, short_value
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
 _MAX_SIDE, _MAX_FRAMES, _MAX_FPS = 1 << 16, 1 << 20, 1000
-Scalar = str | int | float | bool | None
+
+
+def _simple(value: Any) -> Any:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | int | float | bool | None):
+            raise ValueError(
+                f"takes a text, a number, true, false, nothing or a list of these, got {short_value(item)}"
+            )
+    return value
+
+
+Simple = Annotated[Any, AfterValidator(_simple)]
+"""A value of a setting: no table, and no list in a list."""
 
 
 class _Part(BaseModel):
@@ -48,7 +60,7 @@ class FileFacts(_Part):
 class Setting(_Part):
     """A resolved setting, and where it came from."""
 
-    value: Scalar | list[Scalar]
+    value: Simple
     origin: str
 
 
@@ -149,7 +161,7 @@ class Record(_Part):
     versions: dict[str, str | None] = {}
     warnings: list[str] = []
     retries: list[dict[str, str]] = []
-    setup: dict[str, Scalar | list[Scalar]] = {}
+    setup: dict[str, Simple] = {}
     skipped_calls: int = 0
 
     @field_validator("grid", mode="before")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import family_of
-from vmonarch_cli.plan.setup import Setup, parse_lora
+from vmonarch_cli.pipeline import step_cache
+from vmonarch_cli.pipeline.lora import load_loras
+from vmonarch_cli.plan.setup import Setup
 
 FIRST_BLOCK_THRESHOLD = 0.05
 """Relative change of the first block's output below which the others are skipped; diffusers' own default."""
@@ -38,11 +39,7 @@ def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
 
 def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype) -> None:
     """Everything that comes before the weights are placed; ModelError or InputError in one sentence."""
-    for index, text in enumerate(setup.loras):
-        _load_lora(pipeline, text, f"lora_{index}")
-    if setup.loras:
-        names = [f"lora_{index}" for index in range(len(setup.loras))]
-        pipeline.set_adapters(names, [parse_lora(text).scale for text in setup.loras])
+    load_loras(pipeline, setup.loras)
     if setup.quantize == "fp8":
         for transformer in transformers_of(pipeline):
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
@@ -69,41 +66,6 @@ def compile_blocks(transformer: Any) -> None:
     transformer.compile_repeated_blocks()
 
 
-def _load_lora(pipeline: Any, text: str, adapter: str) -> None:
-    lora = parse_lora(text)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(f"--lora: diffusers loads no LoRA into a {type(pipeline).__name__}")
-    if importlib.util.find_spec("peft") is None:
-        raise InputError('--lora needs peft: pip install "vmonarch[lora]"')
-    try:
-        state = pipeline.lora_state_dict(lora.source, use_safetensors=True)
-        _check_fit(pipeline, state, lora.source)
-        pipeline.load_lora_weights(lora.source, adapter_name=adapter, use_safetensors=True)
-    except ModelError:
-        raise
-    except Exception as error:
-        # diffusers and peft raise what they like: ValueError, KeyError, RuntimeError for another shape, OSError.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"LoRA {lora.source} does not fit this model ({(lines or [type(error).__name__])[0].rstrip('.')[:200]}): "
-            "it must have been trained on the same model"
-        ) from error
-
-
-def _check_fit(pipeline: Any, state: dict[str, Any], source: str) -> None:
-    """ModelError when a LoRA is for layers that this model does not have: the libraries would leave them out."""
-    layers = {name for name, _ in pipeline.transformer.named_modules()}
-    wanted = {key.removeprefix("transformer.").split(".lora")[0] for key in state if key.startswith("transformer.")}
-    if not wanted:
-        raise ModelError(f"{Path(source).name} is no LoRA of a video transformer: no tensor in it belongs to one")
-    missing = sorted(wanted - layers)
-    if missing:
-        raise ModelError(
-            f"LoRA {source} belongs to another model: this one has no layer {missing[0]}"
-            f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}"
-        )
-
-
 def _enable_cache(pipeline: Any, transformer: Any, name: str) -> None:
     import diffusers
 
@@ -126,5 +88,7 @@ def _enable_cache(pipeline: Any, transformer: Any, name: str) -> None:
         raise InputError(f"--cache: diffusers has no cache for {type(transformer).__name__}")
     try:
         transformer.enable_cache(config)
+        if name == "pab":
+            step_cache.separate_branches(transformer)
     except Exception as error:
         raise InputError(f"--cache {name} does not work with {type(transformer).__name__}: {error}") from error

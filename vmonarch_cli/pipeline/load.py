@@ -21,7 +21,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.folder import read_folder
 from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_config
-from vmonarch_cli.pipeline.complete import check_complete
+from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import device_name, dtype_name
 from vmonarch_cli.pipeline.offload import place
@@ -64,9 +64,10 @@ def load_pipeline(
     config = quantization_config(setup, quantized)
     extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
-        pipeline = _read(DiffusionPipeline, folder, _dtypes(entry, dtype, image_pipeline), **extra)
-        if config is None:
-            check_complete(pipeline, folder)
+        dtypes = _dtypes(entry, dtype, image_pipeline)
+        encoders = load_encoders(folder, dtypes)
+        pipeline = _read(DiffusionPipeline, folder, dtypes, **encoders, **extra)
+        check_complete(pipeline, folder, without=(*encoders, *(quantized if config is not None else ())))
         if image_pipeline is not None:
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
         prepare(pipeline, setup, dtype)
@@ -169,14 +170,20 @@ def quiet_libraries() -> None:
 
 
 def set_flow_shift(pipeline: Any, shift: float | None) -> None:
-    """Give the scheduler a flow-matching timestep shift (None: its own); schedulers name the setting differently."""
+    """Give the scheduler a flow-matching timestep shift (None: its own); schedulers name the setting differently.
+
+    A scheduler that shifts by the number of tokens does so no longer. InputError for one that has no shift.
+    """
     if shift is None:
         return
     scheduler = pipeline.scheduler
     name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
     if name is None:
         raise InputError(f"--flow-shift cannot be set: {type(scheduler).__name__} of this model has no shift")
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{name: shift})
+    given: dict[str, Any] = {name: shift}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["use_dynamic_shifting"] = False
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **given)
 
 
 def _local_folder(source: str, revision: str | None) -> Path:
@@ -184,9 +191,10 @@ def _local_folder(source: str, revision: str | None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if cached := hub.cached_folder(source, revision):
+        return cached
     from diffusers import DiffusionPipeline
 
-    hub.check_disk(source, revision)
     try:
         return Path(
             DiffusionPipeline.download(source, revision=revision, use_safetensors=True, trust_remote_code=False)
