@@ -14,10 +14,10 @@ from typing import Any
 from vmonarch_cli.batch.faults import Faults
 from vmonarch_cli.batch.lines import PRESET_FIELD, Line, Prompts
 from vmonarch_cli.batch.manifest import ManifestEntry
-from vmonarch_cli.batch.names import Names, exists, folded, plain_name
+from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -100,7 +100,7 @@ def assign_names(
         path = folder / clip.wanted
         if names.is_taken(clip.wanted):
             faults.add(clip.line, f"{clip.wanted} is the name of another clip of {folder}: choose another")
-        elif exists(path) and not overwrite:
+        elif is_taken(path) and not overwrite:
             faults.add(clip.line, f"{path} exists already: pass --overwrite to replace it, or choose another name")
         given[clip.key] = names.take(clip.wanted)
     faults.raise_any()
