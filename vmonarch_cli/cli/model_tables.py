@@ -72,6 +72,7 @@ def model_table(model: ModelEntry) -> Group:
     image = "needed" if model.takes_image else "possible" if model.image_pipeline else "not taken"
     both = f"{model.transformers} x " if model.transformers > 1 else ""
     forwards = "1 forward of 2 samples" if pipeline.guidance_by_batch else f"{branches_of(model, d.guidance_scale)}"
+    forwards += f" and {model.extra_forwards} of 1" if model.extra_forwards else ""
     rows: list[tuple[str, RenderableType]] = [
         ("names", ", ".join((model.alias, *model.aliases))),
         ("weights", f"{model.hub_id or 'come with vmonarch'} ({model.licence})"),
