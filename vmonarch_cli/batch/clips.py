@@ -18,6 +18,7 @@ from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -258,7 +259,9 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
-    if Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
+    if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
+        content["model_source"] = DEMO_ALIAS
+    elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
         content["model_source"] = str(Path(plan.model_source).resolve())
     text = json.dumps([content, wanted], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
