@@ -17,8 +17,7 @@ EXPLAINED = {
     "LPIPS": "LPIPS: 0 is equal.",
     "flicker": "Flicker: the mean change of a pixel that the next frame takes back, in 8-bit levels, to hold "
     "against the reference's own.",
-    "attention": "Attention and end to end: as measured for each clip, and how many times as fast as the reference. "
-    "End to end, all clips are given the same other work, so that the ratio is what the attention makes of it.",
+    "attention": "Attention and end to end: as measured for each clip, and how many times as fast as the reference.",
 }
 
 
@@ -109,7 +108,12 @@ def times_notes(comparison: Comparison) -> list[str]:
     compared = [clip for clip in comparison.others if comparison.speedup(clip, "attention_s") is not None]
     same = [clip.name for clip in compared if comparison.same_work(clip)]
     alike = [clip.name for clip in compared if clip.name not in same and not comparison.differs(clip)]
+    apart = [clip for clip in compared if clip.name not in (*same, *alike)]
     variation = comparison.variation
+    if apart:
+        found.append(
+            "end-to-end ratios give all clips the same other work, their median: what differs is the attention"
+        )
     if same:
         found.append(f"{', '.join(same)}: as many operations as {comparison.reference.name}, so no ratio of times")
     if alike and variation is not None:
