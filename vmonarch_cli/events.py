@@ -58,6 +58,14 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class ClipWarning:
+    """A clip will not be all that was asked for."""
+
+    clip: int
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Retrying:
     """A part of a clip went wrong and is tried in another way."""
 
@@ -78,6 +86,7 @@ Event = (
     | StepDone
     | LatentsSaved
     | Decoding
+    | ClipWarning
     | Retrying
     | ClipDone
 )

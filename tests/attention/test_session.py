@@ -54,7 +54,8 @@ def test_exact_preset_equals_the_stock_pipeline(pipeline: Any, stock: torch.Tens
     with swapped(pipeline, EXACT) as session:
         latents = latents_of(pipeline)
     torch.testing.assert_close(latents, stock, **CLOSE)
-    assert session.coverage() == Coverage(structured=CALLS)
+    assert session.coverage() == Coverage(dense={"the structure is exact": CALLS})
+    assert session.impl == "torch", "the structured code runs, by the preset's implementation"
     assert session.grid == GRID
 
 
@@ -130,7 +131,7 @@ def test_both_transformers_of_a_two_stage_model_are_swapped() -> None:
     with swapped(pipeline, EXACT) as session:
         latents = latents_of(pipeline)
     torch.testing.assert_close(latents, stock, **CLOSE)
-    assert session.coverage() == Coverage(structured=CALLS)
+    assert session.coverage() == Coverage(dense={"the structure is exact": CALLS})
     with swapped(pipeline, WARM) as session:
         latents_of(pipeline)
         both = session.kept_bytes
@@ -268,10 +269,11 @@ def test_dense_attention_is_sampled_on_every_nth_step_and_changes_nothing(pipeli
     assert session.coverage().calls == CALLS, "samples are not calls of the model"
 
 
-def test_the_sampled_error_of_exact_attention_is_nothing(pipeline: Any) -> None:
+def test_exact_attention_is_its_own_dense_measurement(pipeline: Any) -> None:
     with swapped(pipeline, EXACT, sample_dense_every=1) as session:
         latents_of(pipeline)
-    assert all(step.error is not None and step.error < 1e-5 for step in session.steps)
+    assert [step.speedup for step in session.steps] == [1.0] * STEPS
+    assert all(step.dense_call_s is None and step.structured_calls == 0 for step in session.steps)
 
 
 def test_a_dense_step_is_its_own_dense_measurement(pipeline: Any) -> None:
@@ -422,6 +424,37 @@ def test_both_guidance_branches_start_from_the_same(pipeline: Any, preset: Prese
     unguided = run(pipeline, preset, prompt=prompt, guidance_scale=1.0)
     guided = run(pipeline, preset, prompt=prompt, negative_prompt=prompt, guidance_scale=4.0)
     torch.testing.assert_close(guided, unguided, **CLOSE)
+
+
+def one_call(session: AttentionSession, forwards: int, **known: Any) -> list[torch.Tensor]:
+    """A step of so many forwards on the same tensors: the output of each."""
+    shape = (1, GRID[0] * GRID[1] * GRID[2], 2, 16)
+    session.begin_step()
+    outs = []
+    for _ in range(forwards):
+        session.begin_forward(0, GRID, torch.device("cpu"), **known)
+        q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        outs.append(session.attend(2 * q, k, v, transformer=0, layer=0))
+    session.end_step()
+    return outs
+
+
+def test_guidance_that_begins_late_starts_from_what_the_leading_branch_started_from() -> None:
+    """A guidance interval: the steps before it have one forward, and those in it two."""
+    session = AttentionSession(WARM, [1])
+    for forwards in (1, 1):
+        one_call(session, forwards, guided=True)
+    leading, following = one_call(session, 2, guided=True)
+    assert torch.equal(leading, following)
+
+
+def test_a_forward_that_nobody_expected_starts_warm_beside_a_warm_one() -> None:
+    session = AttentionSession(WARM, [1])
+    cold, _ = one_call(session, 2)
+    one_call(session, 1)
+    one_call(session, 1)
+    leading, following = one_call(session, 2)
+    assert (following - leading).norm() < 0.5 * (cold - leading).norm()
 
 
 def test_shared_corrections_serve_both_guidance_branches(pipeline: Any, stock: torch.Tensor) -> None:

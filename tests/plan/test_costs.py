@@ -6,9 +6,11 @@ import pytest
 
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
+from vmonarch_cli.models.ltx import LTX_2
 from vmonarch_cli.models.wan import WAN21_1_3B
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import branches_of, count_flops, kept_by
 from vmonarch_cli.presets import FIELD_DOCS, load_preset
+from vmonarch_kernels.cost import l_bytes
 
 GRID = (21, 30, 52)
 
@@ -28,3 +30,16 @@ def test_frames_are_refreshed_per_forward_as_documented() -> None:
         costs = [count_flops(WAN21_1_3B, GRID, preset, 10, branches).planned for preset in (refreshing, without)]
         assert costs[0] - costs[1] == 2 * frame * WAN21_1_3B.layers * 10 * branches
     assert FIELD_DOCS["refresh"].unit == "latent frames per forward"
+
+
+def test_other_kinds_of_guidance_have_forwards_of_their_own() -> None:
+    """LTX-2's two, which its pipeline has on by default."""
+    assert branches_of(LTX_2, 3.0) == 4
+    assert branches_of(LTX_2, 1.0) == 3
+
+
+def test_what_an_exact_call_would_keep_is_not_counted() -> None:
+    warm = load_preset("fast").model_copy(update={"band": None, "refresh": 0})
+    assert kept_by(WAN21_1_3B, GRID, warm, 5.0) == 2 * 30 * l_bytes(GRID, 12)
+    assert kept_by(WAN21_1_3B, GRID, warm.model_copy(update={"band": 10}), 5.0) == 0
+    assert kept_by(WAN21_1_3B, GRID, warm.model_copy(update={"warm_start": False, "refresh": 21}), 5.0) == 0

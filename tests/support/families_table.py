@@ -20,11 +20,13 @@ COLUMNS = {
     "test_reference_and_torch_implementations_agree": "reference = torch",
     "test_everything_is_put_back_to_the_bit": "restored to the bit",
     "test_a_run_makes_the_frames_of_the_pipelines_own_call": "run = pipeline's frames",
+    "test_every_part_of_a_clip_follows_its_latents": "frames follow latents",
     "test_a_folder_describes_itself": "folder described",
     "test_offload_changes_nothing_but_where_weights_are": "offload",
     "test_narrow_weights_run_and_are_close": "fp8, int8",
     "test_a_lora_changes_the_result_by_its_scale": "LoRA",
     "test_a_cache_skips_calls_that_are_counted_apart": "caches",
+    "test_a_branch_is_what_it_would_be_alone": "caches by branch",
     "test_two_processes_equal_one": "two processes",
 }
 
@@ -59,7 +61,8 @@ def cell(outcomes: list[str]) -> str:
 def main() -> int:
     """Run the tests and write the table; pytest's exit code."""
     collector = Collector()
-    files = [TESTS / "families" / "test_families.py", TESTS / "pipeline" / "test_apply_setup.py"]
+    parts = ("apply_setup", "offload", "lora", "context_parallel", "step_cache")
+    files = [TESTS / "families" / "test_families.py", *(TESTS / "pipeline" / f"test_{part}.py" for part in parts)]
     code = pytest.main([*map(str, files), "-q"], plugins=[collector])
     lines = [
         "# Families and the tests they pass",

@@ -37,7 +37,8 @@ class Tiny:
     layers: int
     """Self-attention layers that must be swapped, of all transformers that a step uses."""
     forwards: int
-    """Forwards of the transformer in a step with guidance (1 where guidance is a batch of two, or embedded)."""
+    """Forwards of the transformer in a step with guidance: 1 where guidance is a batch of two, or embedded; 3 in LTX-2,
+    which has two more kinds of guidance by default."""
     grid: tuple[int, int, int]
     height: int = 32
     width: int = 48
@@ -48,7 +49,7 @@ class Tiny:
     @property
     def guidance_by_batch(self) -> bool:
         """A step's forward has the samples of both prompts."""
-        return self.forwards == 1 and "negative_prompt" in self.options
+        return self.forwards != 2 and "negative_prompt" in self.options
 
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
@@ -176,10 +177,22 @@ def _unipc() -> Any:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def _euler() -> Any:
+def _euler(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options})
+
+
+_LTX_SCHEDULE: dict[str, Any] = {
+    "shift": 1.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+"""As published for LTX-Video and LTX-2."""
 
 
 def _wan_parts(**options: Any) -> dict[str, Any]:
@@ -521,7 +534,11 @@ def ltx_video(kind: str = "LTXPipeline") -> Any:
     ).eval()
     return quiet(
         getattr(diffusers, kind)(
-            scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer)
+            scheduler=_euler(**_LTX_SCHEDULE),
+            vae=vae,
+            text_encoder=t5(),
+            tokenizer=words(),
+            transformer=sharpen(transformer),
         )
     )
 
@@ -644,7 +661,7 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
     ).eval()
     return quiet(
         getattr(diffusers, kind)(
-            scheduler=_euler(),
+            scheduler=_euler(**_LTX_SCHEDULE),
             vae=vae,
             audio_vae=audio_vae,
             text_encoder=text_encoder,
@@ -687,7 +704,11 @@ def mochi() -> Any:
     ).eval()
     return quiet(
         MochiPipeline(
-            scheduler=_euler(), vae=vae, text_encoder=t5(), tokenizer=words(), transformer=sharpen(transformer)
+            scheduler=_euler(shift=1.0, invert_sigmas=True),
+            vae=vae,
+            text_encoder=t5(),
+            tokenizer=words(),
+            transformer=sharpen(transformer),
         )
     )
 
@@ -724,6 +745,7 @@ def allegro() -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
+        sample_size=128,  # of the decoder's tiles: what they do not fill stays grey
     ).eval()
     return quiet(
         AllegroPipeline(
@@ -866,14 +888,6 @@ def image(width: int = 48, height: int = 32) -> Any:
 _WAN: dict[str, Any] = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
 _I2V = {**_WAN, "max_sequence_length": 512}
 _GUIDED = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
-_LTX2: dict[str, Any] = {
-    **_GUIDED,
-    "stg_scale": 0.0,
-    "modality_scale": 1.0,
-    "audio_stg_scale": 0.0,
-    "audio_modality_scale": 1.0,
-    "spatio_temporal_guidance_blocks": None,
-}
 
 TINY: dict[str, Tiny] = {
     "wan": Tiny(wan, "WanTransformer3DModel", 2, 2, (5, 2, 3), options=_WAN),
@@ -950,21 +964,31 @@ TINY: dict[str, Tiny] = {
         options={**_GUIDED, "image": image(32)},
     ),
     "ltx-2": Tiny(
-        ltx2, "LTX2VideoTransformer3DModel", 2, 1, (5, 16, 16), height=32, width=32, num_frames=9, options=_LTX2
+        ltx2, "LTX2VideoTransformer3DModel", 2, 3, (5, 16, 16), height=32, width=32, num_frames=9, options=_GUIDED
     ),
     "ltx-2-i2v": Tiny(
         ltx2_i2v,
         "LTX2VideoTransformer3DModel",
         2,
-        1,
+        3,
         (5, 16, 16),
         height=32,
         width=32,
         num_frames=9,
-        options={**_LTX2, "image": image(32), "image_crf": 0},
+        options={**_GUIDED, "image": image(32), "image_crf": 0},
     ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
-    "allegro": Tiny(allegro, "AllegroTransformer3DModel", 2, 1, (4, 2, 3), num_frames=16, options=_GUIDED),
+    "allegro": Tiny(
+        allegro,
+        "AllegroTransformer3DModel",
+        2,
+        1,
+        (6, 8, 8),
+        height=128,
+        width=128,
+        num_frames=24,
+        options=_GUIDED,
+    ),
     "kandinsky-5": Tiny(kandinsky_5, "Kandinsky5Transformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
     "kandinsky-5-i2v": Tiny(
         kandinsky_5_i2v,

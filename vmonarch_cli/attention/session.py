@@ -106,12 +106,21 @@ class AttentionSession:
             self.end_step()
         self._tracker.begin_step(index, total)
 
-    def begin_forward(self, transformer: int, grid: Grid, device: torch.device, both_prompts: bool = False) -> None:
+    def begin_forward(
+        self,
+        transformer: int,
+        grid: Grid,
+        device: torch.device,
+        *,
+        both_prompts: bool = False,
+        guided: bool = False,
+    ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
+        ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts):
+        if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
@@ -162,6 +171,7 @@ class AttentionSession:
             step=forward.step,
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
+            may_lead=forward.guided,
             forwards=self._tracker.forwards,
             steps_left=self._tracker.steps_left,
         )

@@ -34,6 +34,8 @@ class Forward:
     """How many forwards of this transformer the step had before."""
     both_prompts: bool
     """Its samples are those of all negative prompts and then those of all prompts, as diffusers orders them."""
+    guided: bool
+    """Guidance is on, if not in every step: another forward may follow although none did in the last step."""
     _valid: dict[tuple[int, ...], list[Rows] | None] = field(default_factory=dict)
     """Real text tokens by the mask's shape: all layers of a forward share one mask, and reading one waits."""
 
@@ -98,14 +100,14 @@ class StepTracker:
         self._done += 1
         return step
 
-    def begin_forward(self, transformer: int, grid: Grid, both_prompts: bool) -> bool:
+    def begin_forward(self, transformer: int, grid: Grid, both_prompts: bool, guided: bool) -> bool:
         """Count a forward and say whether it begins a step. ``both_prompts`` matters only in a step's first forward."""
         begins = self.step is None
         if begins and self._announced is None and not self._watching:
             raise RuntimeError(NO_STEP)
         index = self._done if self._announced is None else self._announced
         number = 0 if self.step is None else self.step.forwards[transformer]
-        forward = Forward(index, transformer, grid, number, both_prompts and number == 0)
+        forward = Forward(index, transformer, grid, number, both_prompts and number == 0, guided)
         if self.step is None:
             self.step = Step(index, forward)
         self.step.forward = forward

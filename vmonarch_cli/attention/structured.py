@@ -30,6 +30,8 @@ class Call:
     key: CallKey
     both_prompts: bool = False
     """The samples are those of all negative prompts and then those of all prompts."""
+    may_lead: bool = False
+    """Another forward may follow in this step although none did in the last one."""
     forwards: int = 1
     """Forwards of one transformer in a step, as far as the last step showed."""
     steps_left: int | None = None
@@ -88,6 +90,7 @@ class StructuredAttention:
 
     def _run(self, call: Call, warm: WarmState) -> torch.Tensor:
         """The output of all guidance branches that the call has, in the order of its samples."""
+        self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3])
         branches = self._branches(call)
         outs = [self._branch(branch, warm) for branch in branches]
         return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
@@ -116,7 +119,7 @@ class StructuredAttention:
             video = (text.split(call.q)[0], text.split(call.k)[0], text.split(call.v)[0])
         out, factor = self._attend(Inputs(*video, call.grid, start, extra), options, call, warm, keeps)
         if factor is not None:
-            warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1)
+            warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1 or call.may_lead)
         return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
 
     def _attend(

@@ -40,8 +40,9 @@ class WarmState:
 
     def __init__(self) -> None:
         self._factors: dict[CallKey, tuple[Grid, torch.Tensor]] = {}
-        self._starts: dict[CallKey, torch.Tensor] = {}
-        """What the leading calls of this step started from, kept for the branches that follow."""
+        self._starts: dict[CallKey, torch.Tensor | None] = {}
+        """What the leading calls of this step started from (None: cold), for the branches that follow; it is missing
+        where none was expected."""
         self._residuals: dict[CallKey, tuple[Grid, Residual]] = {}
         self._steps_known = True
         self.peak_bytes = 0
@@ -51,8 +52,10 @@ class WarmState:
 
         A branch that follows keeps none while the leading branch has an L of its shape and device.
         """
-        if key != key.leading and self._fitting_factor(key.leading, grid, q) is not None:
-            return self._starts.get(key.leading), False
+        leading = self._fitting_factor(key.leading, grid, q)
+        if key != key.leading and leading is not None:
+            # Where no branch was expected to follow, what the leading one ended with is the best that is left.
+            return self._starts.get(key.leading, leading), False
         return self._fitting_factor(key, grid, q), True
 
     def _fitting_factor(self, key: CallKey, grid: Grid, q: torch.Tensor) -> torch.Tensor | None:
@@ -65,7 +68,7 @@ class WarmState:
         """Keep a call's L and, if other branches ``follow`` the leading one, what it started from."""
         self._factors[key] = (grid, factor)
         self._starts.pop(key, None)
-        if follow and start is not None and key == key.leading:
+        if key == key.leading and (follow or start is None):
             self._starts[key] = start
 
     def residual(
@@ -113,7 +116,7 @@ class WarmState:
     def note_peak(self) -> None:
         """Update ``peak_bytes``; once a step is enough, because a new factor is as large as the one it replaces."""
         held = sum(factor.nbytes for _, factor in self._factors.values())
-        held += sum(factor.nbytes for factor in self._starts.values())
+        held += sum(start.nbytes for start in self._starts.values() if start is not None)
         held += sum(residual.nbytes for _, residual in self._residuals.values())
         self.peak_bytes = max(self.peak_bytes, held)
 

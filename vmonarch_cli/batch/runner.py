@@ -26,7 +26,7 @@ from vmonarch_cli.clip.latents import Denoised, load_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.clip.whole import is_clip_of
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, ModelError, OutputError, VmonarchError
-from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, Event, Retrying, StepDone
+from vmonarch_cli.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 from vmonarch_cli.pipeline.preflight import Machine
@@ -267,7 +267,7 @@ class _BatchRun:
         match event:
             case ClipStarted():
                 event = replace(event, index=position, count=len(self._batch.clips))
-            case StepDone() | Decoding() | Retrying():
+            case StepDone() | Decoding() | ClipWarning() | Retrying():
                 event = replace(event, clip=position)
             case ClipDone(result=result):
                 event = ClipDone(replace(result, index=position))

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from vmonarch_cli import __version__
-from vmonarch_cli.cli import batch
+from vmonarch_cli.cli import batch, signals
 from vmonarch_cli.cli.compare import compare
 from vmonarch_cli.cli.doctor import doctor
 from vmonarch_cli.cli.gallery import gallery
@@ -45,12 +45,15 @@ class OneSentenceGroup(TyperGroup):
         except Exception as error:
             if "--debug" in arguments:
                 raise
+            if signals.seen():
+                out.insist(signals.MESSAGE)
+                return signals.EXIT_CODE
             sentence, code = _explain(error)
             out.error(*(error.sentences if isinstance(error, InputErrors) else (sentence,)))
             if _wants_json(arguments):
                 out.json({"error": " ".join(sentence.split()), "exit_code": code}, indent=None)
         if code in EXIT_INTERRUPTED:
-            out.insist("interrupted: no clip was left half-written")
+            out.insist(signals.MESSAGE)
         return code if isinstance(code, int) else 0
 
 

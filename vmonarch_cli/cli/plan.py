@@ -6,7 +6,7 @@ from typing import Any
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch
-from vmonarch_cli.cli.options import Debug, Shown, takes_request
+from vmonarch_cli.cli.options import Debug, Shown, Stray, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.plan import Plan
@@ -20,11 +20,13 @@ def plan(
     shown: Shown,
     options: batch.PlannedBatchOptions,
     debug: Debug = False,
+    words: Stray = None,
 ) -> None:
     """Print what `generate` would do with the same flags: settings and their origins, tokens, FLOPs, memory, time.
 
     No weight is loaded and nothing is written.
     """
+    refuse_stray(words)
     if options.prompts_file is not None:
         batch.run_prompts_file(request, batch.BatchOptions(**vars(options)), shown, dry_run=True, debug=debug)
         return

@@ -98,14 +98,16 @@ def _time_words(plan: Plan) -> str:
     words = f"about {seconds(expected.clip_s)} a clip"
     if plan.num_videos > 1:
         words += f", {seconds(expected.clip_s * plan.num_videos)} for {plan.num_videos}"
-    basis = "as a clip like this" if expected.exact else "estimated from another clip"
+    basis = "measured on a clip like this" if expected.exact else "estimated from another clip"
     peak = f", peak {binary_size(expected.peak_memory_bytes)}" if expected.peak_memory_bytes else ""
-    return f"{words} ({basis} on {expected.device} took on {expected.recorded}{peak})"
+    return f"{words} ({basis}, made on {expected.device} on {expected.recorded}{peak})"
 
 
 def _shown(value: object) -> str:
-    if value is None:
+    if value is None or value in ((), []):
         return "none"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return "true" if value else "false"
     text = str(value)

@@ -13,6 +13,7 @@ from vmonarch_cli.cli.output import Output
 from vmonarch_cli.events import (
     ClipDone,
     ClipStarted,
+    ClipWarning,
     CompilingKernels,
     Decoding,
     Event,
@@ -108,6 +109,8 @@ class RunProgress:
                     self._bar.update(self._task, completed=done, description=self._clip, count=fraction)
             case Decoding():
                 self._phase("decoding")
+            case ClipWarning(sentence=sentence):
+                self._out.warn(sentence)
             case Retrying(sentence=sentence):
                 self._out.retry(sentence)
             case ClipDone(result=result):

@@ -17,8 +17,8 @@ from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
 
 LOST_SUBJECT = (
-    "the first step differs far more from dense attention than the others, so the clip may lack its subject: try "
-    "--dense-steps 1, or --preset balanced"
+    "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "
+    "--dense-steps 1, or more --steps"
 )
 
 

@@ -51,6 +51,8 @@ class Denoised:
     dtype: str
     retries: tuple[dict[str, str], ...] = ()
     """What went wrong on the way and what was done instead."""
+    warnings: tuple[str, ...] = ()
+    """What the model could not follow."""
     save_s: float = 0.0
     skipped_calls: int = 0
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
@@ -114,6 +116,7 @@ def load_latents(path: Path) -> SavedLatents:
         facts["steps"] = [StepAttention(**step) for step in facts["steps"]]
         facts["grid"] = tuple(facts["grid"])
         facts["retries"] = tuple(facts["retries"])
+        facts["warnings"] = tuple(facts.get("warnings", ()))
         plan = Plan.model_validate_json(metadata["plan"])
         found = SavedLatents(plan, int(metadata["index"]), Denoised(latents=latents, **facts), metadata["key"])
         if _checksum(latents) != metadata["sha256"]:

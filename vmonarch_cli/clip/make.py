@@ -21,6 +21,7 @@ from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.events import (
     ClipDone,
     ClipStarted,
+    ClipWarning,
     CompilingKernels,
     Decoding,
     Event,
@@ -34,7 +35,7 @@ from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
 from vmonarch_cli.media.publish import NameTaken
 from vmonarch_cli.media.write import write_clip, write_record
-from vmonarch_cli.pipeline import context_parallel
+from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import Frames, decode, encode
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
 from vmonarch_cli.pipeline.device import DTYPES
@@ -249,7 +250,13 @@ class ClipMaker:
             torch.cuda.reset_peak_memory_stats(self._device)
         watch = Stopwatch(self._device)
         seed = plan.seed + index
-        with self._swapped(plan, preset) as session:
+        texts = text_limits.watched(
+            self._pipeline,
+            plan.prompt,
+            plan.negative_prompt,
+            on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
+        )
+        with self._swapped(plan, preset) as session, texts as left_out:
             try:
                 embeddings = encode(
                     self._pipeline,
@@ -292,6 +299,7 @@ class ClipMaker:
                     "threads": torch.get_num_threads(),
                 },
                 dtype=self._machine.dtype,
+                warnings=tuple(part.sentence() for part in left_out),
             )
 
     @contextmanager

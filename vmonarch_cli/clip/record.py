@@ -68,7 +68,7 @@ def make_record(
         "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
         "versions": installed_versions(),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(),
         "skipped_calls": denoised.skipped_calls,

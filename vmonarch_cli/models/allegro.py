@@ -6,6 +6,15 @@ from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 from vmonarch_cli.models.config import Config
+from vmonarch_cli.models.shapes import Tiles
+
+
+def _tiles(sample_size: int) -> Tiles:
+    """Of diffusers' AutoencoderKLAllegro, which takes no others: 24 frames, tiles overlap by 8 frames, 120 rows and 80
+    columns.
+    """
+    return Tiles(tile=(24, sample_size, sample_size), stride=(16, sample_size - 120, sample_size - 80))
+
 
 ALLEGRO = ModelEntry(
     alias="allegro",
@@ -15,6 +24,8 @@ ALLEGRO = ModelEntry(
     hub_id="rhymes-ai/Allegro",
     licence="Apache-2.0",
     frame_offset=0,
+    decoder_tiles=_tiles(320),
+    has_flow_shift=False,
     vae_float32=True,
     latent_channels=4,
     heads=24,
@@ -44,6 +55,8 @@ def _figures(config: Config, vae: Config) -> dict[str, Any]:
         "vae_temporal": vae.whole("temporal_compression_ratio", 4),
         "vae_spatial": 2 ** (vae.length("block_out_channels") - 1),
         "frame_offset": 0,
+        "has_flow_shift": False,
+        "decoder_tiles": _tiles(vae.whole("sample_size", 320, least=121)),
         "vae_float32": True,
     }
 

@@ -17,6 +17,7 @@ COGVIDEOX_2B = ModelEntry(
     hub_id="THUDM/CogVideoX-2b",
     aliases=("zai-org/CogVideoX-2b",),
     licence="Apache-2.0",
+    has_flow_shift=False,
     heads=30,
     head_dim=64,
     layers=30,
@@ -49,6 +50,7 @@ COGVIDEOX_15 = COGVIDEOX_5B.model_copy(
         "hub_id": "THUDM/CogVideoX1.5-5B",
         "aliases": ("cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B"),
         "patch": (2, 2, 2),
+        "max_grid": (None, 150, 150),
         "transformer_params": 5_570_676_352,
         "defaults": COGVIDEOX_5B.defaults.model_copy(
             update={"height": 768, "width": 1360, "num_frames": 81, "fps": 16}
@@ -103,7 +105,17 @@ def _figures(config: Config, vae: Config) -> dict[str, Any]:
         "fixed_size": (config.whole("sample_height") * spatial, config.whole("sample_width") * spatial)
         if learned
         else None,
+        "max_grid": _max_grid(config),
+        "has_flow_shift": False,
     }
+
+
+def _max_grid(config: Config) -> tuple[int | None, int | None, int | None]:
+    """1.5 cuts its positions out of those of its largest size; 1.0 stretches them over any."""
+    if config.whole("patch_size_t", 0, least=0) == 0:
+        return None, None, None
+    patch = config.whole("patch_size")
+    return None, config.whole("sample_height") // patch, config.whole("sample_width") // patch
 
 
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:

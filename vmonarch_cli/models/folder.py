@@ -71,7 +71,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
         raise ModelError(
             f"{path} does not describe {owner}: {field} comes out as {shown(first['input'])}, which none has"
         ) from None
-    return _with_own_shift(entry, folder)
+    return _with_own_schedule(entry, folder)
 
 
 def _check_configs(folder: Path, index: dict[str, Any]) -> None:
@@ -145,13 +145,20 @@ def _defaults(figures: dict[str, Any]) -> Defaults:
     )
 
 
-def _with_own_shift(entry: ModelEntry, folder: Path) -> ModelEntry:
-    """Take the flow shift from the folder's scheduler where no known model gives one."""
+def _with_own_schedule(entry: ModelEntry, folder: Path) -> ModelEntry:
+    """Take what the folder's scheduler says: its fewest steps, and its flow shift where no known model gives one.
+
+    A scheduler that shifts by the number of tokens has no shift of its own.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
-    if entry.defaults.flow_shift is not None or not path.is_file():
+    if not path.is_file():
         return entry
     config = _table(folder, "scheduler/scheduler_config.json", "a complete model")
+    if config.get("shift_terminal"):  # the schedule is stretched to end there, which one step cannot
+        entry = entry.model_copy(update={"min_steps": max(2, entry.min_steps)})
     shift = config.get("flow_shift", config.get("shift"))
+    if entry.defaults.flow_shift is not None or config.get("use_dynamic_shifting"):
+        return entry
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= _LARGEST_SHIFT:
         return entry
     return entry.model_copy(update={"defaults": entry.defaults.model_copy(update={"flow_shift": float(shift)})})

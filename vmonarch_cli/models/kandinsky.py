@@ -7,6 +7,8 @@ from typing import Any
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 from vmonarch_cli.models.config import Config
 
+_MAX_GRID = (128, 128, 128)  # of diffusers' Kandinsky5RoPE3D, which no config changes
+
 KANDINSKY_5_LITE = ModelEntry(
     alias="kandinsky-5-lite",
     title="Kandinsky 5.0 T2V Lite 5s",
@@ -15,6 +17,7 @@ KANDINSKY_5_LITE = ModelEntry(
     hub_id="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
     aliases=("kandinsky-5",),
     licence="MIT",
+    max_grid=_MAX_GRID,
     heads=28,
     head_dim=64,
     layers=32,
@@ -52,6 +55,7 @@ def _figures(config: Config, vae: Config) -> dict[str, Any]:
         "latent_channels": config.whole("out_visual_dim"),
         "vae_temporal": vae.whole("temporal_compression_ratio", 4),
         "vae_spatial": vae.whole("spatial_compression_ratio", 8),
+        "max_grid": _MAX_GRID,
     }
 
 

@@ -9,6 +9,8 @@ from vmonarch_cli.models.config import Config
 
 _NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
+_EXTRA_FORWARDS = 2  # of LTX-2's pipeline: spatio-temporal guidance, and guidance by isolated modalities
+
 LTX_VIDEO = ModelEntry(
     alias="ltx-video",
     title="LTX-Video",
@@ -27,6 +29,7 @@ LTX_VIDEO = ModelEntry(
     layers=28,
     ffn_dim=4 * 2048,
     max_sequence_length=128,
+    min_steps=2,  # the schedule is stretched to end at a given noise level, which one step cannot
     transformer_params=1_923_385_472,
     text_encoder_params=4_762_310_656,
     vae_params=419_193_649,
@@ -55,6 +58,7 @@ LTX_2 = LTX_VIDEO.model_copy(
         "layers": 48,
         "ffn_dim": 4 * 4096,
         "text_dim": 3840,
+        "extra_forwards": _EXTRA_FORWARDS,
         "max_sequence_length": 1024,
         "transformer_params": 18_876_174_592,
         "text_encoder_params": 12_187_325_040,  # Gemma 3 12B
@@ -90,7 +94,7 @@ def _ltx(config: Config, vae: Config) -> dict[str, Any]:
 
 
 def _ltx2(config: Config, vae: Config) -> dict[str, Any]:
-    return {**_figures(config, vae), "max_sequence_length": 1024}
+    return {**_figures(config, vae), "max_sequence_length": 1024, "extra_forwards": _EXTRA_FORWARDS}
 
 
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")

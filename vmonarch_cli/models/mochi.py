@@ -22,6 +22,7 @@ MOCHI_1 = ModelEntry(
     layers=48,
     ffn_dim=4 * 3072 * 2 // 3,
     max_sequence_length=256,
+    min_steps=2,  # a part of its schedule is linear and a part quadratic
     transformer_params=10_027_677_744,
     text_encoder_params=4_762_310_656,
     vae_params=459_748_611,
@@ -43,6 +44,7 @@ def _figures(config: Config, vae: Config) -> dict[str, Any]:
         "text_dim": config.whole("text_embed_dim"),
         "max_sequence_length": config.whole("max_sequence_length", 256),
         "latent_channels": config.whole("in_channels"),
+        "min_steps": 2,
         "vae_temporal": 6,
         "vae_spatial": 8,
     }

@@ -26,6 +26,7 @@ WAN21_1_3B = ModelEntry(
     aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
     licence="Apache-2.0",
     vae_float32=True,
+    max_grid=(1024, 1024, 1024),
     heads=12,
     head_dim=128,
     layers=30,
@@ -184,6 +185,7 @@ def figures(config: Config, vae: Config) -> dict[str, Any]:
         "vae_temporal": vae.whole("scale_factor_temporal", 4),
         "vae_spatial": vae.whole("scale_factor_spatial", 8),
         "vae_float32": True,
+        "max_grid": (config.whole("rope_max_seq_len", 1024),) * 3,
     }
 
 

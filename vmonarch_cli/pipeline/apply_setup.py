@@ -9,6 +9,7 @@ import torch
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import family_of
+from vmonarch_cli.pipeline import step_cache
 from vmonarch_cli.pipeline.lora import load_loras
 from vmonarch_cli.plan.setup import Setup
 
@@ -87,5 +88,7 @@ def _enable_cache(pipeline: Any, transformer: Any, name: str) -> None:
         raise InputError(f"--cache: diffusers has no cache for {type(transformer).__name__}")
     try:
         transformer.enable_cache(config)
+        if name == "pab":
+            step_cache.separate_branches(transformer)
     except Exception as error:
         raise InputError(f"--cache {name} does not work with {type(transformer).__name__}: {error}") from error

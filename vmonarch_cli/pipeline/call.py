@@ -13,6 +13,7 @@ import torch
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.families.base import Shape
 from vmonarch_cli.families.registry import facts_of, family_of
+from vmonarch_cli.pipeline import step_cache
 
 Frames = npt.NDArray[np.uint8]
 Embeddings = dict[str, Any]
@@ -49,6 +50,7 @@ def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) ->
         pipeline.guider = pipeline.guider.new(guidance_scale=options["guidance_scale"])
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
     known = _accepted(type(pipeline).__call__, **given)
+    step_cache.forget(pipeline)
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.
         latents: torch.Tensor = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent").frames

@@ -170,14 +170,20 @@ def quiet_libraries() -> None:
 
 
 def set_flow_shift(pipeline: Any, shift: float | None) -> None:
-    """Give the scheduler a flow-matching timestep shift (None: its own); schedulers name the setting differently."""
+    """Give the scheduler a flow-matching timestep shift (None: its own); schedulers name the setting differently.
+
+    A scheduler that shifts by the number of tokens does so no longer. InputError for one that has no shift.
+    """
     if shift is None:
         return
     scheduler = pipeline.scheduler
     name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
     if name is None:
         raise InputError(f"--flow-shift cannot be set: {type(scheduler).__name__} of this model has no shift")
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{name: shift})
+    given: dict[str, Any] = {name: shift}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["use_dynamic_shifting"] = False
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **given)
 
 
 def _local_folder(source: str, revision: str | None) -> Path:

@@ -126,7 +126,9 @@ def _before_forward(
         raise RuntimeError("the pipeline's scheduler was replaced inside `with swapped(...)`: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
-    session.begin_forward(index, grid, latents.device, both_prompts=_has_both_prompts(target))
+    session.begin_forward(
+        index, grid, latents.device, both_prompts=_has_both_prompts(target), guided=_has_guider(target)
+    )
 
 
 def _has_both_prompts(target: Any) -> bool:
@@ -137,6 +139,12 @@ def _has_both_prompts(target: Any) -> bool:
     # Not every pipeline has the property; LTX-2's knows of the guidance of sound, too.
     scale = getattr(target, "guidance_scale", 0)  # set by the pipeline's call
     return bool(getattr(target, "do_classifier_free_guidance", scale > 1))
+
+
+def _has_guider(target: Any) -> bool:
+    """Whether guidance is a component of the pipeline and on: a guider may be so for an interval of the steps."""
+    facts = PIPELINES.get(type(target).__name__)
+    return facts is not None and facts.guider and target.guider.guidance_scale > 1
 
 
 @contextmanager

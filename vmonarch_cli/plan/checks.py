@@ -10,7 +10,9 @@ from pathlib import Path
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
+from vmonarch_kernels.spec import MAX_FRAMES
 
 EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
 DTYPES = {
@@ -73,7 +75,7 @@ def size(text: str | None, height: int | None, width: int | None) -> tuple[int |
 def whole(flag: str, value: int | None, low: int, high: int) -> int | None:
     """A whole number within [low, high], or None."""
     if value is not None and not low <= value <= high:
-        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {value}")
+        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {shown(value)}")
     return value
 
 
@@ -105,6 +107,29 @@ def second_guidance(model: ModelEntry, value: float | None) -> None:
     """Only a model with a second transformer has a second guidance scale."""
     if value is not None and model.transformers < 2:
         raise InputError(f"--guidance-scale-2 is for models with two transformers, and {model.alias} has one")
+
+
+def steps(model: ModelEntry, value: int) -> None:
+    """InputError for fewer denoising steps than a model's schedule can be made of."""
+    if value < model.min_steps:
+        raise InputError(
+            f"--steps {value} does not fit {model.alias}: its noise schedule takes {model.min_steps} at least"
+        )
+
+
+def flow_shift(model: ModelEntry, value: float | None) -> None:
+    """InputError for a flow shift of a model whose noise schedule has none."""
+    if value is not None and not model.has_flow_shift:
+        raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
+
+
+def latent_frames(preset: Preset, frames: int, num_frames: int) -> None:
+    """InputError for more latent frames than structured attention takes."""
+    if preset.attention != "dense" and frames > MAX_FRAMES:
+        raise InputError(
+            f"{num_frames} frames are {frames} latent frames, and structured attention takes {MAX_FRAMES} at most: "
+            "choose fewer frames, or --preset dense"
+        )
 
 
 def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:

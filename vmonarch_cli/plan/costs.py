@@ -25,8 +25,10 @@ class Flops(BaseModel):
 
 
 def branches_of(model: ModelEntry, guidance_scale: float) -> int:
-    """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts."""
-    return 2 if guidance_scale > 1 and not model.embedded_guidance else 1
+    """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts, and those of
+    other kinds of guidance.
+    """
+    return (2 if guidance_scale > 1 and not model.embedded_guidance else 1) + model.extra_forwards
 
 
 def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int) -> Flops:
@@ -55,14 +57,17 @@ def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branc
 
 
 def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float) -> int:
-    """Bytes kept from step to step, one per entry of L (warm start) and of the output (frame refresh), for every layer
-    and guidance branch of the transformer at work; corrections that the branches share once.
+    """Bytes that the transformer at work keeps from step to step, in all layers that run structured.
+
+    One byte per entry of L (warm start), twice where other branches start from what the leading one started from; and
+    per entry of the output (frame refresh), for every branch or once for all that share it.
     """
+    options = options_for(preset, grid[0])
     if preset.attention == "dense":
         return 0
     layers = max(0, model.layers - preset.dense_layers)
     branches = branches_of(model, guidance_scale)
-    call = l_bytes(grid, model.heads) * branches if preset.warm_start else 0
-    if preset.refresh:
+    call = l_bytes(grid, model.heads) * min(2, branches) if options.keeps_l else 0
+    if options.refresh:
         call += residual_bytes(grid, model.heads, model.head_dim) * (1 if preset.shared_refresh else branches)
     return call * layers

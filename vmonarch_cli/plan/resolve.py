@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
+from vmonarch_cli.models.base import CACHES, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.demo_vocabulary import unknown_words
 from vmonarch_cli.models.lora import check_lora_file, lora_file
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
-from vmonarch_cli.plan import checks
+from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -55,7 +54,10 @@ def resolve(request: GenerateRequest) -> Plan:
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
     steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    checks.steps(model, steps)
+    checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
+    checks.latent_frames(preset, grid[0], num_frames)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -101,7 +103,10 @@ def resolve(request: GenerateRequest) -> Plan:
         setup=_resolve_setup(request, PIPELINES[pipeline], origins),
         origins={"prompt": FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
-        warnings=tuple(_warnings(model, prompt, (height, width, num_frames))),
+        warnings=(
+            *warnings.of_demo(model, prompt, (height, width, num_frames)),
+            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+        ),
     )
 
 
@@ -148,21 +153,3 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved
-
-
-def _warnings(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
-    """Sentences about what will work less well than the user may expect."""
-    found: list[str] = []
-    if model.alias != DEMO_ALIAS:
-        return found
-    unknown = unknown_words(prompt)
-    if unknown:
-        words = ", ".join(f"'{word}'" for word in unknown[:8]) + (" and others" if len(unknown) > 8 else "")
-        found.append(f"the demo model was not trained on {words}: those words will not show in the clip")
-    trained = (model.defaults.height, model.defaults.width, model.defaults.num_frames)
-    if model.trained_only_at_default and shape != trained:
-        found.append(
-            f"the demo model was trained at {trained[1]}x{trained[0]} with {trained[2]} frames only: "
-            f"{shape[1]}x{shape[0]} with {shape[2]} will look worse"
-        )
-    return found
