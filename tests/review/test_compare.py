@@ -22,7 +22,7 @@ from vmonarch_cli.pipeline import load
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.review.compare.existing import differing
 from vmonarch_cli.review.compare.figures import changes, distance, flicker
-from vmonarch_cli.review.compare.page import figure_rows, times_notes
+from vmonarch_cli.review.compare.page import figure_notes, figure_rows
 from vmonarch_cli.review.compare.pictures import contact_sheet, short_figures, side_by_side
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison
 from vmonarch_cli.review.compare.runs import plan_comparison
@@ -161,7 +161,7 @@ def test_equal_settings_have_no_speedup() -> None:
     rows = dict(figure_rows(busy))
     assert rows["attention"] == ["5 s", "4.6 s, no difference", "4.7 s, no difference"]
     assert rows["end to end"][1:] == ["40.6 s, no difference", "39.7 s, no difference"]
-    assert times_notes(busy) == [
+    assert figure_notes(busy) == [
         "no difference measurable for a, b: times of equal work vary by 15% between these clips"
     ]
     assert busy.to_json()["others"][0]["times_differ"] is False
@@ -191,7 +191,7 @@ def test_as_many_operations_as_dense_make_no_ratio() -> None:
     """`exact`, or a clip of one frame: every call is dense attention under another name."""
     found = times(timed("dense", 5.0, 40.0), timed("exact", 1.5, 40.0, flops={"planned": 100}))
     assert dict(figure_rows(found))["attention"] == ["5 s", "1.5 s"]
-    assert times_notes(found) == ["exact: as many operations as dense, so no ratio of times"]
+    assert figure_notes(found) == ["exact: as many operations as dense, so no ratio of times"]
 
 
 def test_records_without_steps_make_no_claim() -> None:
