@@ -17,6 +17,10 @@ Measured on the demo model with a red star (49 frames): the star was lost at 4.2
 and paper) and 2.1 (balanced), where dense attention and `dense_steps = 1` kept it; it was there at 1.4 (64x64), 1.0
 (96x96, fast and paper), 0.7 and 0.4 (128x128, 12 and 20 steps).
 """
+LOST_SUBJECT = (
+    "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "
+    "--dense-steps 1, or more --steps"
+)
 
 
 @dataclass(frozen=True)

@@ -87,3 +87,34 @@ def test_text_cannot_become_markup() -> None:
     shown = PAGES.from_string("{{ value }}")
     assert shown.render(value='<a href="x">&\'') == "&lt;a href=&#34;x&#34;&gt;&amp;&#39;"
     assert shown.render(value="a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
+
+
+def test_a_card_says_what_the_attention_gained_and_gave_up(batch: Path) -> None:
+    """Ratios are of sums over the steps, whatever an earlier version wrote."""
+    file = batch / "clip.json"
+    record = json.loads(file.read_text())
+    dense = {"calls": 4, "structured_calls": 0, "attention_s": 1.2, "dense_s": 1.2, "dense_call_s": 0.3, "error": None}
+    fast = {**dense, "structured_calls": 4, "attention_s": 0.3}
+    errors = (None, None, 0.566, 0.02, 0.03)
+    steps = [
+        {"index": n, "total": 5, "sigma": 0.5, "step_s": 2.0, **(dense if error is None else {**fast, "error": error})}
+        for n, error in enumerate(errors)
+    ]
+    record["timing"] |= {"steps": steps, "attention_s": 3.3, "attention_speedup": 4.0, "error": 0.03}
+    file.write_text(json.dumps(record))
+    text = Page(write_gallery(batch).path).text
+    assert "3.3 s, 1.82x as fast as dense" in text
+    assert "0.030, up to 0.566 in step 3" in text
+    assert "4.00x" not in text
+
+
+def test_a_lost_subject_is_said(batch: Path) -> None:
+    file = batch / "clip.json"
+    record = json.loads(file.read_text())
+    for number, step in enumerate(record["timing"]["steps"]):
+        step |= {"error": (0.566, 0.02, 0.03)[number], "dense_s": 0.1, "dense_call_s": 0.01}
+    file.write_text(json.dumps(record))
+    assert "--dense-steps 1" in Page(write_gallery(batch).path).text
+    shown = call("compare", str(file), str(batch / "inner" / "deep.json"))
+    assert "clip: the first step differs far more" in " ".join(shown.stdout.split())
+    assert "up to 0.566 in step 1" in " ".join(shown.stdout.split())

@@ -79,7 +79,7 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
 
 def _show(comparison: Comparison, out: Output) -> None:
     """The figures of every clip, the settings that differ, and what else there is to say."""
-    from vmonarch_cli.review.compare.page import figure_rows, times_notes
+    from vmonarch_cli.review.compare.page import figure_notes, figure_rows
 
     rows = figure_rows(comparison)
     figures = table("clip")
@@ -95,5 +95,5 @@ def _show(comparison: Comparison, out: Output) -> None:
         for name, values in comparison.differing:
             settings.add_row(Text(name), *(Text(value) for value in values))
         out.show(settings)
-    for note in (*times_notes(comparison), *comparison.notes):
+    for note in (*figure_notes(comparison), *comparison.notes):
         out.show(Text(note, style="dim"))

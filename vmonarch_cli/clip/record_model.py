@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
 
@@ -100,13 +101,18 @@ class FlopsFacts(_Part):
 class StepFacts(_Part):
     """One denoising step, in seconds; see `timing.StepAttention`."""
 
+    index: int | None = None
+    total: int | None = None
+    sigma: float | None = None
+    step_s: float | None = None
     attention_s: float | None = None
     calls: int | None = None
     structured_calls: int | None = None
-    dense_s: float | None = None
     dense_call_s: float | None = None
+    dense_s: float | None = None
     sampled_attention_s: float | None = None
     error: float | None = None
+    first_call_s: float | None = None
 
 
 class TimingFacts(_Part):
@@ -116,9 +122,8 @@ class TimingFacts(_Part):
     denoise_s: float | None = None
     decode_s: float | None = None
     write_s: float | None = None
+    total_s: float | None = None
     attention_s: float | None = None
-    attention_speedup: float | None = None
-    end_to_end_speedup: float | None = None
     error: float | None = None
     steps: list[StepFacts] = []
 
@@ -127,6 +132,19 @@ class TimingFacts(_Part):
         """Text, denoising, decoding and writing."""
         parts = [self.text_encode_s, self.denoise_s, self.decode_s, self.write_s]
         return None if None in parts else sum(part for part in parts if part is not None)
+
+    @property
+    def whole(self) -> ClipTiming | None:
+        """The timing with everything that follows from its steps; None where the record leaves some of it out.
+
+        Ratios are computed here and not read: earlier versions wrote medians over the steps.
+        """
+        fields = self.model_dump(exclude={"attention_s", "error", "steps"})
+        steps = [step.model_dump() for step in self.steps]
+        needed = ("index", "step_s", "attention_s", "calls", "structured_calls")
+        if not steps or None in fields.values() or any(step[name] is None for step in steps for name in needed):
+            return None
+        return ClipTiming(steps=[StepAttention(**step) for step in steps], **fields)
 
 
 class CoverageFacts(_Part):

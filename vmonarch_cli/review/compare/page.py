@@ -8,6 +8,7 @@ from vmonarch_cli.machine.versions import caption_versions
 from vmonarch_cli.review import webpage
 from vmonarch_cli.review.charts import Chart, draw_chart
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison
+from vmonarch_cli.review.words import error_words, lost_subject
 from vmonarch_cli.text import flops, seconds
 
 ABSENT = "·"
@@ -17,8 +18,8 @@ EXPLAINED = {
     "LPIPS": "LPIPS: 0 is equal.",
     "flicker": "Flicker: the mean change of a pixel that the next frame takes back, in 8-bit levels, to hold "
     "against the reference's own.",
-    "attention": "Attention and end to end: as measured for each clip, and how many times as fast as the reference. "
-    "End to end, all clips are given the same other work, so that the ratio is what the attention makes of it.",
+    "error": "Error: of a step's attention against dense attention of the same inputs, median and largest.",
+    "attention": "Attention and end to end: as measured for each clip, and how many times as fast as the reference.",
 }
 
 
@@ -34,7 +35,7 @@ def report_page(comparison: Comparison, film: bytes | None, sheet: bytes | None)
         names=list(colours),
         figures=figures,
         explained=" ".join(EXPLAINED[title] for title, _ in figures if title in EXPLAINED),
-        notes=[*times_notes(comparison), *comparison.notes],
+        notes=[*figure_notes(comparison), *comparison.notes],
         film=None if film is None else webpage.data_uri(film, "video/mp4"),
         sheet=None if sheet is None else webpage.data_uri(sheet, "image/png"),
         charts=_charts(comparison, colours),
@@ -57,6 +58,7 @@ def figure_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     add("SSIM", [f"{c.distance.ssim:.4f}" if c.distance and c.distance.ssim is not None else None for c in everyone])
     add("LPIPS", [f"{c.distance.lpips:.4f}" if c.distance and c.distance.lpips is not None else None for c in everyone])
     add("flicker", [f"{c.flicker:.3f}" if c.flicker is not None else None for c in everyone])
+    add("error", [error_words(c.record) for c in everyone])
     add("attention work", [flops(c.flops) if c.flops else None for c in everyone])
     for title, name in (("attention", "attention_s"), ("end to end", "end_to_end_s")):
         add(title, [_time(comparison, c, name) for c in everyone])
@@ -103,13 +105,18 @@ def _time(comparison: Comparison, clip: ComparedClip, name: str) -> str | None:
     return f"{seconds(value)}, {ratio:.2f}x" if comparison.differs(clip) else f"{seconds(value)}, no difference"
 
 
-def times_notes(comparison: Comparison) -> list[str]:
-    """What the times of a comparison do and do not say, in sentences."""
+def figure_notes(comparison: Comparison) -> list[str]:
+    """What the figures of a comparison do and do not say, in sentences."""
     found = []
     compared = [clip for clip in comparison.others if comparison.speedup(clip, "attention_s") is not None]
     same = [clip.name for clip in compared if comparison.same_work(clip)]
     alike = [clip.name for clip in compared if clip.name not in same and not comparison.differs(clip)]
+    apart = [clip for clip in compared if clip.name not in (*same, *alike)]
     variation = comparison.variation
+    if apart:
+        found.append(
+            "end-to-end ratios give all clips the same other work, their median: what differs is the attention"
+        )
     if same:
         found.append(f"{', '.join(same)}: as many operations as {comparison.reference.name}, so no ratio of times")
     if alike and variation is not None:
@@ -119,4 +126,7 @@ def times_notes(comparison: Comparison) -> list[str]:
         )
     elif alike:
         found.append(f"no difference measurable for {', '.join(alike)}: the records do not say how far times vary")
+    found += [
+        f"{clip.name}: {advice}" for clip in comparison.clips if (advice := lost_subject(clip.record)) is not None
+    ]
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,17 +126,20 @@ class Comparison:
 
     @property
     def variation(self) -> float | None:
-        """How far apart times of equal work lie between these clips, as a share of it; None with fewer than two times.
+        """How far apart times of equal work lie between these clips, as a share of it; None where no record says.
 
-        Equal work is what a step does beside its attention, and attention with one preset under two names.
+        Equal work is what a step does beside its attention, attention with one preset under two names, and the steps of
+        dense attention (of these the standard error, twice).
         """
-        groups = [[clip.other_step_s for clip in self.clips]]
-        for preset in {_computed(clip.record) for clip in self.clips if clip.record is not None}:
-            same = [clip for clip in self.clips if clip.record is not None and _computed(clip.record) == preset]
-            groups.append([clip.attention_s for clip in same])
-        shares = [_spread([value for value in group if value is not None]) for group in groups]
-        known = [share for share in shares if share is not None]
-        return max(_LEAST_VARIATION, *known) if shares[0] is not None else None
+        beside = _spread([clip.other_step_s for clip in self.clips])
+        if beside is None:
+            return None
+        shares: list[float | None] = [_LEAST_VARIATION, beside]
+        records = [clip.record for clip in self.clips if clip.record is not None]
+        for preset in {_computed(record) for record in records}:
+            shares.append(_spread([record.timing.attention_s for record in records if _computed(record) == preset]))
+        shares += [_error_of_mean(record) for record in records if record.preset.attention == "dense"]
+        return max(share for share in shares if share is not None)
 
     def speedup(self, other: ComparedClip, name: str) -> float | None:
         """How many times as fast as the reference a clip was; `name` is "attention_s" or "end_to_end_s".
@@ -191,7 +195,15 @@ def _computed(record: Record) -> str:
     return repr(sorted((name, repr(value)) for name, value in {**fields, "impl": record.impl}.items()))
 
 
-def _spread(values: list[float]) -> float | None:
+def _spread(values: Sequence[float | None]) -> float | None:
     """(largest - smallest) / median; None for fewer than two, or a median of 0."""
-    middle = statistics.median(values) if len(values) > 1 else 0.0
-    return (max(values) - min(values)) / middle if middle > 0 else None
+    known = [value for value in values if value is not None]
+    middle = statistics.median(known) if len(known) > 1 else 0.0
+    return (max(known) - min(known)) / middle if middle > 0 else None
+
+
+def _error_of_mean(record: Record) -> float | None:
+    """Two standard errors of the mean attention time of a step, as a share of it; the first step warms up."""
+    known = [step.attention_s for step in record.timing.steps[1:] if step.attention_s is not None]
+    mean = statistics.fmean(known) if len(known) > 2 else 0.0
+    return 2 * statistics.stdev(known) / len(known) ** 0.5 / mean if mean > 0 else None
