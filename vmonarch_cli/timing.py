@@ -15,7 +15,7 @@ STANDS_OUT = 1.7
 
 Measured on the demo model with a red star (49 frames): the star was lost at 4.2 and 4.0 (128x128, 6 steps, presets fast
 and paper) and 2.1 (balanced), where dense attention and `dense_steps = 1` kept it; it was there at 1.4 (64x64), 1.0
-(96x96, fast and paper), 0.7 (128x128, 12 steps) and 0.2 (96x96, 20 steps).
+(96x96, fast and paper), 0.7 and 0.4 (128x128, 12 and 20 steps).
 """
 LOST_SUBJECT = (
     "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "

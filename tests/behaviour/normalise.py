@@ -51,13 +51,13 @@ def record(command: Command, left: Left) -> dict[str, Any]:
         "stdout": tidy.output("stdout", left.stdout),
         "stderr": tidy.output("stderr", left.stderr),
     }
-    files = {name: tidy.file(name) for name in left.changed if not _is_frame(name)}
+    files = {tidy.name(name): tidy.file(name) for name in left.changed if not _is_frame(name)}
     for folder in sorted({name.rsplit("/", 1)[0] for name in left.changed if _is_frame(name)}):
         files[folder] = tidy.frames(folder)
     if files:
         found["files"] = dict(sorted(files.items()))
     if left.removed:
-        found["removed"] = list(left.removed)
+        found["removed"] = [tidy.name(name) for name in left.removed]
     if numbers:
         found["numbers"] = numbers
     if exact:
@@ -86,6 +86,7 @@ class _Tidy:
         self._in_full = command.in_full
         self._numbers = numbers
         self._exact = exact
+        self._keys: dict[str, str] = {}
 
     def output(self, name: str, text: str) -> Any:
         """JSON as an object, all else as lines."""
@@ -145,6 +146,8 @@ class _Tidy:
             if _HASH.search(key):
                 self._exact[path] = value
                 return "<hash>"
+            if key == "key":
+                return self._keys.setdefault(value, f"<key {len(self._keys) + 1}>")
             return "<time>" if key == "time" else self._known(value)
         if _TIMED.search(key) and not path.endswith("settings.seconds"):
             return "<measured>"
@@ -154,6 +157,10 @@ class _Tidy:
             self._numbers[path] = significant(float(value))
             return "<number>"
         return value
+
+    def name(self, name: str) -> str:
+        """A file's name without the key of its clip, which depends on where the weights are."""
+        return re.sub(r"[0-9a-f]{16}(?=.*\.claim$)", "<key>", name)
 
     def file(self, name: str) -> Any:
         """A file by its ending."""

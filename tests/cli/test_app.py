@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.events import ClipStarted, StepDone
 from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.presets import shipped_names
 
@@ -336,6 +337,19 @@ def test_interrupt_exits_130_with_one_line(fake_run: None, monkeypatch: pytest.M
     monkeypatch.setattr("vmonarch_cli.clip.make.generate", interrupt)
     result = call("generate", *WAN, "--device", "cpu", "--quiet")
     assert (result.exit_code, result.stderr) == (130, "interrupted: no clip was left half-written\n")
+
+
+def test_an_interrupted_run_shows_the_steps_that_it_made(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(plan: Any, machine: Any, *, on_event: Any, **_: Any) -> None:
+        on_event(ClipStarted(0, 1, 0, 4))
+        for step in fakes.steps(4)[:2]:
+            on_event(StepDone(0, step))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmonarch_cli.clip.make.generate", interrupt)
+    result = call("generate", *WAN, "--device", "cpu", "--steps", "4")
+    rows = [line.split()[:2] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert (result.exit_code, rows) == (130, [["1", "d"], ["2", "p"]])
 
 
 def test_a_closed_pipe_is_quiet() -> None:

@@ -398,7 +398,7 @@ def test_speedups_refer_to_the_fastest_dense_backend_that_is_right() -> None:
     assert shape.speedup(paper, shape.row("fa3")) is None
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_tables_fit_the_terminal(width: int) -> None:
     caption = "NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, bfloat16, batch 1, 12 heads x 128"
     console = Console(width=width, file=io.StringIO())
