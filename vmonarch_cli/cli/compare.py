@@ -12,7 +12,8 @@ from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.tables import table
-from vmonarch_cli.errors import InputError, OutputError
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.untrusted.files import user_path
 
@@ -48,10 +49,10 @@ def compare(
             raise InputError("compare takes two or more clips or records, or none and a --prompt")
         if request.prompt is not None or preset:
             raise InputError("compare takes files, or --prompt and --preset to make clips, not both")
-        folder = user_path(request.output, "output", OutputError) if request.output else None
+        folder = None if request.output is None else output_path(request.output)
         if folder is not None:
             check_folder(folder, request.overwrite)
-        comparison = compare_files(files)
+        comparison = compare_files([user_path(str(file), "file") for file in files])
     else:
         folder, comparison = _make(request, preset or [], out)
     written = [] if folder is None else write_comparison(comparison, folder, request.overwrite or not files)

@@ -10,6 +10,7 @@ import typer
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import AsJson, Debug
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.untrusted.files import user_path
 
 
 def gallery(
@@ -21,7 +22,7 @@ def gallery(
     from vmonarch_cli.review.gallery import write_gallery
 
     out = Output(as_json=as_json)
-    page = write_gallery(folder)
+    page = write_gallery(user_path(str(folder), "folder"))
     out.warn(*(f"a clip is left out: {sentence}" for sentence in page.left_out))
     if as_json:
         about = {"path": str(page.path), "clips": page.clips, "left_out": page.left_out}

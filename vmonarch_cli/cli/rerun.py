@@ -10,6 +10,7 @@ import typer
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request
 from vmonarch_cli.errors import EXIT_CLIP_FAILED
+from vmonarch_cli.untrusted.files import user_path
 
 
 @takes_request()
@@ -34,7 +35,8 @@ def rerun(
     from vmonarch_cli.review.rerun import check_record, repeat
 
     out = shown.output()
-    file = record_path(record) if record.suffix.lower() in ENDINGS else record
+    given = user_path(str(record), "record")
+    file = record_path(given) if given.suffix.lower() in ENDINGS else given
     before = check_record(file)
     plan = plan_again(file, output, overwrite, device)
     out.note(*plan.notes)

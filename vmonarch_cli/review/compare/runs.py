@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.events import ClipStarted, Event
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, output_path, slug
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.pipeline.preflight import Machine
@@ -124,7 +124,7 @@ def _folder(request: GenerateRequest, name: str) -> Path:
             number += 1
             folder = base.with_name(f"{name}-{number}")
         return folder
-    folder = Path(request.output).expanduser()
+    folder = output_path(request.output)
     if folder.suffix or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"--output takes a folder for a comparison, got {request.output}")
     if folder.is_dir() and any(folder.iterdir()) and not request.overwrite:
