@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np  # not before the number of its threads is set
 
 _DROPPED = re.compile(
-    r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s)$"
+    r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s|times_vary|times_differ)$"
 )
-_TIMED = re.compile(r"(_s|_ms|_per_s|seconds|speedup|attention_share|floor_share|over_\w+|peak\w*bytes|^time)$")
+_TIMED = re.compile(r"(_s|_ms|_per_s|seconds|speedup|attention_share|floor_share|over_\w+|peak\w*bytes|^time|^bytes)$")
 _NUMBER = re.compile(r"(error|psnr|ssim|sigma|flicker|difference)s?$")
 _HASH = re.compile(r"(sha256)$")
 _DEVICE = re.compile(r"CPU \([^)]*\)|(?<= on )[^`\n]*? x \d+(?= yet)")
@@ -32,7 +32,7 @@ _DECIMAL = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?:e-?\d+)?(?![\w.]|\.\d)(?! [KMG
 _VERSION = re.compile(r"\b(torch|triton|diffusers|transformers|vmonarch) \d+\.\d[\w.+]*")
 _COUNT = re.compile(r"(?<![\w.])[-+]?\d[\d,.]*(?:e-?\d+)?(?![\w.])")
 _DOCTOR = (
-    (r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg)( +).*$", r"\1\2\3\4<version>"),
+    (r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg|peft|torchao)( +).*$", r"\1\2\3\4<version>"),
     (r"(?m)^(\w+ +gpu +).*$", r"\1<gpu>"),
     (r"(?m)^(\w+ +hub cache +).*$", r"\1<cache>"),
 )
@@ -108,6 +108,9 @@ class _Tidy:
             if self._reports:
                 text = re.sub(r"(?<![\w'])(ms|µs|s|[KMGT]?FLOP/s)\b", "<unit>", _COUNT.sub("<n>", text))
             text = re.sub(r"; not worth it at this size|, worth it\b", "", text)
+            # Whether two times differ by more than this machine's times vary is no constant either.
+            text = re.sub(r"(?m)^.*(no difference measurable for|end-to-end ratios give all clips) .*\n?", "", text)
+            text = text.replace("<time>, no difference", "<time>, <n>x")
             text = re.sub(r"(?m)^\[<time>\] ", "", text)
             text = re.sub(r"[ \t]+", " ", re.sub(r"[─━-]{3,}", "---", text))
         return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
