@@ -32,7 +32,10 @@ _DECIMAL = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?:e-?\d+)?(?![\w.]|\.\d)(?! [KMG
 _VERSION = re.compile(r"\b(torch|triton|diffusers|transformers|vmonarch) \d+\.\d[\w.+]*")
 _COUNT = re.compile(r"(?<![\w.])[-+]?\d[\d,.]*(?:e-?\d+)?(?![\w.])")
 _DOCTOR = (
-    (r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg|peft|torchao)( +).*$", r"\1\2\3\4<version>"),
+    (
+        r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg|peft|torchao)( +).*$",
+        r"\1\2\3\4<version>",
+    ),
     (r"(?m)^(\w+ +gpu +).*$", r"\1<gpu>"),
     (r"(?m)^(\w+ +hub cache +).*$", r"\1<cache>"),
 )
