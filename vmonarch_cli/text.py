@@ -86,6 +86,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def innermost_line(error: BaseException) -> str:
-    """The first line of the first cause's message: libraries wrap it in sentences that say less."""
-    *_, first = causes(error)
-    return first_line(first)
+    """The first line of the first cause that was named: libraries wrap it in sentences that say less."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)

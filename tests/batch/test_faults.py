@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,17 @@ def test_four_thousand_equal_prompts_are_named_in_little_more_than_they_are_plan
     took = time.perf_counter() - planned
     assert len({clip.path.name for clip in named}) == 4000
     assert took < planned - began, "one name after another, not each from the first"
+
+
+@pytest.mark.parametrize(("kind", "words"), [("pipe", "is a pipe, not a file"), ("folder", "is a folder, not a file")])
+def test_what_is_no_file_is_refused_at_once(kind: str, words: str, tmp_path: Path) -> None:
+    """A named pipe would wait for a writer that never comes."""
+    source = tmp_path / "prompts.txt"
+    os.mkfifo(source) if kind == "pipe" else source.mkdir()
+    result = CliRunner().invoke(app, ["plan", "--prompts-file", str(source)])
+    assert (result.exit_code, result.stderr) == (2, f"error: prompts file {source} {words}\n")
+
+
+def test_a_device_is_refused_at_once() -> None:
+    result = CliRunner().invoke(app, ["plan", "--prompts-file", "/dev/zero", "--prompts-format", "txt"])
+    assert (result.exit_code, result.stderr) == (2, "error: prompts file /dev/zero is a device, not a file\n")

@@ -473,3 +473,28 @@ def test_latents_that_changed_are_made_again(
     assert tree(tmp_path) == whole(["red-s0", "blue-s0"])
     assert events_of(tmp_path, clip.key).count("started") == 2
     assert events_of(tmp_path, opened.clips[1].key).count("started") == 1, "whole latents are decoded"
+
+
+def test_latents_of_another_run_are_not_overwritten(
+    tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single run that failed in decoding left its latents where a clip of the batch would be."""
+    from batches import request
+
+    from vmonarch_cli.pipeline.preflight import check_machine
+    from vmonarch_cli.plan.resolve import resolve
+
+    opened = batch(tiny_wan_folder, tmp_path, TWO)
+    alone = resolve(request(tiny_wan_folder, tmp_path / "red-s0.mp4", prompt="red"))
+    with monkeypatch.context() as patch:
+        decode_fails(patch)
+        with pytest.raises(ValueError, match="no"):
+            run.generate(alone, check_machine(alone))
+    before = latents_path(alone.outputs[0]).read_bytes()
+    failed: list[str] = []
+    make(opened, lambda event: failed.append(event.sentence) if isinstance(event, ClipFailed) else None)
+    assert len(failed) == 1
+    assert "red-s0.latents.safetensors holds another run's latents: decode them or move them away" in failed[0]
+    assert latents_path(alone.outputs[0]).read_bytes() == before
+    later = batch(tiny_wan_folder, tmp_path, TWO + "red\n")
+    assert [clip.path.name for clip in later.clips] == ["red-s0.mp4", "blue-s0.mp4", "red-s0-2.mp4"]

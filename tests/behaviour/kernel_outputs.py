@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from vmonarch_kernels import Residual, frame_attention, monarch_attention
+from vmonarch_kernels import Inputs, Options, Residual, frame_attention, monarch_attention
 
 IMPLS = ("reference", "torch", "triton")
 SHAPES: tuple[tuple[int, tuple[int, int, int], int, int], ...] = (
@@ -119,11 +120,12 @@ def _refreshed(
         ("refresh 1, band 0, extra keys", {"calls": 4}, {"refresh": 1, "band": 0, "extra": extra}),
     ):
         residual = Residual(q, grid[0], **made)
-        first_frame = made.get("first_frame", True)
+        spec = Options(first_frame=made.get("first_frame", True), band=options.get("band"))
         for step in range(4):
             turned = q * (1 - 0.05 * step) + k * 0.05 * step
-            out, _ = residual.attention(turned, k, v, grid, impl=impl, first_frame=first_frame, **options)
-        guided, _ = residual.corrected(k, q, v, grid, impl=impl, first_frame=first_frame)
+            inputs = Inputs(turned, k, v, grid, extra=options.get("extra"))
+            out, _ = residual.attention(inputs, spec, options["refresh"], impl=impl)
+        guided, _ = residual.attention_without_turns(Inputs(k, q, v, grid), replace(spec, band=None), impl=impl)
         kept = residual.values.float()
         found[name] = {"out": out, "corrected": guided, "values": kept, "scale": residual.scale}
     return found

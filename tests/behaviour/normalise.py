@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np  # not before the number of its threads is set
 
 _DROPPED = re.compile(
-    r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s)$"
+    r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s|times_vary|times_differ)$"
 )
-_TIMED = re.compile(r"(_s|_ms|_per_s|seconds|speedup|attention_share|floor_share|over_\w+|peak\w*bytes|^time)$")
+_TIMED = re.compile(r"(_s|_ms|_per_s|seconds|speedup|attention_share|floor_share|over_\w+|peak\w*bytes|^time|^bytes)$")
 _NUMBER = re.compile(r"(error|psnr|ssim|sigma|flicker|difference)s?$")
 _HASH = re.compile(r"(sha256)$")
 _DEVICE = re.compile(r"CPU \([^)]*\)|(?<= on )[^`\n]*? x \d+(?= yet)")
@@ -32,7 +32,7 @@ _DECIMAL = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?:e-?\d+)?(?![\w.]|\.\d)(?! [KMG
 _VERSION = re.compile(r"\b(torch|triton|diffusers|transformers|vmonarch) \d+\.\d[\w.+]*")
 _COUNT = re.compile(r"(?<![\w.])[-+]?\d[\d,.]*(?:e-?\d+)?(?![\w.])")
 _DOCTOR = (
-    (r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg)( +).*$", r"\1\2\3\4<version>"),
+    (r"(?m)^(ok|note|bad)( +)(python|torch|diffusers|transformers|triton|ffmpeg|peft|torchao)( +).*$", r"\1\2\3\4<version>"),
     (r"(?m)^(\w+ +gpu +).*$", r"\1<gpu>"),
     (r"(?m)^(\w+ +hub cache +).*$", r"\1<cache>"),
 )
@@ -51,13 +51,13 @@ def record(command: Command, left: Left) -> dict[str, Any]:
         "stdout": tidy.output("stdout", left.stdout),
         "stderr": tidy.output("stderr", left.stderr),
     }
-    files = {name: tidy.file(name) for name in left.changed if not _is_frame(name)}
+    files = {tidy.name(name): tidy.file(name) for name in left.changed if not _is_frame(name)}
     for folder in sorted({name.rsplit("/", 1)[0] for name in left.changed if _is_frame(name)}):
         files[folder] = tidy.frames(folder)
     if files:
         found["files"] = dict(sorted(files.items()))
     if left.removed:
-        found["removed"] = list(left.removed)
+        found["removed"] = [tidy.name(name) for name in left.removed]
     if numbers:
         found["numbers"] = numbers
     if exact:
@@ -86,6 +86,7 @@ class _Tidy:
         self._in_full = command.in_full
         self._numbers = numbers
         self._exact = exact
+        self._keys: dict[str, str] = {}
 
     def output(self, name: str, text: str) -> Any:
         """JSON as an object, all else as lines."""
@@ -107,6 +108,9 @@ class _Tidy:
             if self._reports:
                 text = re.sub(r"(?<![\w'])(ms|µs|s|[KMGT]?FLOP/s)\b", "<unit>", _COUNT.sub("<n>", text))
             text = re.sub(r"; not worth it at this size|, worth it\b", "", text)
+            # Whether two times differ by more than this machine's times vary is no constant either.
+            text = re.sub(r"(?m)^.*(no difference measurable for|end-to-end ratios give all clips) .*\n?", "", text)
+            text = text.replace("<time>, no difference", "<time>, <n>x")
             text = re.sub(r"(?m)^\[<time>\] ", "", text)
             text = re.sub(r"[ \t]+", " ", re.sub(r"[─━-]{3,}", "---", text))
         return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
@@ -145,6 +149,8 @@ class _Tidy:
             if _HASH.search(key):
                 self._exact[path] = value
                 return "<hash>"
+            if key == "key":
+                return self._keys.setdefault(value, f"<key {len(self._keys) + 1}>")
             return "<time>" if key == "time" else self._known(value)
         if _TIMED.search(key) and not path.endswith("settings.seconds"):
             return "<measured>"
@@ -154,6 +160,10 @@ class _Tidy:
             self._numbers[path] = significant(float(value))
             return "<number>"
         return value
+
+    def name(self, name: str) -> str:
+        """A file's name without the key of its clip, which depends on where the weights are."""
+        return re.sub(r"[0-9a-f]{16}(?=.*\.claim$)", "<key>", name)
 
     def file(self, name: str) -> Any:
         """A file by its ending."""

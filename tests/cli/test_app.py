@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.events import ClipStarted, StepDone
 from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.presets import shipped_names
 
@@ -130,8 +131,28 @@ def test_presets_check(tmp_path: Path) -> None:
     assert result.stderr == f"error: {bad}: field 'band' takes a whole number from 0 to 4096, or \"none\", got 1.5\n"
 
 
+def test_presets_check_knows_the_shipped_ones() -> None:
+    assert call("presets", "check", "paper").stdout == "paper is valid: preset 'paper'\n"
+
+
 def test_models_are_listed() -> None:
-    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in call("models").stdout
+    listed = call("models").stdout
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in listed
+    assert listed.startswith("attention: of one layer's call")
+    found = json.loads(call("models", "--json").stdout)["models"]
+    wan = next(model for model in found if model["alias"] == "wan2.1-1.3b")
+    assert (wan["hub_id"], wan["tokens"], wan["defaults"]["steps"]) == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 32760, 50)
+
+
+def test_a_pipe_gets_whole_tables() -> None:
+    """What is not for a screen is not cut for one, unless COLUMNS asks for it."""
+    command = [sys.executable, "-m", "vmonarch_cli", "presets"]
+    free = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, env=free).stdout
+    assert max(map(len, plain.splitlines())) > 120
+    assert len([line for line in plain.splitlines() if line.strip()]) == 2 + len(shipped_names())
+    narrow = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "60"})
+    assert max(map(len, narrow.stdout.splitlines())) <= 60
 
 
 def test_completion_is_offered() -> None:
@@ -155,6 +176,21 @@ def test_completion_is_offered() -> None:
             ("generate",),
             'error: a prompt is missing: say what the clip should show, as in --prompt "a red circle moves from left '
             'to right on a blue background"',
+        ),
+        (
+            ("generate", "a red star"),
+            "error: words without a flag are not taken, got 'a red star': a prompt goes after --prompt, as in "
+            "--prompt 'a red star'",
+        ),
+        (
+            ("plan", "a", "star"),
+            "error: words without a flag are not taken, got 'a star': a prompt goes after --prompt, as in "
+            "--prompt 'a star'",
+        ),
+        (
+            ("presets", "check", "papre"),
+            "error: there is no preset 'papre' (did you mean paper?): shipped are "
+            "paper, fast, balanced, quality, exact, dense, and a path to a .toml file works too",
         ),
         (("generate", "--steps", "many"), "error: --steps takes a whole number, got 'many'"),
         (("generate", "--guidance-scale", "x"), "error: --guidance-scale takes a number, got 'x'"),
@@ -303,10 +339,91 @@ def test_interrupt_exits_130_with_one_line(fake_run: None, monkeypatch: pytest.M
     assert (result.exit_code, result.stderr) == (130, "interrupted: no clip was left half-written\n")
 
 
+def test_an_interrupted_run_shows_the_steps_that_it_made(fake_run: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(plan: Any, machine: Any, *, on_event: Any, **_: Any) -> None:
+        on_event(ClipStarted(0, 1, 0, 4))
+        for step in fakes.steps(4)[:2]:
+            on_event(StepDone(0, step))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmonarch_cli.clip.make.generate", interrupt)
+    result = call("generate", *WAN, "--device", "cpu", "--steps", "4")
+    rows = [line.split()[:2] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert (result.exit_code, rows) == (130, [["1", "d"], ["2", "p"]])
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     command = f"{sys.executable} -m vmonarch_cli presets show fast | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+RUN_FAKE = """
+import sys
+sys.path.insert(0, {support!r})
+import fakes, vmonarch_cli.clip.make
+from vmonarch_cli.pipeline import preflight
+vmonarch_cli.clip.make.generate = fakes.generate_and_touch
+preflight.check_cpu_memory = lambda plan, dtype: None
+from vmonarch_cli.cli.app import app
+app({arguments!r})
+"""
+
+
+def run_fake(*arguments: str, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`generate` in a process of its own, without a model; each clip is an empty file."""
+    code = RUN_FAKE.format(support=str(Path(fakes.__file__).parent), arguments=list(arguments))
+    given = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, env=given, check=False, timeout=120
+    )
+
+
+THREE = ("generate", *WAN, "--steps", "4", "--device", "cpu", "--num-videos", "3")
+
+
+def test_a_reader_that_leaves_costs_no_clip() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_fake(*THREE, "-o", "clips/", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert b"rror" not in done.stderr
+    assert len(list(Path("clips").glob("*.mp4"))) == 3
+
+
+def test_a_stdout_that_is_not_utf8_costs_no_clip() -> None:
+    done = run_fake(*THREE, "-o", "猫/", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    paths = done.stdout.splitlines()[-3:]
+    assert all(Path(os.fsdecode(path)).is_file() for path in paths)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["plan", *WAN, "--json"], ["models"]])
+def test_every_text_comes_out_where_stdout_is_not_utf8(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "vmonarch_cli", *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("module", ["rich.console", "vmonarch_cli.plan.resolve", "torch"])
+def test_an_interrupt_during_an_import_ends_in_one_line(module: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            sys.meta_path.remove(self)\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        f"sys.argv = ['vmonarch', 'generate', *{WAN!r}, '--device', 'cpu']\n"
+        "from vmonarch_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted: no clip was left half-written\n")
 
 
 # The demo model is what a run without --model uses

@@ -144,7 +144,23 @@ KEPT = [0.409, 0.046, 0.115, 0.073, 0.04, 0.13]
 """The same at 96x96, where the star is in the clip."""
 
 
-@pytest.mark.parametrize(("errors", "advice"), [(LOST, True), (KEPT, False), ([0.566], False), ([0.0] * 6, False)])
+LOST_BALANCED = [0.421, 0.079, 0.047, 0.026, 0.017, 0.036]
+KEPT_LONGER = [0.495, 0.034, 0.036, 0.049, 0.033, 0.11, 0.181, 0.092, 0.051, 0.037, 0.062, 0.048]
+"""128x128 with preset fast in twelve steps."""
+
+
+@pytest.mark.parametrize(
+    ("errors", "advice"),
+    [
+        (LOST, True),
+        (LOST_BALANCED, True),
+        (KEPT, False),
+        (KEPT_LONGER, False),
+        ([0.482, 0.034, 0.068, 0.065, 0.044, 0.137], False),
+        ([0.566], False),
+        ([0.0] * 6, False),
+    ],
+)
 def test_a_first_step_that_stands_out_is_said(make: Any, errors: list[float], advice: bool) -> None:
     timing = fakes.result(make(), steps=[step(i, 0.5, 1.0, error) for i, error in enumerate(errors)]).timing
     shown = flat(report.summary(fakes.result(make(), steps=timing.steps), None))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make
+from vmonarch_cli.clip.interrupts import FIRST
 from vmonarch_cli.errors import OutputError
 from vmonarch_cli.events import Decoding, Event, Retrying, StepDone
 from vmonarch_cli.machine.process import Process, this_process
@@ -148,6 +149,51 @@ def test_without_the_system_call_publishing_is_exclusive_too(
     target.unlink()
     move_exclusive(source, target)
     assert (source.exists(), target.read_text()) == (False, "new")
+
+
+# Interrupts and readers that leave
+
+
+@pytest.mark.parametrize("command", ["generate", "decode"])
+def test_the_first_signal_is_answered_and_the_clip_that_it_waited_for_is_named(
+    tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    real = make.decode
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no")
+
+    def decode(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    arguments = flags(tiny_wan_folder, str(tmp_path / "x.mp4"))
+    if command == "decode":
+        monkeypatch.setattr(make, "decode", fail)
+        assert call(*arguments).exit_code == 1
+        arguments = ["decode", str(latents_path(tmp_path / "x.mp4")), "--device", "cpu"]
+    monkeypatch.setattr(make, "decode", decode)
+    result = call(*arguments)
+    assert result.exit_code == 130
+    assert FIRST in result.stderr
+    assert "latents are saved" not in result.stderr
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "x.mp4")
+    assert tree(tmp_path) == ["x.json", "x.mp4"]
+
+
+def test_a_reader_that_leaves_costs_no_clip(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vmonarch_cli", *flags(tiny_wan_folder, str(tmp_path / "x.mp4"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(120) == 0, said
+    assert "failed" not in said
+    assert "latents are saved" not in said
+    assert tree(tmp_path) == ["x.json", "x.mp4"]
 
 
 # Paths

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from vmonarch_cli.clip.record import plan_again
 from vmonarch_cli.plan.history import CACHE_VARIABLE, cache_folder, expect, remember
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -50,13 +49,6 @@ def record_of(made: Plan) -> dict[str, Any]:
             "peak_memory_bytes": 1,
         },
     }
-
-
-def test_a_record_planned_again_has_the_operations_of_the_clip(tmp_path: Path) -> None:
-    made = plan()
-    file = tmp_path / "clip.json"
-    file.write_text(json.dumps(record_of(made)))
-    assert plan_again(file, None).flops == made.flops
 
 
 def test_what_a_clip_took_is_expected_of_the_next_one() -> None:

@@ -282,6 +282,18 @@ def test_short_calls_on_a_gpu_are_timed_in_bursts(monkeypatch: pytest.MonkeyPatc
     assert found == {"a": [pytest.approx(1 / 3)], "b": [1.0]}
 
 
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_a_file_that_is_there_is_kept(flag: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = Path("kept.json" if flag == "--json" else "kept.svg")
+    path.write_text("an hour of work")
+    result = call("kernel", *SMALL, "--preset", "paper", flag, str(path), code=2)
+    assert result.stderr == (f"error: {flag}: {path} exists already: pass --overwrite to replace it, or another file\n")
+    assert path.read_text() == "an hour of work"
+    call("kernel", *SMALL, "--preset", "paper", flag, str(path), "--overwrite")
+    assert "paper" in path.read_text()
+
+
 def test_a_commit_can_be_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(record.COMMIT_VARIABLE, "abc123")
     assert record.commit() == {"id": "abc123", "dirty": None}
@@ -306,7 +318,8 @@ def test_a_commit_can_be_named_where_there_is_no_git(monkeypatch: pytest.MonkeyP
         (("kernel", "--preset", "dense"), "--preset dense is dense attention, which is measured anyway"),
         (("kernel", "--seconds", "0"), "--seconds takes a number from 1 to 1e+06, got 0"),
         (("kernel", "--plot", "x.pdf"), "--plot takes a file that ends in .png or .svg, got x.pdf"),
-        (("kernel", "--json", "."), "--json takes a file or -, and . is a folder"),
+        (("kernel", "--json", "."), "--json takes a file, and . is a folder"),
+        (("kernel", "--json", "a\0b"), "--json 'a\\x00b' holds a NUL character, which no path can"),
         (("model", "-m", "nothing"), "there is no model 'nothing'"),
         (("model", "-m", "wan2.1-1.3b", "--random-weights", "--num-frames", "80"), "80 frames do not fit wan2.1-1.3b"),
         (
@@ -385,7 +398,7 @@ def test_speedups_refer_to_the_fastest_dense_backend_that_is_right() -> None:
     assert shape.speedup(paper, shape.row("fa3")) is None
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_tables_fit_the_terminal(width: int) -> None:
     caption = "NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, bfloat16, batch 1, 12 heads x 128"
     console = Console(width=width, file=io.StringIO())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -14,11 +16,14 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.clip.record_model import parse_record
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.pipeline import load
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.review.compare.existing import differing
 from vmonarch_cli.review.compare.figures import changes, distance, flicker
-from vmonarch_cli.review.compare.pictures import contact_sheet, side_by_side
+from vmonarch_cli.review.compare.page import figure_notes, figure_rows
+from vmonarch_cli.review.compare.pictures import contact_sheet, short_figures, side_by_side
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison
 from vmonarch_cli.review.compare.runs import plan_comparison
 
@@ -112,6 +117,95 @@ def test_the_sheet_has_a_difference_row_only_for_what_differs() -> None:
     last_row = np.asarray(contact_sheet(same))[-100:-20, 200:]
     assert last_row.max() < 30, "equal frames are black"
     assert np.asarray(contact_sheet(other))[-100:-20, 200:].max() > 150
+
+
+# Times
+
+
+def timed(name: str, attention_s: float, other_s: float, **changes: Any) -> ComparedClip:
+    """A clip of ten steps; `other_s`: text, decoding, and what a step does beside its attention."""
+    steps = [{"attention_s": attention_s / 10} for _ in range(10)]
+    parts = {"text_encode_s": 0.5, "decode_s": other_s / 2, "write_s": 0.5}
+    table = {
+        "schema": 1,
+        "prompt": "p",
+        "seed": 0,
+        "clip": "x.mp4",
+        "frames": {"count": 5, "height": 32, "width": 48, "fps": 8},
+        "settings": {},
+        "preset": {"name": name, "attention": "dense" if name == "dense" else "monarch", "band": 0},
+        "model": {"source": "s", "alias": "a", "title": "t"},
+        "flops": {"planned": 100 if name == "dense" else 40},
+        "timing": {**parts, "denoise_s": attention_s + other_s / 2 - 1, "attention_s": attention_s, "steps": steps},
+    }
+    return ComparedClip(name, clip(), [], None, None, parse_record({**table, **changes}, "record"))
+
+
+def times(*clips: ComparedClip) -> Comparison:
+    return Comparison("title", "prompt", 8, clips[0], list(clips[1:]), [])
+
+
+def test_a_slow_machine_is_no_speedup() -> None:
+    """Attention saved 1.7 of 47 seconds; the machine was busy with something else during the first clip."""
+    found = times(timed("dense", 5.0, 42.0), timed("fast", 3.3, 33.0))
+    assert found.speedup(found.others[0], "end_to_end_s") == pytest.approx((37.5 + 5) / (37.5 + 3.3))
+    assert found.variation == pytest.approx((20 - 15.5) / 17.75)
+    assert found.differs(found.others[0]), "attention went from 5 s to 3.3 s, far more than times vary"
+
+
+def test_equal_settings_have_no_speedup() -> None:
+    found = times(timed("dense", 5.0, 40.0), timed("a", 4.6, 39.0), timed("b", 4.7, 38.5))
+    assert [found.differs(other) for other in found.others] == [True, True]
+    busy = times(timed("dense", 5.0, 40.0), timed("a", 4.6, 36.0), timed("b", 4.7, 35.0))
+    assert [busy.differs(other) for other in busy.others] == [False, False]
+    rows = dict(figure_rows(busy))
+    assert rows["attention"] == ["5 s", "4.6 s, no difference", "4.7 s, no difference"]
+    assert rows["end to end"][1:] == ["40.6 s, no difference", "39.7 s, no difference"]
+    assert figure_notes(busy) == [
+        "no difference measurable for a, b: times of equal work vary by 15% between these clips"
+    ]
+    assert busy.to_json()["others"][0]["times_differ"] is False
+    assert "attention" not in short_figures(busy, busy.others[0])
+
+
+def test_one_preset_under_two_names_says_how_far_times_vary() -> None:
+    same = {"preset": {"name": "other name", "attention": "monarch", "band": 0}}
+    found = times(timed("dense", 5.0, 40.0), timed("a", 3.0, 40.0), timed("b", 4.5, 40.0, **same))
+    assert found.variation == pytest.approx(1.5 / 3.75)
+    assert [found.differs(other) for other in found.others] == [True, False]
+
+
+def test_uneven_dense_steps_say_how_far_times_vary() -> None:
+    dense = timed("dense", 5.0, 40.0)
+    assert dense.record is not None
+    record = dense.record.model_dump(by_alias=True)
+    for number, step in enumerate(record["timing"]["steps"]):
+        step["attention_s"] = 0.3 if number % 2 else 0.7
+    uneven = replace(dense, record=parse_record(record, "record"))
+    found = times(uneven, timed("fast", 4.4, 40.0))
+    assert found.variation == pytest.approx(0.2942, rel=1e-3)
+    assert not found.differs(found.others[0])
+
+
+def test_as_many_operations_as_dense_make_no_ratio() -> None:
+    """`exact`, or a clip of one frame: every call is dense attention under another name."""
+    found = times(timed("dense", 5.0, 40.0), timed("exact", 1.5, 40.0, flops={"planned": 100}))
+    assert dict(figure_rows(found))["attention"] == ["5 s", "1.5 s"]
+    assert figure_notes(found) == ["exact: as many operations as dense, so no ratio of times"]
+
+
+def test_records_without_steps_make_no_claim() -> None:
+    bare = {"timing": {"attention_s": 3.0}}
+    found = times(timed("dense", 5.0, 40.0, **bare), timed("fast", 3.0, 40.0, **bare))
+    assert (found.variation, found.differs(found.others[0])) == (None, False)
+
+
+def test_lists_of_settings_are_words() -> None:
+    def setting(value: list[str]) -> dict[str, Any]:
+        return {"settings": {"loras": {"value": value, "origin": "flag"}}}
+
+    clips = [timed("dense", 5.0, 4.0, **setting([])), timed("a", 5.0, 4.0, **setting(["x.safetensors", "y/z"]))]
+    assert ("loras", ["none", "x.safetensors, y/z"]) in differing(clips)
 
 
 # Making clips

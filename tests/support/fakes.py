@@ -77,3 +77,17 @@ def generate(plan: Plan, machine: object, *, on_event: Callable[[Any], None], **
         on_event(Decoding(index))
         on_event(ClipDone(results[-1]))
     return results
+
+
+def generate_and_touch(
+    plan: Plan, machine: object, *, on_event: Callable[[Any], None], **extra: Any
+) -> list[ClipResult]:
+    """The same with an empty file for each clip, written before the caller is told."""
+
+    def written(event: Any) -> None:
+        if isinstance(event, ClipDone):
+            event.result.path.parent.mkdir(parents=True, exist_ok=True)
+            event.result.path.touch()
+        on_event(event)
+
+    return generate(plan, machine, on_event=written)

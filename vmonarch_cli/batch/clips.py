@@ -14,10 +14,11 @@ from typing import Any
 from vmonarch_cli.batch.faults import Faults
 from vmonarch_cli.batch.lines import PRESET_FIELD, Line, Prompts
 from vmonarch_cli.batch.manifest import ManifestEntry
-from vmonarch_cli.batch.names import Names, exists, folded, plain_name
+from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -100,7 +101,7 @@ def assign_names(
         path = folder / clip.wanted
         if names.is_taken(clip.wanted):
             faults.add(clip.line, f"{clip.wanted} is the name of another clip of {folder}: choose another")
-        elif exists(path) and not overwrite:
+        elif is_taken(path) and not overwrite:
             faults.add(clip.line, f"{path} exists already: pass --overwrite to replace it, or choose another name")
         given[clip.key] = names.take(clip.wanted)
     faults.raise_any()
@@ -258,7 +259,9 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
-    if Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
+    if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
+        content["model_source"] = DEMO_ALIAS
+    elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
         content["model_source"] = str(Path(plan.model_source).resolve())
     text = json.dumps([content, wanted], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import Any
 from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.manifest import FILE, Manifest, happened
 from vmonarch_cli.clip.interrupts import Interrupts
-from vmonarch_cli.clip.latents import SavedLatents, load_latents
+from vmonarch_cli.clip.latents import SavedLatents, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.events import Event
@@ -106,7 +106,7 @@ def _decode(
                     done = happened("done", saved.key, retries=result.record["retries"], seconds=result.timing.total_s)
                     manifest.append(done)
                 if not keep:
-                    file.unlink(missing_ok=True)
+                    remove_latents(file)
 
             with interrupts.finishing():
                 result = maker.finish(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.media.paths import ENDINGS, is_taken
 from vmonarch_cli.text import shown
 
 _MAX_NAME_BYTES = 180
@@ -37,11 +36,6 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", Path(name).stem).casefold()
 
 
-def exists(clip: Path) -> bool:
-    """Whether a clip or its record is there."""
-    return os.path.lexists(clip) or os.path.lexists(record_path(clip))
-
-
 class Names:
     """The names of a folder: some are taken by clips that the manifest knows, others by files."""
 
@@ -67,6 +61,6 @@ class Names:
         while True:
             name = f"{stem}.mp4" if number == 1 else f"{stem}-{number}.mp4"
             number += 1
-            if not self.is_taken(name) and (self._overwrite or not exists(self._folder / name)):
+            if not self.is_taken(name) and (self._overwrite or not is_taken(self._folder / name)):
                 self._next[stem] = number
                 return self.take(name)

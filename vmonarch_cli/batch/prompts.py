@@ -13,6 +13,8 @@ from vmonarch_cli.batch import formats
 from vmonarch_cli.batch.lines import Prompts, Reader
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.text import near, shown
+from vmonarch_cli.untrusted.files import limited, regular_bytes, user_path
+from vmonarch_cli.untrusted.values import Malformed
 
 FORMATS = ("txt", "csv", "jsonl", "yaml")
 STDIN = "-"
@@ -53,14 +55,18 @@ def parse_prompts(content: bytes, format: str, source: str) -> Prompts:
 
 
 def _read(source: str) -> bytes:
-    if source == STDIN:
-        return sys.stdin.buffer.read()
+    """The bytes of a regular file, of a shell's `<(command)` or of stdin, up to a limit."""
+    name = "stdin" if source == STDIN else f"prompts file {source}"
     try:
-        return Path(source).expanduser().read_bytes()
+        if source == STDIN:
+            return limited(sys.stdin.buffer.read)
+        return regular_bytes(user_path(source, "prompts file"), shell_pipes=True)
+    except Malformed as wrong:
+        raise InputError(wrong.about(name)) from None
     except FileNotFoundError:
-        raise InputError(f"prompts file {source} does not exist") from None
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no such user as in ~user
-        raise InputError(f"prompts file {source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{name} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _format_of(source: str) -> str:

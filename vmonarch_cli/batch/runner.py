@@ -22,7 +22,7 @@ from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, Wai
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
 from vmonarch_cli.clip.interrupts import Interrupts
-from vmonarch_cli.clip.latents import Denoised, load_latents
+from vmonarch_cli.clip.latents import Denoised, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.clip.whole import is_clip_of
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, ModelError, OutputError, VmonarchError
@@ -141,7 +141,7 @@ class _BatchRun:
         for clip in self._batch.clips:
             self._claims.sweep(clip.key)
             if entries[clip.key].status == DONE and clip.path.exists():
-                latents_path(clip.path).unlink(missing_ok=True)
+                remove_latents(latents_path(clip.path))
 
     def _too_many_failures(self) -> bool:
         if self._limits.max_failures is None:
@@ -170,7 +170,7 @@ class _BatchRun:
         if not entry.is_asked_again and is_clip_of(clip.path, clip.plan):
             # The end of the manifest was torn off with what this clip's maker wrote of it.
             self._note("done", clip, claim)
-            latents_path(clip.path).unlink(missing_ok=True)
+            remove_latents(latents_path(clip.path))
             return
         obstacle = _obstacle(clip, entry)
         if obstacle is not None:
@@ -205,7 +205,7 @@ class _BatchRun:
 
     def _note_done(self, result: ClipResult, clip: PlannedClip, claim: Claim) -> None:
         self._note("done", clip, claim, retries=result.record["retries"], seconds=result.timing.total_s)
-        latents_path(clip.path).unlink(missing_ok=True)
+        remove_latents(latents_path(clip.path))
 
     def _saved(self, clip: PlannedClip, claim: Claim) -> Denoised | None:
         """Latents that a run before this one left, if they are whole and this clip's."""
@@ -214,12 +214,11 @@ class _BatchRun:
             return None
         try:
             saved = load_latents(path)
-            fault = None if saved.key == clip.key else f"latents file {path} is another clip's"
         except InputError as error:
-            fault = error.message
-        if fault is not None:
-            self._on_event(Retrying(self._position[clip.key], f"{fault}: denoising again"))
+            self._on_event(Retrying(self._position[clip.key], f"{error.message}: denoising again"))
             return None
+        if saved.key != clip.key:
+            raise InputError(f"{path} holds another run's latents: decode them or move them away, then --retry-failed")
         self._note("decoding", clip, claim)
         return saved.denoised
 

@@ -11,13 +11,17 @@ import typer
 from typer.core import TyperGroup
 
 from vmonarch_cli import __version__
-from vmonarch_cli.cli import batch, review
+from vmonarch_cli.cli import batch, signals
+from vmonarch_cli.cli.compare import compare
+from vmonarch_cli.cli.doctor import doctor
+from vmonarch_cli.cli.gallery import gallery
 from vmonarch_cli.cli.generate import generate
 from vmonarch_cli.cli.models import models_app
 from vmonarch_cli.cli.output import Output, steady_streams
 from vmonarch_cli.cli.plan import plan
 from vmonarch_cli.cli.presets import presets_app
 from vmonarch_cli.cli.profile.app import profile_app
+from vmonarch_cli.cli.rerun import rerun
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
 from vmonarch_cli.text import first_line
 
@@ -41,12 +45,15 @@ class OneSentenceGroup(TyperGroup):
         except Exception as error:
             if "--debug" in arguments:
                 raise
+            if signals.seen():
+                out.insist(signals.MESSAGE)
+                return signals.EXIT_CODE
             sentence, code = _explain(error)
             out.error(*(error.sentences if isinstance(error, InputErrors) else (sentence,)))
             if _wants_json(arguments):
                 out.json({"error": " ".join(sentence.split()), "exit_code": code}, indent=None)
         if code in EXIT_INTERRUPTED:
-            out.insist("interrupted: no clip was left half-written")
+            out.insist(signals.MESSAGE)
         return code if isinstance(code, int) else 0
 
 
@@ -109,5 +116,5 @@ app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)
 app.command("decode")(batch.decode_latents)
-for command in (review.compare, review.gallery, review.rerun, review.doctor):
+for command in (compare, gallery, rerun, doctor):
     app.command()(command)

@@ -221,7 +221,11 @@ def decode_latents(
 
     found = find_files(files)
     out = shown.output()
-    with stoppable(out.insist) as interrupts, RunProgress(out) as progress:
+    made: list[Path] = []
+    with (
+        stoppable(out.insist) as interrupts,
+        RunProgress(out, lambda result, load_s: made.append(result.path)) as progress,
+    ):
         try:
             outcomes = decode_files(
                 found,
@@ -233,6 +237,7 @@ def decode_latents(
                 on_event=progress,
             )
         except Interrupted as stop:
+            out.paths(*made)
             raise typer.Exit(stop.exit_code) from None
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     out.fail(*(f"{outcome.latents}: {outcome.error}" for outcome in failed))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vmonarch_cli.cli import batch, plan
-from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.events import Event, LatentsSaved
@@ -30,8 +30,10 @@ def generate(
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
     debug: Debug = False,
+    words: Stray = None,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
+    refuse_stray(words)
     if options.prompts_file is not None:
         batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli.cli.tables import facts, table
@@ -16,10 +16,12 @@ from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.text import binary_size, flops
 
+SHOWN_MODES = ("none", "model", "group")
 
-def models_table(models: Sequence[ModelEntry]) -> Table:
-    """What each model makes by default, what a denoising step's self-attention costs, and what memory it takes."""
-    made = table("model", "by default", "attention", "memory")
+
+def models_table(models: Sequence[ModelEntry]) -> Group:
+    """What each model makes by default, what a call of its self-attention costs, and what memory it takes."""
+    made = table("model", "by default", "attention", "memory", show_lines=True)
     for column in made.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for model in models:
@@ -33,13 +35,32 @@ def models_table(models: Sequence[ModelEntry]) -> Table:
             ),
             f"{d.width}x{d.height}\n{d.num_frames} frames\n{_tokens(model):,} tokens",
             f"{flops(cost.dense_call)}\n{flops(cost.structured_call)}",
-            "\n".join(binary_size(peaks[mode]) for mode in ("none", "model", "group")),
+            "\n".join(binary_size(peaks[mode]) for mode in SHOWN_MODES),
         )
-    made.caption = (
-        "attention: of one layer's call, dense and with its default preset; memory: estimated peak in bfloat16 "
+    legend = (
+        "attention: of one layer's call, dense and with the model's default preset; memory: estimated peak in bfloat16 "
         "with --offload none, model and group"
     )
-    return made
+    return Group(Text(legend, style="dim"), made)
+
+
+def models_json(models: Sequence[ModelEntry]) -> list[dict[str, Any]]:
+    """The same for programs, with every number in full."""
+    return [
+        {
+            "alias": model.alias,
+            "aliases": list(model.aliases),
+            "hub_id": model.hub_id,
+            "title": model.title,
+            "licence": model.licence,
+            "transformer_params": model.transformer_params * model.transformers,
+            "defaults": model.defaults.model_dump(),
+            "tokens": _tokens(model),
+            "attention_flops": {"dense_call": _step(model).dense_call, "structured_call": _step(model).structured_call},
+            "peak_memory_bytes": _peaks(model),
+        }
+        for model in models
+    ]
 
 
 def model_table(model: ModelEntry) -> Group:

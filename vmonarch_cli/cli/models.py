@@ -6,19 +6,24 @@ from typing import Annotated
 
 import typer
 
+from vmonarch_cli import __version__
+from vmonarch_cli.cli.options import AsJson
 from vmonarch_cli.cli.output import Output
 
 models_app = typer.Typer(help="List and show the models that --model knows.", invoke_without_command=True)
 
 
 @models_app.callback()
-def models(context: typer.Context) -> None:
+def models(context: typer.Context, as_json: AsJson = False) -> None:
     """List the models that --model knows by name; `show NAME` tells all about one."""
     if context.invoked_subcommand is None:
-        from vmonarch_cli.cli.model_tables import models_table
+        from vmonarch_cli.cli.model_tables import models_json, models_table
         from vmonarch_cli.models.catalogue import ENTRIES
 
-        Output().show(models_table(ENTRIES))
+        out = Output(as_json=as_json)
+        if as_json:
+            out.json({"version": __version__, "models": models_json(ENTRIES)})
+        out.show(lambda width: models_table(ENTRIES))
 
 
 @models_app.command()

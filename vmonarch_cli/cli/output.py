@@ -125,8 +125,15 @@ class Output:
         self.stderr.print(_Printable(Text(line, style)), soft_wrap=True)
 
 
+UNBOUNDED = 1000
+"""Columns of a stdout that is no terminal: there nothing needs to be cut or wrapped for a screen."""
+
+
 def _console(stderr: bool) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not stderr and not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = UNBOUNDED
+    return made
 
 
 class _Printable:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
 
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.errors import PresetError
 from vmonarch_cli.presets import load_preset, read_preset, shipped_names
+from vmonarch_cli.untrusted.files import user_path
 
 presets_app = typer.Typer(help="List, show and check presets.", invoke_without_command=True)
 
@@ -31,7 +33,8 @@ def show(name: Annotated[str, typer.Argument(help="Name of a preset, or a .toml 
 
 
 @presets_app.command()
-def check(file: Annotated[Path, typer.Argument(help="A preset file.")]) -> None:
+def check(preset: Annotated[str, typer.Argument(help="A preset file, or the name of a preset.")]) -> None:
     """Check a preset file; exit 2 with one sentence when something in it is wrong."""
-    preset = read_preset(file)
-    Output().say(f"{file} is valid: preset '{preset.name}'")
+    path = user_path(preset, "preset file", PresetError)
+    found = read_preset(path) if os.path.lexists(path) else load_preset(preset)
+    Output().say(f"{preset} is valid: preset '{found.name}'")

@@ -14,12 +14,7 @@ from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
-from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention
-
-LOST_SUBJECT = (
-    "the first step differs far more from dense attention than the others, so the clip may lack its subject: try "
-    "--dense-steps 1, or --preset balanced"
-)
+from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 
 
 def header(plan: Plan, machine: Machine) -> Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.media.pictures import load_picture
 from vmonarch_cli.pipeline.call import Embeddings, call, takes_callback
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
@@ -63,7 +65,6 @@ def denoise(
 
 def conditioning_image(path: str, height: int, width: int) -> Any:
     """The picture that an image-to-video model continues: its middle, cut to the clip's proportions, in RGB."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(path) as image:
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height))
+    return ImageOps.fit(load_picture(Path(path), f"image {path}"), (width, height))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def save_latents(
     content = save({"latents": latents}, metadata)
     with atomic(path, overwrite=overwrite, work=work) as temporary:
         temporary.write_bytes(content)
+
+
+def remove_latents(path: Path) -> None:
+    """Remove latents whose clip is written; where that is refused they stay, and do no harm."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def load_latents(path: Path) -> SavedLatents:

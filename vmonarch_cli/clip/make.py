@@ -13,7 +13,7 @@ import torch
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.clip.denoise import denoise
-from vmonarch_cli.clip.latents import Denoised, save_latents
+from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.whole import file_facts
@@ -76,12 +76,10 @@ def generate(
             on_event(LatentsSaved(index, latents_path(plan.outputs[index])))
         with finishing():
             # The latents hold the name until the clip has it.
-            results.append(maker.finish(plan, index, denoised, on_written=_remove_latents))
+            results.append(
+                maker.finish(plan, index, denoised, on_written=lambda result: remove_latents(latents_path(result.path)))
+            )
     return results
-
-
-def _remove_latents(result: ClipResult) -> None:
-    latents_path(result.path).unlink(missing_ok=True)
 
 
 class ClipMaker:

@@ -114,7 +114,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         "num_videos": None,
         "dtype": record.dtype,
         "device": device or record.device.type.partition(":")[0],
-        "output": output or str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
+        "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
         "overwrite": overwrite,
     }
     try:

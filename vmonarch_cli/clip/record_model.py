@@ -7,19 +7,32 @@ optional, so that the records of earlier ones can be read.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
-from vmonarch_cli.untrusted.shapes import fault_of
+from vmonarch_cli.untrusted.shapes import fault_of, short_value
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
 _MAX_SIDE, _MAX_FRAMES, _MAX_FPS = 1 << 16, 1 << 20, 1000
-Scalar = str | int | float | bool | None
+
+
+def _simple(value: Any) -> Any:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | int | float | bool | None):
+            raise ValueError(
+                f"takes a text, a number, true, false, nothing or a list of these, got {short_value(item)}"
+            )
+    return value
+
+
+Simple = Annotated[Any, AfterValidator(_simple)]
+"""A value of a setting: no table, and no list in a list."""
 
 
 class _Part(BaseModel):
@@ -48,7 +61,7 @@ class FileFacts(_Part):
 class Setting(_Part):
     """A resolved setting, and where it came from."""
 
-    value: Scalar | list[Scalar]
+    value: Simple
     origin: str
 
 
@@ -88,13 +101,18 @@ class FlopsFacts(_Part):
 class StepFacts(_Part):
     """One denoising step, in seconds; see `timing.StepAttention`."""
 
+    index: int | None = None
+    total: int | None = None
+    sigma: float | None = None
+    step_s: float | None = None
     attention_s: float | None = None
     calls: int | None = None
     structured_calls: int | None = None
-    dense_s: float | None = None
     dense_call_s: float | None = None
+    dense_s: float | None = None
     sampled_attention_s: float | None = None
     error: float | None = None
+    first_call_s: float | None = None
 
 
 class TimingFacts(_Part):
@@ -104,9 +122,8 @@ class TimingFacts(_Part):
     denoise_s: float | None = None
     decode_s: float | None = None
     write_s: float | None = None
+    total_s: float | None = None
     attention_s: float | None = None
-    attention_speedup: float | None = None
-    end_to_end_speedup: float | None = None
     error: float | None = None
     steps: list[StepFacts] = []
 
@@ -115,6 +132,19 @@ class TimingFacts(_Part):
         """Text, denoising, decoding and writing."""
         parts = [self.text_encode_s, self.denoise_s, self.decode_s, self.write_s]
         return None if None in parts else sum(part for part in parts if part is not None)
+
+    @property
+    def whole(self) -> ClipTiming | None:
+        """The timing with everything that follows from its steps; None where the record leaves some of it out.
+
+        Ratios are computed here and not read: earlier versions wrote medians over the steps.
+        """
+        fields = self.model_dump(exclude={"attention_s", "error", "steps"})
+        steps = [step.model_dump() for step in self.steps]
+        needed = ("index", "step_s", "attention_s", "calls", "structured_calls")
+        if not steps or None in fields.values() or any(step[name] is None for step in steps for name in needed):
+            return None
+        return ClipTiming(steps=[StepAttention(**step) for step in steps], **fields)
 
 
 class CoverageFacts(_Part):
@@ -149,7 +179,7 @@ class Record(_Part):
     versions: dict[str, str | None] = {}
     warnings: list[str] = []
     retries: list[dict[str, str]] = []
-    setup: dict[str, Scalar | list[Scalar]] = {}
+    setup: dict[str, Simple] = {}
     skipped_calls: int = 0
 
     @field_validator("grid", mode="before")

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.untrusted.files import user_path
+from vmonarch_cli.untrusted.files import MAX_NAME, MAX_PATH, user_path
 
 DEFAULT_FOLDER = "outputs"
 ENDINGS = (".mp4", ".gif", ".png")
 LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
-_MAX_NAME, _MAX_PATH = 255, 4095
-"""Bytes of a file's name and of a path, on all file systems that matter here."""
 
 
 def slug(prompt: str) -> str:
@@ -63,10 +61,9 @@ def resolve_targets(output: str | None, prompt: str, seed: int, count: int, over
     names come from the prompt and the seed and never collide with what is there. Several clips of one file name get
     -1, -2 and on.
     """
-    if output is not None and not output.strip():
-        raise OutputError("--output is empty: it takes a file ending in .mp4, .gif or .png, or a folder")
-    path = output_path(output or DEFAULT_FOLDER)
-    if _is_folder(output or DEFAULT_FOLDER, path):
+    output = DEFAULT_FOLDER if output is None else output
+    path = output_path(output)
+    if _is_folder(output, path):
         _check_folder(path)
         found = tuple(_free_name(path, f"{slug(prompt)}-s{seed + i}", overwrite) for i in range(count))
         _check_lengths(found)
@@ -102,27 +99,25 @@ def check_rate(paths: tuple[Path, ...], fps: int) -> None:
 
 def output_path(output: str) -> Path:
     """The path that --output gives; OutputError for one that no file system, or no record in UTF-8, can name."""
+    if not output.strip():
+        raise OutputError("--output is empty: it takes a file ending in .mp4, .gif or .png, or a folder")
     try:
         output.encode()
     except UnicodeEncodeError:
         raise OutputError(f"output {output!a} is not UTF-8: give a path that is") from None
-    path = user_path(output, "output", OutputError)
-    for part in path.parts:
-        if len(os.fsencode(part)) > _MAX_NAME:
-            raise OutputError(f"output name {part[:40]}... is too long: a name has at most {_MAX_NAME} bytes")
-    return path
+    return user_path(output, "output", OutputError)
 
 
 def _check_lengths(clips: Sequence[Path]) -> None:
     """OutputError unless the longest name that a clip takes on its way fits the file system."""
     for clip in clips:
-        spare = _MAX_NAME - len(os.fsencode(latents_path(clip).name))
+        spare = MAX_NAME - len(os.fsencode(latents_path(clip).name))
         if spare < 0:
             raise OutputError(
                 f"output name {clip.name[:40]}... is too long by {-spare} bytes: {clip.suffix} clips take up "
-                f"to {_MAX_NAME - len(LATENTS_ENDING) + len(clip.suffix)} bytes, so that the latents' name fits as well"
+                f"to {MAX_NAME - len(LATENTS_ENDING) + len(clip.suffix)} bytes, so that the latents' name fits as well"
             )
-        if len(os.fsencode(clip.absolute())) + _MAX_NAME > _MAX_PATH:
+        if len(os.fsencode(clip.absolute())) + MAX_NAME > MAX_PATH:
             raise OutputError(f"output path {str(clip)[:40]}... is too long: choose a folder with a shorter path")
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.untrusted.files import require_regular
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -53,6 +52,7 @@ def load_picture(
 
 def to_rgb(image: Image, name: str) -> Image:
     """A picture of any mode in mode RGB (see `load_picture`); InputError for floats outside 0 to 1."""
+    import numpy as np
     import PIL.Image
 
     hidden = _hidden(image)
@@ -65,6 +65,7 @@ def to_rgb(image: Image, name: str) -> Image:
 
 def _hidden(image: Image) -> Image | None:
     """How transparent each pixel is (mode L: 255 shows nothing of it), None for a picture without transparency."""
+    import numpy as np
     import PIL.Image
     from PIL import ImageChops
 
@@ -78,6 +79,8 @@ def _hidden(image: Image) -> Image | None:
 
 def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
     """Greys (H, W) of 16 bits, or floats from 0 to 1, as uint8."""
+    import numpy as np
+
     top = 1.0 if values.dtype.kind == "f" else 65535
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):

@@ -50,7 +50,8 @@ def device_name(device: torch.device) -> str:
     """For people: "NVIDIA H100 80GB HBM3", "CPU (x86_64, 2 threads)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}, {threads} thread{'' if threads == 1 else 's'})"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

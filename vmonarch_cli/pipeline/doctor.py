@@ -54,13 +54,16 @@ def _python() -> list[Finding]:
 
 
 def _libraries() -> list[Finding]:
+    """Versions, and whether what a run takes from each package can be imported."""
+    from vmonarch_cli.pipeline.imports import OPTIONAL, import_parts, installed, why_import_failed
+
     found = []
-    for name in ("torch", "diffusers", "transformers"):
+    for name in ("torch", "transformers", "diffusers", *(name for name in OPTIONAL if installed(name))):
         try:
-            __import__(name)
+            import_parts(name)
             found.append(Finding(name, metadata.version(name)))
         except Exception as error:  # a missing shared library is an OSError, a wrong build an ImportError, ...
-            found.append(Finding(name, f"cannot be imported: {first_line(error)}", "broken"))
+            found.append(Finding(name, f"cannot be imported: {why_import_failed(error)}", "broken"))
     try:
         found.append(Finding("triton", metadata.version("triton")))
     except metadata.PackageNotFoundError:

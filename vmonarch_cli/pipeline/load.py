@@ -24,10 +24,11 @@ from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_conf
 from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import device_name, dtype_name
+from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.text import first_line
+from vmonarch_cli.text import innermost_line
 
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
 _IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
@@ -149,7 +150,7 @@ def _one_sentence(source: str, device: torch.device) -> Iterator[None]:
         raise ModelError(f"{source} does not fit the memory of {device_name(device)}: choose a smaller model") from None
     except Exception as error:
         # from_pretrained has no error family of its own: OSError, ValueError, KeyError, SafetensorError and more.
-        reason = first_line(error).rstrip(".")[:300]
+        reason = innermost_line(error).rstrip(".")[:300]
         raise ModelError(f"model {source} cannot be loaded: {reason}") from error
 
 
@@ -161,9 +162,13 @@ def quiet_libraries() -> None:
     # Where torchao is installed, transformers imports it, and it warns of its CUDA files on a machine without CUDA.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers
-    import transformers
+    try:
+        import diffusers
+        import transformers
 
+        import_parts("diffusers")
+    except Exception as error:  # versions that do not fit raise RuntimeError, ImportError, AttributeError, ...
+        raise ModelError(f"the installed packages do not work together: {why_import_failed(error)}") from error
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -100,6 +100,8 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
     try:
         resolve_impl(impl, machine.device, DTYPES[machine.dtype], plan.model.head_dim)
     except ImplUnavailable as error:
+        if not machine.on_gpu:
+            raise DeviceError(f"impl {impl} needs a GPU, and this run is on the CPU: take torch, or auto") from None
         raise DeviceError(str(error)) from None
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import fields
-from pathlib import Path
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.pictures import load_picture
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
+from vmonarch_cli.untrusted.files import user_path
 from vmonarch_kernels.spec import MAX_FRAMES
 
 EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
@@ -75,7 +76,7 @@ def size(text: str | None, height: int | None, width: int | None) -> tuple[int |
 def whole(flag: str, value: int | None, low: int, high: int) -> int | None:
     """A whole number within [low, high], or None."""
     if value is not None and not low <= value <= high:
-        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {value}")
+        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {shown(value)}")
     return value
 
 
@@ -148,14 +149,6 @@ def image(model: ModelEntry, text: str | None) -> str | None:
         return None
     if not (model.takes_image or model.image_pipeline):
         raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
-    from PIL import Image, UnidentifiedImageError
-
-    path = Path(text).expanduser()
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-    except FileNotFoundError:
-        raise InputError(f"there is no image {text}") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"image {text} cannot be read: give a PNG, JPEG or WebP file") from None
+    path = user_path(text, "image")
+    load_picture(path, f"image {text}", missing=f"there is no image {text}")
     return str(path)

@@ -148,8 +148,12 @@ def resolved_dtype(plan: Plan) -> str:
     """The dtype that "auto" will be, as far as it can be known without torch."""
     if plan.dtype != "auto":
         return plan.dtype
-    on_gpu = plan.device.startswith("cuda") or (plan.device == "auto" and can_use_gpu())
-    return "bfloat16" if on_gpu else "float32"
+    return "bfloat16" if will_use_gpu(plan) else "float32"
+
+
+def will_use_gpu(plan: Plan) -> bool:
+    """Whether a plan will run on a GPU, as far as it can be known without torch."""
+    return plan.device.startswith("cuda") or (plan.device == "auto" and can_use_gpu())
 
 
 def computed_fields(preset: Preset) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from vmonarch_cli.models.base import ClipShape, Grid, ModelEntry
 from vmonarch_cli.plan.costs import kept_by
@@ -20,6 +21,7 @@ LIGHTER = ("shared_refresh=true", "refresh=0")
 """Changes to a preset, as `--set` takes them, that keep less from step to step; the better results first."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
+_PROCESS = 900 << 20  # a process that has imported the libraries, as measured
 
 
 def weight_bytes(model: ModelEntry, dtype: str, *, to_decode: bool = False) -> int:
@@ -99,6 +101,56 @@ def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
         quantize=plan.setup.quantize,
         vae_tiling=plan.setup.vae_tiling,
         kept=kept_bytes(plan),
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The memory that clips of a plan are expected to take."""
+
+    on_gpu: bool
+    dtype: str
+    peaks: dict[str, int]
+    """Estimated peak bytes by offload mode, the fastest first: on the card, or of the process on a CPU, where nothing
+    is offloaded and the only mode is "none".
+    """
+    free: int | None = None
+    """Bytes of the card that was asked about; None where none was named."""
+
+    @property
+    def fitting(self) -> tuple[str, ...]:
+        """The modes whose peak fits the card that was asked about."""
+        return tuple(mode for mode, peak in self.peaks.items() if self.free is not None and peak <= self.free)
+
+
+def footprint(plan: Plan, dtype: str, *, on_gpu: bool, free: int | None = None) -> Footprint:
+    """What a plan takes in `dtype`; `free`: bytes of a card to compare with."""
+    if on_gpu:
+        return Footprint(True, dtype, peaks_of(plan, dtype), free)
+    return Footprint(False, dtype, {"none": peaks_of(plan, dtype)["none"] - _RESERVE + _PROCESS}, free)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all clips of a batch take together."""
+
+    clips: int
+    dense_flops: int
+    """Self-attention operations, all dense."""
+    planned_flops: int
+    seconds: float | None
+    """None where the time of a clip is not known."""
+
+
+def totals(plans: Sequence[Plan], seconds_of: Callable[[Plan], float | None]) -> Totals:
+    """Sums over plans, each of `num_videos` clips; seconds_of: expected seconds of one clip, None if not known."""
+    times = [seconds_of(plan) for plan in plans]
+    known = [time * plan.num_videos for time, plan in zip(times, plans, strict=True) if time is not None]
+    return Totals(
+        clips=sum(plan.num_videos for plan in plans),
+        dense_flops=sum(plan.flops.dense * plan.num_videos for plan in plans),
+        planned_flops=sum(plan.flops.planned * plan.num_videos for plan in plans),
+        seconds=sum(known) if len(known) == len(plans) else None,
     )
 
 

@@ -26,10 +26,14 @@ DEMO_NOTE = f"no --model given: using the small demo model that comes with vmona
 Value = TypeVar("Value")
 
 
-def resolve(request: GenerateRequest) -> Plan:
-    """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done."""
+def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
+    """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done.
+
+    needs_prompt: a plan that nothing runs can do without, and has an empty one.
+    """
     checks.texts(request)
-    prompt = checks.prompt(request.prompt)
+    without = request.prompt is None and not needs_prompt
+    prompt = "" if without else checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
     def take(name: str, given: Value | None, default: Value, otherwise: str = MODEL_DEFAULT) -> Value:
@@ -101,11 +105,12 @@ def resolve(request: GenerateRequest) -> Plan:
         revision=revision,
         image=take("image", image, None, DEFAULT),
         setup=_resolve_setup(request, PIPELINES[pipeline], origins),
-        origins={"prompt": FLAG, **origins},
+        origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.without_effect(request, preset),
         ),
     )
 

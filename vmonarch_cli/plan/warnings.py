@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.demo_vocabulary import unknown_words
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.presets import Preset, parse_assignment
 
 
 def of_demo(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
@@ -45,3 +49,16 @@ def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, 
                 "which begins above 1"
             )
     return found
+
+
+def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
+    """Flags that this preset or this machine makes meaningless."""
+    if preset.attention == "dense":
+        assigned = [parse_assignment(text)[0] for text in request.overrides]
+        given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]
+        names = [name for name in (*assigned, *given) if name != "attention"]
+        if names:
+            yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
+    on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
+    if request.offload not in (None, "auto", "none") and not on_gpu:
+        yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.untrusted.files import user_path
 
 SCHEMA = 1
 """Version of the layout; raised when a reader of an older one would misread it."""
@@ -91,7 +92,7 @@ class Recorder:
         self, kind: str, target: str | None, machine: MachineFacts, settings: dict[str, Any], program: str = "vmonarch"
     ) -> None:
         """target: a file, "-" (the caller prints `data` at the end) or None; program: what the arguments were for."""
-        self._path = None if target in (None, "-") else Path(str(target))
+        self._path = None if target in (None, "-") else Path(str(target)).expanduser()
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
@@ -120,14 +121,20 @@ class Recorder:
         return json.dumps(_finite(self.data), ensure_ascii=False, indent=1, allow_nan=False, default=_plain) + "\n"
 
 
-def check_target(target: str | None) -> None:
-    """OutputError before anything is measured when the file could not be written."""
+def check_target(target: str | None, overwrite: bool = False) -> None:
+    """OutputError before anything is measured when the file could not be written, or would be lost."""
     if target in (None, "-"):
         return
-    path = Path(str(target))
+    check_file(user_path(str(target), "--json", OutputError), "--json", overwrite)
+
+
+def check_file(path: Path, flag: str, overwrite: bool) -> None:
+    """OutputError unless a file can be made at `path` without losing one that is there; makes its folder."""
     if path.is_dir():
-        raise OutputError(f"--json takes a file or -, and {path} is a folder")
-    check_parent(path, "--json")
+        raise OutputError(f"{flag} takes a file, and {path} is a folder")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{flag}: {path} exists already: pass --overwrite to replace it, or another file")
+    check_parent(path, flag)
 
 
 def write_text(path: Path, text: str) -> None:

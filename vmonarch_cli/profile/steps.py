@@ -29,7 +29,7 @@ _EXACT_BUDGET = {torch.bfloat16: 8e-2, torch.float16: 2e-2, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
-class StepInputs:
+class StepTensors:
     """One denoising step's input; `contexts` holds one embedding per forward, `others` what else a forward takes."""
 
     latents: Tensor
@@ -39,7 +39,7 @@ class StepInputs:
     others: Mapping[str, Any] = field(default_factory=dict)
 
 
-def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepInputs:
+def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepTensors:
     """The input of a clip's first step: noise of the settings' seed."""
     entry = settings.entry
     clip = LatentClip.of(entry, settings.height, settings.width, settings.num_frames)
@@ -47,10 +47,10 @@ def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepI
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
     start = _timestep(1.0, settings.device)
-    return StepInputs(noise.to(settings.device), start, contexts, settings.guidance_scale, others)
+    return StepTensors(noise.to(settings.device), start, contexts, settings.guidance_scale, others)
 
 
-def predict(contender: Contender, transformer: Any, inputs: StepInputs) -> Tensor:
+def predict(contender: Contender, transformer: Any, inputs: StepTensors) -> Tensor:
     """The guided prediction of one denoising step."""
     with contender.enter():
         if contender.session is not None:
@@ -74,7 +74,7 @@ def predict(contender: Contender, transformer: Any, inputs: StepInputs) -> Tenso
     return prediction
 
 
-def timed_step(contender: Contender, transformer: Any, inputs: StepInputs, device: torch.device) -> Tensor:
+def timed_step(contender: Contender, transformer: Any, inputs: StepTensors, device: torch.device) -> Tensor:
     """The step's prediction; its times are added to the contender's."""
     found: list[Tensor] = []
     seconds = timed({"step": lambda: found.append(predict(contender, transformer, inputs))}, device, repeats=1)
@@ -117,7 +117,7 @@ class StepsRun:
         self._cold_rows(ready, inputs)
         self.on_result()
 
-    def _first_steps(self, kinds: list[Contender], inputs: StepInputs) -> tuple[list[Contender], Tensor | None]:
+    def _first_steps(self, kinds: list[Contender], inputs: StepTensors) -> tuple[list[Contender], Tensor | None]:
         """(contenders that ran, the first dense prediction); each dense one after it is checked against that."""
         ready: list[Contender] = []
         expected: Tensor | None = None
@@ -143,7 +143,7 @@ class StepsRun:
             self.on_result()
         return ready, expected
 
-    def _warm_up(self, contender: Contender, inputs: StepInputs) -> Tensor:
+    def _warm_up(self, contender: Contender, inputs: StepTensors) -> Tensor:
         """Cold step, and a second one, which is warm where the preset is, so that no later step compiles anything."""
         device = self.settings.device
         first_s, prediction = wall(lambda: predict(contender, self.transformer, inputs), device)
@@ -156,7 +156,7 @@ class StepsRun:
         contender.row = replace(contender.row, first_call_s=first_s, peak_bytes=peak)
         return result
 
-    def _rounds(self, kinds: list[Contender], ready: list[Contender], inputs: StepInputs) -> StepInputs:
+    def _rounds(self, kinds: list[Contender], ready: list[Contender], inputs: StepTensors) -> StepTensors:
         """The clip's steps; returns the input of the last one."""
         chosen, sigmas = self.settings, _sigmas(self.settings)
         round_s = 0.0
@@ -174,7 +174,7 @@ class StepsRun:
                 inputs = replace(inputs, latents=inputs.latents + step)
         return inputs
 
-    def _round(self, ready: list[Contender], inputs: StepInputs, index: int) -> Tensor | None:
+    def _round(self, ready: list[Contender], inputs: StepTensors, index: int) -> Tensor | None:
         """One step of every contender, in the round's own order; returns dense attention's prediction."""
         predictions: dict[int, Tensor] = {}
         for contender in order_of_round(ready, index):
@@ -192,7 +192,7 @@ class StepsRun:
                 contender.errors.append(relative_error(predictions[id(contender)], expected))
         return expected
 
-    def _cold_rows(self, ready: list[Contender], inputs: StepInputs) -> None:
+    def _cold_rows(self, ready: list[Contender], inputs: StepTensors) -> None:
         """First steps of a clip for presets that start warm later on."""
         for contender in ready:
             session = contender.session
@@ -252,7 +252,7 @@ class StepsRun:
     def _exact_check(self, prediction: Tensor, expected: Tensor, against: str) -> OutputCheck:
         return OutputCheck(relative_error(prediction, expected), _EXACT_BUDGET[self.settings.dtype], against)
 
-    def _plumbing_check(self, inputs: StepInputs, expected: Tensor) -> OutputCheck:
+    def _plumbing_check(self, inputs: StepTensors, expected: Tensor) -> OutputCheck:
         """A step with a band over all frames, which is dense attention by way of the structured code."""
         layers = FAMILIES[type(self.transformer).__name__].self_attentions(self.transformer)
         session = AttentionSession(load_preset("exact"), [len(layers)])

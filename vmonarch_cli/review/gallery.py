@@ -18,6 +18,7 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.review import webpage
+from vmonarch_cli.review.words import error_words, lost_subject
 from vmonarch_cli.text import as_fast, flops, seconds
 
 INDEX = "index.html"
@@ -110,6 +111,7 @@ def _card(entry: GalleryClip, poster: str | None, folder: Path) -> dict[str, Any
         "alt": record.prompt[:200],
         "figures": _measured(record),
         "settings": _settings(record),
+        "advice": lost_subject(record),
     }
 
 
@@ -121,13 +123,15 @@ def _measured(record: Record) -> list[tuple[str, str]]:
         ("seed", str(record.seed)),
         ("clip", f"{frames.width}x{frames.height}, {frames.count} frames, {frames.fps} fps"),
     ]
+    whole = timing.whole
     if timing.attention_s is not None:
-        gain = timing.attention_speedup
+        gain = None if whole is None else whole.attention_speedup
         rows.append(("attention", seconds(timing.attention_s) + (f", {as_fast(gain)} as dense" if gain else "")))
     if timing.end_to_end_s is not None:
         rows.append(("end to end", seconds(timing.end_to_end_s)))
-    if timing.error is not None:
-        rows.append(("attention error", f"{timing.error:.3f}"))
+    error = error_words(record)
+    if error is not None:
+        rows.append(("attention error", error))
     return rows
 
 

@@ -70,9 +70,10 @@ def repeat(
 
 def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, str]]:
     """What may change pixels and is not a setting: versions, device, threads, dtype, implementation, weights."""
-    pairs = [
+    devices = [None if record.device is None else record.device.name for record in (then, now)]
+    pairs: list[tuple[str, str | None, str | None]] = [
         *((name, version, now.versions.get(name)) for name, version in then.versions.items()),
-        ("device", *(None if record.device is None else record.device.name for record in (then, now))),
+        ("device", devices[0], devices[1]),
         ("dtype", then.dtype, now.dtype),
         ("impl", then.impl, now.impl),
         ("model", then.model.source, now.model.source),

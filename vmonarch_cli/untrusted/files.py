@@ -19,6 +19,8 @@ from vmonarch_cli.untrusted.values import Malformed, parse_json, parse_text, par
 
 MAX_BYTES = 64 << 20
 """Largest file that is read, in bytes."""
+MAX_NAME, MAX_PATH = 255, 4095
+"""Bytes of a name and of a path, on all file systems that matter here."""
 _KINDS = (
     (stat.S_ISDIR, "is a folder, not a file"),
     (stat.S_ISFIFO, "is a pipe, not a file"),
@@ -35,11 +37,16 @@ def user_path(text: str, name: str, error: type[VmonarchError] = InputError) -> 
         raise error(f"{name} {shown(text)} holds a NUL character, which no path can")
     try:
         os.fsencode(text)
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except UnicodeEncodeError:
         raise error(f"{name} {shown(text)} holds half of a surrogate pair, which no path can") from None
     except RuntimeError:
         raise error(f"{name} {shown(text)} begins with the home folder of a user that this machine lacks") from None
+    if any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):
+        raise error(f"{name} {shown(text)} is too long: a name has at most {MAX_NAME} bytes")
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise error(f"{name} {shown(text)} is too long: a path has at most {MAX_PATH} bytes")
+    return path
 
 
 def require_regular(path: Path, name: str, error: type[VmonarchError] = InputError, missing: str | None = None) -> None:

@@ -28,7 +28,7 @@ _LIMITS = {
 
 
 def fault_of(error: ValidationError) -> str:
-    """'it has no frames.height' or 'frames.count takes a whole number, got a list', of the first thing that is wrong."""
+    """'it has no frames.height', 'frames.count takes a whole number, got a list': the first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
     kind, came = first["type"], first["input"]
@@ -37,14 +37,15 @@ def fault_of(error: ValidationError) -> str:
     subject = where or "it"
     if kind in _LIMITS:
         name, words = _LIMITS[kind]
-        return f"{subject} takes {words} {first['ctx'][name]}, got {_short(came)}"
+        return f"{subject} takes {words} {first['ctx'][name]}, got {short_value(came)}"
     if kind == "value_error":
         return f"{subject} {first['ctx']['error']}"
     valid = next((words for start, words in _KINDS.items() if kind.startswith(start)), None)
-    return f"{subject} takes {valid}, got {_short(came)}" if valid else f"{subject} cannot be {_short(came)}"
+    return f"{subject} takes {valid}, got {short_value(came)}" if valid else f"{subject} cannot be {short_value(came)}"
 
 
-def _short(value: object) -> str:
+def short_value(value: object) -> str:
+    """A value of plain data for a sentence."""
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, list | tuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from rich.table import Table
+from rich.cells import cell_len
+from rich.table import Column, Table
 from rich.text import Text
 
 from vmonarch_cli.cli.tables import table
@@ -27,6 +28,30 @@ def add_columns(made: Table, *titles: str) -> None:
     """Columns of figures."""
     for title in titles:
         made.add_column(title, justify="right", no_wrap=True)
+
+
+def squeezed(made: Table, width: int, *order: str) -> Table:
+    """The table without whole columns, named by the first line of their heads, dropped in this order until it fits."""
+    kept, dropped = list(made.columns), []
+    for name in order:
+        found = [column for column in kept if str(column.header).split("\n")[0] == name]
+        if found and _whole_width(kept) > width:
+            kept.remove(found[-1])
+            dropped.append(name)
+    if not dropped:
+        return made
+    fits = profile_table(str(made.title), f"{made.caption}; no room for {', '.join(dropped)}")
+    for column in kept[1:]:
+        add_columns(fits, str(column.header))
+    for row, cells in zip(made.rows, zip(*(column.cells for column in kept), strict=True), strict=True):
+        fits.add_row(*cells, style=row.style, end_section=row.end_section)
+    return fits
+
+
+def _whole_width(columns: Sequence[Column]) -> int:
+    """With one space of padding and one of the box beside each column, and the edges."""
+    widest = (max(cell_len(line) for part in (c.header, *c.cells) for line in str(part).split("\n")) for c in columns)
+    return 2 + sum(2 + width for width in widest)
 
 
 def time_unit(spreads: Sequence[Spread | None]) -> tuple[str, Callable[[float], str]]:

@@ -36,6 +36,7 @@ Json = Annotated[
     str | None, option("--json", panel=OUTPUT, metavar="FILE|-", help="Write a record; - prints it and nothing else.")
 ]
 Plot = Annotated[str | None, option("--plot", panel=OUTPUT, metavar="FILE", help="Draw a plot, .png or .svg.")]
+Overwrite = Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace a record or plot that exists.")]
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,4 @@ class RunFlags:
     seconds: Seconds = None
     as_json: Json = None
     plot: Plot = None
+    overwrite: Overwrite = False

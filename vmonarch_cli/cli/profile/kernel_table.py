@@ -16,6 +16,7 @@ from vmonarch_cli.cli.profile.cells import (
     per_second,
     profile_table,
     rate_unit,
+    squeezed,
     time_unit,
 )
 from vmonarch_cli.cli.tables import maybe, times
@@ -40,6 +41,7 @@ def kernel_table(shape: KernelShape, caption: str, width: int) -> RenderableType
         add_columns(made, f"quartiles\n{unit}", "first call\n", "check\n")
     for row in shape.rows:
         made.add_row(*_kernel_cells(row, shape, against, shown, width), style="" if row.passed else "red")
+    made = squeezed(made, width, "quartiles", "first call", "check", "memory", "floor", "spread", "rate", "error")
     return Group(made, *_kernel_sentences(shape.rows), Text())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from vmonarch_cli.cli.profile.cells import WIDE, add_columns, error_cell, name_cell, profile_table, time_unit
+from vmonarch_cli.cli.profile.cells import WIDE, add_columns, error_cell, name_cell, profile_table, squeezed, time_unit
 from vmonarch_cli.cli.tables import ABSENT, maybe, times
 from vmonarch_cli.profile.results import BreakEven, ModelProfile
 from vmonarch_cli.text import binary_size, seconds
@@ -54,6 +54,7 @@ def model_table(profile: ModelProfile, caption: str, width: int) -> RenderableTy
             cells.append(maybe(row.first_call_s, seconds))
             cells.append(maybe(row.step, lambda s: f"{shown(s.low)}-{shown(s.high)}"))
         made.add_row(*cells, style="dim" if row.kind == "skipped" else "")
+    made = squeezed(made, width, "quartiles", "first step", "memory", "spread", "attention", "error", "clip of")
     parts: list[RenderableType] = [made]
     parts += [Text(f"{row.name} has no figures: {row.failure}", style="yellow") for row in profile.rows if row.failure]
     parts.append(Text(_model_legend(profile), style="dim"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from vmonarch_cli.cli.profile.cells import WIDE, add_columns, profile_table
+from vmonarch_cli.cli.profile.cells import WIDE, add_columns, profile_table, squeezed
 from vmonarch_cli.cli.tables import ABSENT, maybe, times
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
 
@@ -30,6 +30,7 @@ def quality_table(profile: QualityProfile, caption: str, width: int) -> Renderab
             made.add_section()
         group = row.group
         made.add_row(*_quality_cells(row, profile, row.name in frontier, paper, width))
+    made = squeezed(made, width, "attention", "worst", "paper's", "SSIM", "PSNR", "attention")
     parts: list[RenderableType] = [made]
     parts += [Text(f"{row.name} has no figures: {row.failure}", style="yellow") for row in profile.rows if row.failure]
     parts.append(Text(_quality_legend(profile, paper), style="dim"))

@@ -31,8 +31,8 @@ class ProfileRun:
         checks.number("--seconds", flags.seconds, 1, 1e6)
         checks.number("--fail-below", fail_below, 0, 1e6)
         self.seed = checks.whole("--seed", flags.seed, 0, 2**63 - 1) or 0
-        check_target(flags.as_json)
-        self.plot: Path | None = check_plot(flags.plot)
+        check_target(flags.as_json, flags.overwrite)
+        self.plot: Path | None = check_plot(flags.plot, flags.overwrite)
 
         from vmonarch_cli.pipeline.device import dtype_name, pick_device, pick_dtype
         from vmonarch_cli.profile.repeat import Budget

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from vmonarch_cli.clip.record import clip_of, read_record, settings_of
+from vmonarch_cli.clip.record_model import Record, clip_of, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
+_DEFAULT_FPS = 16  # of a side-by-side video of clips without records
 _NO_FRAMES: Frames = np.zeros((0, 0, 0, 3), np.uint8)
 _FACTS = {
     "model": "model",
@@ -38,44 +39,44 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     """
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
+    opened = [_open(path) for path in paths]
     lpips, note = load_lpips()
     notes = [note] if note else []
-    contenders: list[ComparedClip] = []
-    for name, path in zip(_names(paths), paths, strict=True):
-        record, clip = _open(path)
+    clips: list[ComparedClip] = []
+    for name, path, (record, file) in zip(_names(paths), paths, opened, strict=True):
         frames = _NO_FRAMES
-        if clip.exists():
-            frames = read_clip(clip)
+        if file.exists():
+            frames = read_clip(file, None if record is None else record.frames.fps)
         else:
             notes.append(f"the clip of {path} is not there: only its record is compared")
         measured = None
-        if contenders and len(frames) and frames.shape == contenders[0].frames.shape:
-            measured = distance(frames, contenders[0].frames, lpips)
-        elif contenders and len(frames) and len(contenders[0].frames):
-            notes.append(f"{name} has another shape than {contenders[0].name}: their frames cannot be compared")
-        contenders.append(ComparedClip(name, frames, changes(frames), flicker(frames), measured, record, clip))
-    if any(contender.distance for contender in contenders):
+        if clips and len(frames) and frames.shape == clips[0].frames.shape:
+            measured = distance(frames, clips[0].frames, lpips)
+        elif clips and len(frames) and len(clips[0].frames):
+            notes.append(f"{name} has another shape than {clips[0].name}: their frames cannot be compared")
+        clips.append(ComparedClip(name, frames, changes(frames), flicker(frames), measured, record, file))
+    if any(clip.distance for clip in clips):
         notes.append("distances are between the files, whose lossy coding is part of them")
-    reference, *others = contenders
-    changed = [name for name, _ in differing(contenders) if name in _TIME_DEPENDS_ON]
+    reference, *others = clips
+    changed = [name for name, _ in differing(clips) if name in _TIME_DEPENDS_ON]
     if changed:
         notes.append(f"times are not compared: {', '.join(changed)} differ")
     return Comparison(
-        title=f"{', '.join(c.name for c in others)} against {reference.name}",
-        prompt=_common_prompt(contenders),
-        fps=int(((reference.record or {}).get("frames") or {}).get("fps") or 16),
+        title=f"{', '.join(clip.name for clip in others)} against {reference.name}",
+        prompt=_common_prompt(clips),
+        fps=_DEFAULT_FPS if reference.record is None else reference.record.frames.fps,
         reference=reference,
         others=others,
-        facts=shared_facts(contenders),
-        differing=differing(contenders),
+        facts=shared_facts(clips),
+        differing=differing(clips),
         notes=notes,
         times_comparable=not changed,
     )
 
 
-def shared_facts(contenders: Sequence[ComparedClip]) -> list[tuple[str, str]]:
+def shared_facts(clips: Sequence[ComparedClip]) -> list[tuple[str, str]]:
     """The main settings that all records share; nothing when one has no record."""
-    tables = _tables(contenders)
+    tables = _tables(clips)
     if tables is None:
         return []
     found = []
@@ -86,9 +87,9 @@ def shared_facts(contenders: Sequence[ComparedClip]) -> list[tuple[str, str]]:
     return found
 
 
-def differing(contenders: Sequence[ComparedClip]) -> list[tuple[str, list[str]]]:
+def differing(clips: Sequence[ComparedClip]) -> list[tuple[str, list[str]]]:
     """Settings, versions and pixels (by hash) in which the records differ, with the value of each."""
-    tables = _tables(contenders)
+    tables = _tables(clips)
     if tables is None:
         return []
     rows = []
@@ -99,21 +100,20 @@ def differing(contenders: Sequence[ComparedClip]) -> list[tuple[str, list[str]]]
     return rows
 
 
-def _tables(contenders: Sequence[ComparedClip]) -> list[dict[str, Any]] | None:
+def _tables(clips: Sequence[ComparedClip]) -> list[dict[str, Any]] | None:
     tables = []
-    for contender in contenders:
-        if contender.record is None:
+    for clip in clips:
+        if clip.record is None:
             return None
-        table = settings_of(contender.record)
+        table = clip.record.settings_values()
         table["size"] = f"{table.pop('width', '?')}x{table.pop('height', '?')}"
-        if contender.record["preset"].get("attention") == "dense":  # its other fields say nothing
+        if clip.record.preset.attention == "dense":  # its other fields say nothing
             table = {k: v for k, v in table.items() if not k.startswith("preset.") or k == "preset.attention"}
-        versions = contender.record.get("versions") or {}
-        tables.append({**table, **{f"version of {name}": version for name, version in versions.items()}})
+        tables.append({**table, **{f"version of {name}": version for name, version in clip.record.versions.items()}})
     return tables
 
 
-def _open(path: Path) -> tuple[dict[str, Any] | None, Path]:
+def _open(path: Path) -> tuple[Record | None, Path]:
     """Record (None for a clip that has none) and clip of a file."""
     if path.suffix.lower() not in ENDINGS:
         record = read_record(path)
@@ -132,12 +132,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return longer if len(set(longer)) == len(longer) else [f"{i + 1}: {stem}" for i, stem in enumerate(stems)]
 
 
-def _common_prompt(contenders: Sequence[ComparedClip]) -> str | None:
-    prompts = {(contender.record or {}).get("prompt") for contender in contenders}
+def _common_prompt(clips: Sequence[ComparedClip]) -> str | None:
+    prompts = {None if clip.record is None else clip.record.prompt for clip in clips}
     return prompts.pop() if len(prompts) == 1 else None
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "·"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

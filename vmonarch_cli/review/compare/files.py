@@ -20,7 +20,7 @@ def write_comparison(comparison: Comparison, folder: Path, overwrite: bool = Fal
 
     written = []
     film = sheet = None
-    if all(len(contender.frames) for contender in comparison.contenders):
+    if all(len(clip.frames) for clip in comparison.clips):
         path = write_clip(side_by_side(comparison), folder / FILM, comparison.fps, overwrite)
         film = path.read_bytes()
         stream = io.BytesIO()

@@ -27,28 +27,28 @@ def side_by_side(comparison: Comparison) -> Frames:
 
     Small clips are enlarged by a whole factor without smoothing; a shorter clip holds its last frame.
     """
-    contenders = comparison.contenders
-    height, width = (max(c.frames.shape[axis] for c in contenders) for axis in (1, 2))
+    clips = comparison.clips
+    height, width = (max(c.frames.shape[axis] for c in clips) for axis in (1, 2))
     scale = max(1, -(-_TILE // width))
     tile_h, tile_w = height * scale, width * scale
-    columns = max(1, min(len(contenders), (_MAX_WIDTH + _GAP) // (tile_w + _GAP)))
-    rows = -(-len(contenders) // columns)
+    columns = max(1, min(len(clips), (_MAX_WIDTH + _GAP) // (tile_w + _GAP)))
+    rows = -(-len(clips) // columns)
     head = _line(18) + _line(13) + 10
     size = _even(columns * (tile_w + _GAP) - _GAP), _even(rows * (head + tile_h + _GAP) - _GAP)
     canvas = Image.new("RGB", size, GROUND)
     draw = ImageDraw.Draw(canvas)
     corners = []
-    for number, contender in enumerate(contenders):
+    for number, clip in enumerate(clips):
         x, y = number % columns * (tile_w + _GAP), number // columns * (head + tile_h + _GAP)
-        _write(draw, (x + 8, y + 4), contender.name, 18, INK, tile_w - 16)
-        _write(draw, (x + 8, y + 6 + _line(18)), short_figures(comparison, contender), 13, DIM, tile_w - 16)
+        _write(draw, (x + 8, y + 4), clip.name, 18, INK, tile_w - 16)
+        _write(draw, (x + 8, y + 6 + _line(18)), short_figures(comparison, clip), 13, DIM, tile_w - 16)
         corners.append((x, y + head))
     background = np.asarray(canvas)
-    count = max(len(contender.frames) for contender in contenders)
+    count = max(len(clip.frames) for clip in clips)
     film = np.repeat(background[None], count, axis=0)
-    for contender, (x, y) in zip(contenders, corners, strict=True):
+    for clip, (x, y) in zip(clips, corners, strict=True):
         for index in range(count):
-            frame = contender.frames[min(index, len(contender.frames) - 1)]
+            frame = clip.frames[min(index, len(clip.frames) - 1)]
             large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             film[index, y : y + large.shape[0], x : x + large.shape[1]] = large
     return film
@@ -60,7 +60,7 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     Differences share one scale, written beside them: the mean over colours of the absolute difference in 8-bit levels.
     """
     reference = comparison.reference
-    count = min(len(c.frames) for c in comparison.contenders)
+    count = min(len(c.frames) for c in comparison.clips)
     picked = np.unique(np.linspace(0, count - 1, min(_SHEET_FRAMES, count)).round().astype(int))
     height, width = reference.frames.shape[1:3]
     tile = (_SHEET_TILE, max(1, round(_SHEET_TILE * height / width)))
@@ -72,12 +72,12 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     top = max((float(np.quantile(d, 0.999)) for d in differences.values()), default=0.0)
     top = float(max(8, math.ceil(top / 8) * 8))
     rows: list[tuple[str, str, list[Image.Image]]] = []
-    for contender in comparison.contenders:
-        lines = short_figures(comparison, contender, newline=True)
-        rows.append((contender.name, lines, [Image.fromarray(contender.frames[i]) for i in picked]))
-        if contender.name in differences:
+    for clip in comparison.clips:
+        lines = short_figures(comparison, clip, newline=True)
+        rows.append((clip.name, lines, [Image.fromarray(clip.frames[i]) for i in picked]))
+        if clip.name in differences:
             label = f"black: equal\npale: {top:g} levels or more"
-            rows.append(("difference", label, [_ramped(d / top) for d in differences[contender.name]]))
+            rows.append(("difference", label, [_ramped(d / top) for d in differences[clip.name]]))
     left, head = 168, _line(13) + 12
     size = (left + len(picked) * (tile[0] + _GAP) + 8, head + len(rows) * (tile[1] + _GAP) + 8)
     sheet = Image.new("RGB", size, GROUND)
@@ -95,21 +95,21 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     return sheet
 
 
-def short_figures(comparison: Comparison, contender: ComparedClip, newline: bool = False) -> str:
+def short_figures(comparison: Comparison, clip: ComparedClip, newline: bool = False) -> str:
     """'PSNR 24.1 dB, SSIM 0.931, attention 2.4x', or what else there is to say in a label."""
-    if contender is comparison.reference:
+    if clip is comparison.reference:
         return "reference"
     parts = []
-    if contender.distance is None:
+    if clip.distance is None:
         parts.append("another shape")
-    elif contender.distance.identical:
+    elif clip.distance.identical:
         parts.append("identical")
     else:
-        parts.append(f"PSNR {contender.distance.psnr:.1f} dB")
-        if contender.distance.ssim is not None:
-            parts.append(f"SSIM {contender.distance.ssim:.3f}")
-    gain = comparison.speedup(contender, "attention_s")
-    if gain is not None:
+        parts.append(f"PSNR {clip.distance.psnr:.1f} dB")
+        if clip.distance.ssim is not None:
+            parts.append(f"SSIM {clip.distance.ssim:.3f}")
+    gain = comparison.speedup(clip, "attention_s")
+    if gain is not None and comparison.differs(clip) and not comparison.same_work(clip):
         parts.append(f"attention {gain:.2f}x")
     return ("\n" if newline else ", ").join(parts)
 

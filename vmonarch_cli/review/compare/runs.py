@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.events import ClipStarted, Event
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, output_path, slug
+from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
@@ -58,11 +60,11 @@ def run_comparison(
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
     first = plans[REFERENCE]
-    contenders: list[ComparedClip] = []
+    clips: list[ComparedClip] = []
 
     def counted(event: Event) -> None:
         """A plan makes its clip 0; whoever watches sees them as the clips of one run."""
-        on_event(replace(event, index=len(contenders), count=len(plans)) if isinstance(event, ClipStarted) else event)
+        on_event(replace(event, index=len(clips), count=len(plans)) if isinstance(event, ClipStarted) else event)
 
     maker = ClipMaker(first, machine, retry_dense=False, on_event=counted)
     lpips, note = load_lpips()
@@ -72,25 +74,26 @@ def run_comparison(
         result = maker.finish(plan, 0, maker.denoise(plan, 0), on_frames=kept.append)
         results.append(replace(result, index=index))
         (frames,) = kept
-        contenders.append(
+        shown = read_clip(result.path)
+        clips.append(
             ComparedClip(
                 name=name,
                 frames=frames,
-                change_frames=changes(frames),
-                flicker=flicker(frames),
-                distance=distance(frames, contenders[0].frames, lpips) if contenders else None,
-                record=result.record,
-                clip=result.path,
+                change_frames=changes(shown),
+                flicker=flicker(shown),
+                distance=distance(frames, clips[0].frames, lpips) if clips else None,
+                record=read_record(result.record_path),
+                path=result.path,
             )
         )
     comparison = Comparison(
         title=f"{first.model.title}: {', '.join(list(plans)[1:])} against dense",
         prompt=first.prompt,
         fps=first.fps,
-        reference=contenders[0],
-        others=contenders[1:],
-        facts=shared_facts(contenders),
-        differing=differing(contenders),
+        reference=clips[0],
+        others=clips[1:],
+        facts=shared_facts(clips),
+        differing=differing(clips),
         notes=[note] if note else [],
     )
     return comparison, results
@@ -121,7 +124,7 @@ def _folder(request: GenerateRequest, name: str) -> Path:
             number += 1
             folder = base.with_name(f"{name}-{number}")
         return folder
-    folder = Path(request.output).expanduser()
+    folder = output_path(request.output)
     if folder.suffix or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"--output takes a folder for a comparison, got {request.output}")
     if folder.is_dir() and any(folder.iterdir()) and not request.overwrite:
