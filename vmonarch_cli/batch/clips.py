@@ -56,8 +56,9 @@ class PlannedClip:
 def batch_folder(request: GenerateRequest) -> Path:
     """The folder of a batch; OutputError where --output names a file."""
     output = DEFAULT_FOLDER if request.output is None else request.output
-    folder = output_path(output)
-    if not output.strip() or (folder.suffix.lower() in ENDINGS and not folder.is_dir()):
+    # An empty one is asked for first: `output_path` would say that it takes a file, too.
+    folder = output_path(output) if output.strip() else None
+    if folder is None or (folder.suffix.lower() in ENDINGS and not folder.is_dir()):
         raise OutputError(f"--output takes a folder with --prompts-file, got {shown(output)}")
     return folder
 
