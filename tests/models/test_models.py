@@ -83,8 +83,8 @@ def test_grids() -> None:
             "model '~nosuchuser/model' begins with the home folder of a user that this machine lacks",
         ),
         ("a\0b", r"model 'a\x00b' holds a NUL character, which no path can"),
-        ("x" * 300, f"there is no model '{'x' * 56}..."),
-        ("/" + "x" * 300, f"there is no folder /{'x' * 300}"),
+        ("x" * 300, f"model '{'x' * 56}... is too long: a name has at most 255 bytes"),
+        ("/" + "x" * 300, f"model '/{'x' * 55}... is too long: a name has at most 255 bytes"),
         ("\x1b[31mwan", r"there is no model '\x1b[31mwan'"),
     ],
 )
