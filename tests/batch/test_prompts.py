@@ -160,7 +160,7 @@ def test_files_and_formats(tmp_path: Path) -> None:
     assert read_prompts(str(path), "yaml").checked() == [Line(1, {"prompt": "a cat"})]
     for source, format, words in (
         (str(tmp_path / "q.txt"), None, "does not exist"),
-        (str(tmp_path), "txt", "cannot be read"),
+        (str(tmp_path), "txt", "is a folder, not a file"),
         ("p.doc", None, "valid endings are .txt"),
         ("p\0.txt", None, "cannot be read"),
         (str(path), "xml", "--prompts-format takes txt, csv, jsonl, yaml, got 'xml'"),
