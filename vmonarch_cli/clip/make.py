@@ -43,6 +43,7 @@ from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shi
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import with_hub_loras
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -112,6 +113,7 @@ class ClipMaker:
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
         self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
@@ -225,7 +227,14 @@ class ClipMaker:
         write_clip(frames, path, plan.fps, replaces, work)
         write_s = watch.lap()
         timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
-        record = make_record(plan, denoised, timing, path, frames, file_facts(path))
+        record = make_record(
+            plan.model_copy(update={"loras": self._loras or plan.loras}),
+            denoised,
+            timing,
+            path,
+            frames,
+            file_facts(path),
+        )
         write_record(record_path(path), record, replaces, work)
         on_frames(frames)
         result = ClipResult(
