@@ -71,6 +71,7 @@ def make_record(
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(),
+        "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }

@@ -18,6 +18,7 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
@@ -57,9 +58,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
-    steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
+    given_steps = checks.whole("--steps", request.steps, 1, 1000)
+    steps = take("steps", given_steps if given_steps or not sigmas else len(sigmas), defaults.steps)
     checks.steps(model, steps)
-    checks.flow_shift(model, request.flow_shift)
+    checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, grid[0], num_frames)
     guidance = take(
@@ -86,9 +89,17 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
             defaults.guidance_scale_2,
         ),
-        flow_shift=take(
-            "flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift
+        flow_shift=(
+            flow_shift := take(
+                "flow_shift",
+                checks.number("--flow-shift", request.flow_shift, 0.01, 100),
+                None if sigmas else defaults.flow_shift,
+            )
         ),
+        sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
+        sigmas=take("sigmas", sigmas or None, (), DEFAULT),
+        schedule=(schedule := resolve_schedule(model, sampler, sigmas, steps, flow_shift)).sigmas,
+        schedule_forced=schedule.forced,
         seed=seed,
         num_videos=num_videos,
         preset=preset,
