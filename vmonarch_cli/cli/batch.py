@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,9 +178,11 @@ def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> None:
     from vmonarch_cli.review.gallery import write_gallery
 
     try:
-        write_gallery(batch.folder)
+        gallery = write_gallery(batch.folder)
     except VmonarchError as error:
         out.warn(f"the gallery was not written: {error}")
+    else:
+        _warn_of([f"a clip is left out of the gallery: {sentence}" for sentence in gallery.left_out], out)
 
 
 def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
@@ -210,8 +213,11 @@ def _show_plan(batch: Batch, out: Output, vram: float | None) -> None:
 
 
 def _tell_notes(planned: BatchPlan, out: Output) -> None:
-    found = planned.warnings
     out.note(*planned.notes)
+    _warn_of(planned.warnings, out)
+
+
+def _warn_of(found: Sequence[str], out: Output) -> None:
     out.warn(*found[:_MAX_WARNINGS])
     if len(found) > _MAX_WARNINGS:
         out.warn(f"and {len(found) - _MAX_WARNINGS} more like these")
