@@ -13,7 +13,7 @@ from pydantic import ConfigDict, ValidationError
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
-from vmonarch_cli.media.write import frames_hash
+from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
@@ -26,7 +26,6 @@ from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
-    from vmonarch_cli.pipeline.call import Frames
 
 _REPEATED = "record"
 _StrictRequest = pydantic.dataclasses.dataclass(
@@ -36,11 +35,11 @@ _StrictRequest = pydantic.dataclasses.dataclass(
 
 
 def make_record(
-    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any] | None
+    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, pixels: Pixels, written: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
-    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see
+    `pixels`: the frames as decoded. `written`: size and hash of the clip's file, see
     `whole.file_facts`; None where there is none.
     """
     return {
@@ -49,11 +48,11 @@ def make_record(
         "seed": denoised.seed,
         "clip": clip.name,
         "frames": {
-            "count": len(frames),
-            "height": frames.shape[1],
-            "width": frames.shape[2],
+            "count": pixels.count,
+            "height": pixels.height,
+            "width": pixels.width,
             "fps": plan.fps,
-            "sha256": frames_hash(frames),
+            "sha256": pixels.sha256,
         },
         "file": written,
         "settings": plan.settings(),
