@@ -116,8 +116,8 @@ class ClipMaker:
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
-        loaded_s = time.perf_counter() - began
-        on_event(ModelLoaded(plan.model_source, loaded_s, machine.device_name, machine.dtype, impl))
+        self._load_s: float | None = time.perf_counter() - began
+        on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
     def _load(self, plan: Plan, share_clip: bool) -> Any:
         return load_pipeline(
@@ -229,7 +229,15 @@ class ClipMaker:
             on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
-        timing = make_timing(denoised, written.decode_s, written.write_s, peak_memory(self._device))
+        load_s, self._load_s = self._load_s, None  # the first clip paid for it
+        timing = make_timing(
+            denoised,
+            written.decode_s,
+            written.write_s,
+            peak_memory(self._device),
+            load_s=load_s,
+            hidden_write_s=written.hidden_s,
+        )
         record = make_record(plan, denoised, timing, path, written.pixels, file_facts(path))
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:

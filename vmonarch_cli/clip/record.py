@@ -74,8 +74,18 @@ def make_record(
     }
 
 
-def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple[int, str]) -> ClipTiming:
-    """Where a clip's time went: what its latents took, and the rest. `peak`: bytes, and what they count."""
+def make_timing(
+    denoised: Denoised,
+    decode_s: float,
+    write_s: float,
+    peak: tuple[int, str],
+    *,
+    load_s: float | None = None,
+    hidden_write_s: float = 0.0,
+) -> ClipTiming:
+    """Where a clip's time went: what its latents took, and the rest, in seconds as `ClipTiming` names them. `peak`:
+    bytes, and what they count.
+    """
     first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
     return ClipTiming(
         steps=denoised.steps,
@@ -89,6 +99,8 @@ def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple
         peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
         peak_memory_kind=peak[1],
         warm_state_bytes=denoised.warm_state_bytes,
+        load_s=load_s,
+        hidden_write_s=hidden_write_s,
     )
 
 
