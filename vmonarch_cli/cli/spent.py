@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import cycle
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.text import Text
 
 from vmonarch_cli.text import seconds
@@ -32,24 +34,36 @@ class SpentBar:
         self._parts = dict(parts)
         self._note = note
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        drawn = console.is_terminal and not options.ascii_only and bool(self._parts)
         # Without colours the pieces still differ, each from its neighbours.
-        fills = dict(zip(self._parts, cycle("█▓▒░"), strict=False))
-        if drawn:
-            bar = Text(no_wrap=True, overflow="crop")
-            for name, columns in widths(self._parts, min(options.max_width, _MAX_COLUMNS)).items():
-                bar.append(fills[name] * columns, _STYLES.get(name, ""))
-            yield bar
+        self._fills = dict(zip(self._parts, cycle("█▓▒░"), strict=False))
+
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
+        if not _draws(options):
+            yield self._text(keyed=False)
+            return
+        bar = Text(no_wrap=True, overflow="crop")
+        for name, columns in widths(self._parts, min(options.max_width, _MAX_COLUMNS)).items():
+            bar.append(self._fills[name] * columns, _STYLES.get(name, ""))
+        yield bar
+        yield self._text(keyed=True)
+
+    def __rich_measure__(self, console: Any, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._text(keyed=_draws(options)))
+
+    def _text(self, *, keyed: bool) -> Text:
+        """What each part took; `keyed`: with the sign of its piece of the bar."""
         total = sum(self._parts.values())
         text = Text()
         for name, value in self._parts.items():
             text.append(", " if text else "")
-            if drawn:
-                text.append(fills[name] + " ", _STYLES.get(name, ""))
+            if keyed:
+                text.append(f"{self._fills[name]} ", _STYLES.get(name, ""))
             text.append(f"{_WORDS.get(name, name)} {seconds(value)} ({100 * value / total:.0f} %)")
-        text.append(f" ({self._note})" if self._note else "")
-        yield text
+        return text.append(f" ({self._note})" if self._note else "")
+
+
+def _draws(options: ConsoleOptions) -> bool:
+    return options.is_terminal and not options.ascii_only
 
 
 def widths(parts: Mapping[str, float], columns: int) -> dict[str, int]:
