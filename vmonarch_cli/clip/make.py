@@ -39,11 +39,12 @@ from vmonarch_cli.media.publish import NameTaken
 from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
-from vmonarch_cli.pipeline.device import DTYPES
+from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -125,10 +126,14 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=plan.setup.model_copy(update={"offload": self._machine.offload}),
+            setup=self._setup(plan),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
+
+    def _setup(self, plan: Plan) -> Setup:
+        """The plan's setup with what this machine decided."""
+        return plan.setup.model_copy(update={"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype})
 
     def _load_decoder(self, plan: Plan) -> Any:
         return load_decoder(
@@ -136,7 +141,7 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            vae_tiling=plan.setup.vae_tiling,
+            setup=self._setup(plan),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
         )
 
@@ -238,7 +243,8 @@ class ClipMaker:
             load_s=load_s,
             hidden_write_s=written.hidden_s,
         )
-        record = make_record(plan, denoised, timing, path, written.pixels, file_facts(path))
+        vae_dtype = dtype_name(self._pipeline.vae.dtype)
+        record = make_record(plan, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))

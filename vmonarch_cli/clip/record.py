@@ -35,12 +35,18 @@ _StrictRequest = pydantic.dataclasses.dataclass(
 
 
 def make_record(
-    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, pixels: Pixels, written: dict[str, Any] | None
+    plan: Plan,
+    denoised: Denoised,
+    timing: ClipTiming,
+    clip: Path,
+    pixels: Pixels,
+    written: dict[str, Any] | None,
+    vae_dtype: str | None = None,
 ) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
     `pixels`: the frames as decoded. `written`: size and hash of the clip's file, see
-    `whole.file_facts`; None where there is none.
+    `whole.file_facts`; None where there is none. `vae_dtype`: what the frames were decoded in.
     """
     return {
         "schema": RECORD_SCHEMA,
@@ -63,6 +69,7 @@ def make_record(
         "flops": plan.flops.model_dump(),
         "device": denoised.device,
         "dtype": denoised.dtype,
+        "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
@@ -104,7 +111,13 @@ def make_timing(
     )
 
 
-def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
+def plan_again(
+    file: Path,
+    output: str | None,
+    overwrite: bool = False,
+    device: str | None = None,
+    vae_dtype: str | None = None,
+) -> Plan:
     """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
     InputError or ModelError when the record asks for something that this version or this machine does not have.
@@ -124,6 +137,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
+        "vae_dtype": vae_dtype,
         "device": device or record.device.type.partition(":")[0],
         "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
         "overwrite": overwrite,
@@ -137,8 +151,18 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
     branches = branches_of(plan.model, plan.guidance_scale)
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    again = {"preset": preset, "flops": flops, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
-    return plan.model_copy(update=again)
+    setup = plan.setup
+    if vae_dtype is None and (then := _decoded_in(record)) is not None:
+        setup = setup.model_copy(update={"vae_dtype": then})
+    again = {"preset": preset, "setup": setup, "flops": flops, "origins": origins, "warnings": ()}
+    return plan.model_copy(update={**again, "notes": tuple(_loads(plan))})
+
+
+def _decoded_in(record: Record) -> str | None:
+    """What the frames were decoded in, in place of "auto"; None where it is what the rest runs in."""
+    if record.vae_dtype is not None:
+        return record.vae_dtype
+    return "float32" if record.model.vae_float32 else None  # of a version that had no choice
 
 
 def _implementation(record: Record) -> dict[str, str]:

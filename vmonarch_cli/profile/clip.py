@@ -130,7 +130,7 @@ def _empty(plan: Plan, machine: Machine) -> ClipProfile:
         circumstances=Circumstances(
             on_gpu=machine.on_gpu,
             offload=machine.offload,
-            vae_dtype="float32" if plan.model.vae_float32 else machine.dtype,
+            vae_dtype=machine.vae_dtype,
             compiled=plan.setup.compile,
             can_compile=PIPELINES[plan.model.pipeline].compiles,
             cached=plan.setup.cache is not None,
