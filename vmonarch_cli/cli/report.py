@@ -10,11 +10,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
+
+_TELLS = 0.01
+"""Seconds of hidden work below which nobody needs to hear of it."""
 
 
 def header(plan: Plan, machine: Machine) -> Table:
@@ -158,6 +162,10 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
     parts.append(("write", timing.write_s))
     spent = ", ".join(f"{name} {seconds(value)}" for name, value in parts)
     rows.append(("of which", spent))
+    hidden = timing.hidden_write_s
+    rows.append(
+        ("spent", SpentBar(timing.parts, f"{seconds(hidden)} of writing beside decoding" if hidden > _TELLS else ""))
+    )
     if load_s is not None:
         rows.append(("load", f"{seconds(load_s)} for the model, in no figure above"))
     if timing.error is not None:

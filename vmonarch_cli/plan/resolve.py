@@ -120,6 +120,7 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
+        "vae_dtype": checks.dtype(request.vae_dtype, "--vae-dtype"),
         "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
