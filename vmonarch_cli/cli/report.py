@@ -136,15 +136,18 @@ def _clip_cells(
     return cells
 
 
-def step_legend(steps: Sequence[StepAttention]) -> Text:
-    """What the columns, rows and marks mean, only those that occur."""
+def step_legend(timing: ClipTiming | Sequence[StepAttention]) -> Text:
+    """What the columns, rows and marks of a `step_table` mean, only those that occur."""
+    steps = timing.steps if isinstance(timing, ClipTiming) else timing
+    whole = isinstance(timing, ClipTiming)
     parts = []
     if any(s.dense_s for s in steps):
         parts.append("dense and error: on the tensors of a step's first forward, outside its time")
     if any(s.structured_calls for s in steps):
         parts.append("median: of each column, speedup and error of structured steps alone")
+    if any(s.structured_calls for s in steps) and whole:
         parts.append("clip: sums of all steps, their ratio, and the largest error")
-    if any(s.structured_calls and s.dense_s is None for s in steps):
+    if any(s.structured_calls and s.dense_s is None for s in steps) and whole:
         parts.append("dense of the clip: steps without a sample count by the mean of the samples")
     if any(0 < s.structured_calls < s.calls for s in steps):
         parts.append("p: some layers dense")
@@ -223,7 +226,7 @@ def clip_report(result: ClipResult, load_s: float | None, title: str, width: int
     """Table, legend and summary of one clip."""
     parts: list[RenderableType] = [Text(title, style="bold")] if title else []
     timing = result.timing
-    parts += [step_table(timing, width), step_legend(timing.steps), Text(), summary(result, load_s), Text()]
+    parts += [step_table(timing, width), step_legend(timing), Text(), summary(result, load_s), Text()]
     return Group(*parts)
 
 
