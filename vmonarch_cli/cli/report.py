@@ -12,6 +12,8 @@ from rich.text import Text
 
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
+from vmonarch_cli.models.lora_facts import is_local
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
@@ -32,9 +34,19 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
             ("attention", flops_words(plan)),
+            *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
+
+
+def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """One row for each LoRA file: its format, rank, alpha and place; a dry run does not look at those of the hub."""
+    rows: list[tuple[str, RenderableType]] = [("lora", facts.words()) for facts in plan.loras]
+    loras = [parse_lora(text) for text in plan.setup.loras]
+    if len(plan.loras) < len(loras):
+        rows += [("lora", f"{lora.source}, of the hub, scale {lora.scale:g}") for lora in loras if not is_local(lora)]
+    return rows
 
 
 def _layers(plan: Plan) -> str:

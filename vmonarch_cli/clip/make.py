@@ -44,6 +44,7 @@ from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shi
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import with_hub_loras
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
@@ -114,6 +115,7 @@ class ClipMaker:
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
         self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
@@ -244,7 +246,8 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
         )
         vae_dtype = dtype_name(self._pipeline.vae.dtype)
-        record = make_record(plan, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
