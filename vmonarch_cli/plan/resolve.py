@@ -64,7 +64,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.steps(model, steps)
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, grid[0], num_frames)
+    checks.latent_frames(preset, model, grid[0], num_frames)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -133,6 +133,7 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
+        "vae_dtype": checks.dtype(request.vae_dtype, "--vae-dtype"),
         "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),

@@ -18,6 +18,8 @@ class Setup(BaseModel):
 
     offload: str = "auto"
     vae_tiling: bool = False
+    vae_dtype: str = "auto"
+    """What the VAE decodes in: "auto", or a dtype by its torch name."""
     quantize: str | None = None
     loras: tuple[str, ...] = ()
     cache: str | None = None
@@ -33,3 +35,7 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
+    if setup.vae_dtype != "auto" and facts.vae_in_dtype:
+        raise InputError(
+            f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"
+        )
