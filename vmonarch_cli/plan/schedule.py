@@ -28,7 +28,7 @@ _OF_FAMILY = {
 _MAX_SIGMAS = 1000
 
 
-class Schedule(NamedTuple):
+class NoiseLevels(NamedTuple):
     """The noise levels of a clip."""
 
     sampler: str
@@ -82,7 +82,7 @@ def own_sampler(model: ModelEntry) -> str | None:
 
 def resolve_schedule(
     model: ModelEntry, sampler: str, sigmas: tuple[float, ...], steps: int, flow_shift: float | None
-) -> Schedule:
+) -> NoiseLevels:
     """The noise levels of a clip; InputError for what a model cannot have.
 
     sigmas: as given, empty for none. flow_shift: what is resolved so far, None for the scheduler's own.
@@ -97,21 +97,21 @@ def resolve_schedule(
     if sigmas:
         if len(sigmas) != steps:
             raise InputError(f"--sigmas has {len(sigmas)} noise levels and --steps is {steps}: give one for each step")
-        return Schedule(sampler, sigmas, forced=True)
+        return NoiseLevels(sampler, sigmas, forced=True)
     if changes:
         if flow_shift is None:
             raise InputError(
                 f"--sampler {sampler} needs --flow-shift or --sigmas: the own schedule of {model.alias} follows its "
                 "number of tokens"
             )
-        return Schedule(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
     if flow_shift is None or own is None or model.family not in ("wan", "skyreels-v2", "hunyuan-video"):
-        return Schedule(sampler, None, forced=False)
+        return NoiseLevels(sampler, None, forced=False)
     if own == "unipc":  # diffusers' levels begin at 0.999, before they are shifted
-        return Schedule(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
+        return NoiseLevels(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
     if model.family == "hunyuan-video":
-        return Schedule(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
-    return Schedule(sampler, None, forced=False)
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
+    return NoiseLevels(sampler, None, forced=False)
 
 
 def _shifted(levels: list[float], shift: float) -> tuple[float, ...]:
