@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_cache import cache_repository
 from loading import load
 from tiny_families import PROMPT, TINY, latents_of
 
@@ -47,7 +49,7 @@ def test_the_levels_of_the_plan_are_those_that_run(folders: dict[str, Path], nam
         assert torch.equal(made[0], made[2]) == (sampler != "lcm")  # the one that adds noise
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-two-stage", "skyreels-v2", "hunyuan-video"])
+@pytest.mark.parametrize("name", ["wan", "wan-two-stage", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5"])
 def test_a_models_own_levels_are_known_before_it_is_loaded(folders: dict[str, Path], name: str) -> None:
     plan, pipeline = planned(folders[name], name, steps=4, flow_shift=5.0), load(folders[name])
     assert plan.schedule is not None
@@ -86,3 +88,39 @@ def test_the_record_says_which_levels_ran(folders: dict[str, Path], tmp_path: Pa
     assert result.record["sigmas"] == pytest.approx(list(LEVELS), abs=1e-5)
     assert result.record["settings"]["sampler"] == {"value": "lcm", "origin": "flag"}
     assert result.record["settings"]["sigmas"]["value"] == LEVELS
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "steps"),
+    [("ltx-2", "ltx-2-distilled-8step", 8), ("hunyuan-video", "fasthunyuan-6step", 6), ("wan", "fastwan2.1-3step", 3)],
+)
+def test_a_recipe_runs(folders: dict[str, Path], tmp_path: Path, name: str, recipe: str, steps: int) -> None:
+    plan = planned(folders[name], name, recipe=recipe, output=str(tmp_path / "clip.png"))
+    maker = ClipMaker(plan, check_machine(plan))
+    denoised = maker.denoise(plan, 0)
+    assert [step.sigma for step in denoised.steps] == pytest.approx(list(plan.schedule or ()), abs=1e-5)
+    assert len(denoised.steps) == steps
+    assert {step.calls for step in denoised.steps} == {TINY[name].layers}  # one forward a step
+
+
+def test_a_recipe_with_loras_of_two_transformers_runs(
+    folders: dict[str, Path], lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's folder has a file for each, told apart by their names."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    inside = tmp_path / "source" / "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+    inside.mkdir(parents=True)
+    for word in ("high", "low"):
+        (inside / f"{word}_noise_model.safetensors").write_bytes(lora.read_bytes())
+    cache_repository(tmp_path, "lightx2v/Wan2.2-Lightning", tmp_path / "source")
+    plan = planned(
+        folders["wan-two-stage"], "wan-two-stage", recipe="wan2.2-lightning-4step", output=str(tmp_path / "clip.png")
+    )
+    maker = ClipMaker(plan, check_machine(plan))
+    record = maker.finish(plan, 0, maker.denoise(plan, 0)).record
+    assert [(facts["experts"], facts["ranks"]) for facts in record["loras"]] == [
+        (("high",), (4, 4)),
+        (("low",), (4, 4)),
+    ]
+    assert record["sigmas"] == pytest.approx([1.0, 0.9, 0.75, 0.5], abs=1e-5)
+    assert record["settings"]["recipe"]["value"] == "wan2.2-lightning-4step"

@@ -80,6 +80,14 @@ class RequestFlags(TypedDict, total=False):
         float | None,
         number_option("--flow-shift", panel=SAMPLING, help="Timestep shift; higher spends steps on noise."),
     ]
+    recipe: Annotated[
+        str | None,
+        option(
+            "--recipe",
+            panel=SAMPLING,
+            help="Settings for a distilled model: name or .toml file; `vmonarch recipes` lists them. Flags beat it.",
+        ),
+    ]
     sampler: Annotated[
         str | None,
         option("--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++ or lcm. Default: the model's own."),

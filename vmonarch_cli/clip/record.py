@@ -136,6 +136,7 @@ def plan_again(
         given["model"] = record.model.source  # a folder: its alias is only its name
     given |= {
         "preset": None,
+        "recipe": None,  # what it gave is among the settings
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,

@@ -36,6 +36,8 @@ class Plan(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None
     flow_shift: float | None
+    recipe: str | None = None
+    """Name of the recipe that gave what no flag did."""
     sampler: str = OWN
     sigmas: tuple[float, ...] = ()
     """As given; `schedule` is what they, or sampler and shift, come to."""

@@ -21,6 +21,7 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
+    recipe: str | None = None
     sampler: str | None = None
     sigmas: tuple[float, ...] = field(default=())
     seed: int | None = None

@@ -1,6 +1,6 @@
 """From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
 
-Precedence is flag > preset > model default > default of the tool.
+Precedence is flag > recipe > preset > model default > default of the tool.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, fi
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
+RECIPE = "recipe"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
 Value = TypeVar("Value")
 
@@ -44,6 +46,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
     defaults = model.defaults
+    recipe = None if request.recipe is None else load_recipe(request.recipe)
+    of_recipe: set[str] = set()
+    if recipe is not None:
+        recipe.check_model(model)
+        request, of_recipe = with_recipe(request, recipe)
     preset = _resolve_preset(request, defaults.preset, origins)
 
     height, width = checks.size(request.size, request.height, request.width)
@@ -96,6 +103,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
                 None if sigmas else defaults.flow_shift,
             )
         ),
+        recipe=take("recipe", request.recipe, None, DEFAULT),
         sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
         sigmas=take("sigmas", sigmas or None, (), DEFAULT),
         schedule=(schedule := resolve_schedule(model, sampler, sigmas, steps, flow_shift)).sigmas,
@@ -117,7 +125,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         image=take("image", image, None, DEFAULT),
         setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins)),
         loras=(loras := _describe_loras(setup.loras, model)),
-        origins={"prompt": DEFAULT if without else FLAG, **origins},
+        origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),

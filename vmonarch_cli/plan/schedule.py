@@ -25,6 +25,8 @@ _OF_FAMILY = {
     "kandinsky-5": "euler",
     "motif-video": "euler",
 }
+_KNOWN_LEVELS = ("wan", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5")
+"""Families whose own schedule follows from the steps and the shift alone."""
 _MAX_SIGMAS = 1000
 
 
@@ -105,11 +107,11 @@ def resolve_schedule(
                 "number of tokens"
             )
         return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
-    if flow_shift is None or own is None or model.family not in ("wan", "skyreels-v2", "hunyuan-video"):
+    if flow_shift is None or own is None or model.family not in _KNOWN_LEVELS:
         return NoiseLevels(sampler, None, forced=False)
     if own == "unipc":  # diffusers' levels begin at 0.999, before they are shifted
         return NoiseLevels(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
-    if model.family == "hunyuan-video":
+    if model.family.startswith("hunyuan"):
         return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
     return NoiseLevels(sampler, None, forced=False)
 
