@@ -25,7 +25,7 @@ from vmonarch_kernels.configs import (
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, merge_exact, split_frames, with_padded_rows
 
 MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
@@ -110,6 +110,11 @@ def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Te
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
+    return structured_triton(inputs, options, return_l, keep_lse=False)[:2]
+
+
+def structured_triton(inputs: Inputs, options: Options, return_l: bool, keep_lse: bool) -> Forward:
+    """``monarch_triton`` with what its backward pass keeps, which is one more statistic with ``keep_lse``."""
     call = _Call.of(inputs, options)
     exact = _extra_part(inputs)
     if options.band is not None:
@@ -123,9 +128,11 @@ def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Te
     y = call.like_q()
     _r_step(call, q_r, rk, c_l, y)
     out, l_new = _l_output(call, (rk, c_l, y), exact, inputs.residual, return_l)
+    lse = None if exact is None or options.band is None else exact[1]
     if options.first_frame and options.band is None:
-        _attend_frame(call, 0, out[:, 0], extra=exact)
-    return out.flatten(1, 2), l_new
+        lse = call.statistic()[:, :, :1].contiguous() if keep_lse else None
+        _attend_frame(call, 0, out[:, 0], None if lse is None else lse[:, :, 0], extra=exact)
+    return Forward(out.flatten(1, 2), l_new, lse if keep_lse else None)
 
 
 def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -414,7 +421,7 @@ def _attend_frame(
     tiles = _cdiv(positions, block_m) * heads * batch
     splits = _even_splits(tiles, call.chip.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
     if splits == 1 and extra is None and keep is None:
-        out_lse = call.statistic() if lse is None else lse.unsqueeze(2)
+        out_lse = call.statistic() if lse is None else lse.unsqueeze(2)  # the plain kernel writes one in any case
         _attend(call, queries, _Targets(out=out.unsqueeze(1), lse=out_lse), _Window(0, 1, band=0, width=frames))
         return
     split_keys = _cdiv(_cdiv(tokens, splits), 128) * 128

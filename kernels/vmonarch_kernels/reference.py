@@ -77,9 +77,10 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 
     for _ in range(options.num_steps):
         beta = scale * alpha_r / c_r.clamp_min(options.c_floor)[..., None]
-        R = torch.softmax(beta @ k_BHTPD.mT, dim=-1)
+        log_R = torch.log_softmax(beta @ k_BHTPD.mT, dim=-1)
+        R = log_R.exp()
         alpha_l = scale * (R @ k_BHTPD)
-        c_l = torch.special.xlogy(R, R).sum(-1)
+        c_l = (R * log_R).sum(-1)
         logits = torch.einsum("bhljd,bhkjd->bhlkj", q_BHTPD, alpha_l) - c_l[:, :, None]
         logits = logits.masked_fill(exact[:, :, None], float("-inf"))
         merged = torch.softmax(torch.cat([logits, lse_exact[:, :, :, None]], dim=3), dim=3)
@@ -89,7 +90,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
     out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD) + L_exact[..., None] * o_exact
     if inputs.residual is not None:
         out = out + dequantised(*inputs.residual, frames).permute(0, 3, 1, 2, 4)
-    if first_frame and not exact.any():
+    if first_frame and band is None and not is_exact(frames, band):
         first, lse = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
         out[:, :, 0], _ = merge_exact(first, lse, o_exact[:, :, 0], lse_exact[:, :, 0])
     out = out.permute(0, 2, 3, 1, 4).reshape(batch, frames * positions, heads, -1)
@@ -99,7 +100,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 def monarch_reference(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """impl="reference": ``monarch_factors`` in float32, or in float64 for float64 inputs; L is e4m3 (B, P, H, T, T)."""
     factors = monarch_factors(inputs, options, compute_dtype=torch.promote_types(inputs.q.dtype, torch.float32))
-    l_new = with_padded_rows(factors.L.permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
+    l_new = with_padded_rows(factors.L.detach().permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
     return factors.out.to(inputs.q.dtype), l_new
 
 
