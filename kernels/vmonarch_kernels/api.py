@@ -294,6 +294,9 @@ def frame_attention(
 def _check(inputs: Inputs) -> None:
     """ValueError unless the tensors fit each other and the grid."""
     q, k, v, grid = inputs.q, inputs.k, inputs.v, inputs.grid
+    for name, x in inputs.tensors():
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device} and {name} on {x.device}; all tensors must be on one device.")
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v are {shapes}; they must share one shape (B, N, heads, D).")

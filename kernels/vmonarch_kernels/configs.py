@@ -23,13 +23,19 @@ class Chip:
     """What of a device decides about tiles and launches."""
 
     capability: tuple[int, int]
-    """(0, 0) for Triton's interpreter; its other values are an H100's."""
+    """NVIDIA's compute capability; (0, 0) for AMD's GPUs and for Triton's interpreter, whose other values are an
+    H100's.
+    """
     multiprocessors: int
     shared_memory: int
-    """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100)."""
+    """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100, 64 KB on AMD's)."""
     dtype_8bit: torch.dtype
     """Of L and the residual in the kernels. GPUs before compute capability 8.9 and the interpreter cannot convert
-    e4m3; there the kernels read and write float16, and torch converts.
+    e4m3; there, and on AMD's GPUs, the kernels read and write float16, and torch converts.
+    """
+    float32_precision: str = "tf32x3"
+    """How float32 products are taken: as three tf32 ones on NVIDIA's tensor cores, which keeps float32's accuracy;
+    "ieee" on AMD's GPUs, most of which have no tf32.
     """
 
 
@@ -38,8 +44,11 @@ def chip(device: torch.device) -> Chip:
     """What is known of a device. Kept, because asking takes longer than a launch."""
     if device.type != "cuda":
         return Chip((0, 0), 132, 227 * 1024, torch.float16)
-    capability = torch.cuda.get_device_capability(device)
     properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        # torch gives AMD's architectures capabilities that mean other things here: gfx90a has (9, 0), as an H100.
+        return Chip((0, 0), properties.multi_processor_count, 64 * 1024, torch.float16, "ieee")
+    capability = torch.cuda.get_device_capability(device)
     dtype = L_DTYPE if capability >= (8, 9) else torch.float16
     return Chip(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin, dtype)
 

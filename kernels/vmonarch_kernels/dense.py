@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,13 @@ def dense_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the SDPA backends worth trying on a device, the expected fastest first."""
     if device.type != "cuda":
         return ("flash",) if device.type == "cpu" else ("math",)
-    if dtype not in (torch.float16, torch.bfloat16):
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip:
+        return ("flash", "efficient")
+    if dtype not in (torch.float16, torch.bfloat16) or capability < (8, 0):
         return ("efficient",)
     # cuDNN leads on Hopper and Blackwell; before them FlashAttention-2 does.
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return ("cudnn", "flash", "efficient") if hopper else ("flash", "cudnn", "efficient")
+    return ("cudnn", "flash", "efficient") if capability >= (9, 0) else ("flash", "cudnn", "efficient")
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -56,25 +59,47 @@ def _preference(q: Tensor, backend: str) -> Iterator[None]:
         yield
 
 
+LseKernel = Literal["cpu", "flash", "efficient", "eager"]
+
+
+def lse_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> LseKernel:
+    """The kernel of torch that ``attention_lse`` calls; "eager" is none, but products and softmax, chunk by chunk.
+
+    FlashAttention-2 runs from compute capability 8.0 on, up to a head dimension of 256; the efficient kernel takes
+    bfloat16 from there on too. Which of them AMD's GPUs have depends on the build, so there neither is called.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda" or torch.version.hip or head_dim % 8:
+        return "eager"
+    from_8_0 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype in (torch.float16, torch.bfloat16) and from_8_0 and head_dim <= 256:
+        return "flash"
+    if dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and from_8_0):
+        return "efficient"
+    return "eager"
+
+
 def attention_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Attention with its natural log-sum-exp: q (B, H, S, D), k and v (B, H, S', D), any strides.
 
-    Returns (out (B, H, S, D) in q's dtype, lse (B, H, S) float32 or wider). Uses the flash kernel
-    of the device where torch has one and a chunked eager path elsewhere; never holds S * S' scores.
+    Returns (out (B, H, S, D) in q's dtype, lse (B, H, S) float32 or wider). Uses a fused kernel of torch
+    where the device has one (``lse_kernel``) and a chunked eager path elsewhere; never holds S * S' scores.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if q.device.type == "cpu":
+    kernel = lse_kernel(q.device, q.dtype, q.shape[-1])
+    if kernel == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-        return out, lse
-    if q.device.type == "cuda" and q.shape[-1] % 8 == 0:
-        if q.dtype in (torch.float16, torch.bfloat16):
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            out, lse, *_ = flash(q, k, v, 0.0, False, False, scale=scale)
-            return out, lse
+    elif kernel == "flash":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = flash(q, k, v, 0.0, False, False, scale=scale)
+    elif kernel == "efficient":
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         out, lse, *_ = efficient(q, k, v, None, True, 0.0, False, scale=scale)
-        return out, lse[..., : q.shape[2]]
-    return _chunked(q, k, v, scale)
+        lse = lse[..., : q.shape[2]]
+    else:
+        out, lse = _chunked(q, k, v, scale)
+    return out, lse
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 A kernel argument is None for a tensor that a launch does not have; constants tell the kernel so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,23 @@ _Part = tuple[Tensor, Tensor]
 """Exactly known attention: out (B, T, P, H, D), contiguous, and log-sum-exp (B, H, T, P) float32, contiguous."""
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_their_device(
+    run: Callable[Concatenate[Inputs, _Arguments], _Result],
+) -> Callable[Concatenate[Inputs, _Arguments], _Result]:
+    """Make the inputs' device the current one: Triton launches on that, wherever the tensors are."""
+
+    @wraps(run)
+    def guarded(inputs: Inputs, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.cuda.device_of(inputs.q):
+            return run(inputs, *args, **kwargs)
+
+    return guarded
+
+
 # Triton's own cdiv is made for kernels and is slow on the host.
 def _cdiv(x: int, y: int) -> int:
     return -(-x // y)
@@ -76,8 +94,8 @@ class _Call:
 
     @property
     def precision(self) -> str:
-        """float32 products as three tf32 ones, which keeps float32's accuracy on tensor cores."""
-        return "tf32x3" if self.q.dtype == torch.float32 else "tf32"
+        """Of products; only those of float32 have a choice."""
+        return self.chip.float32_precision if self.q.dtype == torch.float32 else "ieee"
 
     @property
     def band_arguments(self) -> tuple[int, int]:
@@ -105,6 +123,7 @@ class _Call:
         return self.q.new_empty(self.q.shape)
 
 
+@_on_their_device
 def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
@@ -135,6 +154,7 @@ def structured_triton(inputs: Inputs, options: Options, return_l: bool, keep_lse
     return Forward(out.flatten(1, 2), l_new, lse if keep_lse else None)
 
 
+@_on_their_device
 def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32).
 
@@ -148,6 +168,7 @@ def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tens
     return out, lse.transpose(1, 2)
 
 
+@_on_their_device
 def refresh_triton(
     inputs: Inputs,
     out: Tensor,
@@ -163,20 +184,20 @@ def refresh_triton(
     before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
     call = _Call.of(inputs, Options(scale=scale))
-    values, scales = residual
-    converted = _kernel_8bit(values)
-    keep = _Keep(converted, scales, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
+    kept = _kernel_residual(residual)
+    keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
-    if converted is not values:
-        values.copy_(converted)
+    for mine, theirs in zip(kept, residual, strict=True):
+        if mine is not theirs:
+            theirs.copy_(mine)
 
 
 @dataclass(frozen=True)
 class _Keep:
     """Where a recomputed frame's residual goes, and which neighbours get a share of it."""
 
-    values: Tensor  # (B, N, H, D)
-    scale: Tensor  # (B, P, H, T)
+    values: Tensor  # (B, N, H, D), contiguous
+    scale: Tensor  # (B, P, H, T) float32, contiguous
     share: float
     before: bool
     after: bool
@@ -388,9 +409,11 @@ def _layout(rows: int, columns: int, dtype: Any) -> Any:
 def _rows(x_BNHD: Tensor) -> Tensor | None:
     """The tensor as (B * N, H * D) rows for the copy engine, or None where its layout has none.
 
-    Heads must lie side by side, batches on end, base and rows on 16 bytes.
+    Heads must lie side by side, rows (which do not overlap) and batches on end, base and rows on 16 bytes.
     """
     batch, tokens, heads, dim = x_BNHD.shape
+    if x_BNHD.stride(1) < heads * dim:
+        return None
     side_by_side = x_BNHD.stride(3) == 1 and (heads == 1 or x_BNHD.stride(2) == dim)
     on_end = batch == 1 or x_BNHD.stride(0) == tokens * x_BNHD.stride(1)
     row_bytes = x_BNHD.stride(1) * x_BNHD.element_size()
@@ -565,7 +588,7 @@ def _l_output(
         out,
         l_new,
         0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
-        *((None, None) if residual is None else (_kernel_8bit(residual[0]), residual[1])),
+        *((None, None) if residual is None else _kernel_residual(residual)),
         call.scale,
         frames,
         positions,
@@ -593,5 +616,7 @@ def _l_output(
     return out, None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
-def _kernel_8bit(x: Tensor) -> Tensor:
-    return x.contiguous().to(chip(x.device).dtype_8bit)
+def _kernel_residual(residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Values and scale as the kernels read and write them; the tensors themselves where they are so already."""
+    values, scale = residual
+    return values.contiguous().to(chip(values.device).dtype_8bit), scale.contiguous().float()

@@ -105,7 +105,9 @@ class Residual:
         return attend(replace(inputs, residual=(self.values, self.scale)), options, impl=impl, return_l=return_l)
 
     def _take_turns(self, refresh: float, forwards: int) -> list[int]:
-        """The frames of this call."""
+        """The frames of this call; none where the only frame is exact in every call."""
+        if not self._order:
+            return []
         frames = self.scale.shape[3]
         before, after = (
             turns_before(calls, refresh, frames, self._expected_calls, forwards)

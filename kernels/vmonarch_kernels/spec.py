@@ -67,6 +67,15 @@ class Inputs:
     residual: tuple[Tensor, Tensor] | None = None
     """(values (B, N, heads, D) float8_e4m3fn, scale (B, H * W, heads, T) float32): their product is added."""
 
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Every tensor with the name that errors give it."""
+        found = [("q", self.q), ("k", self.k), ("v", self.v)]
+        if self.l_prev is not None:
+            found.append(("l_prev", self.l_prev))
+        for name, pair in (("extra", self.extra), ("residual", self.residual)):
+            found += [(name, x) for x in pair or ()]
+        return found
+
     @property
     def frames(self) -> int:
         """Latent frames T."""

@@ -197,6 +197,17 @@ def test_all_frames_take_turns_where_the_first_is_not_exact() -> None:
     assert error(out, dense_attention(q, k, v)) < 1e-5
 
 
+@pytest.mark.parametrize("first_frame", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_single_frame_is_dense_and_stays_so(impl: str, first_frame: bool) -> None:
+    q, k, v = inputs()
+    call, options = Inputs(q, k, v, (1, 5, 6)), Options(first_frame=first_frame)
+    residual = Residual(q, 1, first_frame=first_frame, calls=4)
+    for _ in range(4):
+        out, _ = residual.attention(call, options, 0.75, impl=impl)
+        assert error(out, dense_attention(q, k, v)) < 1e-5
+
+
 def test_it_fits_calls_of_its_own_shape() -> None:
     q, _, _ = inputs()
     residual = Residual(q, GRID[0])

@@ -1,0 +1,116 @@
+"""Chips that are not there: what would run on them, and that it compiles for them (offline.py does the compiling)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vmonarch_kernels import attention_lse, dense, dense_backends
+from vmonarch_kernels.configs import chip, hopper_config
+
+pytest.importorskip("triton")
+OFFLINE = Path(__file__).with_name("offline.py")
+KB = 1024
+
+
+def compiled(**request: Any) -> list[dict[str, Any]]:
+    """The kernels of a request, compiled in a process of their own: the suite's has Triton's interpreter on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(OFFLINE), json.dumps(request)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make torch see one GPU of a compute capability, of AMD's with a version of HIP."""
+
+    def see(capability: tuple[int, int], hip: str | None = None) -> torch.device:
+        properties = SimpleNamespace(multi_processor_count=100, shared_memory_per_block_optin=64 * KB)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        return torch.device("cuda", 0)
+
+    return see
+
+
+# The "torch" implementation and the dense parts
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "kernel"),
+    [
+        ((7, 0), torch.float16, 64, "efficient"),
+        ((7, 5), torch.float16, 128, "efficient"),
+        ((7, 5), torch.bfloat16, 128, "eager"),
+        ((7, 5), torch.float32, 128, "efficient"),
+        ((8, 0), torch.float16, 128, "flash"),
+        ((8, 0), torch.bfloat16, 256, "flash"),
+        ((8, 0), torch.bfloat16, 264, "efficient"),
+        ((9, 0), torch.float32, 128, "efficient"),
+        ((9, 0), torch.bfloat16, 100, "eager"),
+        ((9, 0), torch.float64, 128, "eager"),
+    ],
+    ids=str,
+)
+def test_a_card_is_asked_for_kernels_that_it_has(
+    card: Any, capability: tuple[int, int], dtype: torch.dtype, head_dim: int, kernel: str
+) -> None:
+    assert dense.lse_kernel(card(capability), dtype, head_dim) == kernel
+
+
+def test_cards_before_8_0_and_amd_s_have_dense_backends_of_their_own(card: Any) -> None:
+    assert dense_backends(card((7, 5)), torch.float16) == ("efficient",)
+    assert dense_backends(card((8, 6)), torch.float16) == ("flash", "cudnn", "efficient")
+    assert dense_backends(card((9, 0)), torch.bfloat16) == ("cudnn", "flash", "efficient")
+    assert dense_backends(card((9, 0), hip="6.4"), torch.bfloat16) == ("flash", "efficient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_without_a_kernel_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 3, length, 20, dtype=dtype) for length in (50, 70, 70))
+    expected = attention_lse(q, k, v, scale=0.3)
+    monkeypatch.setattr(dense, "lse_kernel", lambda *_: "eager")
+    monkeypatch.setattr(dense, "_CHUNK_ELEMENTS", 2 * 3 * 70 * 7)
+    for found, wanted in zip(attention_lse(q, k, v, scale=0.3), expected, strict=True):
+        assert (found.double() - wanted.double()).norm() <= 4 * torch.finfo(dtype).eps * wanted.double().norm()
+
+
+# AMD's GPUs
+
+
+def test_amd_s_capabilities_are_not_nvidia_s(card: Any) -> None:
+    """torch gives gfx90a the capability of an H100."""
+    found = chip.__wrapped__(card((9, 0), hip="6.4"))
+    assert hopper_config(128, torch.bfloat16, found.capability, with_k=True, with_v=False) is None
+    assert found.shared_memory == 64 * KB
+    assert dense.lse_kernel(card((9, 0), hip="6.4"), torch.bfloat16, 128) == "eager"
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100"])
+def test_attention_compiles_for_amd(arch: str) -> None:
+    found = compiled(arch=arch, dtype="bfloat16", dim=128, calls=["frame"])
+    assert {entry["kernel"] for entry in found} == {"attend_kernel", "merge_splits_kernel"}
+    assert all(entry["shared"] <= 64 * KB for entry in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1100"])
+def test_everything_compiles_for_amd(arch: str, dtype: str) -> None:
+    found = compiled(arch=arch, dtype=dtype, dim=128)
+    assert {entry["kernel"] for entry in found} == {
+        "attend_kernel", "merge_splits_kernel", "l_output_kernel", "r_queries_kernel"
+    }  # fmt: skip
+    assert all(entry["shared"] <= 64 * KB for entry in found)
