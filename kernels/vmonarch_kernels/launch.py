@@ -123,7 +123,6 @@ class _Call:
         return self.q.new_empty(self.q.shape)
 
 
-@_on_their_device
 def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
@@ -132,6 +131,7 @@ def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Te
     return structured_triton(inputs, options, return_l, keep_lse=False)[:2]
 
 
+@_on_their_device
 def structured_triton(inputs: Inputs, options: Options, return_l: bool, keep_lse: bool) -> Forward:
     """``monarch_triton`` with what its backward pass keeps, which is one more statistic with ``keep_lse``."""
     call = _Call.of(inputs, options)

@@ -16,7 +16,8 @@ from vmonarch_kernels.launch import (
     _Call,
     _cdiv,
     _even_splits,
-    _kernel_8bit,
+    _kernel_residual,
+    _on_their_device,
     _r_queries,
     _r_step,
 )
@@ -218,7 +219,7 @@ def _row_delta(out: Tensor, grad: Tensor, delta: Tensor, residual: tuple[Tensor,
     """
     batch, frames, positions, heads, dim = out.shape
     rows = frames * positions
-    values, scales = (None, None) if residual is None else (_kernel_8bit(residual[0]), residual[1].contiguous())
+    values, scales = (None, None) if residual is None else _kernel_residual(residual)
     kernels.row_delta_kernel[(_cdiv(rows, _ROWS), batch * heads)](
         out,
         grad,
@@ -474,25 +475,25 @@ def _token_strides(x_BTPHD: Tensor) -> tuple[int, int, int]:
     return x_BTPHD.stride(0), x_BTPHD.stride(2), x_BTPHD.stride(3)
 
 
+@_on_their_device
 def monarch_backward_triton(inputs: Inputs, options: Options, kept: Forward, grad: Tensor) -> Gradients:
     """Gradients of the output (B, N, H, D) of ``structured_triton``, or of dense attention where all is exact.
 
     ``kept`` is what the forward returned.
     """
-    with torch.cuda.device_of(inputs.q):  # type: ignore[no-untyped-call]
-        if is_exact(inputs.frames, options.band):
-            return _dense_backward(inputs, options, kept, grad)
-        run = _Structured(inputs, options, kept, grad)
-        run.run()
-        run.exact(kept.lse)
-        grads = run.result()
-        if inputs.extra is None:
-            return grads
-        early = run.early if run.early is not None else run.zeroed_statistic()
-        if options.band is not None and run.early is not None and kept.lse is not None:
-            lse = split_frames(inputs.extra[1], inputs.frames).permute(0, 3, 1, 2)
-            early = early * (lse - kept.lse).exp()
-        return _with_extra(grads, inputs.extra, run, (run.row_lse, run.row_delta, early))
+    if is_exact(inputs.frames, options.band):
+        return _dense_backward(inputs, options, kept, grad)
+    run = _Structured(inputs, options, kept, grad)
+    run.run()
+    run.exact(kept.lse)
+    grads = run.result()
+    if inputs.extra is None:
+        return grads
+    early = run.early if run.early is not None else run.zeroed_statistic()
+    if options.band is not None and run.early is not None and kept.lse is not None:
+        lse = split_frames(inputs.extra[1], inputs.frames).permute(0, 3, 1, 2)
+        early = early * (lse - kept.lse).exp()
+    return _with_extra(grads, inputs.extra, run, (run.row_lse, run.row_delta, early))
 
 
 def _dense_backward(inputs: Inputs, options: Options, kept: Forward, grad: Tensor) -> Gradients:
@@ -549,27 +550,27 @@ def _extra_backward(
     )
 
 
+@_on_their_device
 def frame_backward_triton(inputs: Inputs, frame: int, scale: float, kept: Forward, grad: Tensor) -> Gradients:
     """Gradients of ``frame_attention``; ``kept`` and ``grad`` are of the frame: (B, P, H, D), lse (B, H, 1, P)."""
-    with torch.cuda.device_of(inputs.q):  # type: ignore[no-untyped-call]
-        q = inputs.q
-        # The kernels number all tokens: the frame's rows lie at their place, the others are never read.
-        full = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        split_frames(full, inputs.frames)[:, frame] = grad
-        run = _Backward(inputs, Options(first_frame=False, scale=scale), full)
-        assert kept.lse is not None  # noqa: S101  # of exact rows
-        lse, delta = run.call.statistic(), run.call.statistic()
-        lse[:, :, frame] = kept.lse[:, :, 0] * _LOG2E
-        only = slice(frame, frame + 1)
-        # The kept output is one frame: it lies as its gradient does once that is contiguous, too.
-        rows_grad = grad.contiguous().unsqueeze(1)
-        _row_delta(kept.out.unsqueeze(1), rows_grad, delta[:, :, only])
-        rows = _Queries(run.call.q, None, run.grad, lse, delta)
-        run.grad_frame_queries(rows, frame)
-        run.grad_keys(rows, _Window(0, 1, banded=False, whole=frame))
-        grads = run.result()
-        if inputs.extra is None:
-            return grads
-        d_extra = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs.extra)
-        _extra_backward(run, inputs.extra, (lse, delta, run.zeroed_statistic()), (d_extra[0], d_extra[1]), only)
-        return grads._replace(extra_out=d_extra[0], extra_lse=d_extra[1])
+    q = inputs.q
+    # The kernels number all tokens: the frame's rows lie at their place, the others are never read.
+    full = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    split_frames(full, inputs.frames)[:, frame] = grad
+    run = _Backward(inputs, Options(first_frame=False, scale=scale), full)
+    assert kept.lse is not None  # noqa: S101  # of exact rows
+    lse, delta = run.call.statistic(), run.call.statistic()
+    lse[:, :, frame] = kept.lse[:, :, 0] * _LOG2E
+    only = slice(frame, frame + 1)
+    # The kept output is one frame: it lies as its gradient does once that is contiguous, too.
+    rows_grad = grad.contiguous().unsqueeze(1)
+    _row_delta(kept.out.unsqueeze(1), rows_grad, delta[:, :, only])
+    rows = _Queries(run.call.q, None, run.grad, lse, delta)
+    run.grad_frame_queries(rows, frame)
+    run.grad_keys(rows, _Window(0, 1, banded=False, whole=frame))
+    grads = run.result()
+    if inputs.extra is None:
+        return grads
+    d_extra = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs.extra)
+    _extra_backward(run, inputs.extra, (lse, delta, run.zeroed_statistic()), (d_extra[0], d_extra[1]), only)
+    return grads._replace(extra_out=d_extra[0], extra_lse=d_extra[1])
