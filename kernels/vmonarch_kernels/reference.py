@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.cost import is_exact
+from vmonarch_kernels.cost import is_exact, window_frames
 from vmonarch_kernels.spec import PAPER, Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
@@ -18,6 +18,7 @@ from vmonarch_kernels.structure import (
     exact_pairs,
     merge_exact,
     split_frames,
+    window_start,
     with_padded_rows,
 )
 
@@ -66,7 +67,8 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
         o_exact, lse_exact = o_extra.to(compute_dtype), lse_extra.to(compute_dtype)
     if band is not None or is_exact(frames, band):
         exact = exact_pairs(frames, frames if band is None else band, first_frame, q.device)
-        o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
+        windows = [_window(frame, frames, frames if band is None else band, first_frame) for frame in range(frames)]
+        o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, windows, scale)
         o_exact, lse_exact = merge_exact(o_band, lse_band, o_exact, lse_exact)
 
     if inputs.l_prev is None:
@@ -109,13 +111,21 @@ def _gather_queries(L: Tensor, q_BHTPD: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhlkj,bhljd->bhkjd", L, q_BHTPD), L.sum(dim=2)
 
 
+def _window(frame: int, frames: int, band: int, first_frame: bool) -> slice:
+    """Key frames that a query frame sees exactly."""
+    if frame == 0 and first_frame:
+        return slice(0, frames)
+    start = window_start(frame, frames, band)
+    return slice(start, start + window_frames(frames, band))
+
+
 def _exact_part(
-    q_BHTPD: Tensor, k_BHTPD: Tensor, v_BHTPD: Tensor, exact: Tensor, scale: float
+    q_BHTPD: Tensor, k_BHTPD: Tensor, v_BHTPD: Tensor, windows: list[slice], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query frame over its exact key frames: (out, lse) per query."""
+    """Attention of every query frame over its window of key frames: (out, lse) per query."""
     outs, lses = [], []
-    for frame, row in enumerate(exact):
-        keys, values = (x[:, :, row].flatten(2, 3) for x in (k_BHTPD, v_BHTPD))
+    for frame, window in enumerate(windows):
+        keys, values = (x[:, :, window].flatten(2, 3) for x in (k_BHTPD, v_BHTPD))
         out, lse = softmax_attention(q_BHTPD[:, :, frame], keys, values, scale)
         outs.append(out)
         lses.append(lse)
