@@ -347,7 +347,7 @@ def _monarch_op(
     scale: float,
     impl: str,
     return_l: bool,
-    keep_lse: bool,
+    keep_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, L or an empty tensor, ``Forward.lse`` or an empty tensor)."""
     extra = None if extra_out is None or extra_lse is None else (extra_out, extra_lse)
@@ -386,7 +386,7 @@ def _(
     scale: float,
     impl: str,
     return_l: bool,
-    keep_lse: bool,
+    keep_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     l_new = empty_l(split_frames(q, grid[0])) if return_l else q.new_empty(0, dtype=L_DTYPE)
     rows = 0

@@ -106,10 +106,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     out, l_new, lse = output
     ctx.mark_non_differentiable(l_new, lse)
     ctx.save_for_backward(*inputs[:8], out, lse)
-    ctx.arguments = inputs[8:15]
+    ctx.arguments, ctx.has_lse = inputs[8:15], inputs[16]
 
 
 def _monarch_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.has_lse:
+        raise RuntimeError("the op was called with keep_lse=False, and its backward pass needs the log-sum-exps.")
     saved = ctx.saved_tensors
     dq, dk, dv, d_out, d_lse = _monarch_backward_op(grad, *saved, *ctx.arguments)
     has_extra = saved[4] is not None

@@ -347,6 +347,20 @@ def test_compiled_code_has_one_graph_and_the_same_gradients(impl: str) -> None:
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
+@pytest.mark.parametrize("band", [None, 0, 9])
+def test_the_ops_are_well_formed(band: int | None) -> None:
+    """torch's own checks of an op; those of ahead-of-time tracing cannot compare L's dtype."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    inputs = make((3, 1, 4), dim=4, dtype=torch.float32, extra=True)
+    extra = inputs.extra or (None, None)
+    op = torch.ops.vmonarch_kernels.monarch_attention.default
+    tensors = (inputs.q, inputs.k, inputs.v)
+    arguments = (*tensors, None, *extra, None, None, [3, 1, 4], 2, 0.1, True, band, 0.25, "torch", True, True)
+    torch.library.opcheck(op, arguments, test_utils=checks)
+    frame = torch.ops.vmonarch_kernels.frame_attention.default
+    torch.library.opcheck(frame, (*tensors, *extra, [3, 1, 4], 1, 0.25, "torch"))
+
+
 WORKER = """
 import json, sys
 import torch
