@@ -50,3 +50,19 @@ def tiny_wan_two_stage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-wan-two-stage"
     tiny_pipeline(two_stages=True).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_record(tiny_wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of a clip of the tiny model: preset fast with a band of 1, seed 7, beside clip.mp4."""
+    from typer.testing import CliRunner
+
+    from vmonarch_cli.cli.app import app
+
+    folder = tmp_path_factory.mktemp("record")
+    flags = "--size 48x32 --num-frames 17 --steps 3 --fps 8 --preset fast --set band=1 --seed 7 --guidance-scale 3 -q"
+    result = CliRunner().invoke(
+        app, ["generate", "-m", str(tiny_wan_folder), "-p", "a red circle", *flags.split(), "-o", f"{folder}/clip.mp4"]
+    )
+    assert result.exit_code == 0, result.stderr
+    return folder / "clip.json"

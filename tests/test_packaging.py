@@ -16,7 +16,7 @@ SOURCES = {
     "kernels/vmonarch_kernels": "vmonarch_kernels",
     "presets": "vmonarch_presets",
 }
-DATA = (".py", ".toml", ".json", ".safetensors", ".typed", ".model")
+DATA = (".py", ".toml", ".json", ".safetensors", ".typed", ".model", ".html", ".css")
 
 
 def test_the_wheel_is_the_tree(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run measured and tells: plain dataclasses, no torch, so that reports and records can read them.
+"""What a run measured: plain dataclasses, no torch, so that reports and records can read them.
 
 All times are seconds, all sizes bytes. A value that was not measured is None, never 0.
 """
@@ -9,6 +9,18 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+STANDS_OUT = 1.7
+"""A first step stands out when its error is more than this many times those of all later steps together.
+
+Measured on the demo model with a red star (49 frames): the star was lost at 4.2 and 4.0 (128x128, 6 steps, presets fast
+and paper) and 2.1 (balanced), where dense attention and `dense_steps = 1` kept it; it was there at 1.4 (64x64), 1.0
+(96x96, fast and paper), 0.7 and 0.4 (128x128, 12 and 20 steps).
+"""
+LOST_SUBJECT = (
+    "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "
+    "--dense-steps 1, or more --steps"
+)
 
 
 @dataclass(frozen=True)
@@ -105,23 +117,29 @@ class ClipTiming:
         return sum(step.attention_s for step in self.steps)
 
     @property
+    def dense_attention_s(self) -> float | None:
+        """Self-attention of the whole clip if every call were dense; None where no structured call was sampled.
+
+        A sum over all steps: of a sampled step and of a dense one what was measured, of the others the calls times
+        the mean of the sampled dense calls.
+        """
+        sampled = [step.dense_call_s for step in self.steps if step.dense_call_s is not None]
+        if not sampled or not any(step.structured_calls for step in self.steps):
+            return None
+        per_call = statistics.fmean(sampled)
+        return sum(per_call * step.calls if step.dense_s is None else step.dense_s for step in self.steps)
+
+    @property
     def attention_speedup(self) -> float | None:
-        """Median over the steps in which dense attention was sampled and some call ran structured."""
-        return _median([s.speedup for s in self.steps if s.structured_calls])
+        """Dense attention of the whole clip over attention as measured: dense steps and recomputed frames included."""
+        dense = self.dense_attention_s
+        return None if dense is None or self.attention_s <= 0 else dense / self.attention_s
 
     @property
     def estimated_dense_denoise_s(self) -> float | None:
-        """Denoising time if every call were dense: measured time plus the sampled steps' median difference
-        per structured call, times the structured calls. An estimate; `vmonarch profile` runs both.
-        """
-        per_call = _median(
-            [
-                s.dense_call_s - s.sampled_attention_s
-                for s in self.steps
-                if s.dense_call_s is not None and s.sampled_attention_s is not None
-            ]
-        )
-        return None if per_call is None else self.denoise_s + per_call * sum(s.structured_calls for s in self.steps)
+        """Denoising time if every call were dense. An estimate; `vmonarch profile` runs both."""
+        dense = self.dense_attention_s
+        return None if dense is None else self.denoise_s - self.attention_s + dense
 
     @property
     def end_to_end_speedup(self) -> float | None:
@@ -135,14 +153,36 @@ class ClipTiming:
         """Median relative L2 error of the sampled structured calls against dense attention."""
         return _median([s.error for s in self.steps])
 
+    @property
+    def worst_step(self) -> StepAttention | None:
+        """The sampled step with the largest error."""
+        return max((s for s in self.steps if s.error is not None), key=lambda s: s.error or 0.0, default=None)
+
+    @property
+    def first_step_stands_out(self) -> bool:
+        """Whether the first step's error is so far above the others' that the clip may have lost its subject.
+
+        The first step places everything. Where the later steps are few and change little, they do not mend it. Steps
+        without a sample count as the mean of those with one.
+        """
+        later = [s for s in self.steps[1:] if s.structured_calls]
+        errors = [s.error for s in later if s.error is not None]
+        if not errors or self.steps[0].error is None:
+            return False
+        return self.steps[0].error > STANDS_OUT * len(later) * statistics.fmean(errors)
+
     def to_json(self) -> dict[str, Any]:
+        worst = self.worst_step
         return {
             **{key: value for key, value in self.__dict__.items() if key != "steps"},
             "attention_s": self.attention_s,
             "attention_speedup": self.attention_speedup,
             "end_to_end_speedup": self.end_to_end_speedup,
             "estimated_dense_denoise_s": self.estimated_dense_denoise_s,
+            "dense_attention_s": self.dense_attention_s,
             "error": self.error,
+            "largest_error": worst and {"step": worst.index, "error": worst.error},
+            "first_step_stands_out": self.first_step_stands_out,
             "steps": [step.to_json() for step in self.steps],
         }
 
@@ -163,65 +203,6 @@ class ClipResult:
     coverage: Coverage
     timing: ClipTiming
     record: dict[str, Any]
-
-
-# Events: what `vmonarch_cli.run.generate` tells its `on_event` while it works.
-
-
-@dataclass(frozen=True)
-class ModelLoading:
-    source: str
-
-
-@dataclass(frozen=True)
-class ModelLoaded:
-    source: str
-    seconds: float
-    device: str
-    """Name of the device, as in "NVIDIA H100 80GB HBM3" or "CPU (2 threads)"."""
-    dtype: str
-    impl: str | None
-    """What computes attention; None for a model that was loaded to decode alone."""
-
-
-@dataclass(frozen=True)
-class ClipStarted:
-    index: int
-    count: int
-    seed: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class CompilingKernels:
-    """The first call of a kernel variant begins and may compile for some seconds."""
-
-
-@dataclass(frozen=True)
-class StepDone:
-    clip: int
-    step: StepAttention
-
-
-@dataclass(frozen=True)
-class Decoding:
-    clip: int
-
-
-@dataclass(frozen=True)
-class Retrying:
-    """A part of a clip went wrong and is tried in another way."""
-
-    clip: int
-    sentence: str
-
-
-@dataclass(frozen=True)
-class ClipDone:
-    result: ClipResult
-
-
-Event = ModelLoading | ModelLoaded | ClipStarted | CompilingKernels | StepDone | Decoding | Retrying | ClipDone
 
 
 def _median(values: list[float | None]) -> float | None:

@@ -112,18 +112,32 @@ def attend_kernel(
     p_k += b * s_kb + h * s_kh
     p_v += b * s_vb + h * s_vh
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if WITH_K:
-        acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WITH_V:
-        acc_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
     scale2 = qk_scale * LOG2E
     if EVEN_KEYS:
         full_end = key_end
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if WITH_K:
+            acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if WITH_V:
+            acc_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     else:
-        full_end = key_first + (key_end - key_first) // BLOCK_N * BLOCK_N
+        # The partial tile, which has at least one key, comes first: behind the loop it would need registers that the
+        # loop has not, and spill the sums.
+        full_end = key_first + (key_end - key_first - 1) // BLOCK_N * BLOCK_N
+        o_key = full_end + tl.arange(0, BLOCK_N)
+        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
+        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale2
+        scores = tl.where((o_key < key_end)[None, :], scores, float("-inf"))
+        top = tl.max(scores, 1)
+        weights = tl.math.exp2(scores - top[:, None])
+        total = tl.sum(weights, 1)
+        weights = weights.to(keys.dtype)
+        if WITH_K:
+            acc_k = tl.dot(weights, keys, input_precision=PRECISION)
+        if WITH_V:
+            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
+            acc_v = tl.dot(weights, values, input_precision=PRECISION)
     for start in tl.range(key_first, full_end, BLOCK_N, num_stages=STAGES):
         o_key = start + tl.arange(0, BLOCK_N)
         keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
@@ -138,22 +152,6 @@ def attend_kernel(
             acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
         if WITH_V:
             values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
-            acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
-    if not EVEN_KEYS:
-        o_key = full_end + tl.arange(0, BLOCK_N)
-        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
-        scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale2
-        scores = tl.where((o_key < key_end)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_top[:, None])
-        decay = tl.math.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        weights = weights.to(keys.dtype)
-        if WITH_K:
-            acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
-        if WITH_V:
-            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
             acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
 
     lse = (top + tl.math.log2(total)) * LN2

@@ -12,7 +12,7 @@ from vmonarch_kernels.autograd import differentiate, frame_op, needs_gradient
 from vmonarch_kernels.cost import is_exact
 from vmonarch_kernels.dense import attention_lse, dense_attention
 from vmonarch_kernels.reference import monarch_reference
-from vmonarch_kernels.spec import PAPER, Grid, Inputs, Options
+from vmonarch_kernels.spec import MAX_FRAMES, PAPER, Grid, Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, merge_exact, split_frames
 from vmonarch_kernels.torch_impl import monarch_torch, structured_torch
 
@@ -20,7 +20,6 @@ Attend = Callable[[Inputs, Options, bool], tuple[Tensor, Tensor | None]]
 """An implementation: (inputs, options, whether L is wanted) -> (out, L or None)."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_FRAMES = 256
 
 
 class ImplUnavailable(ValueError):
@@ -305,8 +304,8 @@ def _check(inputs: Inputs) -> None:
     if len(grid) != 3 or min(grid) < 1 or grid[0] * grid[1] * grid[2] != q.shape[1]:
         raise ValueError(f"grid is {tuple(grid)} for {q.shape[1]} tokens; T * H * W must equal the tokens.")
     frames = inputs.frames
-    if frames > _MAX_FRAMES:
-        raise ValueError(f"grid has {frames} latent frames; at most {_MAX_FRAMES} are supported.")
+    if frames > MAX_FRAMES:
+        raise ValueError(f"grid has {frames} latent frames; at most {MAX_FRAMES} are supported.")
     batch, tokens, heads, _ = q.shape
     if inputs.l_prev is not None:
         found, expected = inputs.l_prev, (batch, tokens // frames, heads, frames, frames)

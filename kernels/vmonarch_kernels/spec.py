@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_FRAMES = 256
+"""Latent frames that a call takes at most."""
 Grid = tuple[int, int, int]
 """(T, H, W): latent frames, rows and columns of patches."""
 

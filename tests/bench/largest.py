@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention import swapped
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import forward_inputs
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
+from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import load_preset
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 
@@ -26,15 +27,15 @@ def measure(entry: ModelEntry, transformer: Any, size: tuple[int, int], frames: 
     """Seconds and peak bytes of one forward, whose prediction must be finite; or why there are none."""
     width, height = size
     grid = entry.grid(height, width, frames)
-    clip = clip_in_latents(entry, height, width, frames)
+    clip = LatentClip.of(entry, height, width, frames)
     found: dict[str, Any] = {"frames": frames, "grid": grid, "tokens": grid[0] * grid[1] * grid[2]}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        latents = torch.randn(FORWARDS[entry.pipeline].latents(entry, clip), device="cuda", dtype=torch.bfloat16)
+        latents = torch.randn(forward_inputs(entry).latents(entry, clip), device="cuda", dtype=torch.bfloat16)
         text = torch.randn(1, entry.max_sequence_length, entry.text_dim, device="cuda", dtype=torch.bfloat16)
         timestep = torch.tensor([500.0], device="cuda")
-        others = FORWARDS[entry.pipeline].others(entry, clip, torch.device("cuda"), torch.bfloat16)
+        others = forward_inputs(entry).others(entry, clip, torch.device("cuda"), torch.bfloat16)
         with torch.no_grad(), swapped(transformer, load_preset(preset)) as session:
             session.begin_step()
             out = transformer(latents, timestep, text, return_dict=False, **others)[0]
@@ -51,7 +52,9 @@ def measure(entry: ModelEntry, transformer: Any, size: tuple[int, int], frames: 
 def main() -> None:
     """Measure length after length; the JSON is kept up after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[e.alias for e in ENTRIES if e.pipeline in FORWARDS], required=True)
+    parser.add_argument(
+        "--model", choices=[e.alias for e in ENTRIES if PIPELINES[e.pipeline].transformer_config], required=True
+    )
     parser.add_argument("--size", default="1280x720", help="WIDTHxHEIGHT")
     parser.add_argument("--frames", type=int, action="append", required=True, help="repeatable, rising")
     parser.add_argument("--preset", default="paper")

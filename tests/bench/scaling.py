@@ -22,23 +22,24 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from vmonarch_cli import distributed
-from vmonarch_cli.attention import AttentionSession
 from vmonarch_cli.attention.parallel import ulysses
-from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.metrics import relative_error
+from vmonarch_cli.families.base import LatentClip
+from vmonarch_cli.families.registry import FAMILIES, forward_inputs
+from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.pipeline import context_parallel as distributed
+from vmonarch_cli.pipeline.device import dtype_name, own_device
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
-from vmonarch_cli.profile.forward import FORWARDS, clip_in_latents
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import timed
 from vmonarch_cli.profile.results import Spread, StepRow
-from vmonarch_cli.ranks import read_rank
 
 # What rounding adds up to over a model's layers when its heads are computed elsewhere.
 TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}
@@ -51,9 +52,9 @@ def forward_arguments(
     entry: ModelEntry, size: Size, frames: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What one forward takes, the same in every process."""
-    clip = clip_in_latents(entry, size[1], size[0], frames)
+    clip = LatentClip.of(entry, size[1], size[0], frames)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(FORWARDS[entry.pipeline].latents(entry, clip), generator=generator)
+    noise = torch.randn(forward_inputs(entry).latents(entry, clip), generator=generator)
     text = torch.randn(1, entry.max_sequence_length, entry.text_dim, generator=generator)
     return {
         "hidden_states": noise.to(device, dtype),
@@ -188,7 +189,7 @@ def main() -> int:
     args = parsed()
     entry = next(e for e in WAN_ENTRIES if e.alias == args.model)
     presets = [load_preset(name) for name in args.preset or ("paper", "balanced")]
-    device = distributed.own_device()
+    device = own_device()
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     sizes: list[Size] = []
     try:
@@ -243,7 +244,7 @@ def run(
         machine = this_machine(device)
         settings = {
             "model": args.model, "frames": args.frames, "processes": world, "repeats": args.repeats,
-            "dtype": str(dtype).removeprefix("torch."), "presets": [preset.model_dump() for preset in presets],
+            "dtype": dtype_name(dtype), "presets": [preset.model_dump() for preset in presets],
         }  # fmt: skip
         program = f"torchrun --standalone --nproc-per-node {world} tests/bench/scaling.py"
         recorder = Recorder("scaling", args.json and str(args.json), machine, settings, program)

@@ -21,7 +21,7 @@ import torch
 
 from vmonarch_cli.demo.model import build_tokenizer
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.registry import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 

@@ -10,8 +10,14 @@ import fakes
 import pytest
 from rich.console import Console
 
-from vmonarch_cli.plan import GenerateRequest, Plan, resolve
-from vmonarch_cli.progress import RunProgress
+from vmonarch_cli.cli.output import Output
+from vmonarch_cli.cli.progress import RunProgress
+from vmonarch_cli.cli.report import step_table
+from vmonarch_cli.events import StepDone
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 
 
 @pytest.fixture
@@ -22,7 +28,8 @@ def plan(tmp_path: Path) -> Plan:
 def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[Any]]:
     stream = io.StringIO()
     clips: list[Any] = []
-    bar = RunProgress(Console(file=stream, width=80, **console), lambda *clip: clips.append(clip), quiet=quiet)
+    out = Output(quiet=quiet, stderr=Console(file=stream, width=80, **console))
+    bar = RunProgress(out, lambda *clip: clips.append(clip))
 
     def refresh(event: Any) -> None:
         bar(event)
@@ -30,7 +37,7 @@ def shown(plan: Plan, quiet: bool = False, **console: Any) -> tuple[str, list[An
             bar._bar.refresh()
 
     with bar:
-        fakes.generate(plan, on_event=refresh)
+        fakes.generate(plan, Machine("cpu", "CPU", "float32", "torch"), on_event=refresh)
     return stream.getvalue(), clips
 
 
@@ -53,3 +60,25 @@ def test_a_pipe_gets_one_plain_line_per_phase(plan: Plan) -> None:
 def test_quiet_is_silent(plan: Plan, terminal: bool) -> None:
     text, clips = shown(plan, quiet=True, force_terminal=terminal)
     assert (text, len(clips)) == ("", 1)
+
+
+def test_a_terminal_sees_the_rows_of_the_step_table_while_they_come(plan: Plan) -> None:
+    stream = io.StringIO()
+    out = Output(stderr=Console(file=stream, width=80, height=30, force_terminal=True, _environ={"TERM": "xterm"}))
+    seen: list[str] = []
+    bar = RunProgress(out, live=step_table)
+
+    def follow(event: Any) -> None:
+        bar(event)
+        if isinstance(event, StepDone):
+            stream.seek(0)
+            stream.truncate()
+            if bar._bar:
+                bar._bar.refresh()
+            seen.append(stream.getvalue())
+
+    with bar:
+        fakes.generate(plan, Machine("cpu", "CPU", "float32", "torch"), on_event=follow)
+    rows = [sum(f"0.{digits}" in text for digits in ("667", "333")) + ("1.000" in text) for text in seen]
+    assert rows == [1, 2, 3]
+    assert bar.steps == []

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from vmonarch_cli.demo.clips import frame_times, occupancy, render, signed_distance
 from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, SHAPES
+
+FEW_AND_MANY = pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.slow)])
 
 
 def test_rendering_is_deterministic_and_in_range() -> None:
@@ -76,8 +78,8 @@ def test_a_shape_that_does_not_exist_is_refused() -> None:
         signed_distance("hexagon", torch.zeros(1), torch.zeros(1), torch.ones(1))
 
 
-def test_the_reader_reads_rendered_clips() -> None:
-    count = 24
+@FEW_AND_MANY
+def test_the_reader_reads_rendered_clips(count: int) -> None:
     right: Counter[str] = Counter()
     for start in range(0, count, 8):
         specs = [sample_spec("heldout", 9, i) for i in range(start, start + 8)]
@@ -87,9 +89,10 @@ def test_the_reader_reads_rendered_clips() -> None:
     assert all(right[name] / count >= 0.98 for name in ATTRIBUTES), right
 
 
-def test_the_reader_sees_shapes_through_a_blur() -> None:
+@FEW_AND_MANY
+def test_the_reader_sees_shapes_through_a_blur(count: int) -> None:
     """A decoder rounds corners and shortens arms; templates of sharp shapes alone read a fifth of these clips wrong."""
-    specs = [spec for spec in (sample_spec("heldout", 9, i) for i in range(60)) if len(spec.objects) == 1][:24]
+    specs = [spec for spec in (sample_spec("heldout", 9, i) for i in range(60)) if len(spec.objects) == 1][:count]
     right = 0
     for start in range(0, len(specs), 8):
         part = specs[start : start + 8]

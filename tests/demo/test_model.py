@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmonarch_cli.demo import still_image
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     VAE_PRESETS,
@@ -18,8 +17,9 @@ from vmonarch_cli.demo.model import (
     encode_prompts,
     export_pipeline,
 )
-from vmonarch_cli.demo.vocabulary import MAX_TOKENS, unknown_words, vocabulary
-from vmonarch_cli.whole_clip import decode_normalised, decode_raw, encode_moments
+from vmonarch_cli.demo.training import still_image
+from vmonarch_cli.families.wan_vae import decode_normalised, decode_raw, encode_moments
+from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS, unknown_words, vocabulary
 
 
 @pytest.fixture(scope="module")

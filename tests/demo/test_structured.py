@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from vmonarch_cli.demo.structured import halve_attention, structured_attention
+from vmonarch_cli.demo.training.structured import halve_attention, structured_attention
 from vmonarch_kernels import monarch_attention
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from vmonarch_cli.demo import score as scorer
+from vmonarch_cli.demo import score
 from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.train import main
-from vmonarch_cli.demo.train_dit import sigmas_for
-from vmonarch_cli.demo.train_text import all_facts, facts
-from vmonarch_cli.demo.train_vae import parse_phases
-from vmonarch_cli.demo.training import Clock, learning_rate
+from vmonarch_cli.demo.training.__main__ import main
+from vmonarch_cli.demo.training.flags import parse_phases
+from vmonarch_cli.demo.training.loop import Schedule, learning_rate
+from vmonarch_cli.demo.training.step_inputs import sigmas_for
+from vmonarch_cli.demo.training.train_text import all_facts, facts
 
 VAE = [
     "vae", "--preset", "tiny", "--size", "32", "--batch", "1", "--image-batch", "4", "--phases", "1:0.5,5:1",
@@ -114,17 +114,17 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
 
     def swap(pipeline: object, preset: str) -> object:
         used.append(preset)
-        return scorer.swap_attention(pipeline, "dense")
+        return score.swap_attention(pipeline, "dense")
 
-    settings = scorer.Settings(prompts=2, steps=1, batch=2, size=32, num_frames=5)
-    result = scorer.score(
+    settings = score.Settings(prompts=2, steps=1, batch=2, size=32, num_frames=5)
+    result = score.score(
         trained / "weights", settings, ["dense", "other"], device=torch.device("cpu"), reader_clips=2, vae_clips=1,
         swap=swap,  # type: ignore[arg-type]
     )  # fmt: skip
     assert used == ["dense", "other"]
     assert result["presets"]["other"]["against_first"]["latent_error_worst"] == 0
     assert result["presets"]["other"]["against_first"]["ssim_worst"] == pytest.approx(1)
-    scorer.show(result)
+    score.show(result)
     (trained / "score.json").write_text(json.dumps(result))
     write_card(
         ["--reports", str(trained), "--score", str(trained / "score.json"), "--weights", str(trained / "weights")]
@@ -183,7 +183,7 @@ def _score_of_nothing() -> dict[str, Any]:
 
 
 def test_the_schedule_spans_runs() -> None:
-    clock = Clock(run_seconds=1e9, total_seconds=200.0, reserve=0.0, before=100.0)
+    clock = Schedule(run_seconds=1e9, total_seconds=200.0, reserve=0.0, before=100.0)
     assert 0.5 <= clock.position(0) <= 1.0
     assert learning_rate(1.0, 0.25, 1000) == 1.0
     assert learning_rate(1.0, 0.75, 1000) == pytest.approx(0.505)

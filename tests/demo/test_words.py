@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 
 import pytest
 
 from vmonarch_cli.demo.captions import caption, plain_caption
-from vmonarch_cli.demo.specs import REACH, ClipSpec, Split, is_held_out, motions_of, sample_spec, spec_stream
-from vmonarch_cli.demo.vocabulary import (
+from vmonarch_cli.demo.specs import REACH, ClipSpec, Split, is_held_out, motions_of, sample_spec
+from vmonarch_cli.models.demo_vocabulary import (
     BACKGROUNDS,
     COLOURS,
     MAX_TOKENS,
@@ -24,9 +24,15 @@ from vmonarch_cli.demo.vocabulary import (
 )
 
 
+def all_specs(split: Split, seed: int) -> Iterator[ClipSpec]:
+    """Endless clips of a split."""
+    return (sample_spec(split, seed, index) for index in count())
+
+
 def test_prompts_are_checked_without_torch() -> None:
     code = (
-        "import sys; from vmonarch_cli.demo import captions, vocabulary; vocabulary.unknown_words('a');"
+        "import sys; from vmonarch_cli.demo import captions; "
+        "from vmonarch_cli.models import demo_vocabulary; demo_vocabulary.unknown_words('a');"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -41,7 +47,7 @@ def test_unknown_words_are_named_once_in_order() -> None:
 def test_captions_use_known_words_only_and_every_word_is_used() -> None:
     rng = random.Random(0)
     seen: set[str] = set()
-    for spec in islice(spec_stream("train", 0), 15_000):
+    for spec in islice(all_specs("train", 0), 15_000):
         words = tokens(caption(spec, rng))
         assert len(words) < MAX_TOKENS
         seen.update(words)
@@ -55,7 +61,7 @@ def test_captions_vary_and_are_reproducible() -> None:
 
 
 def test_plain_captions_name_everything() -> None:
-    for spec in islice(spec_stream("heldout", 0), 50):
+    for spec in islice(all_specs("heldout", 0), 50):
         text = plain_caption(spec)
         assert unknown_words(text) == []
         assert len(tokens(text)) < MAX_TOKENS
@@ -71,9 +77,9 @@ def test_specs_depend_on_split_seed_and_index_alone() -> None:
 
 
 def test_training_never_shows_a_held_out_triple() -> None:
-    for spec in islice(spec_stream("train", 1), 2_000):
+    for spec in islice(all_specs("train", 1), 2_000):
         assert not any(is_held_out(*item.triple) for item in spec.objects)
-    for spec in islice(spec_stream("heldout", 1), 200):
+    for spec in islice(all_specs("heldout", 1), 200):
         assert any(is_held_out(*item.triple) for item in spec.objects)
 
 
@@ -86,7 +92,7 @@ def test_held_out_triples_are_few_and_cover_every_name() -> None:
 
 
 def test_sampling_covers_the_data() -> None:
-    specs = list(islice(spec_stream("train", 2), 3_000))
+    specs = list(islice(all_specs("train", 2), 3_000))
     assert {s.background for s in specs} == set(BACKGROUNDS)
     assert {item.motion for s in specs for item in s.objects} == set(MOTIONS)
     assert {item.colour for s in specs for item in s.objects} == set(COLOURS)
@@ -97,7 +103,7 @@ def test_sampling_covers_the_data() -> None:
 
 def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
     def share(split: Split, hard: Callable[[ClipSpec], bool]) -> float:
-        return sum(map(hard, islice(spec_stream(split, 2), 2_000))) / 2_000
+        return sum(map(hard, islice(all_specs(split, 2), 2_000))) / 2_000
 
     def pair(spec: ClipSpec) -> bool:
         return len(spec.objects) == 2
@@ -112,7 +118,7 @@ def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_straight_tracks_stay_in_the_frame(split: str) -> None:
-    for spec in islice(spec_stream(split, 3), 500):  # type: ignore[arg-type]
+    for spec in islice(all_specs(split, 3), 500):  # type: ignore[arg-type]
         for item in spec.objects:
             t = item.track
             for x, y, r in ((t.x0, t.y0, t.r0), (t.x1, t.y1, t.r1)):

@@ -435,7 +435,7 @@ def test_triton_on_a_cpu_without_the_interpreter_says_why(monkeypatch: pytest.Mo
         ({"c_floor": 0.0}, "c_floor is 0.0; valid are numbers above 0 and up to 1"),
         ({"band": -1}, "band is -1; valid are None and integers from 0"),
         ({"impl": "cuda"}, "impl is 'cuda'; valid are auto, reference, torch, triton"),
-        ({"l_prev": torch.zeros(1)}, r"l_prev is \(1,\) torch.float32; these tensors need"),
+        ({"l_prev": torch.zeros(1, device=DEVICE)}, r"l_prev is \(1,\) torch.float32; these tensors need"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

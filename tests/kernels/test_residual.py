@@ -221,4 +221,4 @@ def test_bad_arguments_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="frame is 5; valid are 0 to 4"):
         frame_attention(q, k, v, GRID, 5)
     with pytest.raises(ValueError, match=r"residual is \(1,\) torch.float32 and \(1,\); these tensors need"):
-        monarch_attention(q, k, v, GRID, residual=(torch.zeros(1), torch.zeros(1)))
+        monarch_attention(q, k, v, GRID, residual=(torch.zeros(1, device=DEVICE),) * 2)

@@ -1,21 +1,17 @@
-"""What all replacement processors share, and how a family says where its self-attention is.
+"""What all replacement processors share.
 
 A replacement repeats the stock processor's ``__call__``, signature included (models filter keyword arguments by
-it), and changes the attention call alone.
+it), and changes only the attention call.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.op import self_attention
 
-Grid = tuple[int, int, int]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -45,9 +41,9 @@ class MonarchProcessor:
     ) -> torch.Tensor:
         """(B, S, heads, D) each -> (B, S, heads, D).
 
-        Joint text-video attention has ``text_tokens`` after the video's tokens (before them with ``text_first``), of
-        which ``text_mask``, bool (B, text_tokens), marks the real ones. ``clips`` grids of tokens, one after the
-        other, are attended to as one clip of that many times the frames.
+        Joint text-video attention has ``text_tokens`` after the video's tokens, or before them with ``text_first``;
+        ``text_mask``, bool (B, text_tokens), marks the real ones. With ``clips`` above 1 the video's tokens are those
+        of several grids, one after the other, and count as one clip of that many times the frames.
         """
         if self._parallel_config is None:
             out: torch.Tensor = self_attention(q, k, v, self.layer, text_tokens, text_first, text_mask, clips)
@@ -62,7 +58,7 @@ class MonarchProcessor:
 
     @staticmethod
     def refuse(name: str, *unexpected: object) -> None:
-        """ValueError when a video-only layer got a context or a mask, of which structured attention knows nothing."""
+        """ValueError when a video-only layer got a context or a mask: structured attention takes neither."""
         if any(value is not None for value in unexpected):
             raise ValueError(f"{name} does self-attention without a mask and got a context or a mask")
 
@@ -96,51 +92,3 @@ def split_out(attn: Any, out: torch.Tensor, text_tokens: int) -> tuple[torch.Ten
     if getattr(attn, "to_add_out", None) is not None:
         text = attn.to_add_out(text)
     return video, text
-
-
-def latent_grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
-    """Token grid (T, H, W) of a forward on latents (B, C, F, H, W): their shape over the patch size."""
-    latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    frames, rows, columns = latents.shape[2:]
-    p_t, p_h, p_w = patch_of(transformer.config)
-    return frames // p_t, rows // p_h, columns // p_w
-
-
-def patch_of(config: Any) -> Grid:
-    """A transformer's patch (frames, height, width); families write it as one, two or three numbers."""
-    patch = config.patch_size
-    if not isinstance(patch, int):
-        t, h, w = patch
-        return t, h, w
-    return getattr(config, "patch_size_t", None) or 1, patch, patch
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a transformer class has its self-attention, and what replaces it."""
-
-    processors: Mapping[str, type[MonarchProcessor]]
-    """Class name of a stock processor -> its replacement."""
-    patterns: tuple[re.Pattern[str], ...]
-    """Full module paths of the self-attention layers, one pattern for each stack of blocks; the first group is the
-    number within the stack. Layers are numbered on from stack to stack."""
-    grid: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Grid] = latent_grid
-    """(transformer, args, kwargs of its forward) -> token grid, which processors never see."""
-    obstacle: Callable[[Any], str | None] = lambda transformer: None
-    """Why a transformer of this class cannot be swapped after all, or None."""
-
-    def self_attentions(self, transformer: Any) -> dict[int, Any]:
-        """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""
-        stacks: list[dict[int, Any]] = [{} for _ in self.patterns]
-        for name, module in transformer.named_modules():
-            for stack, pattern in zip(stacks, self.patterns, strict=True):
-                match = pattern.fullmatch(name.replace("_orig_mod.", ""))
-                if match:
-                    stack[int(match[1])] = module
-        found = [module for stack in stacks for _, module in sorted(stack.items())]
-        return dict(enumerate(found))
-
-
-def layers(*paths: str) -> tuple[re.Pattern[str], ...]:
-    """Patterns of paths in which N stands for the layer's number."""
-    return tuple(re.compile(re.escape(path).replace("N", r"(\d+)")) for path in paths)

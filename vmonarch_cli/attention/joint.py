@@ -2,7 +2,7 @@
 
 A call's tokens are video and text, one after the other. Video queries see the text's keys exactly, as one more entry
 of their softmax (``extra`` of ``monarch_attention``); text queries see everything exactly. Keys of text padding are
-seen by nobody, and the rows of padding, which nobody reads, are zero.
+seen by no query. The output rows of padding are zero; no layer reads them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Text:
         return x[:, : -self.tokens], x[:, -self.tokens :]
 
     def samples(self, rows: slice) -> Text:
-        """The same of some samples of the batch alone."""
+        """The text of some samples of the batch."""
         return self if self.valid is None else replace(self, valid=self.valid[rows])
 
     def join(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def text_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text) -> 
 
 
 def dense_joint(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text | None) -> torch.Tensor:
-    """The same call with everything exact: what structured attention is measured against."""
+    """The joint call computed exactly: structured attention is measured against it."""
     if text is None or text.valid is None:
         return dense_attention(q, k, v)
     video_q, text_q = text.split(q)

@@ -46,7 +46,7 @@ def self_attention(
     text_mask: torch.Tensor | None = None,
     clips: int = 1,
 ) -> torch.Tensor:
-    """Self-attention as the session of ``layer`` (see ``address``) has it.
+    """Self-attention as the session of ``layer`` (see ``address``) computes it.
 
     q, k, v: (B, S, heads, D) of any stride; returns (B, S, heads, D), contiguous, q's dtype. The other arguments are
     those of ``MonarchProcessor.attend``. Raises RuntimeError when the ``swapped`` block of the session has ended.
@@ -55,10 +55,8 @@ def self_attention(
     session = _SESSIONS.get(session_id)
     if session is None:
         raise RuntimeError("a swapped attention layer was called after its `with swapped(...)` block had ended")
-    if text_tokens == 0 and clips == 1:
-        return session.attend(q, k, v, transformer, index).contiguous()
-    text = session.text(text_tokens, text_first, text_mask)
-    return session.attend_joint(q, k, v, transformer, index, text, clips).contiguous()
+    text = session.text(transformer, text_tokens, text_first, text_mask)
+    return session.attend(q, k, v, transformer, index, text, clips).contiguous()
 
 
 @self_attention.register_fake

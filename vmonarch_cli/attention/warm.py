@@ -1,8 +1,8 @@
-"""What a clip's calls hand on to later ones: L for the warm start, corrections for the frame refresh.
+"""What a clip's calls keep for later ones: L for the warm start, residuals for the frame refresh.
 
-The guidance branches of a step differ in their text alone, and guidance amplifies the difference of their outputs. So
-the first branch leads: the others start from the very L that it started from, which makes their errors alike, and use
-its corrections where the preset shares them (kernels/README.md).
+The guidance branches of a step differ only in their text, and guidance amplifies the difference of their outputs. So
+the first branch leads. The others start from the same L as it did, which makes their errors alike, and they use its
+residuals where the preset shares them (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -13,72 +13,78 @@ import torch
 
 from vmonarch_kernels import Residual
 
-NEGATIVE = -1
-"""Branch of the negative prompts in a forward of both."""
+Grid = tuple[int, int, int]
 
 
 class CallKey(NamedTuple):
-    """Which self-attention call of a denoising step."""
+    """Which self-attention call of a denoising step: its transformer, its layer and its guidance branch.
+
+    A branch is a forward, or half of one. Pipelines compare the prompts in two forwards, or in one forward of both,
+    and the negative prompts' half of such a forward is a branch of its own.
+    """
 
     transformer: int
     layer: int
-    branch: int
-    """Guidance branch: how many forwards of this transformer the step had before, or ``NEGATIVE``."""
+    forward: int = 0
+    """How many forwards of this transformer the step had before."""
+    negative_half: bool = False
 
     @property
     def leading(self) -> CallKey:
-        """The same layer's call in the branch that leads."""
-        return self._replace(branch=0)
+        """The same layer's call in the branch that leads: the first forward, or its prompts' half."""
+        return self._replace(forward=0, negative_half=False)
 
 
 class WarmState:
-    """L factors, float8_e4m3fn (B, P, heads, T, T), and corrections of frames, by CallKey."""
+    """L factors, float8_e4m3fn (B, P, heads, T, T), and residuals, by CallKey."""
 
     def __init__(self) -> None:
-        self._factors: dict[CallKey, tuple[tuple[int, int, int], torch.Tensor]] = {}
-        self._starts: dict[CallKey, torch.Tensor] = {}
-        """What the leading calls of the step started from, where other branches follow."""
-        self._residuals: dict[CallKey, tuple[tuple[int, int, int], Residual]] = {}
+        self._factors: dict[CallKey, tuple[Grid, torch.Tensor]] = {}
+        self._starts: dict[CallKey, torch.Tensor | None] = {}
+        """What the leading calls of this step started from (None: cold), for the branches that follow; it is missing
+        where none was expected."""
+        self._residuals: dict[CallKey, tuple[Grid, Residual]] = {}
         self._steps_known = True
         self.peak_bytes = 0
 
-    def factor(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
-        """The factor that a call with q (B, N, heads, D) starts from, None for a cold start, and whether it keeps its
-        own: not where the leading branch has one of its shape and device.
+    def factor(self, key: CallKey, grid: Grid, q: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+        """The L that a call with q (B, N, heads, D) starts from, None for a cold start, and whether to keep its own.
+
+        A branch that follows keeps none while the leading branch has an L of its shape and device.
         """
-        if key != key.leading and self._fitting_factor(key.leading, grid, q) is not None:
-            return self._starts.get(key.leading), False
+        leading = self._fitting_factor(key.leading, grid, q)
+        if key != key.leading and leading is not None:
+            # Where no branch was expected to follow, what the leading one ended with is the best that is left.
+            return self._starts.get(key.leading, leading), False
         return self._fitting_factor(key, grid, q), True
 
-    def _fitting_factor(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> torch.Tensor | None:
+    def _fitting_factor(self, key: CallKey, grid: Grid, q: torch.Tensor) -> torch.Tensor | None:
         kept_grid, factor = self._factors.get(key, (None, None))
         if factor is None or kept_grid != grid or factor.device != q.device:
             return None
         return factor if factor.shape[0] == q.shape[0] and factor.shape[2] == q.shape[2] else None
 
-    def put(
-        self, key: CallKey, grid: tuple[int, int, int], factor: torch.Tensor, start: torch.Tensor | None, follow: bool
-    ) -> None:
+    def put(self, key: CallKey, grid: Grid, factor: torch.Tensor, start: torch.Tensor | None, follow: bool) -> None:
         """Keep a call's L and, if other branches ``follow`` the leading one, what it started from."""
         self._factors[key] = (grid, factor)
         self._starts.pop(key, None)
-        if follow and start is not None and key == key.leading:
+        if key == key.leading and (follow or start is None):
             self._starts[key] = start
 
     def residual(
         self,
         key: CallKey,
-        grid: tuple[int, int, int],
+        grid: Grid,
         q: torch.Tensor,
         first_frame: bool,
         steps_left: int | None,
         *,
         shared: bool,
     ) -> tuple[Residual, bool]:
-        """The corrections of a call with q (B, N, heads, D), and whether frames have their turns in it.
+        """The residual of a call with q (B, N, heads, D), and whether frames have their turns in this call.
 
-        Where they are ``shared`` all branches use those of the leading one, if their shape allows it, and frames have
-        their turns there. ``steps_left``: denoising steps to come, this one included, if known.
+        ``shared``: all branches use that of the leading one, if the shape fits, and frames have their turns there.
+        ``steps_left``: denoising steps to come, this one included, if known.
         """
         if shared and key != key.leading:
             leading = self._fitting_residual(key.leading, grid, q)
@@ -90,27 +96,27 @@ class WarmState:
             self._residuals[key] = (grid, kept)
         return kept, True
 
-    def _fitting_residual(self, key: CallKey, grid: tuple[int, int, int], q: torch.Tensor) -> Residual | None:
+    def _fitting_residual(self, key: CallKey, grid: Grid, q: torch.Tensor) -> Residual | None:
         kept_grid, kept = self._residuals.get(key, (None, None))
         return kept if kept is not None and kept_grid == grid and kept.fits(q) else None
 
     def rehearsal(self) -> WarmState:
-        """A copy that can be thrown away, with fresh corrections, of which frames have their turn in the first call."""
+        """A copy to throw away: the same L, and fresh residuals with one frame's turn in the first call."""
         copy = WarmState()
         copy._factors, copy._starts = dict(self._factors), dict(self._starts)
         copy._steps_known = False
         return copy
 
     def drop(self) -> None:
-        """Start cold from here on."""
+        """Forget everything: later calls start cold."""
         self._factors.clear()
         self._starts.clear()
         self._residuals.clear()
 
     def note_peak(self) -> None:
-        """Update ``peak_bytes``; once per step is enough, a factor is replaced by one of its own size."""
+        """Update ``peak_bytes``; once a step is enough, because a new factor is as large as the one it replaces."""
         held = sum(factor.nbytes for _, factor in self._factors.values())
-        held += sum(factor.nbytes for factor in self._starts.values())
+        held += sum(start.nbytes for start in self._starts.values() if start is not None)
         held += sum(residual.nbytes for _, residual in self._residuals.values())
         self.peak_bytes = max(self.peak_bytes, held)
 

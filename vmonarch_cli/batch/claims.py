@@ -1,33 +1,39 @@
 """Who is making which clip, between processes that share nothing but a folder, on one host or on several.
 
 A claim is a file `KEY.N.claim`, made by linking: of any number of processes exactly one succeeds, also on a network
-file system. The claim with the highest N counts. Who finds that its owner is dead takes the clip over by making N + 1,
-so that no two can take over the same claim and nobody removes a claim that is alive. An owner on this machine is dead
-when its process is gone (a process id that was given again is told by its start time); one on another host when it
-has not touched its claim for LEASE_S, by the file server's clock. Having got a claim, read the manifest again:
-the one before may have finished the clip.
+file system. The claim with the highest N counts. A process that finds the owner dead takes the clip over: it makes
+claim N + 1. So no two processes take over the same claim, and no process removes a claim that is alive. An owner on
+this machine is dead when its process is gone; the start time tells a process id that was given again. An owner on
+another host is dead when it has not touched its claim for LEASE_S seconds, by the file server's clock. A process that
+got a claim reads the manifest again, because the owner before may have finished the clip. A process that was stopped
+for long may have lost its claim: it asks `is_held` before it says anything about the clip.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
-import socket
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.machine.process import digest, start_of, this_process
 
 FOLDER = ".vmonarch"
 LEASE_S = 120.0
-_HEARTBEAT_S = 15.0
+HEARTBEAT_S = 15.0
+"""Seconds between two touches of a claim by its owner."""
 _TRIES = 100
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class ClaimLost(Exception):
+    """The clip is another process's by now: this one was stopped for so long that it counted as dead."""
 
 
 class Claim:
@@ -46,14 +52,19 @@ class Claim:
         shutil.rmtree(self.work, ignore_errors=True)
         self._claims.release(self._path)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the clip is still this process's to make."""
+        return self._claims.holds(self._path)
+
 
 class Claims:
     """The claims of one folder; a context manager, which keeps this process's own alive."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / FOLDER
-        self._own = _this_process()
-        self._draft = self._folder / f"{_digest(self._own['place'])}.{self._own['pid']}.{self._own['start']}.draft"
+        self._own = asdict(this_process())
+        self._draft = self._folder / f"{digest(self._own['place'])}.{self._own['pid']}.{self._own['start']}.draft"
         self._held: set[Path] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
@@ -69,7 +80,8 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._remove_drafts()
+        with contextlib.suppress(OSError):  # read-only by now
+            self._remove_drafts()
         with contextlib.suppress(OSError):  # not empty: another process is at work
             self._folder.rmdir()
 
@@ -97,7 +109,13 @@ class Claims:
         """Give a claim back, unless another host took it over after a long silence of this one."""
         self._held.discard(path)
         if _read(path) == self._own:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # read-only by now: the claim dies with this process
+                path.unlink(missing_ok=True)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a claim of this process is there and counts."""
+        latest = self._latest(path.name.split(".")[0])
+        return latest is not None and latest[1] == path and _read(path) == self._own
 
     def owner(self, key: str) -> str:
         """Who is making a clip, in words; empty when nobody is."""
@@ -113,6 +131,9 @@ class Claims:
         number = latest[0] + 1 if latest else 1
         path = self._folder / f"{key}.{number}.claim"
         if not self._create(path):
+            return None
+        if self._has_rival(key, number):
+            path.unlink(missing_ok=True)
             return None
         self._remove_older(key, number)
         self._held.add(path)
@@ -141,23 +162,32 @@ class Claims:
             self._draft.unlink(missing_ok=True)
         return True
 
+    def _has_rival(self, key: str, number: int) -> bool:
+        """Whether another live claim is there: between the look and the link, numbers may have been used again."""
+        others = [(n, path) for n, path in self._numbered(key, "claim") if n != number]
+        return any(n > number or not self._is_dead(path) for n, path in others)
+
     def _latest(self, key: str) -> tuple[int, Path] | None:
         """The claim that counts, and its number."""
-        numbered = ((int(path.name.split(".")[-2]), path) for path in self._folder.glob(f"{key}.*.claim"))
-        return max(numbered, default=None)
+        return max(self._numbered(key, "claim"), default=None)
+
+    def _numbered(self, key: str, ending: str) -> list[tuple[int, Path]]:
+        """Files of a key with their numbers; whatever else lies there is not ours."""
+        found = [(path.name.split("."), path) for path in self._folder.glob(f"{key}.*.{ending}")]
+        return [(int(parts[1]), path) for parts, path in found if len(parts) == 3 and parts[1].isdecimal()]
 
     def _remove_older(self, key: str, number: int) -> None:
-        for path in self._folder.glob(f"{key}.*.*"):
-            if int(path.name.split(".")[-2]) < number:
-                if path.suffix == ".work":
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+        for older, path in self._numbered(key, "work"):
+            if older < number:
+                shutil.rmtree(path, ignore_errors=True)
+        for older, path in self._numbered(key, "claim"):
+            if older < number:
+                path.unlink(missing_ok=True)
 
     def _is_dead(self, path: Path) -> bool:
         about = _read(path)
         if about is not None and about["place"] == self._own["place"]:
-            return bool(_start_of(about["pid"]) != about["start"])
+            return bool(start_of(about["pid"]) != about["start"])
         return self._age(path) > LEASE_S
 
     def _age(self, path: Path) -> float:
@@ -173,13 +203,14 @@ class Claims:
     def _remove_drafts(self) -> None:
         """Remove drafts of processes of this machine that are dead, and very old ones of others."""
         for path in self._folder.glob("*.draft"):
-            place, pid, start, _ = path.name.split(".")
-            here = place == _digest(self._own["place"])
-            if _start_of(int(pid)) != start if here else self._age(path) > LEASE_S:
+            place, _, rest = path.name.partition(".")
+            pid, _, rest = rest.partition(".")
+            here = place == digest(self._own["place"]) and pid.isdecimal()
+            if start_of(int(pid)) != rest.removesuffix(".draft") if here else self._age(path) > LEASE_S:
                 path.unlink(missing_ok=True)
 
     def _keep_alive(self) -> None:
-        while not self._stop.wait(_HEARTBEAT_S):
+        while not self._stop.wait(HEARTBEAT_S):
             for path in list(self._held):
                 try:
                     os.utime(path)
@@ -189,42 +220,13 @@ class Claims:
                     continue
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+_FACTS = {"place": str, "host": str, "pid": int, "start": str}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         about = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    known = isinstance(about, dict) and {"place", "host", "pid", "start"} <= about.keys()
-    return about if known else None
-
-
-def _this_process() -> dict[str, Any]:
-    host = socket.gethostname()
-    place = [host]
-    with contextlib.suppress(OSError):  # Linux: this boot, and the container's numbering of processes
-        place.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        place.append(str(Path("/proc/self/ns/pid").readlink()))
-    return {"place": "/".join(place), "host": host, "pid": os.getpid(), "start": _start_of(os.getpid())}
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks ("" where that is unknown); None for a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, IndexError):
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return ""
+    known = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in _FACTS.items())
+    return about if known and about["pid"] > 0 else None

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.batch.claims import Claim, Claims
+from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.manifest import FILE, Manifest, happened
-from vmonarch_cli.checks import device as checked_device
+from vmonarch_cli.clip.interrupts import Interrupts
+from vmonarch_cli.clip.latents import SavedLatents, load_latents, remove_latents
+from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.interrupts import Interrupts
-from vmonarch_cli.ladder import is_out_of_memory
-from vmonarch_cli.latents import SavedLatents, load_latents
-from vmonarch_cli.run import ClipMaker
-from vmonarch_cli.targets import LATENTS_ENDING, record_path
-from vmonarch_cli.timing import ClipResult, Event
+from vmonarch_cli.events import Event
+from vmonarch_cli.media.paths import LATENTS_ENDING, record_path
+from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
+from vmonarch_cli.pipeline.preflight import machine_to_decode
+from vmonarch_cli.plan.checks import device as checked_device
+from vmonarch_cli.timing import ClipResult
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def decode_files(
         kind = (latents.plan.model_source, latents.plan.device, latents.plan.dtype)
         if loaded is None or loaded[0] != kind:
             loaded = None  # the model before goes first: both may not fit
-            loaded = (kind, ClipMaker(latents.plan, on_event=on_event, to_decode=True))
+            loaded = (kind, ClipMaker(latents.plan, machine_to_decode(latents.plan), on_event=on_event, to_decode=True))
         outcomes.append(_decode(file, latents, loaded[1], keep, overwrite, interrupts))
     return outcomes
 
@@ -98,13 +100,23 @@ def _decode(
                 return Outcome(file, error=f"{claims.owner(saved.key)} is making this clip")
             stack.enter_context(claim)
         try:
-            with interrupts.finishing():
-                result = _finish(maker, saved, overwrite or manifest is not None, claim)
+
+            def written(result: ClipResult) -> None:
                 if manifest is not None:
                     done = happened("done", saved.key, retries=result.record["retries"], seconds=result.timing.total_s)
                     manifest.append(done)
                 if not keep:
-                    file.unlink(missing_ok=True)
+                    remove_latents(file)
+
+            with interrupts.finishing():
+                result = maker.finish(
+                    saved.plan,
+                    saved.index,
+                    saved.denoised,
+                    overwrite=overwrite or manifest is not None,
+                    work=None if claim is None else claim.work,
+                    on_written=written,
+                )
             return Outcome(file, path=result.path)
         except OutputError:
             raise
@@ -114,8 +126,3 @@ def _decode(
             if not is_out_of_memory(error):
                 raise
             return Outcome(file, error="decoding ran out of memory, in every way that it was tried")
-
-
-def _finish(maker: ClipMaker, saved: SavedLatents, overwrite: bool, claim: Claim | None) -> ClipResult:
-    work = None if claim is None else claim.work
-    return maker.finish(saved.plan, saved.index, saved.denoised, overwrite=overwrite, work=work)

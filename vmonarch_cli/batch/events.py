@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmonarch_cli.timing import Event
+from vmonarch_cli.events import Event
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,18 @@ class ClipFailed:
 
 
 @dataclass(frozen=True)
+class ClipTakenOver:
+    """A clip was dropped here: this process was stopped for so long that another one took it over."""
+
+    clip: int
+    """0-based number within the batch."""
+    line: int
+    path: Path
+    owner: str
+    """Who makes it now, in words; empty when it is done already."""
+
+
+@dataclass(frozen=True)
 class WaitingForOthers:
     """The clips that are left are being made by other processes."""
 
@@ -29,4 +41,4 @@ class WaitingForOthers:
     owners: tuple[str, ...]
 
 
-BatchEvent = Event | ClipFailed | WaitingForOthers
+BatchEvent = Event | ClipFailed | ClipTakenOver | WaitingForOthers

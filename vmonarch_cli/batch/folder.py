@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.clips import Clip, assign_names, in_running_order
-from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Entry, Manifest, happened, planned
+from vmonarch_cli.batch.clips import PlannedClip, assign_names, in_running_order
+from vmonarch_cli.batch.manifest import DONE, FAILED, SCHEMA, Manifest, ManifestEntry, happened, planned
+from vmonarch_cli.clip.whole import damage
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.targets import latents_path, record_path
+from vmonarch_cli.media.paths import latents_path
 
 
 @dataclass(frozen=True)
@@ -34,37 +35,52 @@ class Batch:
 
     folder: Path
     manifest: Manifest
-    clips: list[Clip]
-    before: dict[str, Entry]
+    clips: list[PlannedClip]
+    before: dict[str, ManifestEntry]
+    notes: tuple[str, ...] = ()
+    """Clips that were done and are made again, and why."""
 
-    def in_running_order(self) -> list[Clip]:
+    def in_running_order(self) -> list[PlannedClip]:
         return in_running_order(self.clips)
 
 
-def open_batch(clips: Sequence[Clip], folder: Path, terms: Terms, source: str, *, dry: bool = False) -> Batch:
+def open_batch(
+    clips: Sequence[PlannedClip],
+    folder: Path,
+    terms: Terms,
+    source: str,
+    *,
+    dry: bool = False,
+    on_wait: Callable[[str], None] = lambda sentence: None,
+) -> Batch:
     """Give every clip its name, and say so in the manifest (with `dry` nothing is written).
+
+    `on_wait` gets a sentence when another process keeps the manifest's lock for long, then and later.
 
     Raises InputErrors where a line's name is taken, InputError where the folder holds another batch, OutputError
     where the manifest cannot be written.
     """
     if terms.resume and terms.overwrite:
         raise InputError("--resume keeps what is done and --overwrite makes it again: give one of them")
-    manifest = Manifest(folder)
+    manifest = Manifest(folder, on_wait)
+    size = manifest.size()
+    batch, events = _opened(clips, folder, terms, source, manifest)  # names are checked before a file is made
     if dry:
-        return _opened(clips, folder, terms, source, manifest)[0]
-    _opened(clips, folder, terms, source, manifest)  # names are checked before a file is made
+        return batch
     with manifest.locked():
-        batch, events = _opened(clips, folder, terms, source, manifest)
+        if manifest.size() != size:
+            batch, events = _opened(clips, folder, terms, source, manifest)
         if terms.again:
             for clip in batch.clips:
                 latents_path(clip.path).unlink(missing_ok=True)
         begun = {"event": "batch", "schema": SCHEMA, "version": __version__, "clips": len(clips), "source": source}
         manifest.append_locked(begun, *events)
+    manifest.must_exist = True
     return batch
 
 
 def _opened(
-    clips: Sequence[Clip], folder: Path, terms: Terms, source: str, manifest: Manifest
+    clips: Sequence[PlannedClip], folder: Path, terms: Terms, source: str, manifest: Manifest
 ) -> tuple[Batch, list[dict[str, Any]]]:
     """The batch, and the events that make the manifest agree with it."""
     entries = manifest.read()
@@ -80,32 +96,32 @@ def _opened(
         for key in mine:
             del entries[key]  # its file, where there is one, keeps the name taken
     named = assign_names(clips, folder, entries, source, overwrite=terms.overwrite)
+    notes: list[str] = []
     for clip in named:
         entry = entries.get(clip.key)
         if entry is None:
-            entry = Entry(clip.key, clip.path.name, clip.line, clip.plan.prompt, clip.plan.seed)
+            entry = ManifestEntry(clip.key, clip.path.name, clip.line, clip.plan.prompt, clip.plan.seed)
             entries[clip.key] = entry
             events.append(planned(entry, owns_name=terms.overwrite))
             continue
-        reset = _reset(entry, clip, terms)
+        lost = damage(clip.path) if entry.status == DONE and not terms.overwrite else None
+        if lost is not None:
+            notes.append(f"{clip.path} {lost}: it is made again")
+        reset = "lost" if lost is not None else _reset(entry, terms)
         if reset:
             events.append(happened(reset, clip.key, owns_name=terms.overwrite))
             entry.status, entry.error = "planned", None
     before = {clip.key: entries[clip.key] for clip in named}
-    return Batch(folder, manifest, named, before), events
+    return Batch(folder, manifest, named, before, tuple(notes)), events
 
 
-def _reset(entry: Entry, clip: Clip, terms: Terms) -> str | None:
-    """The event that makes a clip due again, if it is."""
-    if terms.overwrite:
-        return "again"
-    if entry.status == DONE and not (clip.path.exists() and record_path(clip.path).exists()):
-        return "lost"
-    if entry.status == FAILED and terms.retry_failed:
+def _reset(entry: ManifestEntry, terms: Terms) -> str | None:
+    """The event that makes a clip due again because it was asked for, if it was."""
+    if terms.overwrite or (entry.status == FAILED and terms.retry_failed):
         return "again"
     return None
 
 
-def has_latents(clip: Clip) -> bool:
+def has_latents(clip: PlannedClip) -> bool:
     """Whether a clip waits to be decoded only."""
     return latents_path(clip.path).is_file()

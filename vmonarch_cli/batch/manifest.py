@@ -2,7 +2,8 @@
 
 The state of a clip is what its events say, read in order. Processes append under a lock of the file, so that lines
 never mix. A process that dies within a line leaves a torn one, which the next writer ends and every reader skips:
-the event did not happen.
+the event did not happen. What a process says of a clip that is done counts no more: it was stopped for long, and
+another one has made the clip meanwhile.
 """
 
 from __future__ import annotations
@@ -11,24 +12,40 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.errors import OutputError
+from vmonarch_cli.batch.names import plain_name
+from vmonarch_cli.errors import InputError, OutputError
+from vmonarch_cli.text import shown
+from vmonarch_cli.untrusted.files import regular_bytes
+from vmonarch_cli.untrusted.values import Malformed
 
 FILE = "manifest.jsonl"
 SCHEMA = 1
+WAIT_S = 5.0
+"""Seconds of waiting for the lock of a manifest after which it is said."""
+_MAX_BYTES = 1 << 30
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+_AFTER_DONE = ("lost", "again", "forgotten")
+_PLANNED_FIELDS: tuple[tuple[str, type, str], ...] = (
+    ("name", str, "a text"),
+    ("line", int, "a whole number"),
+    ("prompt", str, "a text"),
+    ("seed", int, "a whole number"),
+)
 
 PLANNED, DENOISING, DENOISED, DONE, FAILED = "planned", "denoising", "denoised", "done", "failed"
 
 
 @dataclass
-class Entry:
+class ManifestEntry:
     """A clip of the folder, as the manifest tells it."""
 
     key: str
@@ -42,29 +59,54 @@ class Entry:
     retries: list[dict[str, str]] = field(default_factory=list)
     owns_name: bool = False
     """Whether a process got as far as to write: a file of that name is then this clip's own."""
+    is_asked_again: bool = False
+    """Whether it is to be made again, even where its clip and record are there."""
 
 
 class Manifest:
-    """The manifest of one folder; any number of processes may hold one."""
+    """The manifest of one folder; any number of processes may hold one.
 
-    def __init__(self, folder: Path) -> None:
+    Once `must_exist` is set, a manifest that is gone is an error and not begun again. `on_wait` gets a sentence when
+    another process keeps the lock for long.
+    """
+
+    def __init__(self, folder: Path, on_wait: Callable[[str], None] = lambda sentence: None) -> None:
         self.path = folder / FILE
+        self.must_exist = False
+        self._on_wait = on_wait
 
-    def read(self) -> dict[str, Entry]:
+    def size(self) -> int:
+        """Bytes so far; 0 without a manifest."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def read(self) -> dict[str, ManifestEntry]:
         """Key -> entry of every clip, in the order in which they were planned; empty without a manifest."""
         try:
-            content = self.path.read_bytes()
+            content = regular_bytes(self.path, _MAX_BYTES)
         except FileNotFoundError:
+            if self.must_exist:
+                raise self._gone() from None
             return {}
         except OSError as error:
             raise OutputError(f"manifest {self.path} cannot be read: {error.strerror}") from None
-        entries: dict[str, Entry] = {}
-        for row in content.split(b"\n"):
+        except Malformed as wrong:
+            raise OutputError(f"manifest {self.path} cannot be read: it {wrong.reason}") from None
+        entries: dict[str, ManifestEntry] = {}
+        for number, row in enumerate(content.split(b"\n"), start=1):
             event = _parse(row)
             if event.get("schema", SCHEMA) != SCHEMA:
                 raise OutputError(f"manifest {self.path} was written by another version of vmonarch: use a new folder")
-            _apply(event, entries)
+            try:
+                _apply(event, entries)
+            except ValueError as error:
+                raise OutputError(f"manifest {self.path} line {number}: {error}") from None
         return entries
+
+    def _gone(self) -> OutputError:
+        return OutputError(f"manifest {self.path} is gone: it or its folder was removed while the batch ran")
 
     def append(self, *events: dict[str, Any]) -> None:
         """Append events and sync them; all of them or, when the disk is full or refuses, none and an OutputError."""
@@ -75,12 +117,16 @@ class Manifest:
     def locked(self) -> Iterator[None]:
         """Nobody else appends inside the block; the file is made if need be. Not reentrant."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            if not self.must_exist:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            create = 0 if self.must_exist else os.O_CREAT
+            self._file = os.open(self.path, os.O_RDWR | create | os.O_APPEND | os.O_NONBLOCK, 0o644)
+        except FileNotFoundError:
+            raise self._gone() from None
         except OSError as error:
             raise OutputError(f"manifest {self.path} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._lock()
             yield
         except OSError as error:
             if error.errno in _NO_LOCKS:
@@ -90,6 +136,23 @@ class Manifest:
             raise
         finally:
             os.close(self._file)  # and with it the lock
+
+    def _lock(self) -> None:
+        with suppress(BlockingIOError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        said = threading.Timer(WAIT_S, self._say_who_holds_it)
+        said.daemon = True
+        said.start()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        finally:
+            said.cancel()
+
+    def _say_who_holds_it(self) -> None:
+        owner = _lock_owner(self._file)
+        who = f"process {owner}" if owner else "another process"
+        self._on_wait(f"waiting for {who}, which holds the lock of {self.path}: it is slow, or it was stopped")
 
     def append_locked(self, *events: dict[str, Any]) -> None:
         """`append` inside `locked`."""
@@ -111,7 +174,7 @@ class Manifest:
             raise OutputError(f"manifest {self.path} cannot be written: {error.strerror}") from None
 
 
-def planned(entry: Entry, **facts: Any) -> dict[str, Any]:
+def planned(entry: ManifestEntry, **facts: Any) -> dict[str, Any]:
     """The event that gives a clip its name."""
     return {
         "event": "planned",
@@ -133,35 +196,68 @@ def _parse(row: bytes) -> dict[str, Any]:
     """An event, or nothing for a torn line."""
     try:
         event = json.loads(row)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return event if isinstance(event, dict) else {}
 
 
-def _apply(event: dict[str, Any], entries: dict[str, Entry]) -> None:
+def _apply(event: dict[str, Any], entries: dict[str, ManifestEntry]) -> None:
+    """Bring the entries to where they are after an event; ValueError, half a sentence, for one that cannot be."""
     kind, key = event.get("event"), str(event.get("key"))
     if kind == "planned":
-        entries[key] = Entry(key, event["name"], event["line"], event["prompt"], event["seed"])
-        entries[key].owns_name = bool(event.get("owns_name"))
+        entries[key] = _planned_entry(key, event)
         return
     entry = entries.get(key)
-    if entry is None:
+    if entry is None or (entry.status == DONE and kind not in _AFTER_DONE):
         return
     match kind:
         case "started":
             entry.status = DENOISING
         case "denoised":
             entry.status, entry.owns_name = DENOISED, True
-            entry.retries = list(event.get("retries", []))
+            entry.retries = _retries(event)
         case "decoding":
             entry.owns_name = True
         case "done":
             entry.status, entry.owns_name, entry.error = DONE, True, None
-            entry.retries = list(event.get("retries", []))
+            entry.retries = _retries(event)
         case "failed":
             entry.status, entry.error = FAILED, str(event.get("error"))
         case "dropped" | "lost" | "again":
             entry.status, entry.error = PLANNED, None
             entry.owns_name |= bool(event.get("owns_name"))
+            entry.is_asked_again |= kind == "again"
         case "forgotten":
             del entries[key]
+
+
+def _planned_entry(key: str, event: dict[str, Any]) -> ManifestEntry:
+    for field_name, kind, words in _PLANNED_FIELDS:
+        value = event.get(field_name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{field_name} takes {words}, got {'nothing' if value is None else shown(value)}")
+    try:
+        is_plain = plain_name(event["name"]) == event["name"]
+    except InputError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError(f"a clip's name is a plain file name, and {shown(event['name'])} is none")
+    entry = ManifestEntry(key, event["name"], event["line"], event["prompt"], event["seed"])
+    entry.owns_name = entry.is_asked_again = bool(event.get("owns_name"))
+    return entry
+
+
+def _retries(event: dict[str, Any]) -> list[dict[str, str]]:
+    given = event.get("retries")
+    return [retry for retry in given if isinstance(retry, dict)] if isinstance(given, list) else []
+
+
+def _lock_owner(file: int) -> int | None:
+    """The process that has the lock of an open file, where the kernel says so."""
+    try:
+        wanted = os.fstat(file)
+        place = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}:{wanted.st_ino}"
+        rows = [row.split() for row in Path("/proc/locks").read_text().splitlines()]
+        return next((int(row[4]) for row in rows if row[1:2] == ["FLOCK"] and row[5] == place), None)
+    except (OSError, ValueError, IndexError):
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from vmonarch_cli.demo.specs import ClipSpec, ObjectSpec
-from vmonarch_cli.demo.vocabulary import (
+from vmonarch_cli.models.demo_vocabulary import (
     BACKGROUND_WORDS,
     COLOUR_WORDS,
     KINDS,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
 
 _TEMPLATE = """---
 license: apache-2.0
@@ -57,7 +57,7 @@ it is. While the transformer learns, a small head that is not in this folder rea
 middle, and the loss weighs more where objects are; both fade out. The transformer's last flow-matching loss was
 {dit_loss:.4f}.{structured}
 
-To train again: `python -m vmonarch_cli.demo.train vae --out DIR`, then `text --out DIR`, then
+To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text --out DIR`, then
 `dit --vae DIR/vae --text DIR --out DIR`.
 
 ## Measured
@@ -76,8 +76,8 @@ must both be right), {steps} steps, on {score_device}, read from the pixels by `
 {distances}
 ## Limits
 
-- It knows the words of `vmonarch_cli/demo/vocabulary.py` and nothing else; the command line names the words it does
-  not know.
+- It knows the words of `vmonarch_cli/models/demo_vocabulary.py` and nothing else; the command line names the words
+  that it does not know.
 - It was trained at 49 frames of {size} x {size} pixels only. Other sizes and lengths run but were not trained.
 - At most two objects, in separate places. Left unsaid, size and background are chosen at random.
 - It says nothing about how structured attention does on large models: attention here is over 1,872 tokens, and the

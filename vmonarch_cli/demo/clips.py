@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_cli.demo.specs import ClipSpec, ObjectSpec, Track
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, RGB, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, RGB, SHAPES
 
 NUM_FRAMES = 49
 SIZE = 96

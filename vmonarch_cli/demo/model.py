@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vmonarch_cli.demo.vocabulary import EOS, MAX_TOKENS, PAD, UNKNOWN, vocabulary
+from vmonarch_cli.models.demo_vocabulary import EOS, MAX_TOKENS, PAD, UNKNOWN, vocabulary
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 FLOW_SHIFT = 6.0

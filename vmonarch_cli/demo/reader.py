@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vmonarch_cli.demo.clips import signed_distance
 from vmonarch_cli.demo.specs import ClipSpec
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, SHAPES
 
 _FAR_FROM_BACKGROUND = 21.0  # CIE Lab distance
 _TEMPLATE = 32

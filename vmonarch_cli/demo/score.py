@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmonarch_cli.demo.model import WEIGHTS_DIR
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
-from vmonarch_cli.demo.vocabulary import MAX_TOKENS
+from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def swap_attention(pipeline: Any, preset: str) -> AbstractContextManager[Any]:
     """Run the pipeline's self-attention as a preset says; the only tie between the scorer and the command line."""
     if preset == DENSE:
         return nullcontext()
-    from vmonarch_cli.attention import swapped
+    from vmonarch_cli.pipeline.swap import swapped
     from vmonarch_cli.presets import load_preset
 
     context: AbstractContextManager[Any] = swapped(pipeline, load_preset(preset))
@@ -64,7 +64,7 @@ def check_reader(count: int, device: Any, size: int = 96, vae: Any = None) -> di
 
     from vmonarch_cli.demo.clips import render
     from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
-    from vmonarch_cli.whole_clip import decode_raw, encode_mean
+    from vmonarch_cli.families.wan_vae import decode_raw, encode_mean
 
     right = dict.fromkeys(ATTRIBUTES, 0)
     for start in range(0, count, 4):
@@ -105,7 +105,7 @@ def generate(
     import torch
 
     from vmonarch_cli.demo.captions import plain_caption
-    from vmonarch_cli.whole_clip import decode_normalised
+    from vmonarch_cli.families.wan_vae import decode_normalised
 
     latents, clips = [], []
     for start in range(0, len(specs), settings.batch):
@@ -162,7 +162,7 @@ def compare(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict
     """How far the second preset's clips are from the first's: medians, the mean error and the worst."""
     from statistics import fmean, median
 
-    from vmonarch_cli.metrics import psnr, relative_error, ssim
+    from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 
     count = len(first[0])
     psnrs = [min(_EQUAL_PSNR, psnr((second[1][i] + 1) / 2, (first[1][i] + 1) / 2)) for i in range(count)]
@@ -192,8 +192,9 @@ def score(
     sheet: Path | None = None,
 ) -> dict[str, Any]:
     """Everything the scorer measures, as plain data."""
-    from vmonarch_cli.demo.train_vae import score_vae
-    from vmonarch_cli.demo.training import device_name, save_sheet
+    from vmonarch_cli.demo.training.loop import save_sheet
+    from vmonarch_cli.demo.training.vae_quality import score_vae
+    from vmonarch_cli.pipeline.device import device_name
 
     result: dict[str, Any] = {"device": device_name(device), "settings": asdict(settings)}
     if reader_clips:
@@ -292,8 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
     args = parser.parse_args(argv)
-    from vmonarch_cli.demo.training import pick_device
-    from vmonarch_cli.loading import quiet_libraries
+    from vmonarch_cli.pipeline.device import pick_device
+    from vmonarch_cli.pipeline.load import quiet_libraries
 
     quiet_libraries()
     settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size)
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.weights,
         settings,
         args.preset or (DENSE,),
-        device=pick_device(args.device),
+        device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,
         vae_clips=args.vae_clips,
         sheet=args.sheet,

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
-from vmonarch_cli.demo.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, RGB, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, RGB, SHAPES
 
 Split = Literal["train", "heldout"]
 
@@ -117,14 +116,6 @@ def sample_spec(split: Split, seed: int, index: int) -> ClipSpec:
         held_out = [is_held_out(*o.triple) for o in spec.objects]
         if any(held_out) == (split == "heldout"):
             return spec
-
-
-def spec_stream(split: Split, seed: int, start: int = 0) -> Iterator[ClipSpec]:
-    """Endless clips of a split from number `start` on."""
-    index = start
-    while True:
-        yield sample_spec(split, seed, index)
-        index += 1
 
 
 def _draw(rng: random.Random, name: str, *, pair: bool) -> ClipSpec:

@@ -1,1 +1,1 @@
-"""The models the tool knows: one small file per family, and a registry of their names."""
+"""Facts of the models that the tool knows: one file a family, without torch or diffusers."""

@@ -1,11 +1,20 @@
-"""Allegro: groups of four frames without a first one apart, so that 88 frames are 22 latent ones."""
+"""Allegro: its VAE encodes groups of four frames and no first frame alone: 88 frames are 22 latent frames."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
+from vmonarch_cli.models.shapes import Tiles
+
+
+def _tiles(sample_size: int) -> Tiles:
+    """Of diffusers' AutoencoderKLAllegro, which takes no others: 24 frames, tiles overlap by 8 frames, 120 rows and 80
+    columns.
+    """
+    return Tiles(tile=(24, sample_size, sample_size), stride=(16, sample_size - 120, sample_size - 80))
+
 
 ALLEGRO = ModelEntry(
     alias="allegro",
@@ -15,6 +24,8 @@ ALLEGRO = ModelEntry(
     hub_id="rhymes-ai/Allegro",
     licence="Apache-2.0",
     frame_offset=0,
+    decoder_tiles=_tiles(320),
+    has_flow_shift=False,
     vae_float32=True,
     latent_channels=4,
     heads=24,
@@ -30,20 +41,22 @@ ALLEGRO = ModelEntry(
 ENTRIES = (ALLEGRO,)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    patch = config["patch_size"]
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    patch = config.whole("patch_size")
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
     return {
-        "patch": (config["patch_size_t"], patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "patch": (config.whole("patch_size_t"), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden,
-        "text_dim": config["caption_channels"],
-        "latent_channels": config["in_channels"],
-        "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
-        "vae_spatial": 2 ** (len(vae["block_out_channels"]) - 1),
+        "text_dim": config.whole("caption_channels"),
+        "latent_channels": config.whole("in_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", 4),
+        "vae_spatial": 2 ** (vae.length("block_out_channels") - 1),
         "frame_offset": 0,
+        "has_flow_shift": False,
+        "decoder_tiles": _tiles(vae.whole("sample_size", 320, least=121)),
         "vae_float32": True,
     }
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.config import MAX_FIGURE, Config
+from vmonarch_cli.models.shapes import Axis, Tiles, axis, nearest_sizes
 from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
+"""Tokens: latent frames, rows, columns."""
+ClipShape = tuple[int, int, int]
+"""Height and width in pixels, frames."""
 
 CACHES = ("first-block", "pab", "taylorseer")
 """Step caches of diffusers that `--cache` offers."""
+
+
+Figure = Annotated[int, Field(ge=1, le=MAX_FIGURE)]
+"""A width, a size or a number of layers."""
 
 
 class Defaults(BaseModel):
@@ -40,8 +49,8 @@ class Defaults(BaseModel):
 class PipelineFacts:
     """What a run must know of one diffusers pipeline class: how it takes text, images and guidance.
 
-    The transformer's token layout and the place of its self-attention are in `vmonarch_cli/attention`, in the file of
-    the family's name.
+    What touches diffusers (the place of its self-attention, its decoder, its quirks) is in `vmonarch_cli/families`, in
+    the file of the family's name.
     """
 
     name: str
@@ -50,17 +59,17 @@ class PipelineFacts:
     """Class name of its transformer."""
     text: tuple[str, ...]
     """What `encode_prompt` returns, under the names that the pipeline's call gives it."""
-    figures: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    """Fields of a `ModelEntry` from the transformer's config and the VAE's; KeyError for what is missing."""
+    figures: Callable[[Config, Config], dict[str, Any]]
+    """Fields of a `ModelEntry` from the transformer's config and the VAE's."""
     negative: Literal["together", "apart", "never"] = "together"
     """How the negative prompt is encoded: by the same call, by a second one, or not at all (embedded guidance)."""
     takes_image: bool = False
     image_pipeline: str | None = None
     """The class that the same checkpoint is used with when a first frame is given."""
     text_with_image: bool = False
-    """The text encoder reads the first frame with the prompt, so that the pipeline's call must encode them itself."""
+    """The text encoder reads the first frame together with the prompt: the pipeline's call encodes both."""
     vae_in_dtype: bool = False
-    """The first frame comes to the VAE in the transformer's dtype, which the VAE must have, too."""
+    """The pipeline gives the first frame to the VAE in the transformer's dtype, so the VAE must have that dtype."""
     guider: bool = False
     """Guidance is a component of the pipeline, not an argument of its call."""
     guidance_by_batch: bool = False
@@ -71,6 +80,9 @@ class PipelineFacts:
     """diffusers loads LoRA weights into it."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
+    transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
+    """Arguments of the transformer's class that build it for an entry, without its weights; None for the families whose
+    whole models are not profiled."""
 
 
 class ModelEntry(BaseModel):
@@ -92,31 +104,41 @@ class ModelEntry(BaseModel):
     aliases: tuple[str, ...] = ()
     licence: str = "unknown"
 
-    patch: Grid = (1, 2, 2)
-    vae_temporal: int = 4
-    vae_spatial: int = 8
-    latent_channels: int = 16
-    heads: int
-    head_dim: int
-    layers: int
-    ffn_dim: int
-    text_dim: int = 4096
+    patch: tuple[Figure, Figure, Figure] = (1, 2, 2)
+    vae_temporal: Figure = 4
+    vae_spatial: Figure = 8
+    latent_channels: Figure = 16
+    heads: Figure
+    head_dim: Figure
+    layers: Figure
+    ffn_dim: Figure
+    text_dim: Figure = 4096
     transformers: int = 1
-    boundary_ratio: float | None = None
-    max_sequence_length: int = 512
+    boundary_ratio: float | None = Field(default=None, gt=0, lt=1)
+    max_sequence_length: Figure = 512
     frame_offset: int = 1
-    """Frames that the VAE encodes apart, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
+    """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
     """Decode in float32 whatever the transformer's dtype is."""
     fixed_size: tuple[int, int] | None = None
     """The only height and width that the model can make, where its positions are learned."""
+    max_grid: tuple[int | None, int | None, int | None] = (None, None, None)
+    """Largest grid (T, H, W) of tokens that its positions reach; None where there is no limit."""
+    decoder_tiles: Tiles | None = None
+    """Of a decoder that leaves blank what its tiles do not fill."""
     min_frames: int = 1
+    min_steps: int = 1
+    """Fewest denoising steps that its noise schedule can be made of."""
+    has_flow_shift: bool = True
+    """Its noise schedule has a shift that can be set."""
     takes_image: bool = False
     """The model needs a first frame, which `--image` gives."""
     image_pipeline: str | None = None
-    """Pipeline class that continues a first frame with the same weights, where the model can do without one, too."""
+    """Pipeline class that continues a first frame with the same weights, for a model that also works without one."""
     embedded_guidance: bool = False
     """The guidance scale is an input of the transformer, and a step has one forward."""
+    extra_forwards: int = 0
+    """Forwards of a step beside those of the prompts, of one sample each: guidance of other kinds, on by default."""
 
     transformer_params: int
     text_encoder_params: int
@@ -144,37 +166,65 @@ class ModelEntry(BaseModel):
             width // (self.vae_spatial * self.patch[2]),
         )
 
+    def axes(self) -> tuple[Axis, Axis, Axis]:
+        """Valid frame counts, heights and widths."""
+        tile, stride = (None,) * 3, (None,) * 3
+        if self.decoder_tiles is not None:
+            tile, stride = self.decoder_tiles.tile, self.decoder_tiles.stride  # type: ignore[assignment]
+        frames, rows, columns = self.max_grid
+        heights, widths = (
+            axis(self.side_multiple, most and most * self.vae_spatial * patch, tile[i], stride[i])
+            for i, most, patch in ((1, rows, self.patch[1]), (2, columns, self.patch[2]))
+        )
+        period, offset = self.vae_temporal * self.patch[0], self.frame_offset
+        most_frames = frames and (frames * self.patch[0] - offset) * self.vae_temporal + offset
+        if self.decoder_tiles is not None:
+            return axis(period, most_frames, tile[0], stride[0]), heights, widths
+        return Axis(max(offset or period, self.min_frames), period, most_frames), heights, widths
+
     def check_shape(self, height: int, width: int, num_frames: int) -> None:
         """InputError naming the nearest valid size or frame counts when the model cannot make this shape."""
-        step = self.side_multiple
-        if height < step or width < step or height % step or width % step:
-            sizes = " and ".join(f"{w}x{h}" for w, h in _nearest_sizes(width, height, step))
+        counts, heights, widths = self.axes()
+        misfit = f"size {width}x{height} does not fit {self.alias}"
+        if not (heights.holds(height) and widths.holds(width)):
+            rule = f"width and height must be multiples of {self.side_multiple} pixels"
+            if self.decoder_tiles is not None:
+                rule = (
+                    f"its decoder works in tiles, which fill widths of {widths.first} plus a multiple of {widths.step} "
+                    f"and heights of {heights.first} plus a multiple of {heights.step} pixels"
+                )
+            raise InputError(f"{misfit}: {rule}, {nearest_sizes(width, height, widths, heights)}")
+        if heights.exceeds(height) or widths.exceeds(width):
+            _, rows, columns = self.max_grid
             raise InputError(
-                f"size {width}x{height} does not fit {self.alias}: width and height must be multiples of {step} "
-                f"pixels, the nearest valid {'sizes are' if ' and ' in sizes else 'size is'} {sizes}"
+                f"{misfit}: its positions reach {rows} rows and {columns} columns of tokens, and the largest valid "
+                f"size is {widths.largest}x{heights.largest}"
             )
         if self.fixed_size is not None and (height, width) != self.fixed_size:
             raise InputError(
-                f"size {width}x{height} does not fit {self.alias}: its positions are learned, and the only valid size "
+                f"{misfit}: its positions are learned, and the only valid size "
                 f"is {self.fixed_size[1]}x{self.fixed_size[0]}"
             )
-        period, offset = self.vae_temporal * self.patch[0], self.frame_offset
-        least = max(offset or period, self.min_frames)
-        if num_frames < least or (num_frames - offset) % period:
-            below = max(least, (num_frames - offset) // period * period + offset)
+        self._check_frames(num_frames, counts)
+
+    def _check_frames(self, num_frames: int, counts: Axis) -> None:
+        misfit = f"{num_frames} frames do not fit {self.alias}"
+        if counts.exceeds(num_frames):
             raise InputError(
-                f"{num_frames} frames do not fit {self.alias}: the frame count must be a multiple of {period}"
-                f"{' plus one' if offset else ''}{f', {least} at least' if self.min_frames > 1 else ''}, "
-                f"the nearest valid counts are {below} and {below + period}"
+                f"{misfit}: its positions reach {self.max_grid[0]} latent frames, and the largest valid count is "
+                f"{counts.largest}"
             )
-
-
-def _nearest_sizes(width: int, height: int, step: int) -> list[tuple[int, int]]:
-    """The one or two valid sizes (width, height) closest to the one asked for, the closest first."""
-
-    def options(side: int) -> set[int]:
-        low = side // step * step
-        return {max(step, low), max(step, low if side % step == 0 else low + step)}
-
-    pairs = [(w, h) for w in options(width) for h in options(height)]
-    return sorted(pairs, key=lambda p: ((p[0] - width) ** 2 + (p[1] - height) ** 2, p))[:2]
+        if counts.holds(num_frames):
+            return
+        below = counts.around(num_frames)[0]
+        nearest = f"the nearest valid counts are {below} and {below + counts.step}"
+        if self.decoder_tiles is not None:
+            raise InputError(
+                f"{misfit}: its decoder works in tiles, which fill counts of {counts.first} plus a multiple of "
+                f"{counts.step}, {nearest}"
+            )
+        raise InputError(
+            f"{misfit}: the frame count must be a multiple of {counts.step}"
+            f"{' plus one' if self.frame_offset else ''}"
+            f"{f', {counts.first} at least' if self.min_frames > 1 else ''}, {nearest}"
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 _T5_XXL_PARAMS = 4_762_310_656
 
@@ -17,6 +17,7 @@ COGVIDEOX_2B = ModelEntry(
     hub_id="THUDM/CogVideoX-2b",
     aliases=("zai-org/CogVideoX-2b",),
     licence="Apache-2.0",
+    has_flow_shift=False,
     heads=30,
     head_dim=64,
     layers=30,
@@ -49,6 +50,7 @@ COGVIDEOX_15 = COGVIDEOX_5B.model_copy(
         "hub_id": "THUDM/CogVideoX1.5-5B",
         "aliases": ("cogvideox1.5-5b", "zai-org/CogVideoX1.5-5B"),
         "patch": (2, 2, 2),
+        "max_grid": (None, 150, 150),
         "transformer_params": 5_570_676_352,
         "defaults": COGVIDEOX_5B.defaults.model_copy(
             update={"height": 768, "width": 1360, "num_frames": 81, "fps": 16}
@@ -84,49 +86,36 @@ COGVIDEOX_15_I2V = COGVIDEOX_15.model_copy(
 ENTRIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, COGVIDEOX_5B_I2V, COGVIDEOX_15_I2V)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config["patch_size"]
-    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    learned = config.get("use_learned_positional_embeddings", False)
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
+    patch = config.whole("patch_size")
+    spatial = 2 ** (vae.length("block_out_channels") - 1)
+    learned = config.flag("use_learned_positional_embeddings")
     return {
-        "patch": (config.get("patch_size_t") or 1, patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "patch": (config.whole("patch_size_t", 1), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden,
-        "text_dim": config["text_embed_dim"],
-        "max_sequence_length": config.get("max_text_seq_length", 226),
-        "latent_channels": config["out_channels"],
-        "vae_temporal": int(vae.get("temporal_compression_ratio", 4)),
+        "text_dim": config.whole("text_embed_dim"),
+        "max_sequence_length": config.whole("max_text_seq_length", 226),
+        "latent_channels": config.whole("out_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", 4),
         "vae_spatial": spatial,
-        "fixed_size": (config["sample_height"] * spatial, config["sample_width"] * spatial) if learned else None,
+        "fixed_size": (config.whole("sample_height") * spatial, config.whole("sample_width") * spatial)
+        if learned
+        else None,
+        "max_grid": _max_grid(config),
+        "has_flow_shift": False,
     }
 
 
-_TEXT = ("prompt_embeds", "negative_prompt_embeds")
-
-PIPELINES = (
-    PipelineFacts(
-        "CogVideoXPipeline",
-        "cogvideox",
-        "CogVideoXTransformer3DModel",
-        _TEXT,
-        _figures,
-        guidance_by_batch=True,
-        compiles=False,
-    ),
-    PipelineFacts(
-        "CogVideoXImageToVideoPipeline",
-        "cogvideox",
-        "CogVideoXTransformer3DModel",
-        _TEXT,
-        _figures,
-        guidance_by_batch=True,
-        compiles=False,
-        takes_image=True,
-    ),
-)
+def _max_grid(config: Config) -> tuple[int | None, int | None, int | None]:
+    """1.5 cuts its positions out of those of its largest size; 1.0 stretches them over any."""
+    if config.whole("patch_size_t", 0, least=0) == 0:
+        return None, None, None
+    patch = config.whole("patch_size")
+    return None, config.whole("sample_height") // patch, config.whole("sample_width") // patch
 
 
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
@@ -148,3 +137,29 @@ def transformer_config(entry: ModelEntry) -> dict[str, Any]:
         "max_text_seq_length": entry.max_sequence_length,
         "use_rotary_positional_embeddings": entry.alias != COGVIDEOX_2B.alias,
     }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "CogVideoXPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
+        transformer_config=transformer_config,
+    ),
+    PipelineFacts(
+        "CogVideoXImageToVideoPipeline",
+        "cogvideox",
+        "CogVideoXTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
+        takes_image=True,
+    ),
+)

@@ -5,38 +5,41 @@ HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_ENDPOINT work as in all of Hugging Face
 
 from __future__ import annotations
 
+import functools
+import logging
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.folder import read_folder
-from vmonarch_cli.wording import binary_size
+from vmonarch_cli.models.weights import count_parameters, has_weights, weight_files
+from vmonarch_cli.text import binary_size, causes, first_line
+
+
+class NotFoundError(ModelError):
+    """A repository that is neither in the local cache nor on the hub, or that the hub could not be asked for."""
 
 
 def read_repository(repo: str, revision: str | None) -> ModelEntry:
-    """Describe a repository from its configs, which are downloaded; parameters come from the weight files' headers."""
+    """Describe a repository from its configs and the headers of its weight files, of which only the headers are read.
+
+    What the local cache has is read there, without the network. Raises ModelError where the hub must be asked and does
+    not answer, or where the repository is no model that can be used.
+    """
     import huggingface_hub
 
+    quiet_hub()
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=["*.json"]))
     except Exception as error:
         raise explain(error, repo, revision) from error
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{repo} is not a diffusers model: it has no model_index.json")
-    api = huggingface_hub.HfApi()
-
-    def count(component: Path) -> int:
-        files = [name for name in weights if name.startswith(f"{component.name}/")]
-        return sum(
-            sum(api.parse_safetensors_file_metadata(repo, name, revision=revision).parameter_count.values())
-            for name in files
-        )
-
     try:
-        weights = [name for name in api.list_repo_files(repo, revision=revision) if name.endswith(".safetensors")]
-        entry = read_folder(folder, count)
+        entry = read_folder(folder, functools.partial(_count, repo, revision))
     except ModelError:
         raise
     except Exception as error:
@@ -44,15 +47,75 @@ def read_repository(repo: str, revision: str | None) -> ModelEntry:
     return entry.model_copy(update={"alias": repo, "title": repo, "hub_id": repo})
 
 
-def check_disk(repo: str, revision: str | None) -> None:
-    """ModelError when the cache's disk has no room for the weights; says nothing where the hub does not answer."""
-    import huggingface_hub
-    from huggingface_hub import constants
+def quiet_hub() -> None:
+    """Keep the hub's client from printing its retries: what it finds out comes as an error."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
+
+def _count(repo: str, revision: str | None, component: Path) -> int:
+    """Parameters of one component of a snapshot in the cache; the hub is asked for what is not there."""
+    if has_weights(component):
+        return count_parameters(component)
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    prefix = f"{component.name}/"
+    names = [name.removeprefix(prefix) for name in _files(repo, revision) if name.startswith(prefix)]
+    headers = [
+        api.parse_safetensors_file_metadata(repo, prefix + name, revision=revision) for name in weight_files(names)
+    ]
+    return sum(sum(header.parameter_count.values()) for header in headers)
+
+
+@functools.lru_cache(maxsize=4)
+def _files(repo: str, revision: str | None) -> tuple[str, ...]:
+    import huggingface_hub
+
+    return tuple(huggingface_hub.HfApi().list_repo_files(repo, revision=revision))
+
+
+def cached_folder(repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the local cache where the hub does not answer; None where it does and there is room to download.
+
+    Raises ModelError when nothing is cached either, or the disk of the cache is too full for the weights.
+    """
+    import huggingface_hub
+
+    quiet_hub()
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except Exception:
-        return
+    except Exception as error:
+        try:
+            return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:
+            raise explain(error, repo, revision) from error
+    _check_disk(repo, info)
+    return None
+
+
+def hub_file(repo: str, choose: Callable[[Sequence[str]], str], thing: str = "LoRA") -> Path:
+    """One file of a repository, downloaded or from the local cache; `choose` picks its name of all names."""
+    import huggingface_hub
+
+    quiet_hub()
+    try:
+        names = _files(repo, None)
+    except Exception as error:
+        try:
+            snapshot = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        except Exception:
+            raise explain(error, repo, thing=thing) from error
+        return snapshot / choose([path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.safetensors")])
+    name = choose(names)
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, name))
+    except Exception as error:
+        raise explain(error, repo, thing=thing) from error
+
+
+def _check_disk(repo: str, info: Any) -> None:
+    from huggingface_hub import constants
+
     cached = {Path(name).name for name in _cached_blobs(repo, constants.HF_HUB_CACHE)}
     files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
     need = sum(file.size or 0 for file in files if (file.lfs is None or file.lfs.sha256 not in cached))
@@ -72,44 +135,51 @@ def _cached_blobs(repo: str, cache: str) -> list[str]:
     return [path.name for path in blobs.iterdir()] if blobs.is_dir() else []
 
 
-def explain(error: Exception, repo: str, revision: str | None = None) -> ModelError:
-    """What a failed access to a repository means and what to do about it."""
+def explain(error: Exception, repo: str, revision: str | None = None, thing: str = "model") -> ModelError:
+    """What a failed access to a repository means and what to do about it; `thing` is what it should hold."""
     from huggingface_hub import errors
 
     at = f" at revision {revision}" if revision else ""
-    known: list[tuple[type[Any] | tuple[type[Any], ...], str]] = [
+    known: list[tuple[type[BaseException], type[ModelError], str]] = [
         (
             errors.GatedRepoError,
+            ModelError,
             f"{repo} is gated: ask for access at https://huggingface.co/{repo} and set HF_TOKEN to a token of yours",
         ),
-        (errors.RevisionNotFoundError, f"{repo} has no revision '{revision}': give a branch, a tag or a commit"),
+        (
+            errors.RevisionNotFoundError,
+            ModelError,
+            f"{repo} has no revision '{revision}': give a branch, a tag or a commit",
+        ),
         (
             errors.RepositoryNotFoundError,
-            f"there is no model {repo} on the hub, or it is private: check the name, or set HF_TOKEN",
+            NotFoundError,
+            f"there is no {thing} {repo} on the hub, or it is private: check the name, or set HF_TOKEN",
         ),
-        (errors.EntryNotFoundError, f"{repo}{at} is not a diffusers model: a file that every one has is missing"),
+        (
+            errors.EntryNotFoundError,
+            ModelError,
+            f"{repo}{at} is not a diffusers {thing}: a file that every one has is missing",
+        ),
         (
             errors.OfflineModeIsEnabled,
-            f"{repo}{at} is not in the local cache and HF_HUB_OFFLINE is set: unset it once to download the model",
+            NotFoundError,
+            f"{repo}{at} is not complete in the local cache and HF_HUB_OFFLINE is set: unset it once to download the "
+            f"{thing}",
         ),
     ]
     # A missing cache entry hides why the hub was not asked, so the whole chain is looked at, the cause first.
-    chain: list[BaseException] = []
-    step: BaseException | None = error
-    while step is not None:
-        chain.append(step)
-        step = step.__cause__ or step.__context__
-    for kind, sentence in known:
+    chain = list(causes(error))
+    for kind, family, sentence in known:
         if any(isinstance(link, kind) and not isinstance(link, errors.LocalEntryNotFoundError) for link in chain):
-            return ModelError(sentence)
+            return family(sentence)
     if any(isinstance(link, OSError) and link.errno == 28 for link in chain):
         return ModelError(f"the disk became full while {repo} was downloaded: free some room, or set HF_HOME")
     network = ("connect", "resolve", "timed out", "timeout", "network", "unreachable", "offline")
     words = " ".join(f"{type(link).__name__} {link}" for link in chain).lower()
     if isinstance(error, errors.LocalEntryNotFoundError) or any(word in words for word in network):
-        return ModelError(
-            f"{repo}{at} cannot be downloaded: the hub cannot be reached and the model is not in the local cache; "
-            "check the network, or give --model a local folder"
+        return NotFoundError(
+            f"{repo}{at} cannot be downloaded: the hub cannot be reached and the {thing} is not complete in the local "
+            f"cache; check the network, or give a local {'folder' if thing == 'model' else 'file'}"
         )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ModelError(f"{repo}{at} cannot be downloaded: {(lines or [type(error).__name__])[0].rstrip('.')[:300]}")
+    return ModelError(f"{repo}{at} cannot be downloaded: {first_line(error).rstrip('.')[:300]}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 _LICENCE = "Tencent Hunyuan"
 _CLIP_L_PARAMS = 123_060_480
@@ -82,33 +82,33 @@ HUNYUAN_VIDEO_15_I2V = HUNYUAN_VIDEO_15.model_copy(
 ENTRIES = (HUNYUAN_VIDEO, HUNYUAN_VIDEO_I2V, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_I2V)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config["patch_size"]
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
+    patch = config.whole("patch_size")
     return {
-        "patch": (config["patch_size_t"], patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"] + config.get("num_single_layers", 0),
-        "ffn_dim": int(config["mlp_ratio"] * hidden),
-        "text_dim": config["text_embed_dim"],
-        "latent_channels": config["out_channels"],
-        "vae_temporal": vae.get("temporal_compression_ratio", 4),
-        "vae_spatial": vae.get("spatial_compression_ratio", 8),
+        "patch": (config.whole("patch_size_t"), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers") + config.whole("num_single_layers", 0, least=0),
+        "ffn_dim": int(config.number("mlp_ratio") * hidden),
+        "text_dim": config.whole("text_embed_dim"),
+        "latent_channels": config.whole("out_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", 4),
+        "vae_spatial": vae.whole("spatial_compression_ratio", 8),
     }
 
 
-def _distilled(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _distilled(config: Config, vae: Config) -> dict[str, Any]:
     return {
         **_figures(config, vae),
-        "embedded_guidance": bool(config.get("guidance_embeds")),
+        "embedded_guidance": config.flag("guidance_embeds"),
         "max_sequence_length": 256,
     }
 
 
-def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _token_replace(config: Config, vae: Config) -> dict[str, Any]:
     """Of HunyuanVideo-I2V; not of its first release, whose pipeline keeps one latent frame to itself."""
-    if config.get("image_condition_type") != "token_replace":
+    if config.text("image_condition_type") != "token_replace":
         raise ModelError(
             "this HunyuanVideo-I2V has 33 input channels, and its pipeline returns neither all of its latents nor as "
             f"many frames as it was asked for: use {HUNYUAN_VIDEO_I2V.hub_id}, which replaced it"
@@ -116,10 +116,29 @@ def _token_replace(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[st
     return _distilled(config, vae)
 
 
+def transformer_config(entry: ModelEntry) -> dict[str, Any]:
+    """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
+
+    A third of its layers project video and text separately, two thirds together.
+    """
+    return {
+        "in_channels": entry.latent_channels,
+        "out_channels": entry.latent_channels,
+        "num_attention_heads": entry.heads,
+        "attention_head_dim": entry.head_dim,
+        "num_layers": entry.layers // 3,
+        "num_single_layers": entry.layers - entry.layers // 3,
+        "patch_size": entry.patch[1],
+        "patch_size_t": entry.patch[0],
+        "guidance_embeds": entry.embedded_guidance,
+        "text_embed_dim": entry.text_dim,
+    }
+
+
 _TEXT = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _TEXT_15 = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
-_CACHES_15 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+_CACHES_15 = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
     PipelineFacts(
@@ -129,6 +148,7 @@ PIPELINES = (
         _TEXT,
         _distilled,
         negative="never",
+        transformer_config=transformer_config,
     ),
     PipelineFacts(
         "HunyuanVideoImageToVideoPipeline",
@@ -165,22 +185,3 @@ PIPELINES = (
         lora=False,
     ),
 )
-
-
-def transformer_config(entry: ModelEntry) -> dict[str, Any]:
-    """Arguments of diffusers' HunyuanVideoTransformer3DModel that build its transformer, without its weights.
-
-    Of its layers, a third has apart and two thirds have common projections of video and text.
-    """
-    return {
-        "in_channels": entry.latent_channels,
-        "out_channels": entry.latent_channels,
-        "num_attention_heads": entry.heads,
-        "attention_head_dim": entry.head_dim,
-        "num_layers": entry.layers // 3,
-        "num_single_layers": entry.layers - entry.layers // 3,
-        "patch_size": entry.patch[1],
-        "patch_size_t": entry.patch[0],
-        "guidance_embeds": entry.embedded_guidance,
-        "text_embed_dim": entry.text_dim,
-    }

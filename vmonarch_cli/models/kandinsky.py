@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
+
+_MAX_GRID = (128, 128, 128)  # of diffusers' Kandinsky5RoPE3D, which no config changes
 
 KANDINSKY_5_LITE = ModelEntry(
     alias="kandinsky-5-lite",
@@ -15,6 +17,7 @@ KANDINSKY_5_LITE = ModelEntry(
     hub_id="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
     aliases=("kandinsky-5",),
     licence="MIT",
+    max_grid=_MAX_GRID,
     heads=28,
     head_dim=64,
     layers=32,
@@ -40,22 +43,23 @@ KANDINSKY_5_LITE = ModelEntry(
 ENTRIES = (KANDINSKY_5_LITE,)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    head_dim = sum(config["axes_dims"])
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    head_dim = sum(config.wholes("axes_dims"))
     return {
-        "patch": tuple(config["patch_size"]),
-        "heads": config["model_dim"] // head_dim,
+        "patch": config.wholes("patch_size", 3),
+        "heads": config.whole("model_dim") // head_dim,
         "head_dim": head_dim,
-        "layers": config["num_visual_blocks"],
-        "ffn_dim": config["ff_dim"],
-        "text_dim": config["in_text_dim"],
-        "latent_channels": config["out_visual_dim"],
-        "vae_temporal": vae.get("temporal_compression_ratio", 4),
-        "vae_spatial": vae.get("spatial_compression_ratio", 8),
+        "layers": config.whole("num_visual_blocks"),
+        "ffn_dim": config.whole("ff_dim"),
+        "text_dim": config.whole("in_text_dim"),
+        "latent_channels": config.whole("out_visual_dim"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", 4),
+        "vae_spatial": vae.whole("spatial_compression_ratio", 8),
+        "max_grid": _MAX_GRID,
     }
 
 
-def _from_image(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _from_image(config: Config, vae: Config) -> dict[str, Any]:
     """The pipeline gives the first four latent frames the statistics of those after them, so there must be five."""
     found = _figures(config, vae)
     return {**found, "min_frames": 4 * found["vae_temporal"] + 1}

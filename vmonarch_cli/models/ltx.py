@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 _NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
+
+_EXTRA_FORWARDS = 2  # of LTX-2's pipeline: spatio-temporal guidance, and guidance by isolated modalities
 
 LTX_VIDEO = ModelEntry(
     alias="ltx-video",
@@ -27,6 +29,7 @@ LTX_VIDEO = ModelEntry(
     layers=28,
     ffn_dim=4 * 2048,
     max_sequence_length=128,
+    min_steps=2,  # the schedule is stretched to end at a given noise level, which one step cannot
     transformer_params=1_923_385_472,
     text_encoder_params=4_762_310_656,
     vae_params=419_193_649,
@@ -55,6 +58,7 @@ LTX_2 = LTX_VIDEO.model_copy(
         "layers": 48,
         "ffn_dim": 4 * 4096,
         "text_dim": 3840,
+        "extra_forwards": _EXTRA_FORWARDS,
         "max_sequence_length": 1024,
         "transformer_params": 18_876_174_592,
         "text_encoder_params": 12_187_325_040,  # Gemma 3 12B
@@ -68,34 +72,34 @@ LTX_2 = LTX_VIDEO.model_copy(
 ENTRIES = (LTX_VIDEO, LTX_2)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config.get("patch_size", 1)
-    doublings = 2 ** sum(vae["spatio_temporal_scaling"])
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
+    patch = config.whole("patch_size", 1)
+    doublings = 2 ** vae.count_true("spatio_temporal_scaling")
     return {
-        "patch": (config.get("patch_size_t", 1), patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "patch": (config.whole("patch_size_t", 1), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden,
-        "text_dim": config["caption_channels"],
-        "latent_channels": config["in_channels"],
-        "vae_temporal": vae.get("temporal_compression_ratio") or vae["patch_size_t"] * doublings,
-        "vae_spatial": vae.get("spatial_compression_ratio") or vae["patch_size"] * doublings,
+        "text_dim": config.whole("caption_channels"),
+        "latent_channels": config.whole("in_channels"),
+        "vae_temporal": vae.whole("temporal_compression_ratio", vae.whole("patch_size_t", 1) * doublings),
+        "vae_spatial": vae.whole("spatial_compression_ratio", vae.whole("patch_size", 4) * doublings),
     }
 
 
-def _ltx(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _ltx(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "max_sequence_length": 128}
 
 
-def _ltx2(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_figures(config, vae), "max_sequence_length": 1024}
+def _ltx2(config: Config, vae: Config) -> dict[str, Any]:
+    return {**_figures(config, vae), "max_sequence_length": 1024, "extra_forwards": _EXTRA_FORWARDS}
 
 
 _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
-_CACHES_2 = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+_CACHES_2 = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
     PipelineFacts(

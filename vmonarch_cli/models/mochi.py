@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 MOCHI_1 = ModelEntry(
     alias="mochi-1",
@@ -22,6 +22,7 @@ MOCHI_1 = ModelEntry(
     layers=48,
     ffn_dim=4 * 3072 * 2 // 3,
     max_sequence_length=256,
+    min_steps=2,  # a part of its schedule is linear and a part quadratic
     transformer_params=10_027_677_744,
     text_encoder_params=4_762_310_656,
     vae_params=459_748_611,
@@ -31,18 +32,19 @@ MOCHI_1 = ModelEntry(
 ENTRIES = (MOCHI_1,)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    patch = config["patch_size"]
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    patch = config.whole("patch_size")
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
     return {
         "patch": (1, patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"],
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers"),
         "ffn_dim": 4 * hidden * 2 // 3,
-        "text_dim": config["text_embed_dim"],
-        "max_sequence_length": config.get("max_sequence_length", 256),
-        "latent_channels": config["in_channels"],
+        "text_dim": config.whole("text_embed_dim"),
+        "max_sequence_length": config.whole("max_sequence_length", 256),
+        "latent_channels": config.whole("in_channels"),
+        "min_steps": 2,
         "vae_temporal": 6,
         "vae_spatial": 8,
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 MOTIF_VIDEO_2B = ModelEntry(
     alias="motif-video-2b",
@@ -22,7 +22,7 @@ MOTIF_VIDEO_2B = ModelEntry(
     layers=12 + 24,
     ffn_dim=4 * 1536,
     transformer_params=2_151_132_608,
-    text_encoder_params=4_000_000_000,  # not published apart; about the size of the Gemma 3 it was made from
+    text_encoder_params=4_000_000_000,  # an estimate: the size of the Gemma 3 that it was made from
     vae_params=126_892_531,
     defaults=Defaults(height=736, width=1280, num_frames=121, fps=24, steps=50, guidance_scale=8.0),
 )
@@ -30,24 +30,24 @@ MOTIF_VIDEO_2B = ModelEntry(
 ENTRIES = (MOTIF_VIDEO_2B,)
 
 
-def _figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    patch = config["patch_size"]
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
+def _figures(config: Config, vae: Config) -> dict[str, Any]:
+    patch = config.whole("patch_size")
+    hidden = config.whole("num_attention_heads") * config.whole("attention_head_dim")
     return {
-        "patch": (config["patch_size_t"], patch, patch),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"] + config["num_single_layers"],
-        "ffn_dim": int(config["mlp_ratio"] * hidden),
-        "text_dim": config["text_embed_dim"],
-        "latent_channels": config["out_channels"],
-        "vae_temporal": vae.get("scale_factor_temporal") or 4,
-        "vae_spatial": vae.get("scale_factor_spatial") or 8,
+        "patch": (config.whole("patch_size_t"), patch, patch),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers") + config.whole("num_single_layers"),
+        "ffn_dim": int(config.number("mlp_ratio") * hidden),
+        "text_dim": config.whole("text_embed_dim"),
+        "latent_channels": config.whole("out_channels"),
+        "vae_temporal": vae.whole("scale_factor_temporal", 4),
+        "vae_spatial": vae.whole("scale_factor_spatial", 8),
         "vae_float32": True,
     }
 
 
-def _from_image(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def _from_image(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "vae_float32": False}
 
 

@@ -47,7 +47,7 @@ ENTRIES: tuple[ModelEntry, ...] = (T2V_14B, I2V_14B)
 _TEXT = ("prompt_embeds", "negative_prompt_embeds")
 _CLASS = "SkyReelsV2Transformer3DModel"
 
-_CACHES = ("pab", "taylorseer")  # diffusers has not told first-block what the blocks return
+_CACHES = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
     PipelineFacts("SkyReelsV2Pipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, caches=_CACHES),

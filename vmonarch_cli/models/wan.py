@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
+from vmonarch_cli.models.config import Config
 
 # The negative prompt that Wan's own generate.py uses when none is given; the models were evaluated with it.
 NEGATIVE_PROMPT = (
@@ -26,6 +26,7 @@ WAN21_1_3B = ModelEntry(
     aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
     licence="Apache-2.0",
     vae_float32=True,
+    max_grid=(1024, 1024, 1024),
     heads=12,
     head_dim=128,
     layers=30,
@@ -171,31 +172,21 @@ ENTRIES = (
 )
 
 
-def figures(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def figures(config: Config, vae: Config) -> dict[str, Any]:
     """Of a WanTransformer3DModel, with or without VACE blocks, and its VAE."""
     return {
-        "patch": tuple(config.get("patch_size", (1, 2, 2))),
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
-        "layers": config["num_layers"] + len(config.get("vace_layers") or ()),
-        "ffn_dim": config["ffn_dim"],
-        "text_dim": config.get("text_dim", 4096),
-        "latent_channels": config.get("out_channels") or config.get("in_channels", 16),
-        "vae_temporal": vae.get("scale_factor_temporal") or 4,
-        "vae_spatial": vae.get("scale_factor_spatial") or 8,
+        "patch": config.wholes("patch_size", 3, (1, 2, 2)),
+        "heads": config.whole("num_attention_heads"),
+        "head_dim": config.whole("attention_head_dim"),
+        "layers": config.whole("num_layers") + config.length("vace_layers", ()),
+        "ffn_dim": config.whole("ffn_dim"),
+        "text_dim": config.whole("text_dim", 4096),
+        "latent_channels": config.whole("out_channels", config.whole("in_channels", 16)),
+        "vae_temporal": vae.whole("scale_factor_temporal", 4),
+        "vae_spatial": vae.whole("scale_factor_spatial", 8),
         "vae_float32": True,
+        "max_grid": (config.whole("rope_max_seq_len", 1024),) * 3,
     }
-
-
-_TEXT = ("prompt_embeds", "negative_prompt_embeds")
-
-PIPELINES = (
-    PipelineFacts(
-        "WanPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, image_pipeline="WanImageToVideoPipeline"
-    ),
-    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
-    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
-)
 
 
 def transformer_config(entry: ModelEntry) -> dict[str, Any]:
@@ -219,3 +210,20 @@ def transformer_config(entry: ModelEntry) -> dict[str, Any]:
         "eps": 1e-6,
         "rope_max_seq_len": 1024,
     }
+
+
+_TEXT = ("prompt_embeds", "negative_prompt_embeds")
+
+PIPELINES = (
+    PipelineFacts(
+        "WanPipeline",
+        "wan",
+        "WanTransformer3DModel",
+        _TEXT,
+        figures,
+        image_pipeline="WanImageToVideoPipeline",
+        transformer_config=transformer_config,
+    ),
+    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
+    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
+)

@@ -11,12 +11,11 @@ of `monarch_attention` on the grid (T / b, b H, W).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vmonarch_cli.attention import AttentionSession
+from vmonarch_cli.attention.structured import Attention, Call
+from vmonarch_cli.presets import Preset
 from vmonarch_kernels import dense_attention
 from vmonarch_kernels.cost import monarch_flops
 from vmonarch_kernels.spec import Options
@@ -25,25 +24,27 @@ Grid = tuple[int, int, int]
 _SCORES = 1 << 26  # entries of R held at once: 256 MiB
 
 
-class BlockAttention(AttentionSession):
-    """A session whose preset's `num_steps`, `c_floor` and `first_frame` run with several frames to a block."""
+def attention_in_blocks(preset: Preset, frames_per_block: int) -> Attention:
+    """A session's attention: the preset's `num_steps`, `c_floor` and `first_frame` with several frames to a block.
 
-    frames_per_block = 1
+    ValueError at a call with text: joint attention has no frame blocks here.
+    """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, transformer: int, layer: int) -> Tensor:
-        """(B, N, heads, D) each -> (B, N, heads, D)."""
-        if self.grid is None:
-            raise RuntimeError("BlockAttention was called before a forward told it the grid")
+    def attend(call: Call) -> Tensor:
+        if call.text is not None:
+            raise ValueError("joint text-video attention does not run with several frames to a block")
         return block_attention(
-            q,
-            k,
-            v,
-            self.grid,
-            frames_per_block=self.frames_per_block,
-            num_steps=self.preset.num_steps,
-            c_floor=self.preset.c_floor,
-            first_frame=self.preset.first_frame,
+            call.q,
+            call.k,
+            call.v,
+            call.grid,
+            frames_per_block=frames_per_block,
+            num_steps=preset.num_steps,
+            c_floor=preset.c_floor,
+            first_frame=preset.first_frame,
         )
+
+    return attend
 
 
 def block_attention(
@@ -102,7 +103,7 @@ def _monarch(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, num_steps: int, c_
     return torch.einsum("zlkj,zkjd->zljd", L, R @ v)
 
 
-def block_flops(grid: Grid, heads: int, head_dim: int, preset: Any, frames_per_block: int) -> int:
+def block_flops(grid: Grid, heads: int, head_dim: int, preset: Preset, frames_per_block: int) -> int:
     """Operations of one call, masked places counted: they are computed."""
     frames, positions = grid[0], grid[1] * grid[2]
     blocks = -(-frames // frames_per_block)

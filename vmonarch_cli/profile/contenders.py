@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vmonarch_cli.attention import AttentionSession, swapped
-from vmonarch_cli.attention.joint import Text
-from vmonarch_cli.attention.processors import FAMILIES
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.attention.structured import Call
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import StepRow
 from vmonarch_kernels import dense_backends
@@ -31,14 +32,11 @@ _DENSE = {
 }
 
 
-class SkippedAttention(AttentionSession):
-    """Self-attention that returns its values: what is left of a step is the floor of everything else."""
-
-    def attend_joint(
-        self, q: Tensor, k: Tensor, v: Tensor, transformer: int, layer: int, text: Text | None, clips: int
-    ) -> Tensor:
-        """(B, N, heads, D) each -> a copy of v, as large a write as an attention's output."""
-        return v.clone(memory_format=torch.contiguous_format)
+def skip_attention(call: Call) -> Tensor:
+    """A copy of the call's values, as large a write as an attention's output: what is left of a step is the floor of
+    everything else.
+    """
+    return call.v.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -88,7 +86,7 @@ def contenders(
 
 def skipped(transformer: Any, layers: int) -> Contender:
     """The transformer without its self-attention."""
-    session = SkippedAttention(Preset(name="skipped", attention="dense"), [layers])
+    session = AttentionSession(Preset(name="skipped"), [layers], attention=skip_attention)
     return structured(transformer, StepRow("skipped", "skipped"), session)
 
 

@@ -21,27 +21,21 @@ IN_WORDS = {
 
 
 def attention_inputs(
-    kind: Kind,
-    frames: int,
-    positions: int,
-    heads: int,
-    head_dim: int,
-    *,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int = 0,
+    kind: Kind, shape: tuple[int, int, int, int, int], *, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, N, heads, D); every entry is standard normal, so that both kinds cost a chip the same."""
+    """q, k, v (B, N, heads, D) of a `shape` (B, frames, positions, heads, D).
+
+    Every entry is standard normal, so that both kinds cost a chip the same.
+    """
+    batch, frames, *frame_shape = shape
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise() -> Tensor:
-        shape = (batch, positions, heads, head_dim)
-        x_BTPHD = torch.empty(batch, frames, *shape[1:], dtype=dtype, device=device)
-        last = torch.zeros(shape, device=device)
+        x_BTPHD = torch.empty(batch, frames, *frame_shape, dtype=dtype, device=device)
+        last = torch.zeros(batch, *frame_shape, device=device)
         keep = FRAME_CORRELATION if kind == "video" else 0.0
         for frame in range(frames):  # frame by frame: a float32 copy of a long clip would be gigabytes
-            fresh = torch.randn(shape, generator=generator, device=device)
+            fresh = torch.randn(batch, *frame_shape, generator=generator, device=device)
             last = fresh if frame == 0 else keep * last + (1 - keep**2) ** 0.5 * fresh
             x_BTPHD[:, frame] = last
         return x_BTPHD.flatten(1, 2)

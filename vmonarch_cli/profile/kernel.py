@@ -10,24 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
-from vmonarch_cli.profile.repeat import BURST_S, Budget, call_memory, reason, timed, wall
-from vmonarch_cli.profile.results import QUANTISED, Check, ChipPeak, KernelRow, KernelShape, Spread
+from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, wall
+from vmonarch_cli.profile.results import QUANTISED, ChipPeak, KernelRow, KernelShape, OutputCheck, Spread
 from vmonarch_kernels import Inputs, Options, Residual, attend, resolve_impl
-from vmonarch_kernels.cost import (
-    band_with_refresh,
-    dense_bytes,
-    dense_flops,
-    is_exact,
-    monarch_bytes,
-    monarch_flops,
-    refresh_period,
-)
+from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
 Tensors = tuple[Tensor, Tensor, Tensor]
-OnWork = Callable[[str], None]
 
 SHAPES_GPU = ((20, 1456), (21, 1560), (47, 1456), (21, 3600), (81, 1456))
 SHAPES_CPU = ((13, 144), (13, 400))
@@ -66,7 +57,7 @@ class _Contender:
 
     row: KernelRow
     run: Callable[[], Tensor]
-    check: Callable[[Tensor, float], Check]
+    check: Callable[[Tensor, float], OutputCheck]
     """Of an output and its error against dense."""
     period: int = 1
     """After so many calls their work repeats."""
@@ -87,11 +78,7 @@ def profile_shape(
     began = time.monotonic()
     tensors = attention_inputs(
         settings.inputs,
-        frames,
-        positions,
-        settings.heads,
-        settings.head_dim,
-        batch=settings.batch,
+        (settings.batch, frames, positions, settings.heads, settings.head_dim),
         dtype=settings.dtype,
         device=settings.device,
         seed=settings.seed,
@@ -219,8 +206,8 @@ def _dense(
     return _Contender(row, functools.partial(backend.attend, *tensors), functools.partial(_dense_check, budget))
 
 
-def _dense_check(budget: float, out: Tensor, error: float) -> Check:
-    return Check(error, budget, "dense attention in float32")
+def _dense_check(budget: float, out: Tensor, error: float) -> OutputCheck:
+    return OutputCheck(error, budget, "dense attention in float32")
 
 
 def _structured(
@@ -229,18 +216,14 @@ def _structured(
     """A preset as a model calls it: warm ones in steady state, from the L of an earlier call and keeping the next."""
     grid = (frames, positions, 1)
     impl = resolve_impl(preset.impl, settings.device, settings.dtype, settings.head_dim)
-    band = band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame)
-    options = Options(preset.num_steps, preset.c_floor, preset.first_frame, band)
-    exact = is_exact(frames, band)
-    warm = preset.warm_start and not exact
-    refresh = 0 if exact else preset.refresh
+    cold, chosen = options_for(preset, frames), options_for(preset, frames, warm=True)
+    exact, warm, refresh, options = chosen.exact, chosen.warm, chosen.refresh, chosen.kernel
     inputs = Inputs(*tensors, grid)
     if warm:
-        _, l_prev = attend(inputs, options, impl=impl, return_l=True)
-        inputs, options = replace(inputs, l_prev=l_prev), replace(options, num_steps=1)
+        inputs = replace(inputs, l_prev=attend(inputs, cold.kernel, impl=impl, return_l=True)[1])
     size = (grid, settings.heads, settings.head_dim, settings.batch)
-    work = monarch_flops(*size, options=options, warm=warm, refresh=refresh)
-    moved = monarch_bytes(*size, settings.dtype.itemsize, options=options, warm=warm, refresh=refresh)
+    work = monarch_flops(*size, **chosen.cost())
+    moved = monarch_bytes(*size, settings.dtype.itemsize, **chosen.cost())
     row = KernelRow(
         preset.name,
         "structured",
@@ -257,7 +240,7 @@ def _structured(
             return residual.attention(inputs, options, refresh, impl=impl, return_l=warm)[0]
         return attend(inputs, options, impl=impl, return_l=warm)[0]
 
-    def check(out: Tensor, error: float) -> Check:
+    def check(out: Tensor, error: float) -> OutputCheck:
         if exact:
             return _dense_check(_DENSE_BUDGET[settings.dtype], out, error)
         return _structured_check(out, inputs, options, refresh, impl)
@@ -265,7 +248,7 @@ def _structured(
     return _Contender(row, run, check, refresh_period(refresh))
 
 
-def _structured_check(out: Tensor, inputs: Inputs, options: Options, refresh: float, impl: str) -> Check:
+def _structured_check(out: Tensor, inputs: Inputs, options: Options, refresh: float, impl: str) -> OutputCheck:
     """A first call's output against the same algorithm in wider arithmetic, by another implementation where one fits.
 
     The budget is EAGER_FACTOR times the error that the eager algorithm makes in the tensors' own dtype.
@@ -286,4 +269,4 @@ def _structured_check(out: Tensor, inputs: Inputs, options: Options, refresh: fl
 
     truth, eager = run(wide), run(dtype)
     budget = max(_ROUNDING[dtype], EAGER_FACTOR * difference(eager, truth))
-    return Check(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")
+    return OutputCheck(difference(out, truth), budget, f"impl={other} in {str(wide).removeprefix('torch.')}")

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.profile.record import check_parent
-from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile, QualityProfile, QualityRow
+from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
+from vmonarch_cli.profile.record import check_file
+from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile
+from vmonarch_cli.untrusted.files import user_path
 
 ENDINGS = (".png", ".svg")
 PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))
@@ -20,16 +22,16 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _GREY = "#777777"
 
 
-def check_plot(target: str | None) -> Path | None:
+def check_plot(target: str | None, overwrite: bool = False) -> Path | None:
     """The plot's path; InputError before anything is measured when it could not be drawn."""
     if target is None:
         return None
-    path = Path(target)
+    path = user_path(target, "--plot")
     if path.suffix.lower() not in ENDINGS:
         raise InputError(f"--plot takes a file that ends in {' or '.join(ENDINGS)}, got {target}")
     if find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which is not installed: pip install 'vmonarch[plot]'")
-    check_parent(path, "--plot")
+    check_file(path, "--plot", overwrite)
     return path
 
 

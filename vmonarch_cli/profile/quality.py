@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.attention import AttentionSession, swapped
-from vmonarch_cli.loading import load_pipeline
-from vmonarch_cli.metrics import psnr, relative_error, ssim
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.pipelines import decode
-from vmonarch_cli.plan import count_flops
+from vmonarch_cli.pipeline.call import decode
+from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.presets import Preset, load_preset
-from vmonarch_cli.profile.blocks import BlockAttention, block_flops
-from vmonarch_cli.profile.kernel import OnWork
-from vmonarch_cli.profile.repeat import Budget, reason
-from vmonarch_cli.profile.results import EXACT, Check, QualityProfile, QualityRow
+from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
+from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
+from vmonarch_cli.profile.repeat import Budget, OnWork, reason
+from vmonarch_cli.profile.results import EXACT, OutputCheck
 from vmonarch_cli.profile.variants import Variant
 
 EXACT_BUDGET = 1e-3
@@ -57,7 +58,8 @@ class QualitySettings:
 
     @property
     def forwards(self) -> int:
-        return 2 if self.guidance_scale > 1 else 1
+        """Forwards of one denoising step."""
+        return branches_of(self.entry, self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class _Clips:
 def run_quality(
     settings: QualitySettings,
     budget: Budget,
-    on_result: Callable[[QualityProfile, list[Check]], None],
+    on_result: Callable[[QualityProfile, list[OutputCheck]], None],
     on_work: OnWork = lambda words: None,
-) -> tuple[QualityProfile, list[Check], list[dict[str, str]]]:
+) -> tuple[QualityProfile, list[OutputCheck], list[dict[str, str]]]:
     """The profile, its checks, and the variants for which the time ran out.
 
     A variant that raises becomes a row with the reason. Raises ModelError when the model cannot be loaded.
@@ -91,7 +93,7 @@ def run_quality(
         guidance_scale=settings.guidance_scale,
         prompts=list(settings.prompts),
     )
-    checks: list[Check] = []
+    checks: list[OutputCheck] = []
     skipped: list[dict[str, str]] = []
     on_work("loading the model")
     pipeline = load_pipeline(
@@ -118,7 +120,7 @@ def run_quality(
         longest = max(longest, time.monotonic() - began)
         if variant.name == EXACT:
             worst = max(rows[index].latent_errors, default=math.inf)
-            checks.append(Check(worst, EXACT_BUDGET, "preset exact against dense, final latents, worst clip"))
+            checks.append(OutputCheck(worst, EXACT_BUDGET, "preset exact against dense, final latents, worst clip"))
         profile.rows = [rows[i] for i in sorted(rows)]
         on_result(profile, checks)
     return profile, checks, skipped
@@ -163,11 +165,8 @@ def _session(
 ) -> tuple[Preset, AttentionSession]:
     count = 1 if getattr(pipeline, "transformer_2", None) is None else 2
     layers = [settings.entry.layers] * count
-    if frames_per_block == 1:
-        return preset, AttentionSession(preset, layers)
-    session = BlockAttention(preset, layers)
-    session.frames_per_block = frames_per_block
-    return preset, session
+    attention = attention_in_blocks(preset, frames_per_block) if frames_per_block > 1 else None
+    return preset, AttentionSession(preset, layers, attention=attention)
 
 
 @torch.no_grad()
@@ -206,7 +205,7 @@ def _decoded(settings: QualitySettings, pipeline: Any, latents: Tensor) -> list[
     """Frames of each clip as (F, 3, H, W), uint8, on the CPU."""
     if settings.entry.alias == DEMO_ALIAS:
         # Small clips: the whole-clip decoder is the same network without the chunks, and many times faster on a GPU.
-        from vmonarch_cli.whole_clip import decode_normalised
+        from vmonarch_cli.families.wan_vae import decode_normalised
 
         vae = pipeline.vae
         parts = [decode_normalised(vae, part.to(settings.device, vae.dtype)) for part in latents.split(4)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.untrusted.files import user_path
 
 SCHEMA = 1
 """Version of the layout; raised when a reader of an older one would misread it."""
@@ -27,7 +28,7 @@ COMMIT_VARIABLE = "VMONARCH_COMMIT"
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineFacts:
     """Where the figures come from, ready for captions."""
 
     device: str
@@ -41,12 +42,12 @@ class Machine:
         return ", ".join([self.device, *(f"{name} {self.versions[name]}" for name in shown)])
 
 
-def this_machine(device: Any) -> Machine:
+def this_machine(device: Any) -> MachineFacts:
     """Device (a torch.device) and versions; imports torch."""
     import torch
 
-    from vmonarch_cli.loading import device_name
-    from vmonarch_cli.versions import installed_versions
+    from vmonarch_cli.machine.versions import installed_versions
+    from vmonarch_cli.pipeline.device import device_name
 
     details: dict[str, Any] = {"type": str(device), "name": device_name(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -54,7 +55,7 @@ def this_machine(device: Any) -> Machine:
         details["capability"] = list(torch.cuda.get_device_capability(device))
         details["memory_bytes"] = properties.total_memory
         details["multiprocessors"] = properties.multi_processor_count
-    return Machine(device_name(device), installed_versions(), details)
+    return MachineFacts(device_name(device), installed_versions(), details)
 
 
 def commit() -> dict[str, Any] | None:
@@ -88,10 +89,10 @@ class Recorder:
     """Keeps the record of one run and, given a path, its file up to date."""
 
     def __init__(
-        self, kind: str, target: str | None, machine: Machine, settings: dict[str, Any], program: str = "vmonarch"
+        self, kind: str, target: str | None, machine: MachineFacts, settings: dict[str, Any], program: str = "vmonarch"
     ) -> None:
         """target: a file, "-" (the caller prints `data` at the end) or None; program: what the arguments were for."""
-        self._path = None if target in (None, "-") else Path(str(target))
+        self._path = None if target in (None, "-") else Path(str(target)).expanduser()
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
@@ -120,14 +121,20 @@ class Recorder:
         return json.dumps(_finite(self.data), ensure_ascii=False, indent=1, allow_nan=False, default=_plain) + "\n"
 
 
-def check_target(target: str | None) -> None:
-    """OutputError before anything is measured when the file could not be written."""
+def check_target(target: str | None, overwrite: bool = False) -> None:
+    """OutputError before anything is measured when the file could not be written, or would be lost."""
     if target in (None, "-"):
         return
-    path = Path(str(target))
+    check_file(user_path(str(target), "--json", OutputError), "--json", overwrite)
+
+
+def check_file(path: Path, flag: str, overwrite: bool) -> None:
+    """OutputError unless a file can be made at `path` without losing one that is there; makes its folder."""
     if path.is_dir():
-        raise OutputError(f"--json takes a file or -, and {path} is a folder")
-    check_parent(path, "--json")
+        raise OutputError(f"{flag} takes a file, and {path} is a folder")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{flag}: {path} exists already: pass --overwrite to replace it, or another file")
+    check_parent(path, flag)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 import torch
 
 from vmonarch_cli.attention.clock import Clock, Mark
+from vmonarch_cli.text import first_line
 
 MIN_ROUNDS = 3
 BURST_S = 0.05
 """For short calls: with the power that another contender drew just before, a GPU's clock differs by up to a tenth."""
 _LONGEST_BURST = 50
+
+OnWork = Callable[[str], None]
+"""Gets what a profile is about to do, in a few words."""
 
 T = TypeVar("T")
 
@@ -84,7 +88,10 @@ def _burst(run: Callable[[], Any], device: torch.device, seconds: float) -> int:
 
 
 def order_of_round(contenders: Sequence[T], index: int) -> list[T]:
-    """By chance, the same in every process: what ran just before tells on a call, by the heat that it left."""
+    """The contenders in a random order, which is the same in every process.
+
+    A call is slower after one that heated the chip, so no contender may always follow the same other.
+    """
     return random.Random(index).sample(contenders, len(contenders))
 
 
@@ -114,5 +121,4 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong, for a row that has no figures."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200].rstrip(".")
+    return f"{type(error).__name__}: {first_line(error, 'no message')}"[:200].rstrip(".")

@@ -1,0 +1,87 @@
+"""kernels/bench/report.py: the results page comes from records, and from good ones only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vmonarch_cli.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--shape", "3x16", "--heads", "1", "--head-dim", "16", "--repeats", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "kernels" / "bench" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def records(tmp_path: Path, tiny_wan_folder: Path) -> Path:
+    """One record of each kind, as the commands write them."""
+    folder = tmp_path / "results"
+    tiny = ("-m", str(tiny_wan_folder), "--size", "48x32", "--num-frames", "9", "--steps", "1", "--device", "cpu")
+    for name, arguments in (("kernel", SMALL), ("model", tiny), ("quality", (*tiny, "--prompts", "1"))):
+        target = str(folder / f"{name}.json")
+        result = CliRunner().invoke(app, ["profile", name, *arguments, "--json", target])
+        assert result.exit_code == 0, result.stderr
+    return folder
+
+
+def test_the_page_comes_from_the_records(report: ModuleType, records: Path, tmp_path: Path) -> None:
+    out = tmp_path / "RESULTS.md"
+    assert report.main(["--results", str(records), "--out", str(out)]) == 0
+    page = out.read_text()
+    for words in ("## Kernel: CPU", "## Model: CPU", "## Quality: CPU", "| 3 x 16 | paper cold |", "torch ", "commit"):
+        assert words in page
+    for kind in ("kernel", "model", "quality"):
+        assert f"Record `{kind}.json`" in page
+    assert json.loads((records / "model.json").read_text())["verdicts"][0] in page
+    assert report.main(["--results", str(records), "--out", str(out), "--check"]) == 0
+    out.write_text(page + "and a figure from elsewhere\n")
+    assert report.main(["--results", str(records), "--out", str(out), "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"checks_passed": False, "problems": ["check failed: paper at 3x16"]}, "checks failed (check failed: paper"),
+        ({"checks_passed": None}, "checks failed"),
+        ({"finished": None}, "did not finish"),
+        ({"schema": 99}, "not a record of schema 1"),
+        ({"kind": "weather"}, "of kind 'weather'"),
+        ({"device": {}}, "does not say its device"),
+    ],
+)
+def test_a_record_that_must_not_be_cited_is_refused(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
+) -> None:
+    good = {
+        "schema": 1,
+        "kind": "kernel",
+        "checks_passed": True,
+        "finished": "2026-01-01",
+        "device": {"name": "x"},
+        "versions": {"torch": "2"},
+        "command": "vmonarch profile kernel",
+    }
+    (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+    out = tmp_path / "RESULTS.md"
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 1
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_page_in_the_tree_is_up_to_date(report: ModuleType) -> None:
+    assert report.main(["--check"]) == 0, "run python kernels/bench/report.py"

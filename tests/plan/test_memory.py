@@ -1,0 +1,91 @@
+"""One model of memory: what `plan` says of this machine and of other cards, and what all clips of a batch take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vmonarch_cli.cli.app import app
+from vmonarch_cli.plan.memory import footprint, peaks_of, totals
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def plan(**flags: Any) -> Plan:
+    return resolve(GenerateRequest(**{"prompt": "a cat", "model": "wan2.1-14b", "preset": "paper", **flags}))
+
+
+def memory_of(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["plan", "-m", "wan2.1-14b", "--preset", "paper", *arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["memory"]
+
+
+def test_plan_answers_for_a_card_that_is_not_here() -> None:
+    peaks = peaks_of(plan(), "bfloat16")
+    for vram in (4.0, 24.0, 80.0):
+        memory = memory_of("--vram", str(vram))
+        assert memory["peak_bytes"] == peaks, "the figures by which a run chooses its mode"
+        assert memory["fits"] == [mode for mode, peak in peaks.items() if peak <= vram * GIB]
+        assert (memory["on"], memory["dtype"], memory["vram_bytes"]) == ("gpu", "bfloat16", vram * GIB)
+    assert memory_of("--vram", "1000")["fits"] == ["none", "model", "group", "sequential"]
+    assert "fits" not in memory_of("--device", "cpu")
+
+
+def test_plan_says_what_to_change_where_nothing_fits() -> None:
+    given = ["plan", "-m", "wan2.1-14b", "--preset", "balanced", "--vram", "24"]
+    said = " ".join(CliRunner().invoke(app, given).stdout.split())
+    assert "no offload mode fits; --set refresh=0 does, or choose a smaller size" in said
+    result = CliRunner().invoke(app, ["plan", "--vram", "nan"])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        2,
+        "error: --vram takes a number from 0.5 to 10000, got nan",
+    )
+
+
+def test_a_small_model_on_a_cpu_is_mostly_the_libraries() -> None:
+    """Measured: 1,018 MiB of a process that makes the demo's default clip."""
+    demo = plan(model="demo", prompt="a red circle", preset=None, device="cpu")
+    found = footprint(demo, "float32", on_gpu=False)
+    assert list(found.peaks) == ["none"]
+    assert found.peaks["none"] == pytest.approx(1018 * 2**20, rel=0.1)
+
+
+def test_plan_needs_no_prompt_and_generate_does() -> None:
+    result = CliRunner().invoke(app, ["plan", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["settings"]["prompt"] == {"value": "", "origin": "default"}
+    for command in (["generate"], ["generate", "--dry-run"]):
+        assert "a prompt is missing" in CliRunner().invoke(app, command).stderr
+
+
+def test_totals_are_sums_over_all_clips() -> None:
+    plans = [plan(), plan(num_videos=3, steps=10)]
+    found = totals(plans, lambda made: float(made.steps))
+    assert (found.clips, found.seconds) == (4, 50.0 + 3 * 10.0)
+    assert found.planned_flops == plans[0].flops.planned + 3 * plans[1].flops.planned
+    assert found.dense_flops == plans[0].flops.dense + 3 * plans[1].flops.dense
+    assert totals(plans, lambda made: 1.0 if made.steps == 10 else None).seconds is None
+
+
+def test_flags_without_effect_are_named() -> None:
+    assert plan(preset="dense", overrides=("band=2",), dense_steps=1, device="cuda").warnings == (
+        "all attention is dense with this preset: band, dense_steps changes nothing",
+    )
+    assert plan(offload="model", device="cpu").warnings == (
+        "--offload model changes nothing on a CPU: there is nothing to offload to",
+    )
+    quiet = [plan(offload="model", device="cuda"), plan(offload="none", device="cpu"), plan(overrides=("band=2",))]
+    assert [made.warnings for made in quiet] == [(), (), ()]

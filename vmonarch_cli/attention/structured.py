@@ -1,0 +1,139 @@
+"""The structured call itself: its guidance branches, what they start from and keep, and the text around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vmonarch_cli.attention.joint import Text, text_entry, text_rows
+from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
+from vmonarch_cli.presets import CallOptions, Preset, options_for
+from vmonarch_kernels import Inputs, attend, resolve_impl
+
+
+@dataclass(frozen=True)
+class Call:
+    """One self-attention call: its tensors, and where in the clip it stands.
+
+    q, k, v: (B, S, heads, D). The S tokens are those of ``grid`` (T, H, W) and those of ``text``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    text: Text | None
+    grid: Grid
+    step: int
+    """0-based denoising step of the clip."""
+    key: CallKey
+    both_prompts: bool = False
+    """The samples are those of all negative prompts and then those of all prompts."""
+    may_lead: bool = False
+    """Another forward may follow in this step although none did in the last one."""
+    forwards: int = 1
+    """Forwards of one transformer in a step, as far as the last step showed."""
+    steps_left: int | None = None
+    """Denoising steps to come, this one included, if known."""
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the call that are not text."""
+        return self.q.shape[1] - (self.text.tokens if self.text else 0)
+
+    def samples(self, rows: slice, *, negative_half: bool) -> Call:
+        """The call with only some samples of the batch, as a guidance branch."""
+        text = None if self.text is None else self.text.samples(rows)
+        key = self.key._replace(negative_half=negative_half)
+        return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], text=text, key=key)
+
+
+Attention = Callable[[Call], torch.Tensor]
+"""How the self-attention of a call is computed: (B, S, heads, D) in q's dtype."""
+
+
+class StructuredAttention:
+    """Attention as a preset has it, and what a clip's calls keep from step to step."""
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+        self.warm = WarmState()
+        self.impl: str | None = None
+        """The implementation of the last call, None before one."""
+        self._impls: dict[tuple[torch.device, torch.dtype, int], str] = {}
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        """The call's output."""
+        return self._run(call, self.warm)
+
+    def rehearse(self, call: Call) -> torch.Tensor:
+        """The same work without keeping anything: what it kept would make this clip differ from the next one."""
+        return self._run(call, self.warm.rehearsal())
+
+    def resolve_impl(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """Decide the implementation; ImplUnavailable (a ValueError) when the preset's own cannot run."""
+        key = (device, dtype, head_dim)
+        if key not in self._impls:
+            self._impls[key] = resolve_impl(self.preset.impl, device, dtype, head_dim)
+        self.impl = self._impls[key]
+        return self.impl
+
+    def variant(self, call: Call) -> Hashable:
+        """What the first run of this call compiles; None where nothing compiles (all but Triton)."""
+        if self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3]) != "triton":
+            return None
+        first = self._branches(call)[0]
+        cold = self.warm.factor(first.key, first.grid, first.q)[0] is None
+        q = call.q
+        return (q.shape, q.stride(), q.dtype, q.device, call.grid, call.key.forward > 0, cold)
+
+    def _run(self, call: Call, warm: WarmState) -> torch.Tensor:
+        """The output of all guidance branches that the call has, in the order of its samples."""
+        self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3])
+        branches = self._branches(call)
+        outs = [self._branch(branch, warm) for branch in branches]
+        return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
+
+    def _branches(self, call: Call) -> list[Call]:
+        """The guidance branches of a call, the one that leads first; apart only where they keep something."""
+        samples = call.q.shape[0]
+        keeps = self.preset.warm_start or self.preset.refresh
+        if not (call.both_prompts and keeps):
+            return [call]
+        if samples % 2:
+            return [replace(call, forwards=1)]
+        prompts = call.samples(slice(samples // 2, None), negative_half=False)
+        negative = call.samples(slice(samples // 2), negative_half=True)
+        return [replace(branch, forwards=2) for branch in (prompts, negative)]
+
+    def _branch(self, call: Call, warm: WarmState) -> torch.Tensor:
+        """The structured call of one guidance branch. One that starts warm does one iteration."""
+        options, start, keeps = options_for(self.preset, call.grid[0]), None, False
+        if options.keeps_l:
+            start, keeps = warm.factor(call.key, call.grid, call.q)
+            options = options_for(self.preset, call.grid[0], warm=start is not None)
+        text, extra, video = call.text, None, (call.q, call.k, call.v)
+        if text is not None:
+            extra = text_entry(*video, text)
+            video = (text.split(call.q)[0], text.split(call.k)[0], text.split(call.v)[0])
+        out, factor = self._attend(Inputs(*video, call.grid, start, extra), options, call, warm, keeps)
+        if factor is not None:
+            warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1 or call.may_lead)
+        return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
+
+    def _attend(
+        self, inputs: Inputs, options: CallOptions, call: Call, warm: WarmState, keeps: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output of the video's queries, L where the call ``keeps`` it), with the residual that the preset wants."""
+        impl = self.impl or "auto"
+        if not options.refresh:
+            return attend(inputs, options.kernel, impl=impl, return_l=keeps)
+        shared = options.shared_refresh
+        residual, leads = warm.residual(
+            call.key, call.grid, inputs.q, options.kernel.first_frame, call.steps_left, shared=shared
+        )
+        if not leads:
+            return residual.attention_without_turns(inputs, options.kernel, impl=impl, return_l=keeps)
+        forwards = call.forwards if shared else 1
+        return residual.attention(inputs, options.kernel, options.refresh, forwards=forwards, impl=impl, return_l=keeps)

@@ -1,0 +1,1 @@
+"""The command line: one file a command, one sink (`output`) for everything that is printed."""

@@ -1,0 +1,210 @@
+"""How flags are declared: grouped in the help, and read so that a wrong value is named in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+import typer
+
+from vmonarch_cli.cli.output import Output
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.text import shown
+
+MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
+MEMORY, SPEED = "Memory", "Beside the attention"
+
+
+def option(*names: str, panel: str, help: str, **extra: Any) -> Any:
+    """A flag in a panel of the help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **extra)
+
+
+def whole_option(*names: str, panel: str, help: str) -> Any:
+    """A flag that takes a whole number; typer's own sentence would not say what came."""
+
+    def parse(text: str | int) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(f"{names[0]} takes a whole number, got {shown(text)}") from None
+
+    return option(*names, panel=panel, help=help, parser=parse, metavar="<int>")
+
+
+def number_option(*names: str, panel: str, help: str) -> Any:
+    """A flag that takes a number."""
+
+    def parse(text: str | float) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise InputError(f"{names[0]} takes a number, got {shown(text)}") from None
+
+    return option(*names, panel=panel, help=help, parser=parse, metavar="<float>")
+
+
+class RequestFlags(TypedDict, total=False):
+    """Every flag that describes a clip, named as the field of `GenerateRequest` that it fills."""
+
+    prompt: Annotated[str | None, option("--prompt", "-p", panel=MODEL, help="What the clip should show.")]
+    negative_prompt: Annotated[
+        str | None, option("--negative-prompt", panel=MODEL, help="What it should not show. Default: the model's own.")
+    ]
+    model: Annotated[
+        str | None,
+        option("--model", "-m", panel=MODEL, help="Alias, hub id or local diffusers folder. Default: the demo model."),
+    ]
+    size: Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]
+    height: Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")]
+    width: Annotated[int | None, whole_option("--width", panel=SHAPE, help="Width in pixels.")]
+    num_frames: Annotated[int | None, whole_option("--num-frames", panel=SHAPE, help="Frames of the clip.")]
+    fps: Annotated[int | None, whole_option("--fps", panel=SHAPE, help="Frames per second of the file.")]
+    steps: Annotated[
+        int | None, whole_option("--steps", "--num-inference-steps", panel=SAMPLING, help="Denoising steps.")
+    ]
+    guidance_scale: Annotated[
+        float | None,
+        number_option("--guidance-scale", panel=SAMPLING, help="How strongly the prompt steers; 1 is off."),
+    ]
+    guidance_scale_2: Annotated[
+        float | None, number_option("--guidance-scale-2", panel=SAMPLING, help="The same for the second transformer.")
+    ]
+    flow_shift: Annotated[
+        float | None,
+        number_option("--flow-shift", panel=SAMPLING, help="Timestep shift; higher spends steps on noise."),
+    ]
+    seed: Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")]
+    num_videos: Annotated[
+        int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
+    ]
+    preset: Annotated[
+        str | None, option("--preset", panel=ATTENTION, help="Name or .toml file; `vmonarch presets` lists them.")
+    ]
+    overrides: Annotated[
+        list[str] | None,
+        option("--set", panel=ATTENTION, metavar="FIELD=VALUE", help="Change a preset field (repeatable)."),
+    ]
+    dense_steps: Annotated[
+        int | None, whole_option("--dense-steps", panel=ATTENTION, help="First denoising steps to run dense.")
+    ]
+    dense_layers: Annotated[
+        int | None, whole_option("--dense-layers", panel=ATTENTION, help="First layers to run dense.")
+    ]
+    impl: Annotated[
+        str | None, option("--impl", panel=ATTENTION, help="auto, reference, torch or triton; never falls back.")
+    ]
+    dense_every: Annotated[
+        int | None,
+        whole_option("--dense-every", panel=ATTENTION, help="Time dense attention too on every n-th step; 0 is never."),
+    ]
+    device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")]
+    dtype: Annotated[str | None, option("--dtype", panel=OUTPUT, help="auto, float32, bfloat16 or float16.")]
+    output: Annotated[
+        str | None,
+        option("--output", "-o", panel=OUTPUT, help="File (.mp4, .gif, .png for a folder of frames) or folder."),
+    ]
+    overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")]
+    revision: Annotated[
+        str | None, option("--revision", panel=MODEL, help="Branch, tag or commit of a hub repository.")
+    ]
+    image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    offload: Annotated[
+        str | None,
+        option("--offload", panel=MEMORY, help="auto, none, model, group or sequential: what waits off the GPU."),
+    ]
+    vae_tiling: Annotated[bool, option("--vae-tiling", panel=MEMORY, help="Decode in tiles: less memory, slower.")]
+    quantize: Annotated[str | None, option("--quantize", panel=MEMORY, help="fp8 or int8 weights for the transformer.")]
+    loras: Annotated[
+        list[str] | None,
+        option("--lora", panel=SPEED, metavar="PATH[:SCALE]", help="Add a LoRA: file, folder or hub id (repeatable)."),
+    ]
+    cache: Annotated[
+        str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")
+    ]
+    compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
+
+
+AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only the paths.")]
+Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")]
+
+
+Stray = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")]
+"""Words without a flag, which would otherwise be an "unexpected extra argument"."""
+
+
+def refuse_stray(words: Sequence[str] | None) -> None:
+    """InputError that says where a prompt goes."""
+    if words:
+        raise InputError(
+            f"words without a flag are not taken, got {shown(' '.join(words))}: a prompt goes after --prompt, as in "
+            f"--prompt {shlex.quote(' '.join(words)[:60])}"
+        )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The flags that say how much is printed."""
+
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    def output(self, main: bool = True) -> Output:
+        """Where a command with these flags prints."""
+        return Output(as_json=self.as_json, quiet=self.quiet, main=main)
+
+
+def takes_request(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command that takes its flags in groups: on the command line each field of a group is a flag.
+
+    A group is a parameter of type GenerateRequest, which becomes the flags of `RequestFlags` (except `without`), or of
+    a dataclass whose fields are annotated as flags. Other parameters stay as they are, in their place.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        groups = {name: found for name, p in own.items() if (found := _flags_of(p.annotation, without))}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            named = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += groups.get(name, [named])
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            for name, flags in groups.items():
+                values = {flag.name: given.pop(flag.name) for flag in flags}
+                values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+                # What was not given is left to the group's own default.
+                given[name] = own[name].annotation(**{key: v for key, v in values.items() if v is not None})
+            command(**given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _flags_of(group: Any, without: Sequence[str]) -> list[inspect.Parameter]:
+    """The flags of a group as parameters of a command; none of a type that is no group."""
+    named = inspect.Parameter.KEYWORD_ONLY
+    defaults: dict[str, Any]
+    if group is GenerateRequest:
+        flags = get_type_hints(RequestFlags, include_extras=True)
+        defaults = {name: False if annotation.__origin__ is bool else None for name, annotation in flags.items()}
+    elif is_dataclass(group):
+        flags = get_type_hints(group, include_extras=True)
+        defaults = {field.name: field.default for field in fields(group)}
+    else:
+        return []
+    return [
+        inspect.Parameter(name, named, default=defaults[name], annotation=annotation)
+        for name, annotation in flags.items()
+        if name not in without
+    ]

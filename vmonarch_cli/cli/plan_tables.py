@@ -1,0 +1,141 @@
+"""Tables of what there is: presets and their fields, models, and the resolved settings of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vmonarch_cli.cli.report import flops_words
+from vmonarch_cli.cli.tables import facts, table
+from vmonarch_cli.machine.hardware import device_key
+from vmonarch_cli.models.demo import DEMO
+from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
+from vmonarch_cli.plan.memory import Footprint, footprint, kept_bytes, lighter_peaks
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
+from vmonarch_cli.text import binary_size, seconds
+
+
+def presets_table(presets: Sequence[Preset]) -> Table:
+    """Name and sentence of each preset; the default is marked."""
+    made = table("preset", "what it is for")
+    for preset in presets:
+        name = Text(preset.name, style="bold")
+        if preset.name == DEFAULT_PRESET:
+            name.append(" (default)", "dim")
+        elif preset.name == DEMO.defaults.preset:
+            name.append(" (demo model's default)", "dim")
+        made.add_row(name, Text(preset.description))
+    return made
+
+
+def preset_table(preset: Preset) -> Group:
+    """Every field of a preset: value, unit, what is valid and one sentence."""
+    made = table("field", "value", "meaning")
+    for name, doc in FIELD_DOCS.items():
+        if name in ("name", "description"):
+            continue
+        value = format_value(getattr(preset, name))
+        meaning = Text.assemble(doc.sentence, (f" Takes {doc.valid}.", "dim"))
+        shown = Text.assemble((value, "cyan"), (f"\n{doc.unit}", "dim"))
+        made.add_row(Text(name, style="bold"), shown, meaning)
+    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), made)
+
+
+def dry_run(plan: Plan, vram: float | None = None) -> Group:
+    """Every resolved setting with its origin, and what would be computed and written; `vram`: GiB of a card."""
+    made = table("setting", "value", "from")
+    for name, entry in plan.settings().items():
+        if name == "output":  # the files follow below
+            continue
+        value = _shown(entry["value"])
+        style = "dim" if entry["origin"] in ("default", "model default") else "bold"
+        made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
+    shape = " x ".join(str(n) for n in plan.grid)
+    rows: list[tuple[str, RenderableType]] = [
+        ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
+        ("attention", flops_words(plan)),
+        *memory_rows(memory_of(plan, vram), plan),
+    ]
+    if kept_bytes(plan):
+        rows.append(("kept", f"up to {binary_size(kept_bytes(plan))} of factors and corrections between steps"))
+    rows.append(("time", _time_words(plan)))
+    rows += [("file", f"{path} (replaced)" if path.exists() else str(path)) for path in plan.outputs[:10]]
+    if len(plan.outputs) > 10:
+        rows.append(("", f"and {len(plan.outputs) - 10} more"))
+    return Group(made, facts(rows))
+
+
+def estimates(plan: Plan, vram: float | None = None) -> dict[str, Any]:
+    """The memory and time that a plan will need, for JSON; "time" is None without a recorded clip to go by."""
+    expected, memory = expect(plan), memory_of(plan, vram)
+    card = {} if vram is None else {"vram_bytes": memory.free, "fits": list(memory.fitting)}
+    return {
+        "memory": {
+            "on": "gpu" if memory.on_gpu else "cpu",
+            "peak_bytes": memory.peaks,
+            "warm_state_bytes": kept_bytes(plan),
+            "dtype": memory.dtype,
+            **card,
+        },
+        "time": None if expected is None else {**expected.to_json(), "all_clips_s": expected.clip_s * plan.num_videos},
+        "replaced": [str(path) for path in plan.outputs if path.exists()],
+    }
+
+
+def memory_of(plan: Plan, vram: float | None = None) -> Footprint:
+    """The expected memory of a plan where it will run, or on a card of `vram` GiB."""
+    if vram is None:
+        return footprint(plan, resolved_dtype(plan), on_gpu=will_use_gpu(plan))
+    dtype = "bfloat16" if plan.dtype == "auto" else plan.dtype
+    return footprint(plan, dtype, on_gpu=True, free=round(vram * 2**30))
+
+
+def memory_rows(memory: Footprint, plan: Plan) -> list[tuple[str, RenderableType]]:
+    """One row on a CPU; on a GPU one for each offload mode, with whether it fits where a card was named."""
+    if not memory.on_gpu:
+        return [("memory", f"about {binary_size(memory.peaks['none'])} of this machine in {memory.dtype}")]
+    rows: list[tuple[str, RenderableType]] = []
+    for mode, peak in memory.peaks.items():
+        fits = "" if memory.free is None else ", fits" if mode in memory.fitting else ", does not fit"
+        rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{fits}"))
+    if memory.free is not None:
+        rows.append(("a card", f"of {binary_size(memory.free)}: {_advice(memory, plan)}"))
+    return rows
+
+
+def _advice(memory: Footprint, plan: Plan) -> str:
+    if memory.fitting:
+        return f"--offload auto takes {memory.fitting[0]} when all of it is free"
+    lighter = lighter_peaks([plan], memory.dtype).items()
+    change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
+    other = "a smaller size, fewer frames, --vae-tiling or --quantize fp8"
+    return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
+
+
+def _time_words(plan: Plan) -> str:
+    expected = expect(plan)
+    if expected is None:
+        device = device_key(plan.device)
+        return f"no record of this model on {device} yet: `vmonarch profile model`, or a first clip, makes one"
+    words = f"about {seconds(expected.clip_s)} a clip"
+    if plan.num_videos > 1:
+        words += f", {seconds(expected.clip_s * plan.num_videos)} for {plan.num_videos}"
+    basis = "measured on a clip like this" if expected.exact else "estimated from another clip"
+    peak = f", peak {binary_size(expected.peak_memory_bytes)}" if expected.peak_memory_bytes else ""
+    return f"{words} ({basis}, made on {expected.device} on {expected.recorded}{peak})"
+
+
+def _shown(value: object) -> str:
+    if value is None or value in ((), []):
+        return "none"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    return text if len(text) <= 48 else text[:45] + "..."

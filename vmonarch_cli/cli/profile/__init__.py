@@ -1,0 +1,1 @@
+"""`vmonarch profile kernel | model | quality`: flags, runs and tables, a file a command."""

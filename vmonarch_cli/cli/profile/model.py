@@ -1,0 +1,161 @@
+"""`vmonarch profile model`: whole denoising steps of one model, dense and structured in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from vmonarch_cli.cli.options import (
+    ATTENTION,
+    MODEL,
+    SAMPLING,
+    Debug,
+    number_option,
+    option,
+    takes_request,
+    whole_option,
+)
+from vmonarch_cli.cli.profile import request
+from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, Presets, RunFlags, ShapeFlags
+from vmonarch_cli.cli.profile.model_table import model_table, verdicts
+from vmonarch_cli.cli.profile.run import ProfileRun
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan import checks
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.profile.plot import plot_model
+from vmonarch_cli.profile.remember import remember_profile
+from vmonarch_cli.profile.results import KernelShape, ModelProfile, OutputCheck
+
+if TYPE_CHECKING:
+    from vmonarch_cli.profile.model_settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """How the model is made, and what is measured of it."""
+
+    random_weights: Annotated[
+        bool,
+        option("--random-weights", panel=MODEL, help="Build the true transformer with random weights; load nothing."),
+    ] = False
+    prompt: Annotated[str | None, option("--prompt", "-p", panel=MODEL, help="What the clip should show.")] = None
+    steps: Annotated[
+        int | None, whole_option("--steps", panel=SAMPLING, help="Denoising steps to measure, of the model's own.")
+    ] = None
+    guidance_scale: Guidance = None
+    flow_shift: FlowShift = None
+    presets: Presets = None
+    backend: Annotated[
+        list[str] | None,
+        option(
+            "--backend",
+            panel=ATTENTION,
+            help="Dense backend to compare with: cudnn, flash, efficient or math (repeatable). Default: all fast ones.",
+        ),
+    ] = None
+    compile_: Annotated[
+        bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
+    ] = False
+    fail_below: Annotated[
+        float | None,
+        number_option(
+            "--fail-below", panel=ATTENTION, help="Exit 1 when a preset's speedup on a step over dense is less."
+        ),
+    ] = None
+
+
+@takes_request()
+def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = False) -> None:
+    """Time whole denoising steps, dense and structured in turn on the same inputs, and say whether it is worth it."""
+    clip = request.model_shape(shape, random=flags.random_weights)
+    chosen = request.presets(flags.presets, (clip.entry.defaults.preset,))
+    request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
+    backends = request.backends(flags.backend)
+    run = ProfileRun("model", where, flags.fail_below)
+
+    from vmonarch_cli.profile.model import run_model
+
+    settings = _settings(flags, clip, chosen, backends, run)
+    if backends and not run.on_gpu:
+        raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
+    run.start(_recorded(settings), "")
+
+    def on_result(found: ModelProfile, verified: list[OutputCheck], lengths: list[KernelShape]) -> None:
+        run.save(
+            model=found.to_json(),
+            lengths=[length.to_json() for length in lengths],
+            checks=[check.to_json() for check in verified],
+            verdicts=verdicts(found),
+        )
+
+    with run.working():
+        chip = run.measure_chip()
+        found, verified, _ = run_model(settings, chip, run.budget, on_result, run.work)
+    run.show(lambda columns: model_table(found, run.caption, columns))
+    if run.plot is not None:
+        plot_model(found, run.caption, run.plot)
+    failures = [f"{check.against}: error {check.error:.2g}" for check in verified if not check.passed]
+    failures += [row.name for row in found.rows if row.failure and row.kind == "structured"]
+    if not failures:
+        remember_profile(found, clip.entry, clip.source, chosen, str(run.device), run.dtype_name)
+    run.finish([], failures, _too_slow(found, flags.fail_below), measured=any(row.step for row in found.rows))
+
+
+def _settings(
+    flags: ModelFlags,
+    clip: request.ModelShape,
+    presets: Sequence[Preset],
+    backends: tuple[str, ...],
+    run: ProfileRun,
+) -> ModelSettings:
+    from vmonarch_cli.profile.model_settings import ModelSettings
+
+    defaults = clip.entry.defaults
+    return ModelSettings(
+        entry=clip.entry,
+        source=clip.source,
+        random_weights=flags.random_weights,
+        device=run.device,
+        dtype=run.dtype,
+        height=clip.height,
+        width=clip.width,
+        num_frames=clip.num_frames,
+        guidance_scale=defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale,
+        flow_shift=flags.flow_shift or defaults.flow_shift or 1.0,
+        clip_steps=defaults.steps,
+        steps=flags.steps or min(defaults.steps, 5),
+        presets=presets,
+        compile=flags.compile_,
+        prompt=checks.prompt(flags.prompt or checks.EXAMPLE_PROMPT),
+        seed=run.seed,
+        backends=backends,
+    )
+
+
+def _recorded(settings: ModelSettings) -> dict[str, object]:
+    """The settings as the record keeps them."""
+    return {
+        "model": settings.entry.alias,
+        "random_weights": settings.random_weights,
+        "guidance_scale": settings.guidance_scale,
+        "flow_shift": settings.flow_shift,
+        "steps": settings.steps,
+        "compile": settings.compile,
+        "presets": [preset.model_dump() for preset in settings.presets],
+    }
+
+
+def _too_slow(found: ModelProfile, least: float | None) -> list[str]:
+    if least is None:
+        return []
+    sentences = []
+    for row in found.rows:
+        if row.kind != "structured" or row.note == "cold":
+            continue
+        gain = found.speedup(row)
+        if gain is None:
+            sentences.append(f"--fail-below {least:g}: {row.name} has no speedup")
+        elif gain < least:
+            sentences.append(f"--fail-below {least:g}: {row.name} is {gain:.2f}x dense")
+    return sentences

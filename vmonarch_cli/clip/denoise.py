@@ -1,0 +1,70 @@
+"""One clip's latents: the pipeline's own loop, watched step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.media.pictures import load_picture
+from vmonarch_cli.pipeline.call import Embeddings, call, takes_callback
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.timing import StepAttention
+
+
+def denoise(
+    pipeline: Any,
+    session: AttentionSession,
+    embeddings: Embeddings,
+    plan: Plan,
+    *,
+    seed: int,
+    on_step: Callable[[StepAttention], None] = lambda step: None,
+) -> torch.Tensor:
+    """Latents (1, C, F, h, w), float32, of one clip of a plan, made by the pipeline's own loop inside ``swapped``.
+
+    The noise comes from a CPU generator of this clip, so that a seed means the same on every device.
+    Raises NonFiniteError, with the step's number, as soon as a latent is not finite.
+    """
+
+    def check(index: int, latents: torch.Tensor) -> None:
+        if not torch.isfinite(latents).all():
+            raise NonFiniteError(
+                f"latents stopped being finite in step {index + 1} of {plan.steps}, and no clip was written: "
+                "a wider --dtype or --preset dense may help"
+            )
+        on_step(session.steps[-1])
+
+    def after_step(_: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        check(index, tensors["latents"])
+        return tensors
+
+    # A pipeline without callbacks is followed through its scheduler.
+    by_callback = takes_callback(pipeline)
+    session.on_sample = None if by_callback else lambda sample: check(len(session.steps) - 1, sample)
+    try:
+        return call(
+            pipeline,
+            embeddings,
+            (plan.height, plan.width, plan.num_frames),
+            num_inference_steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            guidance_scale_2=plan.guidance_scale_2,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            fps=plan.fps,
+            image=None if plan.image is None else conditioning_image(plan.image, plan.height, plan.width),
+            callback_on_step_end=after_step if by_callback else None,
+        )
+    finally:
+        session.on_sample = None
+
+
+def conditioning_image(path: str, height: int, width: int) -> Any:
+    """The picture that an image-to-video model continues: its middle, cut to the clip's proportions, in RGB."""
+    from PIL import ImageOps
+
+    return ImageOps.fit(load_picture(Path(path), f"image {path}"), (width, height))

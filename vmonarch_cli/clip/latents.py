@@ -1,0 +1,168 @@
+"""Latents of a clip on disk: saved before decoding, so that no failure after denoising costs the denoising.
+
+One safetensors file holds the tensor and, as metadata, the plan and all that the record says of how the latents were
+made. Whoever has the file can decode it, in this process or in another one after a reboot. A checksum tells latents
+that changed on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.models.base import Grid
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.timing import Coverage, StepAttention
+from vmonarch_cli.untrusted.files import require_regular
+
+_SCHEMA = "2"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents (1, C, F, h, w) of one clip and what making them cost; sizes in bytes, times in seconds."""
+
+    latents: torch.Tensor
+    seed: int
+    impl: str
+    grid: Grid
+    coverage: Coverage
+    steps: list[StepAttention]
+    text_encode_s: float
+    denoise_s: float
+    excluded_s: float
+    total_s: float
+    """Wall clock of encoding and denoising, sampling and compilation included."""
+    peak_memory_bytes: int
+    warm_state_bytes: int
+    device: dict[str, Any]
+    dtype: str
+    retries: tuple[dict[str, str], ...] = ()
+    """What went wrong on the way and what was done instead."""
+    warnings: tuple[str, ...] = ()
+    """What the model could not follow."""
+    save_s: float = 0.0
+    skipped_calls: int = 0
+    """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """A latents file that was read: what to decode, and the plan that it belongs to."""
+
+    plan: Plan
+    index: int
+    """0-based number of the clip within the plan."""
+    denoised: Denoised
+    key: str
+    """The clip's key in a batch's manifest, empty for a clip of no batch."""
+
+
+def save_latents(
+    path: Path,
+    plan: Plan,
+    index: int,
+    denoised: Denoised,
+    *,
+    key: str = "",
+    overwrite: bool = True,
+    work: Path | None = None,
+) -> None:
+    """Write the file atomically, synced to the disk; OutputError when that cannot be done.
+
+    Without `overwrite` a file that is there already is an OutputError, too.
+    """
+    latents = denoised.latents.detach().cpu().contiguous()
+    facts = {field.name: getattr(denoised, field.name) for field in fields(Denoised) if field.name != "latents"}
+    facts |= {"coverage": asdict(denoised.coverage), "steps": [asdict(step) for step in denoised.steps]}
+    metadata = {
+        "vmonarch_latents": _SCHEMA,
+        "key": key,
+        "index": str(index),
+        "plan": plan.model_dump_json(),
+        "denoised": json.dumps(facts),
+        "sha256": _checksum(latents),
+    }
+    content = save({"latents": latents}, metadata)
+    with atomic(path, overwrite=overwrite, work=work) as temporary:
+        temporary.write_bytes(content)
+
+
+def remove_latents(path: Path) -> None:
+    """Remove latents whose clip is written; where that is refused they stay, and do no harm."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def load_latents(path: Path) -> SavedLatents:
+    """Read a file of `save_latents`; InputError in one sentence when it is not one, is damaged, or does not fit its
+    own plan.
+    """
+    try:
+        require_regular(path, f"latents file {path}", missing=f"there is no latents file {path}")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("vmonarch_latents") != _SCHEMA:
+                raise InputError(f"{path} holds no latents that this version of vmonarch saved")
+            latents = file.get_tensor("latents")
+        facts = json.loads(metadata["denoised"])
+        facts["coverage"] = Coverage(**facts["coverage"])
+        facts["steps"] = [StepAttention(**step) for step in facts["steps"]]
+        facts["grid"] = tuple(facts["grid"])
+        facts["retries"] = tuple(facts["retries"])
+        facts["warnings"] = tuple(facts.get("warnings", ()))
+        plan = Plan.model_validate_json(metadata["plan"])
+        found = SavedLatents(plan, int(metadata["index"]), Denoised(latents=latents, **facts), metadata["key"])
+        if _checksum(latents) != metadata["sha256"]:
+            raise InputError(f"latents file {path} is damaged: its checksum is another")
+        fault = misfit(latents, plan)
+        if fault is not None or not 0 <= found.index < len(plan.outputs):
+            raise InputError(f"latents file {path} is damaged: {fault or 'it is of no clip of its plan'}")
+        return found
+    except ValidationError:
+        raise InputError(f"{path} was saved by another version of vmonarch, whose settings differ") from None
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise InputError(f"latents file {path} is damaged: it does not read back") from None
+
+
+def misfit(latents: torch.Tensor, plan: Plan) -> str | None:
+    """Why a tensor cannot be the latents of a clip of the plan, as half a sentence; None for one that can.
+
+    Families order the sizes differently, and LTX packs them to (1, tokens, channels): the sizes count, not their order.
+    """
+    model = plan.model
+    sizes = (
+        model.latent_channels,
+        plan.grid[0] * model.patch[0],
+        plan.height // model.vae_spatial,
+        plan.width // model.vae_spatial,
+    )
+    shape = tuple(latents.shape)
+    if latents.dtype not in _FLOATS:
+        return f"it holds {str(latents.dtype).removeprefix('torch.')}, and latents are floating-point numbers"
+    fits = sorted(shape[1:]) == sorted(sizes) if len(shape) == 5 else len(shape) == 3
+    if not fits or shape[0] != 1 or latents.numel() != math.prod(sizes):
+        return f"its shape is {shape}, and the plan's latents have the sizes {sizes}"
+    if not torch.isfinite(latents).all():
+        return "it holds values that are not finite"
+    return None
+
+
+def _checksum(latents: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    about = f"{latents.dtype} {tuple(latents.shape)}\n".encode()
+    content = latents.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(about + content.numpy().tobytes()).hexdigest()

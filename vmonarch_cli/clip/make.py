@@ -1,0 +1,320 @@
+"""One run from plan to files: load, swap, and for every clip encode, denoise, decode, write. The only orchestration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.clip.denoise import denoise
+from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
+from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
+from vmonarch_cli.clip.whole import file_facts
+from vmonarch_cli.errors import ModelError, NonFiniteError
+from vmonarch_cli.events import (
+    ClipDone,
+    ClipStarted,
+    ClipWarning,
+    CompilingKernels,
+    Decoding,
+    Event,
+    LatentsSaved,
+    ModelLoaded,
+    ModelLoading,
+    Retrying,
+    StepDone,
+)
+from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
+from vmonarch_cli.media.publish import NameTaken
+from vmonarch_cli.media.write import write_clip, write_record
+from vmonarch_cli.pipeline import context_parallel, text_limits
+from vmonarch_cli.pipeline.call import Frames, decode, encode
+from vmonarch_cli.pipeline.decode_retry import decode_with_retries
+from vmonarch_cli.pipeline.device import DTYPES
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.timing import ClipResult
+
+OnEvent = Callable[[Event], None]
+
+
+def generate(
+    plan: Plan,
+    machine: Machine,
+    *,
+    retry_dense: bool = True,
+    finishing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    on_event: OnEvent = lambda event: None,
+) -> list[ClipResult]:
+    """Make every clip of a plan and its record; clip i has seed ``plan.seed + i`` and does not depend on the others.
+
+    `machine`: what preflight decided for the plan. Latents are saved beside the clip before they are decoded, and
+    removed when the clip is written. `finishing` is around what an interrupt should not cut short.
+    Raises ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not written, the clips
+    before it are), OutputError when a file cannot be written.
+    """
+    context_parallel.check_tokens(plan.tokens)
+    maker = ClipMaker(plan, machine, retry_dense=retry_dense, on_event=on_event, share_clip=True)
+    results = []
+    for index in range(plan.num_videos):
+        denoised = maker.denoise(plan, index)
+        if not read_rank().is_main:
+            continue
+        with finishing():
+            plan, denoised = maker.save_as_free(plan, index, denoised)
+            on_event(LatentsSaved(index, latents_path(plan.outputs[index])))
+        with finishing():
+            # The latents hold the name until the clip has it.
+            results.append(
+                maker.finish(plan, index, denoised, on_written=lambda result: remove_latents(latents_path(result.path)))
+            )
+    return results
+
+
+class ClipMaker:
+    """A loaded model, which makes clips one at a time; they share nothing but its weights and compiled kernels.
+
+    A plan given to `denoise` must name the model that was loaded. Attention sessions are kept per preset, so that
+    presets take turns without loading or compiling anything again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        machine: Machine,
+        *,
+        retry_dense: bool = True,
+        on_event: OnEvent = lambda event: None,
+        share_clip: bool = False,
+        to_decode: bool = False,
+    ) -> None:
+        """Load the plan's model where the machine has it.
+
+        retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
+        torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
+        than `finish` needs.
+        """
+        self._on_event = on_event
+        self._retry_dense = retry_dense
+        self._machine = machine
+        self._device = torch.device(machine.device)
+        on_event(ModelLoading(plan.model_source))
+        began = time.perf_counter()
+        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        self._scheduler = self._pipeline.scheduler
+        self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
+        impl = None if to_decode else machine.impl_of(plan.preset)
+        loaded_s = time.perf_counter() - began
+        on_event(ModelLoaded(plan.model_source, loaded_s, machine.device_name, machine.dtype, impl))
+
+    def _load(self, plan: Plan, share_clip: bool) -> Any:
+        return load_pipeline(
+            plan.model_source,
+            device=self._device,
+            dtype=DTYPES[self._machine.dtype],
+            revision=plan.revision,
+            setup=plan.setup.model_copy(update={"offload": self._machine.offload}),
+            image_pipeline=plan.model.image_pipeline if plan.image else None,
+            share_clip=share_clip,
+        )
+
+    def _load_decoder(self, plan: Plan) -> Any:
+        return load_decoder(
+            plan.model_source,
+            device=self._device,
+            dtype=DTYPES[self._machine.dtype],
+            revision=plan.revision,
+            vae_tiling=plan.setup.vae_tiling,
+            image_pipeline=plan.model.image_pipeline if plan.image else None,
+        )
+
+    def denoise(self, plan: Plan, index: int) -> Denoised:
+        """Latents of clip `index` of the plan.
+
+        Raises NonFiniteError when they are not finite (in a retry as well), ModelError when memory runs out.
+        """
+        self._on_event(ClipStarted(index, plan.num_videos, plan.seed + index, plan.steps))
+        try:
+            return self._denoise(plan, plan.preset, index)
+        except NonFiniteError as error:
+            if not self._retry_dense or plan.preset.attention == "dense":
+                raise
+            retry = {"stage": "denoise", "reason": error.message, "with": "dense attention"}
+        self._on_event(Retrying(index, f"{retry['reason'].split(':')[0]}: trying once more with dense attention"))
+        try:
+            return replace(self._denoise(plan, load_preset("dense"), index), retries=(retry,))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error.message} (dense attention was tried as well)") from None
+
+    def save(
+        self, path: Path, plan: Plan, index: int, denoised: Denoised, *, key: str = "", work: Path | None = None
+    ) -> Denoised:
+        """Save latents before they are decoded; the same, with the time that this took."""
+        watch = Stopwatch(self._device)
+        save_latents(path, plan, index, denoised, key=key, work=work)
+        return replace(denoised, save_s=watch.total())
+
+    def save_as_free(self, plan: Plan, index: int, denoised: Denoised) -> tuple[Plan, Denoised]:
+        """Save latents under the plan's name of the clip, or under the next one that is free by now; (the plan with
+        that name, the latents with the time that this took).
+
+        Another run may have planned the same name: of those that save latents under it, one succeeds, and it owns the
+        name until its clip is there.
+        """
+        if plan.overwrite:
+            return plan, self.save(latents_path(plan.outputs[index]), plan, index, denoised)
+        watch = Stopwatch(self._device)
+        wanted = plan.outputs[index]
+        for path in names_like(wanted):
+            if is_taken(path):
+                continue
+            outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
+            renamed = plan.model_copy(update={"outputs": outputs})
+            try:
+                save_latents(latents_path(path), renamed, index, denoised, overwrite=False)
+            except NameTaken:
+                continue
+            if path.exists() or record_path(path).exists():  # of a run that ended just now
+                latents_path(path).unlink(missing_ok=True)
+                continue
+            if path != wanted:
+                sentence = f"{wanted.name} is the name of another run's clip by now: this clip is {path.name}"
+                self._on_event(Retrying(index, sentence))
+            return renamed, replace(denoised, save_s=watch.total())
+        raise AssertionError("names never end")
+
+    def finish(
+        self,
+        plan: Plan,
+        index: int,
+        denoised: Denoised,
+        *,
+        overwrite: bool | None = None,
+        work: Path | None = None,
+        on_frames: Callable[[Frames], None] = lambda frames: None,
+        on_written: Callable[[ClipResult], None] = lambda result: None,
+    ) -> ClipResult:
+        """Decode (with less memory where it runs out), and write the clip and its record.
+
+        `overwrite`: the plan's own by default; `work`: see `write_clip`; `on_frames` gets the frames as decoded,
+        `on_written` the result before anybody else hears of it.
+        """
+        path = plan.outputs[index]
+        replaces = plan.overwrite if overwrite is None else overwrite
+        self._on_event(Decoding(index))
+        watch = Stopwatch(self._device)
+        frames, retries = decode_with_retries(
+            lambda: decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames)),
+            self._pipeline,
+            self._device,
+            lambda sentence: self._on_event(Retrying(index, sentence)),
+        )
+        denoised = replace(denoised, retries=(*denoised.retries, *retries))
+        decode_s = watch.lap()
+        write_clip(frames, path, plan.fps, replaces, work)
+        write_s = watch.lap()
+        timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
+        record = make_record(plan, denoised, timing, path, frames, file_facts(path))
+        write_record(record_path(path), record, replaces, work)
+        on_frames(frames)
+        result = ClipResult(
+            index=index,
+            path=path,
+            record_path=record_path(path),
+            seed=denoised.seed,
+            impl=denoised.impl,
+            grid=denoised.grid,
+            coverage=denoised.coverage,
+            timing=timing,
+            record=record,
+        )
+        on_written(result)
+        self._on_event(ClipDone(result))
+        return result
+
+    def _denoise(self, plan: Plan, preset: Preset, index: int) -> Denoised:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        watch = Stopwatch(self._device)
+        seed = plan.seed + index
+        texts = text_limits.watched(
+            self._pipeline,
+            plan.prompt,
+            plan.negative_prompt,
+            on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
+        )
+        with self._swapped(plan, preset) as session, texts as left_out:
+            try:
+                embeddings = encode(
+                    self._pipeline,
+                    plan.prompt,
+                    plan.negative_prompt,
+                    plan.guidance_scale,
+                    plan.model.max_sequence_length,
+                )
+                text_encode_s = watch.lap()
+                latents = denoise(
+                    self._pipeline,
+                    session,
+                    embeddings,
+                    plan,
+                    seed=seed,
+                    on_step=lambda step: self._on_event(StepDone(index, step)),
+                )
+            except torch.OutOfMemoryError:
+                raise ModelError(
+                    f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
+                    f"{self._machine.device_name}: choose a smaller size or fewer frames"
+                ) from None
+            return Denoised(
+                latents=latents,
+                seed=seed,
+                impl=session.impl or "",
+                grid=session.grid or plan.grid,
+                coverage=session.coverage(),
+                steps=session.steps,
+                text_encode_s=text_encode_s,
+                denoise_s=watch.lap() - session.excluded_s,
+                excluded_s=session.excluded_s,
+                total_s=watch.total(),
+                peak_memory_bytes=peak_memory(self._device)[0],
+                warm_state_bytes=session.kept_bytes,
+                skipped_calls=session.skipped_calls,
+                device={
+                    "type": str(self._device),
+                    "name": self._machine.device_name,
+                    "threads": torch.get_num_threads(),
+                },
+                dtype=self._machine.dtype,
+                warnings=tuple(part.sentence() for part in left_out),
+            )
+
+    @contextmanager
+    def _swapped(self, plan: Plan, preset: Preset) -> Iterator[AttentionSession]:
+        """The model with the preset's attention and the plan's flow shift."""
+        self._pipeline.scheduler = self._scheduler
+        set_flow_shift(self._pipeline, plan.flow_shift)
+        key = (preset, plan.dense_every)
+        with swapped(
+            self._pipeline,
+            preset,
+            sample_dense_every=plan.dense_every,
+            on_first_call=lambda: self._on_event(CompilingKernels()),
+            session=self._sessions.get(key),
+        ) as session:
+            self._sessions[key] = session
+            try:
+                yield session
+            finally:
+                session.begin_clip()  # frees the warm state, which decoding may need the room of

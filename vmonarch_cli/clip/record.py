@@ -1,0 +1,150 @@
+"""The JSON record beside a clip: what it says, and how the clip is made again (`record_model` reads it). No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, ValidationError
+
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.machine.versions import installed_versions
+from vmonarch_cli.media.write import frames_hash
+from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.setup import parse_lora
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.timing import ClipTiming
+from vmonarch_cli.untrusted.shapes import fault_of
+
+if TYPE_CHECKING:
+    from vmonarch_cli.clip.latents import Denoised
+    from vmonarch_cli.pipeline.call import Frames
+
+_REPEATED = "record"
+_StrictRequest = pydantic.dataclasses.dataclass(
+    GenerateRequest, frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False)
+)
+"""A request whose fields are checked against their types as they stand: a record is a stranger's file."""
+
+
+def make_record(
+    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
+
+    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see
+    `whole.file_facts`; None where there is none.
+    """
+    return {
+        "schema": RECORD_SCHEMA,
+        "prompt": plan.prompt,
+        "seed": denoised.seed,
+        "clip": clip.name,
+        "frames": {
+            "count": len(frames),
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "fps": plan.fps,
+            "sha256": frames_hash(frames),
+        },
+        "file": written,
+        "settings": plan.settings(),
+        "preset": plan.preset.model_dump(),
+        "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
+        "grid": list(denoised.grid),
+        "tokens": plan.tokens,
+        "flops": plan.flops.model_dump(),
+        "device": denoised.device,
+        "dtype": denoised.dtype,
+        "impl": denoised.impl,
+        "coverage": denoised.coverage.to_json(),
+        "timing": timing.to_json(),
+        "versions": installed_versions(),
+        "warnings": [*plan.warnings, *denoised.warnings],
+        "retries": list(denoised.retries),
+        "setup": plan.setup.model_dump(),
+        "skipped_calls": denoised.skipped_calls,
+    }
+
+
+def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple[int, str]) -> ClipTiming:
+    """Where a clip's time went: what its latents took, and the rest. `peak`: bytes, and what they count."""
+    first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
+    return ClipTiming(
+        steps=denoised.steps,
+        text_encode_s=denoised.text_encode_s,
+        denoise_s=denoised.denoise_s,
+        decode_s=decode_s,
+        write_s=denoised.save_s + write_s,
+        total_s=denoised.total_s + denoised.save_s + decode_s + write_s,
+        excluded_s=denoised.excluded_s,
+        first_call_s=sum(first_calls) if first_calls else None,
+        peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
+        peak_memory_kind=peak[1],
+        warm_state_bytes=denoised.warm_state_bytes,
+    )
+
+
+def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
+    """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
+
+    InputError or ModelError when the record asks for something that this version or this machine does not have.
+    """
+    record = read_record(file)
+    name = f"record {file} cannot be repeated"
+    if record.device is None or record.dtype is None or "model" not in record.settings:
+        absent = "device" if record.device is None else "dtype" if record.dtype is None else "settings.model"
+        raise InputError(f"{name}: it has no {absent}")
+    fields = {field.name for field in dataclasses.fields(GenerateRequest)}
+    given: dict[str, Any] = {key: entry.value for key, entry in record.settings.items() if key in fields}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if record.model.alias != DEMO_ALIAS and record.model.hub_id is None:
+        given["model"] = record.model.source  # a folder: its alias is only its name
+    given |= {
+        "preset": None,
+        "seed": record.seed,
+        "num_videos": None,
+        "dtype": record.dtype,
+        "device": device or record.device.type.partition(":")[0],
+        "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
+        "overwrite": overwrite,
+    }
+    try:
+        _StrictRequest(**given)
+        preset = Preset.model_validate({**record.preset.model_dump(), **_implementation(record)})
+    except ValidationError as error:
+        raise InputError(f"{name}: {fault_of(error)}") from None
+    plan = resolve(GenerateRequest(**given))
+    branches = branches_of(plan.model, plan.guidance_scale)
+    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
+    origins = dict.fromkeys(plan.origins, _REPEATED)
+    again = {"preset": preset, "flops": flops, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
+    return plan.model_copy(update=again)
+
+
+def _implementation(record: Record) -> dict[str, str]:
+    """The implementation that ran, in place of "auto": another one may round otherwise."""
+    return {} if record.impl in (None, "dense") else {"impl": str(record.impl)}
+
+
+def _loads(plan: Plan) -> Iterator[str]:
+    """What a plan reads besides the program's own files: whoever repeats a stranger's record should know."""
+    if plan.model.alias != DEMO_ALIAS:
+        yield f"the record loads the model {_place(plan.model_source)}"
+    for text in plan.setup.loras:
+        yield f"the record loads the LoRA {_place(parse_lora(text).source)}"
+    if plan.image is not None:
+        yield f"the record reads the image {plan.image}"
+
+
+def _place(source: str) -> str:
+    path = Path(source)
+    return f"folder {source}" if path.is_dir() else f"file {source}" if path.exists() else f"{source} of the hub"

@@ -1,0 +1,235 @@
+"""The record of a clip as it is read back: one model, by which every value is checked before anybody uses it. No torch.
+
+`record.make_record` writes these fields and more. A value that was not finite is null, and what later versions added is
+optional, so that the records of earlier ones can be read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.timing import ClipTiming, StepAttention
+from vmonarch_cli.untrusted.files import read_json
+from vmonarch_cli.untrusted.shapes import fault_of, short_value
+
+RECORD_SCHEMA = 1
+"""Version of the record's layout; raised when a reader of an older one would misread it."""
+_MAX_SIDE, _MAX_FRAMES, _MAX_FPS = 1 << 16, 1 << 20, 1000
+
+
+def _simple(value: Any) -> Any:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | int | float | bool | None):
+            raise ValueError(
+                f"takes a text, a number, true, false, nothing or a list of these, got {short_value(item)}"
+            )
+    return value
+
+
+Simple = Annotated[Any, AfterValidator(_simple)]
+"""A value of a setting: no table, and no list in a list."""
+
+
+class _Part(BaseModel):
+    """A table of a record: no conversions, nothing infinite; fields of other versions are left out."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class FramesFacts(_Part):
+    """The frames as they were decoded: count, pixels, frames per second, hash of every pixel."""
+
+    count: int = Field(ge=1, le=_MAX_FRAMES)
+    height: int = Field(ge=1, le=_MAX_SIDE)
+    width: int = Field(ge=1, le=_MAX_SIDE)
+    fps: int = Field(ge=1, le=_MAX_FPS)
+    sha256: str | None = None
+
+
+class FileFacts(_Part):
+    """The clip's file as it was written: bytes, and their hash."""
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Setting(_Part):
+    """A resolved setting, and where it came from."""
+
+    value: Simple
+    origin: str
+
+
+class PresetFacts(_Part):
+    """What pages and tables show of a preset; `record.plan_again` reads the whole of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    attention: str = "monarch"
+
+
+class ModelFacts(_Part):
+    """Which model it was."""
+
+    source: str
+    """The folder or the hub id that the weights came from."""
+    alias: str
+    title: str
+    hub_id: str | None = None
+
+
+class DeviceFacts(_Part):
+    """What it ran on."""
+
+    type: str
+    name: str
+
+
+class FlopsFacts(_Part):
+    """Self-attention operations of the clip."""
+
+    planned: int | None = Field(default=None, ge=0)
+    dense: int | None = Field(default=None, ge=0)
+
+
+class StepFacts(_Part):
+    """One denoising step, in seconds; see `timing.StepAttention`."""
+
+    index: int | None = None
+    total: int | None = None
+    sigma: float | None = None
+    step_s: float | None = None
+    attention_s: float | None = None
+    calls: int | None = None
+    structured_calls: int | None = None
+    dense_call_s: float | None = None
+    dense_s: float | None = None
+    sampled_attention_s: float | None = None
+    error: float | None = None
+    first_call_s: float | None = None
+
+
+class TimingFacts(_Part):
+    """Where the clip's time went, in seconds; see `timing.ClipTiming`."""
+
+    text_encode_s: float | None = None
+    denoise_s: float | None = None
+    decode_s: float | None = None
+    write_s: float | None = None
+    total_s: float | None = None
+    attention_s: float | None = None
+    error: float | None = None
+    steps: list[StepFacts] = []
+
+    @property
+    def end_to_end_s(self) -> float | None:
+        """Text, denoising, decoding and writing."""
+        parts = [self.text_encode_s, self.denoise_s, self.decode_s, self.write_s]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
+    @property
+    def whole(self) -> ClipTiming | None:
+        """The timing with everything that follows from its steps; None where the record leaves some of it out.
+
+        Ratios are computed here and not read: earlier versions wrote medians over the steps.
+        """
+        fields = self.model_dump(exclude={"attention_s", "error", "steps"})
+        steps = [step.model_dump() for step in self.steps]
+        needed = ("index", "step_s", "attention_s", "calls", "structured_calls")
+        if not steps or None in fields.values() or any(step[name] is None for step in steps for name in needed):
+            return None
+        return ClipTiming(steps=[StepAttention(**step) for step in steps], **fields)
+
+
+class CoverageFacts(_Part):
+    """How the self-attention calls ran."""
+
+    calls: int = 0
+    structured: int = 0
+    dense: dict[str, int] = {}
+
+
+class Record(_Part):
+    """A record that can be trusted to have these fields, of these types."""
+
+    layout: Literal[1] = Field(alias="schema")
+    prompt: str
+    seed: int
+    clip: str
+    """The clip's name when it was made; it lies beside the record, see `clip_of`."""
+    frames: FramesFacts
+    settings: dict[str, Setting]
+    preset: PresetFacts
+    model: ModelFacts
+    file: FileFacts | None = None
+    grid: tuple[int, int, int] | None = None
+    tokens: int | None = None
+    flops: FlopsFacts = FlopsFacts()
+    device: DeviceFacts | None = None
+    dtype: str | None = None
+    impl: str | None = None
+    coverage: CoverageFacts = CoverageFacts()
+    timing: TimingFacts = TimingFacts()
+    versions: dict[str, str | None] = {}
+    warnings: list[str] = []
+    retries: list[dict[str, str]] = []
+    setup: dict[str, Simple] = {}
+    skipped_calls: int = 0
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("clip")
+    @classmethod
+    def _is_clip(cls, value: str) -> str:
+        if PurePosixPath(value).suffix.lower() not in ENDINGS:
+            raise ValueError(f"takes the name of a clip ({', '.join(ENDINGS)}), got {value[:60]!r}")
+        return value
+
+    def setting(self, name: str) -> Any:
+        """The value of a setting; None where the record has none of the name."""
+        found = self.settings.get(name)
+        return None if found is None else found.value
+
+    def settings_values(self) -> dict[str, Any]:
+        """Every resolved setting by name, and what it ran on: what two records can be compared by."""
+        values = {name: entry.value for name, entry in self.settings.items() if name != "output"}
+        values["seed"] = self.seed  # of this clip, where a run made several
+        values["num_videos"] = 1
+        values["model.source"] = self.model.source
+        values["device"] = None if self.device is None else self.device.name
+        values["dtype"], values["impl"] = self.dtype, self.impl
+        return values
+
+
+def parse_record(table: Any, name: str) -> Record:
+    """A record from plain data; InputError with one sentence, that opens with `name`, when it is none."""
+    if isinstance(table, dict) and type(table.get("schema")) is int and table["schema"] > RECORD_SCHEMA:
+        raise InputError(
+            f"{name} was written by a later version of vmonarch (record schema {table['schema']}, this version reads "
+            f"{RECORD_SCHEMA}): update vmonarch"
+        )
+    try:
+        return Record.model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"{name} is not the record of a clip: {fault_of(error)}") from None
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file, or beside a clip; InputError when it is none."""
+    file = record_path(path) if path.suffix.lower() in ENDINGS else path
+    missing = f"there is no record {file}: vmonarch writes one beside each clip, as in clip.json"
+    return parse_record(read_json(file, f"record {file}", missing=missing), str(file))
+
+
+def clip_of(record: Record, file: Path) -> Path:
+    """Where the clip of a record is: beside it, under the record's own name, also when both were renamed."""
+    return file.with_suffix(PurePosixPath(record.clip).suffix)

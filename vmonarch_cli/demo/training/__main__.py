@@ -1,0 +1,27 @@
+"""Training of the demo model from the command line: `python -m vmonarch_cli.demo.training text|vae|dit --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train one part."""
+    from vmonarch_cli.demo.training import flags, train_dit, train_text, train_vae
+
+    parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    vae = commands.add_parser("vae", help="the video autoencoder", formatter_class=formatter)
+    flags.add_vae_arguments(vae)
+    text = commands.add_parser("text", help="the text encoder, before the transformer", formatter_class=formatter)
+    flags.add_text_arguments(text)
+    dit = commands.add_parser("dit", help="the transformer and the text encoder", formatter_class=formatter)
+    flags.add_dit_arguments(dit)
+    args = parser.parse_args(argv)
+    {"vae": train_vae, "text": train_text, "dit": train_dit}[args.command].run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The flags of the three trainings."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmonarch_cli.demo.clips import SIZE
+from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Clips of `frames` frames until `end` (progress in [0, 1])."""
+
+    frames: int
+    end: float
+
+
+def parse_phases(text: str) -> tuple[Phase, ...]:
+    """Phases from text such as "1:0.1,17:0.35,49:1"."""
+    phases = tuple(Phase(int(part.split(":")[0]), float(part.split(":")[1])) for part in text.split(","))
+    ends = [p.end for p in phases]
+    if ends != sorted(ends) or ends[-1] < 1.0 or any((p.frames - 1) % 4 for p in phases):
+        raise ValueError(f"--phases: got {text!r}, valid are rising ends up to 1 and frame counts 4 n + 1")
+    return phases
+
+
+def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train vae`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and vae/")
+    parser.add_argument("--seconds", type=float, default=540.0, help="wall-clock limit of this run")
+    parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
+    parser.add_argument("--reserve", type=float, default=30.0, help="seconds kept for the final evaluation")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="start from an exported vae folder (weights only)")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the encoder of --init, and so every latent, as it is"
+    )
+    parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
+    parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
+    parser.add_argument("--preset", choices=sorted(VAE_PRESETS), default="base24")
+    parser.add_argument("--batch", type=int, default=4, help="clips of 49 frames a step; shorter ones in proportion")
+    parser.add_argument("--image-batch", type=int, default=128, help="images a step at most")
+    parser.add_argument(
+        "--phases",
+        type=parse_phases,
+        default=parse_phases("1:0.17,49:1"),
+        help="frames:end, ... with ends in [0, 1] of the whole training",
+    )
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term; more makes smoother latents")
+    parser.add_argument("--polish", type=float, default=0.65, help="progress from which squared error dominates")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--memory-format", choices=("auto", "contiguous", "channels_last"), default="channels_last")
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
+    parser.add_argument("--eval-every", type=float, default=100.0, help="seconds, at a checkpoint")
+    parser.add_argument("--eval-clips", type=int, default=16, help="held-out clips per evaluation")
+    parser.add_argument("--latent-clips", type=int, default=128, help="clips for the latents' statistics")
+    parser.add_argument("--profile-steps", type=int, default=40, help="log every fifth of a phase's first steps")
+
+
+def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train dit`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and weights/")
+    parser.add_argument("--vae", type=Path, required=True, help="the vae folder that `train vae` exported")
+    parser.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of this run")
+    parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
+    parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
+    parser.add_argument("--text", type=Path, required=True, help="the folder that `train text` exported to")
+    parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
+    parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
+    parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
+    parser.add_argument("--batch", type=int, default=64, help="clips a step")
+    parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
+    parser.add_argument("--bank-seconds", type=float, default=45.0, help="stop filling the bank after so long")
+    parser.add_argument("--encode-batch", type=int, default=16)
+    parser.add_argument("--refresh-every", type=int, default=32, help="steps between two refreshes of the bank")
+    parser.add_argument("--refresh", type=int, default=32, help="clips replaced at a refresh")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
+    parser.add_argument(
+        "--structured",
+        action="store_true",
+        help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds")
+    parser.add_argument("--profile-steps", type=int, default=40, help="log every fifth of the first steps")
+    parser.add_argument("--samples", type=int, default=8, help="held-out prompts on the sheet at the end")
+    parser.add_argument("--sample-steps", type=int, default=20)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train text`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for text_encoder/ and the log")
+    parser.add_argument("--init", type=Path, help="start from the text encoder of an exported weights folder")
+    parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=128, help="captions a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")

@@ -1,0 +1,227 @@
+"""LTX-Video and LTX-2: ``attn1`` sees only video tokens. LTX-2's sound and cross-attentions stay stock."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.families.base import Family, Shape, layers, patch_of, run_vae, stock_plan
+from vmonarch_cli.models.base import Grid
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class LTXMonarchProcessor(MonarchProcessor):
+    """LTXVideoAttnProcessor for ``attn1``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, N, channels) -> (B, N, channels)."""
+        self.refuse("LTXMonarchProcessor", encoder_hidden_states, attention_mask)
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key = attn.norm_k(attn.to_k(hidden_states))
+        value = attn.to_v(hidden_states)
+        if image_rotary_emb is not None:
+            from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+
+            query = apply_rotary_emb(query, image_rotary_emb)
+            key = apply_rotary_emb(key, image_rotary_emb)
+        query, key, value = heads_of(attn, query, key, value)
+
+        out = self.attend(query, key, value).flatten(2, 3).to(query.dtype)
+        result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
+        return result
+
+
+class LTX2MonarchProcessor(MonarchProcessor):
+    """LTX2AudioVideoAttnProcessor for the video's ``attn1``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Rotary | None = None,
+        key_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, N, channels) -> (B, N, channels)."""
+        self.refuse("LTX2MonarchProcessor", encoder_hidden_states, attention_mask)
+        out = self._attend(attn, hidden_states, attn.to_v(hidden_states), query_rotary_emb, key_rotary_emb)
+        return _gate_and_project(attn, hidden_states, out)
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        value: torch.Tensor,
+        query_rotary_emb: Rotary | None,
+        key_rotary_emb: Rotary | None,
+    ) -> torch.Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key = attn.norm_k(attn.to_k(hidden_states))
+        if query_rotary_emb is not None:
+            query = _rotate(attn, query, query_rotary_emb)
+            key = _rotate(attn, key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
+        query, key, value = heads_of(attn, query, key, value)
+        return self.attend(query, key, value).flatten(2, 3).to(query.dtype)
+
+
+class LTX2PerturbedMonarchProcessor(LTX2MonarchProcessor):
+    """LTX2PerturbedAttnProcessor (LTX-2.3): some calls or samples skip the attention and keep the values."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Rotary | None = None,
+        key_rotary_emb: Rotary | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, N, channels) -> (B, N, channels)."""
+        self.refuse("LTX2PerturbedMonarchProcessor", encoder_hidden_states, attention_mask)
+        value = attn.to_v(hidden_states)
+        if all_perturbed is None:
+            all_perturbed = perturbation_mask is not None and bool(torch.all(perturbation_mask == 0))
+        if all_perturbed:
+            return _gate_and_project(attn, hidden_states, value)
+        out = self._attend(attn, hidden_states, value, query_rotary_emb, key_rotary_emb)
+        if perturbation_mask is not None:
+            out = torch.lerp(value, out, perturbation_mask)
+        return _gate_and_project(attn, hidden_states, out)
+
+
+def _rotate(attn: Any, x: torch.Tensor, freqs: Rotary) -> torch.Tensor:
+    from diffusers.models.transformers import transformer_ltx2
+
+    if attn.rope_type == "interleaved":
+        rotated: torch.Tensor = transformer_ltx2.apply_interleaved_rotary_emb(x, freqs)
+    else:
+        rotated = transformer_ltx2.apply_split_rotary_emb(x, freqs)
+    return rotated
+
+
+def _gate_and_project(attn: Any, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Per-head gates, from the layer's input, and the output projection of out (B, N, channels)."""
+    if attn.to_gate_logits is not None:
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))  # (B, N, heads); 1 where the logits are 0
+        out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+    result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
+    return result
+
+
+def _grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
+    """Latents come packed as tokens; their shape comes beside them."""
+    bound = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
+    p_t, p_h, p_w = patch_of(transformer.config)
+    return bound["num_frames"] // p_t, bound["height"] // p_h, bound["width"] // p_w
+
+
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    if shape is None:
+        raise ValueError("LTX latents are packed as tokens: their shape must be given")
+    height, width, num_frames = shape
+    latents = pipeline._unpack_latents(
+        latents,
+        (num_frames - 1) // pipeline.vae_temporal_compression_ratio + 1,
+        height // pipeline.vae_spatial_compression_ratio,
+        width // pipeline.vae_spatial_compression_ratio,
+        pipeline.transformer_spatial_patch_size,
+        pipeline.transformer_temporal_patch_size,
+    )
+    vae = pipeline.vae
+    latents = pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    # The pipeline rounds to the transformer's dtype; one that was loaded only to decode has no transformer to ask.
+    dtype = pipeline.loaded_for_decoding if pipeline.transformer is None else pipeline.transformer.dtype
+    latents = latents.to(dtype).to(vae.dtype)
+    return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
+
+
+def _decode_2(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    """The pipeline gives these latents unpacked and denormalised."""
+    latents = latents.to(pipeline.vae.dtype)
+    return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
+
+
+def _decode_timestep(pipeline: Any, latents: torch.Tensor) -> torch.Tensor | None:
+    """The pipelines' default, 0, at which a decoder that knows noise gets none."""
+    return latents.new_zeros(latents.shape[0]) if pipeline.vae.config.timestep_conditioning else None
+
+
+def _parallel_plan(transformer: Any) -> dict[str, Any]:
+    """The plan of diffusers without the text.
+
+    In diffusers 0.42 the plan splits the text, too, and fails: the mask of the text has all heads where each process
+    has a part of them. The timesteps are one for each token when a clip continues a first frame.
+    """
+    plan = stock_plan(transformer)
+    of_video = plan[""]["hidden_states"]  # (B, tokens, channels)
+    plan[""] = {"hidden_states": of_video, "timestep": replace(of_video, expected_dims=2)}
+    return plan
+
+
+@contextmanager
+def _compressing(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compress a first frame as the pipeline would, without the PyAV that it needs for that."""
+    if "image" in arguments and "image_crf" not in arguments:
+        from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
+
+        image = compressed(arguments["image"], resolve_default_image_crf(pipeline.text_encoder))
+        arguments = {**arguments, "image": image, "image_crf": 0}
+    yield arguments
+
+
+def compressed(image: Any, quality: int) -> Any:
+    """The image as a frame of an H.264 video of this CRF, such as LTX-2 was trained to continue.
+
+    Its pipeline does the same with PyAV; the ffmpeg that clips are written with does not need another package.
+    """
+    import imageio_ffmpeg
+    from PIL import Image
+
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+    encode = ["-c:v", "libx264", "-crf", str(quality), "-preset", "veryfast", "-pix_fmt", "yuv420p", "-f", "h264"]
+    size = f"{image.width}x{image.height}"
+
+    def ffmpeg(content: bytes, *arguments: str) -> bytes:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *arguments, "-"]
+        return subprocess.run(command, input=content, capture_output=True, check=True).stdout  # noqa: S603 - fixed
+
+    video = ffmpeg(image.convert("RGB").tobytes(), *raw, "-s", size, "-i", "-", *encode)
+    return Image.frombytes("RGB", image.size, ffmpeg(video, "-f", "h264", "-i", "-", *raw))
+
+
+LTX = Family(
+    {"LTXVideoAttnProcessor": LTXMonarchProcessor},
+    layers("transformer_blocks.N.attn1"),
+    _decode,
+    grid=_grid,
+    parallel_plan=_parallel_plan,
+)
+LTX2 = Family(
+    {
+        "LTX2AudioVideoAttnProcessor": LTX2MonarchProcessor,
+        "LTX2PerturbedAttnProcessor": LTX2PerturbedMonarchProcessor,
+    },
+    layers("transformer_blocks.N.attn1"),
+    _decode_2,
+    grid=_grid,
+    adjusted=_compressing,
+    parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
+)

@@ -1,0 +1,74 @@
+"""Wan 2.1 and 2.2, Wan VACE and SkyReels-V2: ``attn1`` sees only video tokens; ``attn2``, for text, stays stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
+from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae
+from vmonarch_cli.families.wan_vae import decode_raw, is_plain
+
+_WHOLE_PIXELS = 1 << 20
+"""A clip of so few pixels in all is decoded whole: chunk by chunk, as long clips must be, takes twice as long."""
+
+
+class WanMonarchProcessor(MonarchProcessor):
+    """WanAttnProcessor and SkyReelsV2AttnProcessor for ``attn1``; image keys (I2V) exist only in ``attn2``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (B, N, channels) -> (B, N, channels)."""
+        self.refuse("WanMonarchProcessor", encoder_hidden_states, attention_mask)
+        query, key, value = project(attn, hidden_states)
+        query, key, value = heads_of(attn, attn.norm_q(query), attn.norm_k(key), value)
+        if rotary_emb is not None:
+            query = _apply_rotary(query, *rotary_emb)
+            key = _apply_rotary(key, *rotary_emb)
+
+        out = self.attend(query, key, value).flatten(2, 3).type_as(query)
+        result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
+        return result
+
+
+def _apply_rotary(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor) -> torch.Tensor:
+    """Wan's rotary embedding of x (B, N, heads, D); the tables (1, N, 1, D) hold every angle twice."""
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos = freqs_cos[..., 0::2]
+    sin = freqs_sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = x1 * cos - x2 * sin
+    out[..., 1::2] = x1 * sin + x2 * cos
+    return out.type_as(x)
+
+
+def _causal(transformer: Any) -> str | None:
+    """SkyReels' causal variants mask the future inside every layer."""
+    if transformer.config.num_frame_per_block > 1:
+        return f"its attention is causal in blocks of {transformer.config.num_frame_per_block} frames"
+    return None
+
+
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
+    latents = latents.to(pipeline.vae.dtype)
+    mean, std = mean_and_std(pipeline, latents)
+    # The pipeline divides by the reciprocal; so that frames are the same to the bit, so does this.
+    latents = latents / (1.0 / std) + mean
+    if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(pipeline.vae):
+        return decode_raw(pipeline.vae, latents).clamp(-1, 1)
+    return run_vae(pipeline, latents)
+
+
+WAN = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, forward=ForwardInputs())
+# The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
+WAN_VACE = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1", "vace_blocks.N.attn1"), _decode)
+SKYREELS_V2 = Family(
+    {"SkyReelsV2AttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, obstacle=_causal
+)

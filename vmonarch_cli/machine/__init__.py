@@ -1,0 +1,1 @@
+"""The machine at hand: hardware, processes of a torchrun, versions."""

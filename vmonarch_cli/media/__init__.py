@@ -1,0 +1,1 @@
+"""Clips as files: their names, writing, reading and measuring frames."""

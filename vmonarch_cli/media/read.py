@@ -1,0 +1,135 @@
+"""Read clips back: what `write_clip` wrote, as frames. No torch.
+
+A clip may be a stranger's file: only regular files are opened, and only as what their ending says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.paths import ENDINGS
+from vmonarch_cli.media.pictures import load_picture, to_rgb
+from vmonarch_cli.untrusted.files import require_regular
+
+Frames = NDArray[np.uint8]
+_AS_MP4 = ["-f", "mov", "-protocol_whitelist", "file"]
+"""Without these ffmpeg takes whatever the content asks for: playlists, other files, addresses."""
+_MAX_GIF_FPS = 50
+_MAX_GIF_FRAMES = 4096
+
+
+def read_clip(path: Path, fps: int | None = None) -> Frames:
+    """Frames (F, H, W, 3), uint8, of an .mp4, a .gif or a folder of PNGs; InputError when it cannot be read.
+
+    fps: the rate that the clip was written with, if it is known; it tells how many frames a merged frame of a GIF was.
+    """
+    frames = _of_kind(path, _read_mp4, lambda gif: _read_gif(gif, fps), _read_folder)
+    if not len(frames):
+        raise InputError(f"clip {path} has no frames")
+    return frames
+
+
+def one_frame(path: Path, seconds: float) -> Frames:
+    """The frame (H, W, 3) shown at a time, of a GIF or a folder the middle one; InputError as read_clip."""
+
+    def of_mp4(file: Path) -> Frames:
+        return next(_decoded(file, ["-ss", f"{max(0.0, seconds):.3f}"]))
+
+    def of_gif(file: Path) -> Frames:
+        frames = _read_gif(file, None)
+        middle: Frames = frames[len(frames) // 2]
+        return middle
+
+    def of_folder(folder: Path) -> Frames:
+        files = _pictures(folder)
+        return _read_picture(files[len(files) // 2])
+
+    return _of_kind(path, of_mp4, of_gif, of_folder)
+
+
+def _of_kind(
+    path: Path, mp4: Callable[[Path], Frames], gif: Callable[[Path], Frames], folder: Callable[[Path], Frames]
+) -> Frames:
+    """What the reader of a clip's kind makes of it."""
+    if not path.exists():
+        raise InputError(f"there is no clip {path}")
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise InputError(f"{path} is not a clip: valid endings are {', '.join(ENDINGS)}")
+    try:
+        if path.is_dir():
+            return folder(path)
+        if ending == ".png":
+            return _read_picture(path)[None]
+        require_regular(path, f"clip {path}")
+        return gif(path) if ending == ".gif" else mp4(path)
+    except (OSError, ValueError, RuntimeError, StopIteration, SyntaxError, IndexError, EOFError):
+        raise InputError(f"clip {path} cannot be read: it is damaged or not what its name says") from None
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+def _read_folder(folder: Path) -> Frames:
+    return np.stack([_read_picture(file) for file in _pictures(folder)])
+
+
+def _read_picture(file: Path) -> Frames:
+    return np.asarray(load_picture(file, f"frame {file}", formats=("PNG",), valid="it is not a PNG, or damaged"))
+
+
+def _read_mp4(path: Path) -> Frames:
+    return np.stack(list(_decoded(path, [])))
+
+
+def _decoded(path: Path, flags: list[str]) -> Iterator[Frames]:
+    """Frames (H, W, 3) as ffmpeg decodes them."""
+    import imageio_ffmpeg
+
+    # An absolute path: a name with a colon would be an address.
+    with contextlib.closing(imageio_ffmpeg.read_frames(str(path.resolve()), input_params=[*_AS_MP4, *flags])) as stream:
+        width, height = next(stream)["size"]
+        for content in stream:
+            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+
+
+def _read_gif(path: Path, fps: int | None) -> Frames:
+    """Every frame as often as it was written: Pillow, as other writers, merges frames that are equal."""
+    from PIL import Image, ImageSequence
+
+    frames: list[Frames] = []
+    ends: list[int] = []
+    with Image.open(path, formats=("GIF",)) as image:
+        for frame in ImageSequence.Iterator(image):
+            frames.append(np.asarray(to_rgb(frame, f"clip {path}")))
+            ends.append(round(frame.info.get("duration", 0) / 10) + (ends[-1] if ends else 0))
+    rates = [fps] if fps is not None else range(1, _MAX_GIF_FPS + 1)
+    numbers = next(filter(None, (_frame_numbers(ends, rate) for rate in rates)), list(range(1, len(ends) + 1)))
+    if numbers[-1] > _MAX_GIF_FRAMES:
+        raise InputError(f"clip {path} lasts for {numbers[-1]:,} frames: valid are up to {_MAX_GIF_FRAMES:,}")
+    repeats = [after - before for before, after in itertools.pairwise([0, *numbers])]
+    return np.repeat(np.stack(frames), repeats, axis=0)
+
+
+def _frame_numbers(ends: Sequence[int], fps: int) -> list[int] | None:
+    """How many frames of a rate are over at each end (hundredths of a second); None where the ends are of no such rate.
+
+    `write_clip` ends frame n at round(100 n / fps).
+    """
+    numbers: list[int] = []
+    for end in ends:
+        last = numbers[-1] if numbers else 0
+        near = round(end * fps / 100)
+        number = next((n for n in (near - 1, near, near + 1) if n > last and round(100 * n / fps) == end), None)
+        if number is None:
+            return None
+        numbers.append(number)
+    return numbers

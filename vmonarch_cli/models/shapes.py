@@ -1,0 +1,74 @@
+"""Which sizes and frame counts a model can make: on each axis a first value, a step and perhaps a last value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from vmonarch_cli.errors import ModelError
+
+
+class Tiles(BaseModel):
+    """A decoder that works in tiles of one size and leaves what the last tile does not reach blank.
+
+    Both are (frames, height, width) in frames and pixels; tiles begin ``stride`` apart.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tile: tuple[int, int, int]
+    stride: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Valid values of one side or of the frame count: ``first``, ``first + step`` and so on, up to ``last``."""
+
+    first: int
+    step: int
+    last: int | None = None
+
+    def holds(self, value: int) -> bool:
+        """Whether a value is one of them, ``last`` apart (see ``exceeds``)."""
+        return value >= self.first and (value - self.first) % self.step == 0
+
+    def exceeds(self, value: int) -> bool:
+        """Whether a value is above the last."""
+        return self.last is not None and value > self.last
+
+    @property
+    def largest(self) -> int:
+        """The last valid value, where there is one."""
+        last = self.first if self.last is None else self.last
+        return max(self.first, last - (last - self.first) % self.step)
+
+    def around(self, value: int) -> tuple[int, int]:
+        """The valid values next to one that is not valid, or to itself: below (or the first) and above."""
+        below = max(self.first, value - (value - self.first) % self.step)
+        above = below if below >= value else below + self.step
+        if self.last is not None:
+            return min(below, self.largest), min(above, self.largest)
+        return below, above
+
+
+def axis(multiple: int, last: int | None, tile: int | None, stride: int | None) -> Axis:
+    """Multiples of ``multiple`` up to ``last``, and with a tiled decoder only those that its tiles fill.
+
+    ModelError when its tiles fill none.
+    """
+    if tile is None or stride is None:
+        return Axis(multiple, multiple, last)
+    for count in range(multiple):
+        if (tile + count * stride) % multiple == 0:
+            return Axis(tile + count * stride, math.lcm(stride, multiple), last)
+    raise ModelError(f"the decoder's tiles of {tile} pixels, {stride} apart, fill no multiple of {multiple}")
+
+
+def nearest_sizes(width: int, height: int, widths: Axis, heights: Axis) -> str:
+    """'the nearest valid sizes are WxH and WxH' (or 'size is WxH'), the closest first."""
+    pairs = {(w, h) for w in widths.around(width) for h in heights.around(height)}
+    close = sorted(pairs, key=lambda p: ((p[0] - width) ** 2 + (p[1] - height) ** 2, p))[:2]
+    words = " and ".join(f"{w}x{h}" for w, h in close)
+    return f"the nearest valid {'sizes are' if len(close) > 1 else 'size is'} {words}"

@@ -1,0 +1,1 @@
+"""A diffusers pipeline: loaded, placed in memory, swapped, called."""

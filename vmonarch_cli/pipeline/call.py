@@ -1,0 +1,92 @@
+"""What the pipelines of all families have in common for a run: text in, the denoising call, frames out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.families.base import Shape
+from vmonarch_cli.families.registry import facts_of, family_of
+from vmonarch_cli.pipeline import step_cache
+
+Frames = npt.NDArray[np.uint8]
+Embeddings = dict[str, Any]
+"""Encoded text, by the names under which the pipeline's call takes it; the prompt itself where that call encodes it."""
+
+
+@torch.no_grad()
+def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float, max_tokens: int) -> Embeddings:
+    """Text embeddings of the prompt and, where guidance uses one, of the negative prompt."""
+    facts, family, guided = facts_of(pipeline), family_of(pipeline), guidance_scale > 1.0
+    if facts.text_with_image:
+        return {"prompt": prompt, "max_sequence_length": max_tokens}
+
+    def call(**given: Any) -> Embeddings:
+        values = pipeline.encode_prompt(**_accepted(pipeline.encode_prompt, max_sequence_length=max_tokens, **given))
+        return dict(zip(facts.text, values, strict=True))
+
+    if facts.negative == "together":
+        return call(prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided)
+    found = call(prompt=family.prompt(prompt))
+    if facts.negative == "apart" and guided:
+        negative = call(prompt=family.prompt(negative_prompt))
+        found |= {f"negative_{name}": value for name, value in negative.items()}
+    return found
+
+
+def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) -> torch.Tensor:
+    """Latents of the pipeline's own denoising loop; options that its call does not know are left out.
+
+    `fps` goes to the pipelines whose model wants to know it, and guidance to the guider of those that have one.
+    """
+    height, width, num_frames = shape
+    if facts_of(pipeline).guider:
+        pipeline.guider = pipeline.guider.new(guidance_scale=options["guidance_scale"])
+    given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
+    known = _accepted(type(pipeline).__call__, **given)
+    step_cache.forget(pipeline)
+    with family_of(pipeline).adjusted(pipeline, known) as adjusted:
+        # Motif's image pipeline has no default for the prompt, which the embeddings replace.
+        latents: torch.Tensor = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent").frames
+    return latents
+
+
+def takes_callback(pipeline: Any) -> bool:
+    """Whether the pipeline calls back after each step."""
+    return "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def _accepted(function: Callable[..., Any], **given: Any) -> dict[str, Any]:
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in given.items() if name in known and value is not None}
+
+
+@torch.no_grad()
+def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Frames:
+    """Latents of `call` -> frames (frames, height, width, 3), uint8; the end of the pipeline's own call.
+
+    shape: of the clip; CogVideoX 1.5, LTX and Allegro cannot do without. Raises NonFiniteError when the decoder makes
+    a value that is not finite.
+    """
+    vae = pipeline.vae
+    # An offloaded VAE is elsewhere until it runs.
+    device = pipeline._execution_device if _is_offloaded(vae) else vae.device
+    clip = family_of(pipeline).decode(pipeline, latents.to(device), shape)
+    if not torch.isfinite(clip).all():
+        raise NonFiniteError("decoded frames are not finite, after the last step, and no clip was written")
+    values = pipeline.video_processor.postprocess_video(clip, output_type="np")[0]
+    pipeline.maybe_free_model_hooks()
+    frames: Frames = (values * 255).round().astype(np.uint8)
+    return frames
+
+
+def _is_offloaded(module: Any) -> bool:
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    return hasattr(module, "_hf_hook") or _is_group_offload_enabled(module)

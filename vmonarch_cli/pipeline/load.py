@@ -1,0 +1,219 @@
+"""Load a diffusers pipeline: quietly, completely or not at all, on the device and in the dtype asked for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.errors import InputError, ModelError, VmonarchError
+from vmonarch_cli.machine.memory import available_bytes
+from vmonarch_cli.models import hub
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_config
+from vmonarch_cli.pipeline.complete import check_complete, load_encoders
+from vmonarch_cli.pipeline.context_parallel import split
+from vmonarch_cli.pipeline.device import device_name, dtype_name
+from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
+from vmonarch_cli.pipeline.offload import place
+from vmonarch_cli.plan.memory import weight_bytes
+from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.text import innermost_line
+
+_ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
+_IN_DTYPE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "connectors")
+
+
+def load_pipeline(
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    flow_shift: float | None = None,
+    revision: str | None = None,
+    setup: Setup = Setup(offload="none"),  # noqa: B008 - frozen
+    image_pipeline: str | None = None,
+    share_clip: bool = False,
+) -> Any:
+    """A diffusers pipeline from a local folder or a hub id, ready to run.
+
+    Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``setup.offload`` is
+    a mode that was decided, not "auto"; ``image_pipeline`` names the class to use the weights with when there is a
+    first frame; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read and no code
+    from the model runs.
+    Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
+    """
+    quiet_libraries()
+    from diffusers import DiffusionPipeline
+
+    folder = _local_folder(source, revision)
+    entry = read_folder(folder)
+    on_card = device.type == "cuda" and setup.offload == "none"
+    if not (on_card and setup.quantize):
+        _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))
+    quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
+    config = quantization_config(setup, quantized)
+    extra = {} if config is None else {"quantization_config": config}
+    with _one_sentence(source, device):
+        dtypes = _dtypes(entry, dtype, image_pipeline)
+        encoders = load_encoders(folder, dtypes)
+        pipeline = _read(DiffusionPipeline, folder, dtypes, **encoders, **extra)
+        check_complete(pipeline, folder, without=(*encoders, *(quantized if config is not None else ())))
+        if image_pipeline is not None:
+            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        prepare(pipeline, setup, dtype)
+        if share_clip:
+            split(pipeline, device)
+        place(pipeline, setup.offload, device)
+        finish(pipeline, setup)
+    pipeline.set_progress_bar_config(disable=True)
+    set_flow_shift(pipeline, flow_shift)
+    return pipeline
+
+
+def load_decoder(
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    vae_tiling: bool = False,
+    image_pipeline: str | None = None,
+) -> Any:
+    """The same without transformers and text encoders, to decode saved latents; all of it is on the device."""
+    quiet_libraries()
+    import diffusers
+
+    folder = _local_folder(source, revision)
+    entry = read_folder(folder)
+    _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
+    parts = json.loads((folder / "model_index.json").read_text())
+    without = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
+    with _one_sentence(source, device):
+        # The base class does not know which parts may be None.
+        kind = getattr(diffusers, parts["_class_name"])
+        pipeline = _read(kind, folder, _dtypes(entry, dtype, image_pipeline), **without)
+        pipeline.loaded_for_decoding = dtype
+        check_complete(pipeline, folder)
+        if image_pipeline is not None:
+            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        prepare(pipeline, Setup(vae_tiling=vae_tiling), dtype)
+        place(pipeline, "none", device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if need > free:
+        raise ModelError(
+            f"the weights of {source} need {need / 1e9:.1f} GB in {dtype} and {device_name(device)} has "
+            f"{free / 1e9:.1f} GB free: choose a smaller model, a narrower --dtype or another --device"
+        )
+
+
+def _dtypes(entry: ModelEntry, dtype: torch.dtype, image_pipeline: str | None) -> dict[str, torch.dtype]:
+    """The dtype of each component, as from_pretrained takes them."""
+    dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
+    as_image = PIPELINES.get(image_pipeline or "")
+    if not entry.vae_float32 or (as_image is not None and as_image.vae_in_dtype):
+        dtypes["vae"] = dtype
+    return dtypes
+
+
+def _read(kind: Any, folder: Path, dtypes: dict[str, torch.dtype], **extra: Any) -> Any:
+    return kind.from_pretrained(
+        str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
+    )
+
+
+@contextmanager
+def _one_sentence(source: str, device: torch.device) -> Iterator[None]:
+    """Silence the libraries' warnings, and turn whatever they raise into a ModelError of one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except VmonarchError:
+        raise
+    except torch.cuda.OutOfMemoryError:
+        raise ModelError(f"{source} does not fit the memory of {device_name(device)}: choose a smaller model") from None
+    except Exception as error:
+        # from_pretrained has no error family of its own: OSError, ValueError, KeyError, SafetensorError and more.
+        reason = innermost_line(error).rstrip(".")[:300]
+        raise ModelError(f"model {source} cannot be loaded: {reason}") from error
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers and transformers from printing; the environment must be set before their first import."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where torchao is installed, transformers imports it, and it warns of its CUDA files on a machine without CUDA.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import diffusers
+        import transformers
+
+        import_parts("diffusers")
+    except Exception as error:  # versions that do not fit raise RuntimeError, ImportError, AttributeError, ...
+        raise ModelError(f"the installed packages do not work together: {why_import_failed(error)}") from error
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def set_flow_shift(pipeline: Any, shift: float | None) -> None:
+    """Give the scheduler a flow-matching timestep shift (None: its own); schedulers name the setting differently.
+
+    A scheduler that shifts by the number of tokens does so no longer. InputError for one that has no shift.
+    """
+    if shift is None:
+        return
+    scheduler = pipeline.scheduler
+    name = next((name for name in ("flow_shift", "shift") if name in scheduler.config), None)
+    if name is None:
+        raise InputError(f"--flow-shift cannot be set: {type(scheduler).__name__} of this model has no shift")
+    given: dict[str, Any] = {name: shift}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["use_dynamic_shifting"] = False
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, **given)
+
+
+def _local_folder(source: str, revision: str | None) -> Path:
+    """Where the model's files are, after a download for a hub id."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if cached := hub.cached_folder(source, revision):
+        return cached
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(
+            DiffusionPipeline.download(source, revision=revision, use_safetensors=True, trust_remote_code=False)
+        )
+    except Exception as error:
+        # As above, and whatever the network stack raises.
+        raise hub.explain(error, source, revision) from error
+
+
+def _as_image_pipeline(pipeline: Any, name: str) -> Any:
+    """The same components under the class that continues a first frame; what only that class has stays empty."""
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in pipeline.config.items() if key in known and key not in pipeline.components}
+    return kind(**{key: part for key, part in pipeline.components.items() if key in known}, **settings)

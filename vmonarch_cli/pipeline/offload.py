@@ -1,0 +1,71 @@
+"""Where the weights are while a clip is made: the fastest of four ways whose estimated peak fits the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from vmonarch_cli.errors import ModelError
+from vmonarch_cli.plan.memory import OFFLOAD_WORDS, largest_peaks, lighter_peaks
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.text import binary_size
+
+
+def choose(
+    wanted: str, peaks: dict[str, int], free: int, *, lighter: Mapping[str, int] = MappingProxyType({})
+) -> tuple[str, str]:
+    """(mode, one line that says why) on a GPU. "auto" takes the first mode that fits; a named one is never changed.
+
+    peaks: estimated bytes of each mode, the fastest first. free: bytes. lighter: least peak of the same clip with a
+    field of its preset changed, the better results first.
+    Raises ModelError when "auto" finds no mode that fits.
+    """
+    if wanted != "auto":
+        return wanted, f"offload {wanted}, as asked: about {binary_size(peaks[wanted])} of {binary_size(free)} free"
+    for mode, peak in peaks.items():
+        if peak <= free:
+            words = f"about {binary_size(peak)} of {binary_size(free)} free"
+            return mode, f"offload {mode}: {OFFLOAD_WORDS[mode]}, {words}"
+    least = min(peaks.values())
+    fits = next((change for change, peak in lighter.items() if peak <= free), None)
+    way_out = "" if fits is None else f"with --set {fits} it needs about {binary_size(lighter[fits])}, or "
+    raise ModelError(
+        f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
+        f"{binary_size(free)} are free; {way_out}choose a smaller size, fewer frames, --vae-tiling or "
+        "--quantize fp8"
+    )
+
+
+def mode_for(plans: Sequence[Plan], device: str, dtype: str) -> tuple[str, str]:
+    """(mode, one line) of where the weights will be on a GPU while plans of one model take turns.
+
+    Reads the free memory once. Raises ModelError when a clip fits it in no mode.
+    """
+    free = torch.cuda.mem_get_info(device)[0]
+    lighter = lighter_peaks(plans, dtype)
+    return choose(plans[0].setup.offload, largest_peaks(plans, dtype), free, lighter=lighter)
+
+
+def place(pipeline: Any, mode: str, device: torch.device) -> None:
+    """Put the weights where the mode has them; ValueError for a mode that is still to be decided."""
+    if mode == "none":
+        pipeline.to(device)
+    elif mode == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif mode == "group":
+        pipeline.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+            # The hooks that fetch weights fire in forward, and pipelines call the VAE's encode and decode: it stays.
+            exclude_modules="vae",
+        )
+    elif mode == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        raise ValueError(f"offload mode {mode!r} says no place: valid are {', '.join(OFFLOAD_WORDS)}")

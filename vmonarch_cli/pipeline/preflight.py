@@ -1,0 +1,117 @@
+"""What only torch can tell before any weight is read: device, dtype, implementation, and where the weights will be.
+
+Everything here is decided once. The decision is a `Machine`, which the run takes: nothing reads the free memory again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vmonarch_cli.errors import DeviceError, ModelError
+from vmonarch_cli.machine.memory import available_bytes
+from vmonarch_cli.media.ffmpeg import require_encoder
+from vmonarch_cli.plan.memory import at_least, shape_of
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.text import binary_size
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where plans of one model run: torch's device string, its name for people, dtype, implementation, offload mode."""
+
+    device: str
+    device_name: str
+    dtype: str
+    impl: str
+    """The implementation that "auto" stands for: "torch" or "triton"; see `impl_of`."""
+    offload: str = "none"
+    """Where the weights are: "none", "model", "group" or "sequential"."""
+    memory: str = ""
+    """One line on the offload mode and what it is expected to take; empty on a CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.startswith("cuda")
+
+    def impl_of(self, preset: Preset) -> str:
+        """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""
+        if preset.attention == "dense":
+            return "dense"
+        return self.impl if preset.impl == "auto" else preset.impl
+
+
+def check_machine(plan: Plan) -> Machine:
+    """Resolve "auto" for this machine; DeviceError or ModelError when the plan cannot run on it (imports torch)."""
+    return check_machine_for([plan])
+
+
+def check_machine_for(plans: Sequence[Plan]) -> Machine:
+    """One machine for several plans of one loaded model: the offload mode is the fastest that all of them fit in.
+
+    plans: at least one, all with the same model, device, dtype and setup.
+    Raises DeviceError for a device, implementation or video encoder that is not there, ModelError when a plan does not
+    fit the memory.
+    """
+    from vmonarch_cli.pipeline.offload import mode_for
+
+    _check_encoder(plans)
+    machine = _machine(plans[0])
+    # Of thousands of prompts most differ in nothing that counts here.
+    kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
+    if machine.on_gpu:
+        mode, words = mode_for(list(kinds.values()), machine.device, machine.dtype)
+        machine = replace(machine, offload=mode, memory=words)
+    else:
+        for plan in kinds.values():
+            check_cpu_memory(plan, machine.dtype)
+    for preset in {plan.preset for plan in plans if plan.preset.attention != "dense"}:
+        _check_impl(preset.impl, machine, plans[0])
+    return machine
+
+
+def machine_to_decode(plan: Plan) -> Machine:
+    """Where saved latents of a plan are decoded: a decoder alone fits wherever any mode of the whole model does."""
+    _check_encoder([plan])
+    return _machine(plan)
+
+
+def _check_encoder(plans: Sequence[Plan]) -> None:
+    if any(path.suffix.lower() == ".mp4" for plan in plans for path in plan.outputs):
+        require_encoder()
+
+
+def _machine(plan: Plan) -> Machine:
+    from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
+    from vmonarch_kernels import resolve_impl
+
+    device = pick_device(plan.device)
+    dtype = pick_dtype(plan.dtype, device)
+    impl = resolve_impl("auto", device, dtype, plan.model.head_dim)
+    return Machine(str(device), device_name(device), dtype_name(dtype), impl)
+
+
+def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
+    from vmonarch_cli.pipeline.device import DTYPES
+    from vmonarch_kernels import ImplUnavailable, resolve_impl
+
+    try:
+        resolve_impl(impl, machine.device, DTYPES[machine.dtype], plan.model.head_dim)
+    except ImplUnavailable as error:
+        if not machine.on_gpu:
+            raise DeviceError(f"impl {impl} needs a GPU, and this run is on the CPU: take torch, or auto") from None
+        raise DeviceError(str(error)) from None
+
+
+def check_cpu_memory(plan: Plan, dtype: str) -> None:
+    """ModelError when the weights and the smallest working set exceed what this machine can give."""
+    need = at_least(plan.model, shape_of(plan), dtype)
+    have = available_bytes()
+    if need > have:
+        raise ModelError(
+            f"too little memory: {plan.model.alias} at {plan.width}x{plan.height} with {plan.num_frames} frames in "
+            f"{dtype} needs at least {binary_size(need)} and {binary_size(have)} are free: choose a smaller model "
+            "or size, or a narrower --dtype"
+        )

@@ -1,0 +1,154 @@
+"""Checks of single flags: each returns the value as the plan uses it, or raises a sentence that says what is valid."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.pictures import load_picture
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.presets import Preset
+from vmonarch_cli.text import near, shown
+from vmonarch_cli.untrusted.files import user_path
+from vmonarch_kernels.spec import MAX_FRAMES
+
+EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
+DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+
+def texts(request: GenerateRequest) -> None:
+    """InputError for a flag whose text no record can hold, because it is not UTF-8, and no path, because it has a NUL.
+
+    The prompt and the negative prompt may hold anything that is UTF-8.
+    """
+    for field in fields(request):
+        value = getattr(request, field.name)
+        flag = "--" + {"overrides": "set", "loras": "lora"}.get(field.name, field.name.replace("_", "-"))
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str) or field.name in ("prompt", "output"):  # which have sentences of their own
+                continue
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(f"{flag} is not valid UTF-8 text") from None
+            if "\0" in text and field.name != "negative_prompt":
+                raise InputError(f"{flag} holds a NUL character")
+
+
+def prompt(text: str | None) -> str:
+    """A prompt with some text in it that can be written as UTF-8; surrounding spaces are dropped."""
+    if text is None:
+        raise InputError(f'a prompt is missing: say what the clip should show, as in --prompt "{EXAMPLE_PROMPT}"')
+    if not text.strip():
+        raise InputError(f'the prompt is empty: say what the clip should show, as in --prompt "{EXAMPLE_PROMPT}"')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8 text") from None
+    return text.strip()
+
+
+def size(text: str | None, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """(height, width) in pixels from `--size WIDTHxHEIGHT` or from the two flags; None where nothing was given."""
+    for flag, side in (("--height", height), ("--width", width)):
+        whole(flag, side, 1, 16384)
+    if text is None:
+        return height, width
+    if height is not None or width is not None:
+        raise InputError("--size and --height/--width say the same thing twice: give one of them")
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", text)
+    if match is None:
+        raise InputError(f"--size takes WIDTHxHEIGHT in pixels, as in 832x480, got {shown(text)}")
+    return int(match[2]), int(match[1])
+
+
+def whole(flag: str, value: int | None, low: int, high: int) -> int | None:
+    """A whole number within [low, high], or None."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{flag} takes a whole number from {low} to {high}, got {shown(value)}")
+    return value
+
+
+def number(flag: str, value: float | None, low: float, high: float) -> float | None:
+    """A finite number within [low, high], or None."""
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise InputError(f"{flag} takes a number from {low:g} to {high:g}, got {value:g}")
+    return value
+
+
+def device(text: str | None) -> str | None:
+    """'auto', 'cpu', 'cuda' or 'cuda:N' (whether the device is there is found out later, by torch)."""
+    if text is not None and not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise InputError(f"--device takes auto, cpu, cuda or cuda:N, got {shown(text)}")
+    return text
+
+
+def dtype(text: str | None) -> str | None:
+    """A floating-point type under its torch name."""
+    if text is None:
+        return None
+    if text.lower() not in DTYPES:
+        valid = "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
+        raise InputError(f"--dtype takes {valid}, got {shown(text)}{near(text, DTYPES)}")
+    return DTYPES[text.lower()]
+
+
+def second_guidance(model: ModelEntry, value: float | None) -> None:
+    """Only a model with a second transformer has a second guidance scale."""
+    if value is not None and model.transformers < 2:
+        raise InputError(f"--guidance-scale-2 is for models with two transformers, and {model.alias} has one")
+
+
+def steps(model: ModelEntry, value: int) -> None:
+    """InputError for fewer denoising steps than a model's schedule can be made of."""
+    if value < model.min_steps:
+        raise InputError(
+            f"--steps {value} does not fit {model.alias}: its noise schedule takes {model.min_steps} at least"
+        )
+
+
+def flow_shift(model: ModelEntry, value: float | None) -> None:
+    """InputError for a flow shift of a model whose noise schedule has none."""
+    if value is not None and not model.has_flow_shift:
+        raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
+
+
+def latent_frames(preset: Preset, frames: int, num_frames: int) -> None:
+    """InputError for more latent frames than structured attention takes."""
+    if preset.attention != "dense" and frames > MAX_FRAMES:
+        raise InputError(
+            f"{num_frames} frames are {frames} latent frames, and structured attention takes {MAX_FRAMES} at most: "
+            "choose fewer frames, or --preset dense"
+        )
+
+
+def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:
+    """A value out of a few, or None; InputError that names them."""
+    if value is not None and value not in valid:
+        *first, last = valid
+        raise InputError(f"{flag} takes {', '.join(first)} or {last}, got {shown(value)}{near(value, valid)}")
+    return value
+
+
+def image(model: ModelEntry, text: str | None) -> str | None:
+    """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
+    if text is None:
+        if model.takes_image:
+            raise InputError(f"{model.alias} continues a picture and none was given: add --image FILE")
+        return None
+    if not (model.takes_image or model.image_pipeline):
+        raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
+    path = user_path(text, "image")
+    load_picture(path, f"image {text}", missing=f"there is no image {text}")
+    return str(path)

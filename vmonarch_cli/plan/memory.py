@@ -1,0 +1,176 @@
+"""What a run takes of memory: one model of it, for plans, tables, the choice of an offload mode, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vmonarch_cli.models.base import ClipShape, Grid, ModelEntry
+from vmonarch_cli.plan.costs import kept_by
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import apply_overrides, parse_assignment
+
+OFFLOAD_WORDS = {
+    "none": "all weights stay on the device",
+    "model": "one component at a time is on the device",
+    "group": "the VAE and a few transformer blocks at a time are on the device",
+    "sequential": "one layer at a time is on the device",
+}
+"""The offload modes, the fastest first."""
+LIGHTER = ("shared_refresh=true", "refresh=0")
+"""Changes to a preset, as `--set` takes them, that keep less from step to step; the better results first."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
+_PROCESS = 900 << 20  # a process that has imported the libraries, as measured
+
+
+def weight_bytes(model: ModelEntry, dtype: str, *, to_decode: bool = False) -> int:
+    """Bytes of all weights, or of those that decoding needs: in `dtype`, but the VAE in float32 where the family needs
+    it.
+    """
+    wide = 0 if to_decode else model.transformer_params * model.transformers + model.text_encoder_params
+    return wide * _BYTES[dtype] + model.vae_params * (4 if model.vae_float32 else _BYTES[dtype])
+
+
+def activation_bytes(model: ModelEntry, grid: Grid, dtype: str) -> int:
+    """A lower bound of the transformer's working set: residual, q, k, v and output, and the feed-forward's middle."""
+    tokens = grid[0] * grid[1] * grid[2]
+    return tokens * (5 * model.hidden_dim + model.ffn_dim) * _BYTES[dtype]
+
+
+def decode_bytes(shape: ClipShape) -> int:
+    """A lower bound of decoding: the frames once in float32 and once in 8 bits."""
+    height, width, num_frames = shape
+    return num_frames * height * width * 3 * (4 + 1)
+
+
+def at_least(model: ModelEntry, shape: ClipShape, dtype: str) -> int:
+    """Bytes below which a run that keeps all weights in memory cannot succeed."""
+    working = max(activation_bytes(model, model.grid(*shape), dtype), decode_bytes(shape))
+    return weight_bytes(model, dtype) + working
+
+
+def peaks(
+    model: ModelEntry,
+    shape: ClipShape,
+    dtype: str,
+    *,
+    quantize: str | None = None,
+    vae_tiling: bool = False,
+    kept: int = 0,
+) -> dict[str, int]:
+    """Estimated peak bytes on the device in each offload mode, the fastest mode first.
+
+    A step's working set is taken as twice the lower bound of `activation_bytes`, decoding as 40 float32 channels of
+    one group of frames at full size (a sixth of it in tiles) beside the frames. ``kept``: bytes that attention keeps
+    from step to step.
+    """
+    width_of = _BYTES[dtype]
+    transformer = model.transformer_params * (1 if quantize else width_of)
+    text = model.text_encoder_params * width_of
+    vae = model.vae_params * (4 if model.vae_float32 else width_of)
+    activations = activation_bytes(model, model.grid(*shape), dtype)
+    working = kept + 2 * activations + model.transformer_params // model.layers * width_of
+    group = model.vae_temporal * shape[0] * shape[1] * 40 * (4 if model.vae_float32 else width_of)
+    decoding = decode_bytes(shape) + (group // 6 if vae_tiling else group)
+    layer = 4 * (transformer // model.layers)
+    return {
+        "none": transformer * model.transformers + text + vae + max(working, decoding) + _RESERVE,
+        "model": max(text, transformer + working, vae + decoding) + _RESERVE,
+        "group": vae + max(text // 4, layer + working, decoding) + _RESERVE,
+        "sequential": max(text // 12, layer // 4 + working, vae // 4 + decoding) + _RESERVE,
+    }
+
+
+def shape_of(plan: Plan) -> ClipShape:
+    """Height, width and frames of a plan's clips."""
+    return plan.height, plan.width, plan.num_frames
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Bytes that a clip keeps from step to step as planned; see ``kept_by``."""
+    return kept_by(plan.model, plan.grid, plan.preset, plan.guidance_scale)
+
+
+def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
+    """Estimated peak of each offload mode for a plan, the fastest mode first."""
+    return peaks(
+        plan.model,
+        shape_of(plan),
+        dtype,
+        quantize=plan.setup.quantize,
+        vae_tiling=plan.setup.vae_tiling,
+        kept=kept_bytes(plan),
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The memory that clips of a plan are expected to take."""
+
+    on_gpu: bool
+    dtype: str
+    peaks: dict[str, int]
+    """Estimated peak bytes by offload mode, the fastest first: on the card, or of the process on a CPU, where nothing
+    is offloaded and the only mode is "none".
+    """
+    free: int | None = None
+    """Bytes of the card that was asked about; None where none was named."""
+
+    @property
+    def fitting(self) -> tuple[str, ...]:
+        """The modes whose peak fits the card that was asked about."""
+        return tuple(mode for mode, peak in self.peaks.items() if self.free is not None and peak <= self.free)
+
+
+def footprint(plan: Plan, dtype: str, *, on_gpu: bool, free: int | None = None) -> Footprint:
+    """What a plan takes in `dtype`; `free`: bytes of a card to compare with."""
+    if on_gpu:
+        return Footprint(True, dtype, peaks_of(plan, dtype), free)
+    return Footprint(False, dtype, {"none": peaks_of(plan, dtype)["none"] - _RESERVE + _PROCESS}, free)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all clips of a batch take together."""
+
+    clips: int
+    dense_flops: int
+    """Self-attention operations, all dense."""
+    planned_flops: int
+    seconds: float | None
+    """None where the time of a clip is not known."""
+
+
+def totals(plans: Sequence[Plan], seconds_of: Callable[[Plan], float | None]) -> Totals:
+    """Sums over plans, each of `num_videos` clips; seconds_of: expected seconds of one clip, None if not known."""
+    times = [seconds_of(plan) for plan in plans]
+    known = [time * plan.num_videos for time, plan in zip(times, plans, strict=True) if time is not None]
+    return Totals(
+        clips=sum(plan.num_videos for plan in plans),
+        dense_flops=sum(plan.flops.dense * plan.num_videos for plan in plans),
+        planned_flops=sum(plan.flops.planned * plan.num_videos for plan in plans),
+        seconds=sum(known) if len(known) == len(plans) else None,
+    )
+
+
+def largest_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:
+    """Estimated peak of each offload mode for plans of one model that take turns: of each mode the largest."""
+    found = [peaks_of(plan, dtype) for plan in plans]
+    return {mode: max(peak[mode] for peak in found) for mode in found[0]}
+
+
+def lighter_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:
+    """The same plans' least peak if their presets kept less, by the change to `--set`; empty where none keeps much."""
+    if not any(plan.preset.refresh for plan in plans):
+        return {}
+    return {
+        change: min(largest_peaks([_changed(plan, change) for plan in plans], dtype).values()) for change in LIGHTER
+    }
+
+
+def _changed(plan: Plan, assignment: str) -> Plan:
+    name, value = parse_assignment(assignment)
+    if not plan.preset.refresh:
+        return plan
+    return plan.model_copy(update={"preset": apply_overrides(plan.preset, {name: ("--set", value)})})

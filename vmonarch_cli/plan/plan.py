@@ -1,0 +1,69 @@
+"""`Plan`: everything a run needs to know, resolved and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.plan.costs import Flops
+from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.presets import Preset
+
+
+class Plan(BaseModel):
+    """Everything a run needs to know, and where each value came from.
+
+    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default" or "default".
+    Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelEntry
+    model_source: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    flow_shift: float | None
+    seed: int
+    num_videos: int
+    preset: Preset
+    device: str
+    dtype: str
+    dense_every: int
+    outputs: tuple[Path, ...]
+    overwrite: bool
+    grid: Grid
+    tokens: int
+    flops: Flops
+    revision: str | None = None
+    image: str | None = None
+    setup: Setup = Setup()
+    origins: dict[str, str]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
+        values: dict[str, Any] = {"model": self.model.alias}
+        for name in self.origins:
+            if name.startswith("preset."):
+                values[name] = getattr(self.preset, name.removeprefix("preset."))
+            elif name == "preset":
+                values[name] = self.preset.name
+            elif name == "output":
+                values[name] = [str(path) for path in self.outputs]
+            elif name in Setup.model_fields:
+                values[name] = getattr(self.setup, name)
+            elif name != "model":
+                values[name] = getattr(self, name)
+        return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}

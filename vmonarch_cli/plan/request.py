@@ -1,0 +1,43 @@
+"""The flags of a run as they came, before anything is checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """The flags of `vmonarch generate` as they came; None (or empty) means not given."""
+
+    model: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    size: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+    num_videos: int | None = None
+    preset: str | None = None
+    overrides: tuple[str, ...] = field(default=())
+    dense_steps: int | None = None
+    dense_layers: int | None = None
+    impl: str | None = None
+    dense_every: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    revision: str | None = None
+    image: str | None = None
+    offload: str | None = None
+    vae_tiling: bool = False
+    quantize: str | None = None
+    loras: tuple[str, ...] = field(default=())
+    cache: str | None = None
+    compile: bool = False

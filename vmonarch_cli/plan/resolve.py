@@ -1,0 +1,160 @@
+"""From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
+
+Precedence is flag > preset > model default > default of the tool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmonarch_cli.errors import PresetError
+from vmonarch_cli.media.paths import check_rate, resolve_targets
+from vmonarch_cli.models.base import CACHES, PipelineFacts
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.lora import check_lora_file, lora_file
+from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
+from vmonarch_cli.plan import checks, warnings
+from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
+from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
+
+FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
+DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
+Value = TypeVar("Value")
+
+
+def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
+    """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done.
+
+    needs_prompt: a plan that nothing runs can do without, and has an empty one.
+    """
+    checks.texts(request)
+    without = request.prompt is None and not needs_prompt
+    prompt = "" if without else checks.prompt(request.prompt)
+    origins: dict[str, str] = {}
+
+    def take(name: str, given: Value | None, default: Value, otherwise: str = MODEL_DEFAULT) -> Value:
+        origins[name] = otherwise if given is None else FLAG
+        return default if given is None else given
+
+    revision = take("revision", request.revision, None, DEFAULT)
+    model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
+    defaults = model.defaults
+    preset = _resolve_preset(request, defaults.preset, origins)
+
+    height, width = checks.size(request.size, request.height, request.width)
+    height = take("height", height, defaults.height)
+    width = take("width", width, defaults.width)
+    num_frames = take("num_frames", request.num_frames, defaults.num_frames)
+    model.check_shape(height, width, num_frames)
+
+    image = checks.image(model, request.image)
+    pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+
+    checks.second_guidance(model, request.guidance_scale_2)
+    seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
+    num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
+    steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    checks.steps(model, steps)
+    checks.flow_shift(model, request.flow_shift)
+    grid = model.grid(height, width, num_frames)
+    checks.latent_frames(preset, grid[0], num_frames)
+    guidance = take(
+        "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
+    )
+    fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
+    outputs = resolve_targets(
+        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
+    )
+    check_rate(outputs, fps)
+    return Plan(
+        model=model,
+        model_source=source,
+        prompt=prompt,
+        negative_prompt=take("negative_prompt", request.negative_prompt, defaults.negative_prompt),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=fps,
+        steps=steps,
+        guidance_scale=guidance,
+        guidance_scale_2=take(
+            "guidance_scale_2",
+            checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
+            defaults.guidance_scale_2,
+        ),
+        flow_shift=take(
+            "flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift
+        ),
+        seed=seed,
+        num_videos=num_videos,
+        preset=preset,
+        device=take("device", checks.device(request.device), "auto", DEFAULT),
+        dtype=take("dtype", checks.dtype(request.dtype), "auto", DEFAULT),
+        dense_every=take(
+            "dense_every", checks.whole("--dense-every", request.dense_every, 0, 1000), defaults.dense_every
+        ),
+        outputs=outputs,
+        overwrite=request.overwrite,
+        grid=grid,
+        tokens=grid[0] * grid[1] * grid[2],
+        flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
+        revision=revision,
+        image=take("image", image, None, DEFAULT),
+        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
+        origins={"prompt": DEFAULT if without else FLAG, **origins},
+        notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
+        warnings=(
+            *warnings.of_demo(model, prompt, (height, width, num_frames)),
+            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.without_effect(request, preset),
+        ),
+    )
+
+
+def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
+    """What is done to the pipeline beside its attention; InputError for what it cannot have."""
+    given = {
+        "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
+        "vae_tiling": request.vae_tiling or None,
+        "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
+        "loras": request.loras or None,
+        "cache": checks.one_of("--cache", request.cache, CACHES),
+        "compile": request.compile or None,
+    }
+    for text in request.loras:
+        source = parse_lora(text).source
+        if Path(source).exists():  # what is on the hub is looked at when it is there
+            check_lora_file(lora_file(source))
+    chosen = {name: value for name, value in given.items() if value is not None}
+    origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
+    setup = Setup.model_validate(chosen)
+    check_additions(setup, facts)
+    return setup
+
+
+def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:
+    """The preset with `--set`, `--dense-steps`, `--dense-layers` and `--impl` applied, and the origin of each field."""
+    preset = load_preset(default if request.preset is None else request.preset)
+    origins["preset"] = MODEL_DEFAULT if request.preset is None else FLAG
+    overrides: dict[str, tuple[str, Any]] = {}
+    for text in request.overrides:
+        name, value = parse_assignment(text)
+        if name in overrides:
+            raise PresetError(f"--set: field '{name}' is given twice")
+        overrides[name] = ("--set", value)
+    for name in ("dense_steps", "dense_layers", "impl"):
+        value = getattr(request, name)
+        if value is not None:
+            if name in overrides:
+                raise PresetError(f"field '{name}' is given twice, by --set and by --{name.replace('_', '-')}")
+            overrides[name] = (f"--{name.replace('_', '-')}", value)
+    resolved = apply_overrides(preset, overrides)
+    for name in Preset.model_fields:
+        if name not in ("name", "description"):
+            written = PRESET if name in preset.model_fields_set else DEFAULT
+            origins[f"preset.{name}"] = FLAG if name in overrides else written
+    return resolved

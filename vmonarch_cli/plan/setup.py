@@ -1,0 +1,68 @@
+"""What may be done to a loaded pipeline beside its attention, as plain settings: memory, LoRA, caches, compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.base import PipelineFacts
+
+OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
+QUANTIZATIONS = ("fp8", "int8")
+
+
+class Setup(BaseModel):
+    """How the pipeline is set up once its weights are read; the defaults change nothing but where weights are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    offload: str = "auto"
+    vae_tiling: bool = False
+    quantize: str | None = None
+    loras: tuple[str, ...] = ()
+    cache: str | None = None
+    compile: bool = False
+
+
+class Lora(NamedTuple):
+    """A LoRA to load: a file, a folder or a hub id, and its weight."""
+
+    source: str
+    scale: float
+
+
+def parse_lora(text: str) -> Lora:
+    """'path[:scale]'; InputError when the scale is not a number or a path that is meant to be local is not there."""
+    source, colon, tail = text.rpartition(":")
+    if not colon:
+        source, scale = text, 1.0
+    else:
+        try:
+            scale = float(tail)
+        except ValueError:
+            source, scale = text, 1.0
+    path = Path(source).expanduser()
+    if not -10 <= scale <= 10:
+        raise InputError(f"--lora takes a scale from -10 to 10, got {scale:g}")
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".safetensors") or source.count("/") != 1
+    if not path.exists() and looks_local:
+        raise InputError(
+            f"there is no LoRA {source}: --lora takes a .safetensors file, a folder or a hub id, and :scale"
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise InputError(f"LoRA {source} is not a .safetensors file: pickled weights can run code when opened")
+    return Lora(str(path) if path.exists() else source, scale)
+
+
+def check_additions(setup: Setup, facts: PipelineFacts) -> None:
+    """InputError when diffusers has no LoRA, no such cache or no compilation for a pipeline."""
+    if setup.loras and not facts.lora:
+        raise InputError(f"--lora: diffusers loads no LoRA into a {facts.name}")
+    if setup.cache is not None and setup.cache not in facts.caches:
+        valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"
+        raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
+    if setup.compile and not facts.compiles:
+        raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")

@@ -1,0 +1,64 @@
+"""Sentences about what will work less well than the user may expect, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vmonarch_cli.machine.hardware import can_use_gpu
+from vmonarch_cli.models.base import ModelEntry, PipelineFacts
+from vmonarch_cli.models.demo_vocabulary import unknown_words
+from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.presets import Preset, parse_assignment
+
+
+def of_demo(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
+    """Of the demo model: words and shapes that it was not trained on; ``shape`` is (height, width, frames)."""
+    found: list[str] = []
+    if model.alias != DEMO_ALIAS:
+        return found
+    unknown = unknown_words(prompt)
+    if unknown:
+        words = ", ".join(f"'{word}'" for word in unknown[:8]) + (" and others" if len(unknown) > 8 else "")
+        found.append(f"the demo model was not trained on {words}: those words will not show in the clip")
+    trained = (model.defaults.height, model.defaults.width, model.defaults.num_frames)
+    if model.trained_only_at_default and shape != trained:
+        found.append(
+            f"the demo model was trained at {trained[1]}x{trained[0]} with {trained[2]} frames only: "
+            f"{shape[1]}x{shape[0]} with {shape[2]} will look worse"
+        )
+    return found
+
+
+def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, guidance_scale: float) -> list[str]:
+    """Flags that were given and change nothing."""
+    found = []
+    if request.guidance_scale_2 is not None and request.guidance_scale_2 > 1 >= guidance_scale:
+        found.append(
+            f"--guidance-scale-2 {request.guidance_scale_2:g} has no effect: with --guidance-scale {guidance_scale:g} "
+            "the pipeline runs without guidance in both stages, and 1.01 would give its first stage next to none"
+        )
+    if request.negative_prompt:
+        if facts.negative == "never":
+            found.append(
+                f"--negative-prompt has no effect: guidance of {model.alias} is a number without a second text"
+            )
+        elif guidance_scale <= 1:
+            found.append(
+                f"--negative-prompt has no effect: with --guidance-scale {guidance_scale:g} there is no guidance, "
+                "which begins above 1"
+            )
+    return found
+
+
+def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
+    """Flags that this preset or this machine makes meaningless."""
+    if preset.attention == "dense":
+        assigned = [parse_assignment(text)[0] for text in request.overrides]
+        given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]
+        names = [name for name in (*assigned, *given) if name != "attention"]
+        if names:
+            yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
+    on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
+    if request.offload not in (None, "auto", "none") and not on_gpu:
+        yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"

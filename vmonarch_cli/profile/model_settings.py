@@ -1,0 +1,46 @@
+"""What `profile model` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.plan.costs import branches_of
+from vmonarch_cli.presets import Preset
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What to measure on which model."""
+
+    entry: ModelEntry
+    source: str
+    random_weights: bool
+    device: torch.device
+    dtype: torch.dtype
+    height: int
+    width: int
+    num_frames: int
+    guidance_scale: float
+    flow_shift: float
+    clip_steps: int
+    """Denoising steps of a clip; the first `steps` of them are measured."""
+    steps: int
+    presets: Sequence[Preset]
+    compile: bool
+    prompt: str
+    seed: int = 0
+    backends: Sequence[str] = ()
+    """Dense backends to measure; every one of the device when empty."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.entry.grid(self.height, self.width, self.num_frames)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of one denoising step."""
+        return branches_of(self.entry, self.guidance_scale)

@@ -1,0 +1,1 @@
+"""Clips that exist: compared, shown on one page, made again from their records."""

@@ -1,0 +1,92 @@
+"""Small pieces of sentences that several errors share."""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+
+
+def near(word: str, known: Iterable[str], cutoff: float = 0.5, names: Mapping[str, str] | None = None) -> str:
+    """' (did you mean A or B?)' for the three closest known words, or an empty string.
+
+    names: what to call a known word, where that is not the word itself; each name is given once.
+    """
+    close = difflib.get_close_matches(word[:100].lower(), list(known), n=6, cutoff=cutoff)
+    words = list(dict.fromkeys(names[match] if names else match for match in close))[:3]
+    return f" (did you mean {' or '.join(words)}?)" if words else ""
+
+
+_STEERING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x2028, 0x2029)))
+"""Marks that turn the direction of text, and separators that break its lines."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that could steer a terminal shown as its escape; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(sign if _is_plain(sign) else ascii(sign)[1:-1] for sign in text)
+
+
+def _is_plain(sign: str) -> bool:
+    return sign in "\n\t" or (unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _STEERING)
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value for a sentence: its repr on one line, cut to `limit` characters."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def binary_size(count: float) -> str:
+    """Bytes as '512 MiB' or '1.3 GiB'."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def flops(count: float) -> str:
+    """Floating-point operations as '35.6 TFLOP' (T 1e12, G 1e9, P 1e15)."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            value = f"{count / size:#.3g}".rstrip(".") if count < 1000 * size else f"{count / size:.0f}"
+            return f"{value} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def seconds(value: float) -> str:
+    """A duration for people: '850 µs', '12.3 ms', '4.21 s', '3 min 12 s'."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    if value < 100:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
+
+
+def as_fast(ratio: float) -> str:
+    """A ratio of times (the other's over ours) in words that read one way: '1.44x as fast', before 'as dense'."""
+    return f"{ratio:.2f}x as fast"
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of an error's message; where it has none, `otherwise` or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else otherwise or type(error).__name__
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from or while handling, and so on to the first."""
+    step: BaseException | None = error
+    while step is not None:
+        yield step
+        step = step.__cause__ or step.__context__
+
+
+def innermost_line(error: BaseException) -> str:
+    """The first line of the first cause that was named: libraries wrap it in sentences that say less."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
