@@ -397,9 +397,10 @@ def _d_entries(
     product = tl.dot(other, tl.trans(value), input_precision=PRECISION)
     if LAST:
         return product
-    inverse = tl.load(p_inverse + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-    dc = tl.load(p_dc + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-    return product * inverse[None, :] + dc[None, :]
+    else:  # the compiler would go on behind the branch, with pointers that are None
+        inverse = tl.load(p_inverse + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+        dc = tl.load(p_dc + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+        return product * inverse[None, :] + dc[None, :]
 
 
 @triton.jit
