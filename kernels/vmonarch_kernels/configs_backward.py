@@ -26,8 +26,13 @@ _SMALLEST = AttendConfig(16, 16, 4, 1)
 
 
 def _row_bytes(block_d: int, dtype: torch.dtype) -> int:
-    """Shared memory of a row; a float32 product is three of tf32, for which its rows lie there in two parts."""
-    return block_d * dtype.itemsize * (2 if dtype == torch.float32 else 1)
+    """Shared memory of a row. A float32 product is three of tf32: the tensor cores of a warp group, which tiles of 64
+    rows use, read both parts of its rows there; for smaller tiles it is a quarter more.
+    """
+    row = block_d * dtype.itemsize
+    if dtype == torch.float32:
+        return row * 2 if block_d < 128 else row * 5 // 4
+    return row
 
 
 def _queries_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:
@@ -46,7 +51,7 @@ def _keys_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:
 def grad_queries_config(block_d: int, dtype: torch.dtype, limit: int, parts: Parts) -> AttendConfig:
     """Tile of the kernel that goes over keys for a block of queries."""
     if dtype == torch.float32:
-        config = AttendConfig(32, 32, 4, 2) if block_d >= 128 else AttendConfig(64, 32, 4, 2)
+        config = AttendConfig(32, 32, 8 if block_d > 128 else 4, 2) if block_d >= 128 else AttendConfig(64, 32, 4, 2)
     elif block_d <= 64:
         config = AttendConfig(128, 64, 8, 3)
     elif block_d == 128:
@@ -62,7 +67,7 @@ def grad_queries_config(block_d: int, dtype: torch.dtype, limit: int, parts: Par
 def grad_keys_config(block_d: int, dtype: torch.dtype, limit: int, parts: Parts) -> AttendConfig:
     """Tile of the kernel that goes over queries for a block of keys."""
     if dtype == torch.float32:
-        config = AttendConfig(32, 32, 4, 2) if block_d >= 128 else AttendConfig(32, 64, 4, 2)
+        config = AttendConfig(32, 32, 8 if block_d > 128 else 4, 2) if block_d >= 128 else AttendConfig(32, 64, 4, 2)
     elif block_d <= 64:
         config = AttendConfig(64, 128, 8, 3)
     elif block_d == 128:
@@ -85,7 +90,7 @@ def _smaller(config: AttendConfig, *, narrow_queries: bool) -> AttendConfig:
     else:
         kept //= 2
     block_m, block_n = (looped, kept) if narrow_queries else (kept, looped)
-    return AttendConfig(block_m, block_n, 4 if kept <= 32 else config.num_warps, stages)
+    return AttendConfig(block_m, block_n, 4 if kept == 16 else config.num_warps, stages)
 
 
 @cache
