@@ -7,6 +7,9 @@ kernel (exp2 is one instruction) and in base e in memory.
 import triton
 import triton.language as tl
 
+from vmonarch_kernels import structure
+
+L_SCALE = tl.constexpr(structure.L_SCALE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -296,9 +299,9 @@ def _l_product(
 
 @triton.jit
 def _store_l(p_l, s_l, entries, o_l, o_k, frames):
-    """Normalised entries of L to rows of s_l bytes at p_l, zeros behind the last key frame."""
+    """Normalised entries of L, times L_SCALE, to rows of s_l bytes at p_l, zeros behind the last key frame."""
     m_lk = (o_l < frames)[:, None] & (o_k < s_l)[None, :]
-    tl.store(p_l + o_l[:, None] * s_l + o_k[None, :], entries.to(p_l.dtype.element_ty), mask=m_lk)
+    tl.store(p_l + o_l[:, None] * s_l + o_k[None, :], (entries * L_SCALE).to(p_l.dtype.element_ty), mask=m_lk)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from vmonarch_kernels.configs import (
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_DTYPE, L_SCALE, Forward, empty_l, merge_exact, split_frames, with_padded_rows
 
 MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
@@ -549,7 +549,8 @@ def r_queries(
         0 if stored is None else stored.stride(3) // L_ROW_ENTRIES,
         q_r,
         call.scale,
-        call.options.c_floor,
+        # A stored L is L_SCALE times as large, and so is its sum: with the floor as well, the quotient is the same.
+        call.options.c_floor * (L_SCALE if from_l else 1.0),
         frames,
         positions,
         heads,

@@ -22,7 +22,7 @@ from vmonarch_kernels.launch import (
     r_step,
 )
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import Forward, Gradients, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_SCALE, Forward, Gradients, split_frames, with_padded_rows
 
 _LOG2E = 1.4426950408889634
 _MIN_SPLIT_KEYS = 1024
@@ -432,7 +432,7 @@ class _Structured(_Backward):
             stored.stride(3) // L_ROW_ENTRIES,
             dq_r,
             self.dq,
-            self.options.c_floor,
+            self.options.c_floor * L_SCALE,  # a stored L is so many times as large, and so is its sum
             frames,
             positions,
             heads,
