@@ -56,7 +56,7 @@ def make(
     l_prev = kept = None
     if warm:
         rows = torch.rand(batch, positions, heads, frames, frames, generator=generator)
-        l_prev = (L_SCALE * 2 * rows / frames).to(DEVICE, L_DTYPE)
+        l_prev = (L_SCALE * (2 * rows / frames).clamp(max=1)).to(DEVICE, L_DTYPE)  # above 448 there is no number
     if residual:
         scale = torch.rand(batch, positions, heads, frames, generator=generator)
         scale[..., 0] = 0  # the first frame may be exact
