@@ -25,6 +25,7 @@ from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
 from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
+from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
@@ -65,13 +66,14 @@ def load_pipeline(
     config = quantization_config(setup, quantized)
     extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
+        loras = read_loras(setup.loras, entry.transformers)
         dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
         encoders = load_encoders(folder, dtypes)
         pipeline = _read(DiffusionPipeline, folder, dtypes, **encoders, **extra)
         check_complete(pipeline, folder, without=(*encoders, *(quantized if config is not None else ())))
         if image_pipeline is not None:
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
-        prepare(pipeline, setup, dtype)
+        prepare(pipeline, setup, dtype, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)
