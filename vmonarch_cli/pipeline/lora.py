@@ -63,11 +63,12 @@ def load_loras(pipeline: Any, texts: tuple[str, ...]) -> None:
     chosen = [parse_lora(text) for text in texts]
     names = [f"lora_{index}" for index in range(len(chosen))]
     for name, lora in zip(names, chosen, strict=True):
-        _load(pipeline, lora.source, name)
+        load_lora(pipeline, lora.source, name)
     pipeline.set_adapters(names, [lora.scale for lora in chosen])
 
 
-def _load(pipeline: Any, source: str, adapter: str) -> None:
+def load_lora(pipeline: Any, source: str, adapter: str) -> None:
+    """Load one LoRA, a path or a hub id, under a name of its own; ModelError when a tensor of it cannot be applied."""
     path = lora_file(source)
     lora_tensors(read_header(path), source)
     with safe_open(path, framework="pt") as file:
