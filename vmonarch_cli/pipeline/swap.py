@@ -148,8 +148,8 @@ def _before_forward(
     session.begin_forward(
         index, grid, latents.device, both_prompts=_has_both_prompts(target), guided=_has_guider(target)
     )
+    session.adapted = switch is not None and not session.forward_is_dense()
     if switch is not None:
-        session.adapted = not session.forward_is_dense()
         switch.set(index, session.adapted)
 
 

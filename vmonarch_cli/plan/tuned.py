@@ -13,7 +13,7 @@ from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
 from vmonarch_cli.models.tuned import check_base, check_finite, file_hash, read_adapter, shipped_adapter
 from vmonarch_cli.plan.setup import Tuned
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.untrusted.files import require_regular, user_path
 
 NONE = "none"
@@ -90,10 +90,17 @@ def check(tuned: Tuned, use: Use) -> None:
     if misfit is not None:
         raise InputError(
             f"adapter {tuned.path} was tuned with preset {tuned.adapter.preset_name} and cannot run with "
-            f"{use.preset.name}: {misfit}"
+            f"{use.preset.name}: {misfit}{_hint(tuned)}"
         )
     if use.folder is not None:
         check_base(tuned.adapter, tuned.path, use.folder)
+
+
+def _hint(tuned: Tuned) -> str:
+    """The shipped preset that an adapter was tuned with, if it is one."""
+    name = tuned.adapter.preset_name
+    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name)) is None
+    return f"; --preset {name} fits it" if fits else ""
 
 
 def check_file(tuned: Tuned, folder: Path) -> None:
