@@ -79,11 +79,15 @@ def _counted(count: int, noun: str) -> str:
 
 def flops_words(plan: Plan) -> str:
     """'94 GFLOP dense, 35 GFLOP as planned (2.7x less)' of a whole clip."""
-    dense, planned = plan.flops.dense, plan.flops.planned
+    return flops_ratio(plan.flops.planned, plan.flops.dense, "per clip")
+
+
+def flops_ratio(planned: int, dense: int, what: str) -> str:
+    """'35 GFLOP per clip against 94 GFLOP dense (2.7x less)'; `what`: "per clip" or what else was counted."""
     if dense == planned:
-        return f"{flops(dense)} per clip, all dense"
+        return f"{flops(dense)} {what}, all dense"
     ratio = f"{dense / planned:.1f}x less" if planned < dense else f"{planned / dense:.1f}x more"
-    return f"{flops(planned)} per clip against {flops(dense)} dense ({ratio})"
+    return f"{flops(planned)} {what} against {flops(dense)} dense ({ratio})"
 
 
 def step_table(timing: ClipTiming | Sequence[StepAttention], width: int) -> Table:

@@ -62,7 +62,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.steps(model, steps)
     checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, grid[0], num_frames)
+    checks.latent_frames(preset, model, grid[0], num_frames)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
