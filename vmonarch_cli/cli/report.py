@@ -14,7 +14,7 @@ from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
-from vmonarch_cli.plan.setup import Tuned
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 
@@ -36,13 +36,14 @@ def header(plan: Plan, machine: Machine) -> Table:
     )
 
 
-def tuned_words(tuned: Tuned, origin: str) -> str:
+def tuned_words(tuned: AdapterFile, origin: str) -> str:
     """An adapter's file, where it came from, and what it was made for."""
     said = tuned.adapter
     whose = f" ({origin})" if origin == MODEL_DEFAULT else ""
+    error = "" if said.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*said.gain)
     return (
         f"{tuned.path}{whose}, made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}, "
-        f"{said.size}, {said.num_frames} frames"
+        f"{said.size}, {said.num_frames} frames{error}"
     )
 
 

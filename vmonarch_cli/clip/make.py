@@ -43,7 +43,7 @@ from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shi
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
-from vmonarch_cli.plan.setup import Setup, Tuned
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -99,7 +99,7 @@ class ClipMaker:
         on_event: OnEvent = lambda event: None,
         share_clip: bool = False,
         to_decode: bool = False,
-        adapters: Sequence[Tuned] = (),
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         """Load the plan's model where the machine has it.
 

@@ -21,7 +21,7 @@ from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.setup import Tuned, parse_lora
+from vmonarch_cli.plan.setup import AdapterFile, parse_lora
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
@@ -138,7 +138,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
     return plan.model_copy(update={"notes": tuple(_loads(plan))})
 
 
-def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Tuned:
+def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> AdapterFile:
     """The adapter of a record, if it is the same file still; the model's own may lie elsewhere by now."""
     facts = PIPELINES[plan.model.image_pipeline or plan.model.pipeline if plan.image else plan.model.pipeline]
     shape = (plan.height, plan.width, plan.num_frames)

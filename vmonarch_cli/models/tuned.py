@@ -108,6 +108,14 @@ class TunedAdapter(BaseModel):
         """The preset that it was tuned with."""
         return Preset.model_validate(self.preset)
 
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """Mean latent error before and after, where the file has both."""
+        tables = [self.evaluation.get(when) for when in ("before", "after")]
+        errors = [table.get("latent_error_mean") for table in tables if isinstance(table, dict)]
+        numbers = [float(error) for error in errors if isinstance(error, float)]
+        return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
     def to_json(self) -> str:
         """The text for the metadata."""
         return self.model_dump_json(by_alias=True)

@@ -20,7 +20,7 @@ from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.pipeline.lora import load_lora
 from vmonarch_cli.pipeline.parts import transformers_of
-from vmonarch_cli.plan.setup import ADAPTER_NAME, Tuned
+from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
 
 def write_adapter(
@@ -85,7 +85,7 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
         layer.set_adapter([*before, name], inference_mode=True)
 
 
-def load_adapters(pipeline: Any, adapters: Sequence[Tuned]) -> None:
+def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile]) -> None:
     """Load adapters, each under its own name, and leave them off: an `AdapterSwitch` turns one on."""
     for adapter in adapters:
         load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.plan.costs import Flops
-from vmonarch_cli.plan.setup import Setup, Tuned
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
 
@@ -53,7 +53,7 @@ class Plan(BaseModel):
     warnings: tuple[str, ...] = ()
 
     @property
-    def tuned(self) -> Tuned | None:
+    def tuned(self) -> AdapterFile | None:
         """The tuned adapter that it runs with, if any."""
         return self.setup.tuned[0] if self.setup.tuned else None
 

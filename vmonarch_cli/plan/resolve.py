@@ -18,7 +18,7 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, Tuned, check_additions, parse_lora
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions, parse_lora
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
@@ -123,7 +123,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
 
 def _resolve_setup(
-    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: Tuned | None
+    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: AdapterFile | None
 ) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {

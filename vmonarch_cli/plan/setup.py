@@ -19,7 +19,7 @@ ADAPTER_NAME = "vmonarch_tuned"
 """Begins the names that peft knows the layers of tuned adapters by."""
 
 
-class Tuned(BaseModel):
+class AdapterFile(BaseModel):
     """A tuned adapter that a run uses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,7 @@ class Setup(BaseModel):
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
-    tuned: tuple[Tuned, ...] = ()
+    tuned: tuple[AdapterFile, ...] = ()
     """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
 
 
