@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -192,6 +193,18 @@ def test_a_model_of_the_hub_is_checked_where_it_is_in_the_cache(
         cache_repository(tmp_path / "home", repo, files)
     call("plan", *flags(Path("one/wan"), "--tuned", adapter))
     assert "was tuned on other weights" in error("plan", *flags(Path("two/wan"), "--tuned", adapter))
+
+
+def test_without_peft_it_says_what_to_install(own: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a))
+    sentence = 'needs peft: pip install "vmonarch[lora]"'
+    assert error("generate", *flags(own, "--tuned", adapter)) == f"--tuned {sentence}"
+    (own / "tuned").mkdir()
+    shutil.copy(adapter, own / "tuned" / "paper.safetensors")
+    result = call("plan", *flags(own, "--json"))
+    assert json.loads(result.stdout)["tuned"] is None
+    assert f"the model's adapter for paper is not used: it {sentence}" in " ".join(result.stderr.split())
 
 
 def test_a_damaged_adapter_of_a_model_is_no_silent_fallback(own: Path) -> None:

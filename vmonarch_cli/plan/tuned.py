@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ def choose(given: str | None, use: Use) -> Choice:
 
 def read(path: Path) -> AdapterFile:
     """An adapter's file, with its weights checked; InputError in one sentence."""
+    require_regular(path, f"adapter {path}")
+    facts = path.stat()
+    return _read(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, *stamp: int) -> AdapterFile:
+    """As `read`; `stamp` is other for a file that changed. Each line of a batch asks."""
     adapter = read_adapter(path)
     check_finite(path)
     return AdapterFile(path=str(path), sha256=file_hash(path), adapter=adapter)
