@@ -267,6 +267,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
+    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+        del content["setup"]["vae_dtype"]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

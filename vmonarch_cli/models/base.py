@@ -119,7 +119,7 @@ class ModelEntry(BaseModel):
     frame_offset: int = 1
     """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
-    """Decode in float32 whatever the transformer's dtype is."""
+    """Decode in float32 whatever the transformer's dtype is, unless `--vae-dtype` says otherwise."""
     fixed_size: tuple[int, int] | None = None
     """The only height and width that the model can make, where its positions are learned."""
     max_grid: tuple[int | None, int | None, int | None] = (None, None, None)

@@ -94,13 +94,13 @@ def device(text: str | None) -> str | None:
     return text
 
 
-def dtype(text: str | None) -> str | None:
+def dtype(text: str | None, flag: str = "--dtype") -> str | None:
     """A floating-point type under its torch name."""
     if text is None:
         return None
     if text.lower() not in DTYPES:
         valid = "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
-        raise InputError(f"--dtype takes {valid}, got {shown(text)}{near(text, DTYPES)}")
+        raise InputError(f"{flag} takes {valid}, got {shown(text)}{near(text, DTYPES)}")
     return DTYPES[text.lower()]
 
 
