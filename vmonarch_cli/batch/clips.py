@@ -22,6 +22,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.schedule import OWN
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import user_path
@@ -31,7 +32,7 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model"}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "schedule_forced", "loras"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -214,6 +215,11 @@ class _Planner:
     ) -> PlannedClip:
         seed = request.seed if not offset else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
+        if "recipe" in given and plan.setup.loras != self._request.loras:
+            raise InputError(
+                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give --recipe as "
+                "a flag"
+            )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
@@ -269,6 +275,9 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content["tuned"] = adapters[0]["sha256"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
+    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+        if content[name] == default:
+            del content[name]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

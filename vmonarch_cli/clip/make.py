@@ -40,8 +40,9 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
-from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
@@ -279,7 +280,7 @@ class ClipMaker:
             plan.negative_prompt,
             on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
         )
-        with self._swapped(plan, preset) as session, texts as left_out:
+        with self._swapped(plan, preset, seed) as session, texts as left_out:
             try:
                 embeddings = encode(
                     self._pipeline,
@@ -326,10 +327,10 @@ class ClipMaker:
             )
 
     @contextmanager
-    def _swapped(self, plan: Plan, preset: Preset) -> Iterator[AttentionSession]:
-        """The model with the preset's attention and the plan's flow shift."""
+    def _swapped(self, plan: Plan, preset: Preset, seed: int) -> Iterator[AttentionSession]:
+        """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
-        set_flow_shift(self._pipeline, plan.flow_shift)
+        set_schedule(self._pipeline, plan, seed)
         key = (preset, plan.dense_every)
         with swapped(
             self._pipeline,

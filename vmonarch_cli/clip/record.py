@@ -82,6 +82,7 @@ def make_record(
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(exclude={"tuned"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
+        "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }
@@ -140,6 +141,7 @@ def plan_again(
         given["model"] = record.model.source  # a folder: its alias is only its name
     given |= {
         "preset": None,
+        "recipe": None,  # what it gave is among the settings
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
