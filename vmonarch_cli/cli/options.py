@@ -157,6 +157,10 @@ class RequestFlags(TypedDict, total=False):
             "(repeatable).",
         ),
     ]
+    tuned: Annotated[
+        str | None,
+        option("--tuned", panel=ATTENTION, metavar="FILE", help="Adapter that was tuned for the preset, or none."),
+    ]
     cache: Annotated[
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")
     ]

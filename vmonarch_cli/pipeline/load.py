@@ -29,6 +29,7 @@ from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.tuned import check_file
 from vmonarch_cli.text import innermost_line
 
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
@@ -59,6 +60,8 @@ def load_pipeline(
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    for adapter in setup.tuned:
+        check_file(adapter, folder)
     on_card = device.type == "cuda" and setup.offload == "none"
     if not (on_card and setup.quantize):
         _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))

@@ -52,13 +52,13 @@ def load_loras(pipeline: Any, loras: Sequence[ReadLora]) -> None:
         raise InputError(f"--lora: diffusers loads no LoRA into a {type(pipeline).__name__}")
     scales: dict[str, dict[str, float]] = {}
     for index, lora in enumerate(loras):
-        for component in _load(pipeline, lora, f"lora_{index}"):
+        for component in load_lora(pipeline, lora, f"lora_{index}"):
             scales.setdefault(component, {})[f"lora_{index}"] = lora.scale
     for component, of_adapter in scales.items():
         getattr(pipeline, component).set_adapters(list(of_adapter), list(of_adapter.values()))
 
 
-def _load(pipeline: Any, lora: ReadLora, adapter: str) -> list[str]:
+def load_lora(pipeline: Any, lora: ReadLora, adapter: str) -> list[str]:
     """Load one file; the components of the pipeline that have an adapter of its name now."""
     file, scale, weights = lora
     second = getattr(pipeline, "transformer_2", None) is not None

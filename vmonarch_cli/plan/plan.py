@@ -11,7 +11,7 @@ from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops
 from vmonarch_cli.plan.schedule import OWN
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
 
@@ -65,6 +65,11 @@ class Plan(BaseModel):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def tuned(self) -> AdapterFile | None:
+        """The tuned adapter that it runs with, if any."""
+        return self.setup.tuned[0] if self.setup.tuned else None
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
         values: dict[str, Any] = {"model": self.model.alias}
@@ -75,6 +80,8 @@ class Plan(BaseModel):
                 values[name] = self.preset.name
             elif name == "output":
                 values[name] = [str(path) for path in self.outputs]
+            elif name == "tuned":
+                values[name] = None if self.tuned is None else self.tuned.path
             elif name in Setup.model_fields:
                 values[name] = getattr(self.setup, name)
             elif name != "model":

@@ -20,7 +20,8 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
@@ -80,6 +81,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
     )
     check_rate(outputs, fps)
+    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    choice = choose(request.tuned, use)
+    origins["tuned"] = DEFAULT if request.tuned is None else FLAG
+    if choice.is_shipped:
+        origins["tuned"] = MODEL_DEFAULT
     return Plan(
         model=model,
         model_source=source,
@@ -123,7 +129,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins)),
+        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
         loras=(loras := _describe_loras(setup.loras, model)),
         origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
@@ -132,11 +138,14 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
             *warnings.without_effect(request, preset),
             *warnings.of_loras(setup.loras, loras, model, guidance),
+            *choice.warnings,
         ),
     )
 
 
-def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
+def _resolve_setup(
+    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: AdapterFile | None
+) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
@@ -149,7 +158,7 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
-    setup = Setup.model_validate(chosen)
+    setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
 
