@@ -230,6 +230,14 @@ def decode_latents(
         Path | None, option("--output", "-o", panel=OUTPUT, help="Folder for the clips. Default: beside the latents.")
     ] = None,
     device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")] = None,
+    vae_dtype: Annotated[
+        str | None,
+        option(
+            "--vae-dtype",
+            panel=OUTPUT,
+            help="auto, float32, bfloat16 or float16: what the VAE decodes in. Default: as the run had it.",
+        ),
+    ] = None,
     keep: Annotated[bool, option("--keep", panel=OUTPUT, help="Do not remove the latents afterwards.")] = False,
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
     *,
@@ -252,6 +260,7 @@ def decode_latents(
                 found,
                 output,
                 device=device,
+                vae_dtype=vae_dtype,
                 keep=keep,
                 overwrite=overwrite,
                 interrupts=interrupts,

@@ -68,9 +68,12 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "version": __version__,
         "settings": resolved.settings(),
         "model_source": resolved.model_source,
+        "tuned": None if resolved.tuned is None else resolved.tuned.facts(),
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),
+        "sigmas": None if resolved.schedule is None else list(resolved.schedule),
+        "loras": [facts.model_dump() for facts in resolved.loras],
         "outputs": [str(path) for path in resolved.outputs],
         "warnings": list(resolved.warnings),
     }

@@ -82,6 +82,7 @@ class ModelFacts(_Part):
     alias: str
     title: str
     hub_id: str | None = None
+    vae_float32: bool = False
 
 
 class DeviceFacts(_Part):
@@ -155,6 +156,14 @@ class CoverageFacts(_Part):
     dense: dict[str, int] = {}
 
 
+class TunedFacts(_Part):
+    """The tuned adapter that it ran with: its file, the hash of it, and the preset that it was made for."""
+
+    path: str
+    sha256: str
+    preset: str
+
+
 class Record(_Part):
     """A record that can be trusted to have these fields, of these types."""
 
@@ -173,6 +182,8 @@ class Record(_Part):
     flops: FlopsFacts = FlopsFacts()
     device: DeviceFacts | None = None
     dtype: str | None = None
+    vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the frames were decoded in; None in records of earlier versions."""
     impl: str | None = None
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
@@ -180,6 +191,7 @@ class Record(_Part):
     warnings: list[str] = []
     retries: list[dict[str, str]] = []
     setup: dict[str, Simple] = {}
+    tuned: TunedFacts | None = None
     skipped_calls: int = 0
 
     @field_validator("grid", mode="before")
@@ -206,7 +218,9 @@ class Record(_Part):
         values["num_videos"] = 1
         values["model.source"] = self.model.source
         values["device"] = None if self.device is None else self.device.name
-        values["dtype"], values["impl"] = self.dtype, self.impl
+        if self.tuned is not None:
+            values["tuned.sha256"] = self.tuned.sha256
+        values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
         return values
 
 

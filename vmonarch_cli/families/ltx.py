@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
-from vmonarch_cli.families.base import Family, Shape, layers, patch_of, run_vae, stock_plan
+from vmonarch_cli.families.base import Family, Shape, at_once, layers, patch_of, run_vae, stock_plan
 from vmonarch_cli.models.base import Grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -176,9 +176,22 @@ def _parallel_plan(transformer: Any) -> dict[str, Any]:
     return plan
 
 
+_WITHOUT_GUIDANCE: dict[str, float] = {
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_scale": 1.0,
+}
+
+
 @contextmanager
-def _compressing(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Compress a first frame as the pipeline would, without the PyAV that it needs for that."""
+def _adjusted_2(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compress a first frame as the pipeline would, without the PyAV that it needs for that; guidance that is off is
+    off for sound, too, and so are the other two kinds, which the pipeline has on by default.
+    """
+    if arguments.get("guidance_scale", 2) <= 1:
+        arguments = {**_WITHOUT_GUIDANCE, **arguments}
     if "image" in arguments and "image_crf" not in arguments:
         from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
 
@@ -210,7 +223,7 @@ def compressed(image: Any, quality: int) -> Any:
 LTX = Family(
     {"LTXVideoAttnProcessor": LTXMonarchProcessor},
     layers("transformer_blocks.N.attn1"),
-    _decode,
+    at_once(_decode),
     grid=_grid,
     parallel_plan=_parallel_plan,
 )
@@ -220,8 +233,8 @@ LTX2 = Family(
         "LTX2PerturbedAttnProcessor": LTX2PerturbedMonarchProcessor,
     },
     layers("transformer_blocks.N.attn1"),
-    _decode_2,
+    at_once(_decode_2),
     grid=_grid,
-    adjusted=_compressing,
+    adjusted=_adjusted_2,
     parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
 )

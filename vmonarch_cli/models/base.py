@@ -76,6 +76,8 @@ class PipelineFacts:
     """Guidance is one forward of two samples, not two forwards."""
     caches: tuple[str, ...] = CACHES
     """The step caches of diffusers that run in it: each wants something of the pipeline or the transformer."""
+    takes_sigmas: bool = True
+    """Its noise levels fall from 1 to 0 and can be given; Mochi's count backwards."""
     lora: bool = True
     """diffusers loads LoRA weights into it."""
     compiles: bool = True
@@ -119,7 +121,7 @@ class ModelEntry(BaseModel):
     frame_offset: int = 1
     """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
-    """Decode in float32 whatever the transformer's dtype is."""
+    """Decode in float32 whatever the transformer's dtype is, unless `--vae-dtype` says otherwise."""
     fixed_size: tuple[int, int] | None = None
     """The only height and width that the model can make, where its positions are learned."""
     max_grid: tuple[int | None, int | None, int | None] = (None, None, None)
@@ -131,6 +133,8 @@ class ModelEntry(BaseModel):
     min_frames: int = 1
     min_steps: int = 1
     """Fewest denoising steps that its noise schedule can be made of."""
+    scheduler: str | None = None
+    """Class name of the scheduler that a folder comes with; None for that of its family."""
     has_flow_shift: bool = True
     """Its noise schedule has a shift that can be set."""
     takes_image: bool = False

@@ -94,13 +94,13 @@ def device(text: str | None) -> str | None:
     return text
 
 
-def dtype(text: str | None) -> str | None:
+def dtype(text: str | None, flag: str = "--dtype") -> str | None:
     """A floating-point type under its torch name."""
     if text is None:
         return None
     if text.lower() not in DTYPES:
         valid = "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
-        raise InputError(f"--dtype takes {valid}, got {shown(text)}{near(text, DTYPES)}")
+        raise InputError(f"{flag} takes {valid}, got {shown(text)}{near(text, DTYPES)}")
     return DTYPES[text.lower()]
 
 
@@ -118,8 +118,10 @@ def steps(model: ModelEntry, value: int) -> None:
         )
 
 
-def flow_shift(model: ModelEntry, value: float | None) -> None:
-    """InputError for a flow shift of a model whose noise schedule has none."""
+def flow_shift(model: ModelEntry, value: float | None, sigmas: tuple[float, ...] = ()) -> None:
+    """InputError for a flow shift of a model whose noise schedule has none, or beside noise levels that are given."""
+    if value is not None and sigmas:
+        raise InputError("--sigmas and --flow-shift both say what the noise levels are: give one of them")
     if value is not None and not model.has_flow_shift:
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 

@@ -1,27 +1,31 @@
 """From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
 
-Precedence is flag > preset > model default > default of the tool.
+Precedence is flag > recipe > preset > model default > default of the tool.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, PipelineFacts
+from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.lora import check_lora_file, lora_file
+from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
+from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
+RECIPE = "recipe"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
 Value = TypeVar("Value")
 
@@ -43,6 +47,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
     defaults = model.defaults
+    recipe = None if request.recipe is None else load_recipe(request.recipe)
+    of_recipe: set[str] = set()
+    if recipe is not None:
+        recipe.check_model(model)
+        request, of_recipe = with_recipe(request, recipe)
     preset = _resolve_preset(request, defaults.preset, origins)
 
     height, width = checks.size(request.size, request.height, request.width)
@@ -57,9 +66,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
-    steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
+    given_steps = checks.whole("--steps", request.steps, 1, 1000)
+    steps = take("steps", given_steps if given_steps or not sigmas else len(sigmas), defaults.steps)
     checks.steps(model, steps)
-    checks.flow_shift(model, request.flow_shift)
+    checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
     guidance = take(
@@ -70,6 +81,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
     )
     check_rate(outputs, fps)
+    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    choice = choose(request.tuned, use)
+    origins["tuned"] = DEFAULT if request.tuned is None else FLAG
+    if choice.is_shipped:
+        origins["tuned"] = MODEL_DEFAULT
     return Plan(
         model=model,
         model_source=source,
@@ -86,9 +102,18 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
             defaults.guidance_scale_2,
         ),
-        flow_shift=take(
-            "flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift
+        flow_shift=(
+            flow_shift := take(
+                "flow_shift",
+                checks.number("--flow-shift", request.flow_shift, 0.01, 100),
+                None if sigmas else defaults.flow_shift,
+            )
         ),
+        recipe=take("recipe", request.recipe, None, DEFAULT),
+        sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
+        sigmas=take("sigmas", sigmas or None, (), DEFAULT),
+        schedule=(schedule := resolve_schedule(model, sampler, sigmas, steps, flow_shift)).sigmas,
+        schedule_forced=schedule.forced,
         seed=seed,
         num_videos=num_videos,
         preset=preset,
@@ -104,36 +129,51 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
-        origins={"prompt": DEFAULT if without else FLAG, **origins},
+        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
+        loras=(loras := _describe_loras(setup.loras, model)),
+        origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
             *warnings.without_effect(request, preset),
+            *warnings.of_loras(setup.loras, loras, model, guidance),
+            *choice.warnings,
         ),
     )
 
 
-def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
+def _resolve_setup(
+    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: AdapterFile | None
+) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
+        "vae_dtype": checks.dtype(request.vae_dtype, "--vae-dtype"),
         "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
     }
-    for text in request.loras:
-        source = parse_lora(text).source
-        if Path(source).exists():  # what is on the hub is looked at when it is there
-            check_lora_file(lora_file(source))
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
-    setup = Setup.model_validate(chosen)
+    setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
+
+
+def _describe_loras(texts: tuple[str, ...], model: ModelEntry) -> tuple[LoraFacts, ...]:
+    """What the LoRA files on this disk are; InputError or ModelError for one that cannot be for the model."""
+    return tuple(facts for text in texts for facts in describe_local(parse_lora(text), model))
+
+
+def with_hub_loras(plan: Plan) -> Plan:
+    """The plan with what its LoRAs of the hub are, too, which are downloaded for it; ModelError where they are not."""
+    loras = [parse_lora(text) for text in plan.setup.loras]
+    if all(is_local(lora) for lora in loras):
+        return plan
+    return plan.model_copy(update={"loras": tuple(facts for lora in loras for facts in describe(lora, plan.model))})
 
 
 def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
+from vmonarch_cli.models.tuned import TunedAdapter
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 QUANTIZATIONS = ("fp8", "int8")
+
+
+ADAPTER_NAME = "vmonarch_tuned"
+"""Begins the names that peft knows the layers of tuned adapters by."""
+
+
+class AdapterFile(BaseModel):
+    """A tuned adapter that a run uses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    """Of the file."""
+    adapter: TunedAdapter
+    """What the file says of itself."""
+
+    @property
+    def layer_name(self) -> str:
+        """What peft knows its layers by: a model may have several, for presets that take turns."""
+        return f"{ADAPTER_NAME}_{self.sha256[:12]}"
+
+    def facts(self) -> dict[str, Any]:
+        """What a record keeps: the file, and what it was made for."""
+        said = self.adapter
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "preset": said.preset_name,
+            "model": said.model,
+            "fingerprint": said.fingerprint,
+            "steps": said.steps,
+            "guidance_scale": said.guidance_scale,
+            "size": said.size,
+            "num_frames": said.num_frames,
+        }
 
 
 class Setup(BaseModel):
@@ -21,40 +57,14 @@ class Setup(BaseModel):
 
     offload: str = "auto"
     vae_tiling: bool = False
+    vae_dtype: str = "auto"
+    """What the VAE decodes in: "auto", or a dtype by its torch name."""
     quantize: str | None = None
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
-
-
-class Lora(NamedTuple):
-    """A LoRA to load: a file, a folder or a hub id, and its weight."""
-
-    source: str
-    scale: float
-
-
-def parse_lora(text: str) -> Lora:
-    """'path[:scale]'; InputError when the scale is not a number or a path that is meant to be local is not there."""
-    source, colon, tail = text.rpartition(":")
-    if not colon:
-        source, scale = text, 1.0
-    else:
-        try:
-            scale = float(tail)
-        except ValueError:
-            source, scale = text, 1.0
-    path = Path(source).expanduser()
-    if not -10 <= scale <= 10:
-        raise InputError(f"--lora takes a scale from -10 to 10, got {scale:g}")
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".safetensors") or source.count("/") != 1
-    if not path.exists() and looks_local:
-        raise InputError(
-            f"there is no LoRA {source}: --lora takes a .safetensors file, a folder or a hub id, and :scale"
-        )
-    if path.is_file() and path.suffix != ".safetensors":
-        raise InputError(f"LoRA {source} is not a .safetensors file: pickled weights can run code when opened")
-    return Lora(str(path) if path.exists() else source, scale)
+    tuned: tuple[AdapterFile, ...] = ()
+    """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
 
 
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:
@@ -66,3 +76,7 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
+    if setup.vae_dtype != "auto" and facts.vae_in_dtype:
+        raise InputError(
+            f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"
+        )
