@@ -43,6 +43,12 @@ def tile_memory(chip: Chip) -> int:
     return chip.shared_memory - (64 * 1024 if chip.capability[0] == 10 else 0)
 
 
+def product_precision(chip: Chip, block_d: int, parts: Parts) -> str:
+    """Of float32 products. Where even the smallest tile's parts in tf32 do not fit, they are plain multiply-adds."""
+    crowded = block_d > 128 and parts.tensors == 2 and tile_memory(chip) < 114 * 1024
+    return "ieee" if crowded else chip.float32_precision
+
+
 def _queries_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:
     """Shared memory of ``grad_queries_kernel``: queries and gradients once, keys and values once per stage."""
     fixed = (1 + parts.tensors) * config.block_m

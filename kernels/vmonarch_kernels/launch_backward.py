@@ -14,6 +14,7 @@ from vmonarch_kernels.configs_backward import (
     grad_keys_config,
     grad_queries_config,
     l_backward_config,
+    product_precision,
     tile_memory,
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, is_exact
@@ -204,14 +205,16 @@ class _Backward:
         return (q, *strides, call.k, *call.k.stride()[:3], call.v, *call.v.stride()[:3], rows.gk, rows.gv)
 
     def _constants(self, config: AttendConfig, rows: _Queries) -> dict[str, Any]:
-        call = self.call
+        call, precision = self.call, self.call.precision
+        if call.q.dtype == torch.float32:
+            precision = product_precision(call.chip, call.block_d, rows.parts)
         return {
             "BLOCK_D": call.block_d,
             "MASK_D": call.block_d != call.sizes[4],
             "WITH_K": rows.parts.k,
             "WITH_V": rows.parts.v,
             "SHARED": rows.share is not None,
-            "PRECISION": call.precision,
+            "PRECISION": precision,
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,

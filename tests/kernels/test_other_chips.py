@@ -135,7 +135,14 @@ def test_the_l_steps_of_long_clips_compile_backwards() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "dim", "frames"),
-    [("bfloat16", 64, 21), ("bfloat16", 128, 21), ("bfloat16", 64, 65), ("bfloat16", 128, 65), ("float32", 128, 21)],
+    [
+        ("bfloat16", 64, 21),
+        ("bfloat16", 128, 21),
+        ("bfloat16", 64, 65),
+        ("bfloat16", 128, 65),
+        ("float32", 128, 21),
+        ("float32", 256, 21),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
