@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from vmonarch_cli.attention.structured import Call, StructuredAttention
+from vmonarch_cli.attention.structured import AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
@@ -95,7 +95,7 @@ def rehearse(plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         for step in range(min(2, plan.steps - plan.preset.dense_steps)):
             for forward in range(forwards):
                 attention(
-                    Call(
+                    AttentionCall(
                         q,
                         k,
                         v,

@@ -126,7 +126,13 @@ class RequestFlags(TypedDict, total=False):
     quantize: Annotated[str | None, option("--quantize", panel=MEMORY, help="fp8 or int8 weights for the transformer.")]
     loras: Annotated[
         list[str] | None,
-        option("--lora", panel=SPEED, metavar="PATH[:SCALE]", help="Add a LoRA: file, folder or hub id (repeatable)."),
+        option(
+            "--lora",
+            panel=SPEED,
+            metavar="[high:|low:]PATH[:SCALE]",
+            help="Add a LoRA: file, folder, hub id or owner/name/file; high: or low: for one of two transformers "
+            "(repeatable).",
+        ),
     ]
     cache: Annotated[
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")

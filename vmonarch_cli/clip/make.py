@@ -40,11 +40,12 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
-from vmonarch_cli.pipeline.kernels_ahead import start_kernels
+from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import with_hub_loras
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
@@ -116,12 +117,9 @@ class ClipMaker:
         began = time.perf_counter()
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
-        try:
+        with stopped_by_errors(self._kernels):
             self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
-        except BaseException:
-            if self._kernels is not None:
-                self._kernels.stop()
-            raise
+        self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._waited_s = 0.0
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
@@ -235,7 +233,8 @@ class ClipMaker:
             hidden_compile_s=self._compiled_ahead(),
         )
         vae_dtype = dtype_name(self._pipeline.vae.dtype)
-        record = make_record(plan, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -339,10 +338,7 @@ class ClipMaker:
         ) as session:
             self._sessions[key] = session
             try:
-                yield session
-            except BaseException:
-                if self._kernels is not None:
-                    self._kernels.stop()
-                raise
+                with stopped_by_errors(self._kernels):
+                    yield session
             finally:
                 session.begin_clip()  # frees the warm state, which decoding may need the room of

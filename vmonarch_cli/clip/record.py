@@ -14,12 +14,12 @@ from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.write import Pixels
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.setup import parse_lora
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
 from vmonarch_cli.untrusted.shapes import fault_of
@@ -77,6 +77,7 @@ def make_record(
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(),
+        "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }
 

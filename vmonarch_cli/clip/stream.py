@@ -26,7 +26,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenClip:
     """A clip in its place, and the seconds that it took."""
 
     pixels: Pixels
@@ -46,14 +46,14 @@ def write_decoded(
     *,
     on_part: Callable[[Frames], None] | None,
     on_retry: Callable[[str], None],
-) -> tuple[Written, tuple[dict[str, str], ...]]:
+) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
     """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
 
     `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on.
     Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
     """
 
-    def attempt() -> Written:
+    def attempt() -> WrittenClip:
         watch = Stopwatch(device)
         with clip_writer(target.path, target.shape, target.fps, target.overwrite, target.work) as writer:
             for part in decode():
@@ -62,6 +62,6 @@ def write_decoded(
                     on_part(part)
             decode_s, hidden_s = watch.lap() - writer.waited_s, writer.busy_s - writer.waited_s
         write_s = watch.total() - decode_s
-        return Written(writer.pixels, decode_s, write_s, max(0.0, hidden_s))
+        return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s))
 
     return decode_with_retries(attempt, pipeline, device, on_retry)

@@ -124,6 +124,8 @@ class ModelEntry(BaseModel):
     """The only height and width that the model can make, where its positions are learned."""
     max_grid: tuple[int | None, int | None, int | None] = (None, None, None)
     """Largest grid (T, H, W) of tokens that its positions reach; None where there is no limit."""
+    clips_attended: int = 1
+    """Clips of one grid in its largest self-attention call; they run as one clip of so many times the frames."""
     decoder_tiles: Tiles | None = None
     """Of a decoder that leaves blank what its tiles do not fill."""
     min_frames: int = 1

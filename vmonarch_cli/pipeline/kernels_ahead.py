@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from vmonarch_cli.attention import ahead
@@ -22,3 +25,14 @@ def start_kernels(plan: Plan, machine: Machine) -> KernelsAhead | None:
     if not machine.on_gpu or machine.impl_of(plan.preset) != "triton" or not (family.plain_calls and structured):
         return None
     return ahead.start(plan, torch.device(machine.device), DTYPES[machine.dtype])
+
+
+@contextmanager
+def stopped_by_errors(kernels: KernelsAhead | None) -> Iterator[None]:
+    """Whatever the block raises, no further kernel is begun."""
+    try:
+        yield
+    except BaseException:
+        if kernels is not None:
+            kernels.stop()
+        raise

@@ -124,11 +124,13 @@ def flow_shift(model: ModelEntry, value: float | None) -> None:
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 
 
-def latent_frames(preset: Preset, frames: int, num_frames: int) -> None:
-    """InputError for more latent frames than structured attention takes."""
-    if preset.attention != "dense" and frames > MAX_FRAMES:
+def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int) -> None:
+    """InputError for more latent frames than structured attention takes of this model."""
+    most = MAX_FRAMES // model.clips_attended
+    if preset.attention != "dense" and frames > most:
         raise InputError(
-            f"{num_frames} frames are {frames} latent frames, and structured attention takes {MAX_FRAMES} at most: "
+            f"{num_frames} frames are {frames} latent frames, and structured attention"
+            f"{f' of {model.alias}' if model.clips_attended > 1 else ''} takes {most} at most: "
             "choose fewer frames, or --preset dense"
         )
 
