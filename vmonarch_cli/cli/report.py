@@ -201,7 +201,9 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         rows.append(("error", _error_line(timing)))
     rows.append(("coverage", coverage_words(result.coverage)))
     if timing.first_call_s is not None:
-        rows.append(("first call", f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above"))
+        ahead = f"; {seconds(timing.hidden_compile_s)} more while the model loaded" if timing.hidden_compile_s else ""
+        words = f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above{ahead}"
+        rows.append(("first call", words))
     if timing.peak_memory_bytes is not None:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""
         warm = f", of it {binary_size(timing.warm_state_bytes)} kept between steps" if timing.warm_state_bytes else ""

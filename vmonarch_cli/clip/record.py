@@ -96,6 +96,7 @@ def make_timing(
     *,
     load_s: float | None = None,
     hidden_write_s: float = 0.0,
+    hidden_compile_s: float = 0.0,
 ) -> ClipTiming:
     """Where a clip's time went: what its latents took, and the rest, in seconds as `ClipTiming` names them. `peak`:
     bytes, and what they count.
@@ -115,6 +116,7 @@ def make_timing(
         warm_state_bytes=denoised.warm_state_bytes,
         load_s=load_s,
         hidden_write_s=hidden_write_s,
+        hidden_compile_s=hidden_compile_s,
     )
 
 
