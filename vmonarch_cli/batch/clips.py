@@ -102,7 +102,7 @@ def assign_names(
         path = folder / clip.wanted
         if names.is_taken(clip.wanted):
             faults.add(clip.line, f"{clip.wanted} is the name of another clip of {folder}: choose another")
-        elif is_taken(path) and not overwrite:
+        elif is_taken(path, with_sound=clip.plan.audio) and not overwrite:
             faults.add(clip.line, f"{path} exists already: pass --overwrite to replace it, or choose another name")
         given[clip.key] = names.take(clip.wanted)
     faults.raise_any()
@@ -257,6 +257,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     content["setup"].pop("offload", None)
+    if not plan.audio:  # clips that were planned before there was sound keep their keys
+        del content["audio"]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

@@ -114,6 +114,10 @@ class RequestFlags(TypedDict, total=False):
         str | None, option("--revision", panel=MODEL, help="Branch, tag or commit of a hub repository.")
     ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    audio: Annotated[
+        bool | None,
+        option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),
+    ]
     offload: Annotated[
         str | None,
         option("--offload", panel=MEMORY, help="auto, none, model, group or sequential: what waits off the GPU."),

@@ -14,7 +14,7 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.clip.denoise import denoise
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.record import make_record, make_timing, sound_facts
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.errors import ModelError, NonFiniteError
@@ -34,9 +34,10 @@ from vmonarch_cli.events import (
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
 from vmonarch_cli.media.publish import NameTaken
+from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import write_clip, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
-from vmonarch_cli.pipeline.call import Frames, decode, encode
+from vmonarch_cli.pipeline.call import Frames, decode, decode_sound, encode
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
 from vmonarch_cli.pipeline.device import DTYPES
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
@@ -177,7 +178,7 @@ class ClipMaker:
         watch = Stopwatch(self._device)
         wanted = plan.outputs[index]
         for path in names_like(wanted):
-            if is_taken(path):
+            if is_taken(path, with_sound=plan.audio):
                 continue
             outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
             renamed = plan.model_copy(update={"outputs": outputs})
@@ -214,18 +215,20 @@ class ClipMaker:
         replaces = plan.overwrite if overwrite is None else overwrite
         self._on_event(Decoding(index))
         watch = Stopwatch(self._device)
-        frames, retries = decode_with_retries(
-            lambda: decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames)),
+        (frames, sound), retries = decode_with_retries(
+            lambda: self._decode(plan, denoised),
             self._pipeline,
             self._device,
             lambda sentence: self._on_event(Retrying(index, sentence)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
         decode_s = watch.lap()
-        write_clip(frames, path, plan.fps, replaces, work)
+        write_clip(frames, path, plan.fps, replaces, work, sound=sound)
         write_s = watch.lap()
         timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
         record = make_record(plan, denoised, timing, path, frames, file_facts(path))
+        if sound is not None:
+            record["audio"] = sound_facts(sound, path)
         write_record(record_path(path), record, replaces, work)
         on_frames(frames)
         result = ClipResult(
@@ -242,6 +245,13 @@ class ClipMaker:
         on_written(result)
         self._on_event(ClipDone(result))
         return result
+
+    def _decode(self, plan: Plan, denoised: Denoised) -> tuple[Frames, Sound | None]:
+        """Frames, and the sound as far as the last frame is shown."""
+        frames = decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames))
+        if denoised.sound is None:
+            return frames, None
+        return frames, decode_sound(self._pipeline, denoised.sound).until(len(frames) / plan.fps)
 
     def _denoise(self, plan: Plan, preset: Preset, index: int) -> Denoised:
         if self._device.type == "cuda":
@@ -278,7 +288,8 @@ class ClipMaker:
                     f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
             return Denoised(
-                latents=latents,
+                latents=latents.frames,
+                sound=latents.sound if plan.audio else None,
                 seed=seed,
                 impl=session.impl or "",
                 grid=session.grid or plan.grid,

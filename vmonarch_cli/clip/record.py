@@ -13,6 +13,8 @@ from pydantic import ConfigDict, ValidationError
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
+from vmonarch_cli.media.paths import sound_path
+from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import frames_hash
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import branches_of, count_flops
@@ -72,6 +74,19 @@ def make_record(
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(),
         "skipped_calls": denoised.skipped_calls,
+    }
+
+
+def sound_facts(sound: Sound, clip: Path) -> dict[str, Any]:
+    """What the record says of a clip's sound: samples of each channel, samples a second, the file that holds them, and
+    the hash of all as they were before a lossy file.
+    """
+    return {
+        "file": sound_path(clip).name,
+        "rate": sound.rate,
+        "samples": len(sound.samples),
+        "channels": sound.channels,
+        "sha256": sound.sha256(),
     }
 
 

@@ -19,7 +19,7 @@ from vmonarch_cli.untrusted.shapes import fault_of, short_value
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
-_MAX_SIDE, _MAX_FRAMES, _MAX_FPS = 1 << 16, 1 << 20, 1000
+_MAX_SIDE, _MAX_FRAMES, _MAX_FPS, _MAX_RATE = 1 << 16, 1 << 20, 1000, 1 << 20
 
 
 def _simple(value: Any) -> Any:
@@ -56,6 +56,22 @@ class FileFacts(_Part):
 
     bytes: int = Field(ge=0)
     sha256: str
+
+
+class AudioFacts(_Part):
+    """The clip's sound: the file that holds it, samples a second, samples of each channel, hash of all of them."""
+
+    file: str
+    rate: int = Field(ge=1, le=_MAX_RATE)
+    samples: int = Field(ge=0)
+    channels: int = Field(ge=1, le=64)
+    sha256: str
+
+    @property
+    def words(self) -> str:
+        """'16,000 Hz, 2 channels, 1.25 s'."""
+        channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
+        return f"{self.rate:,} Hz, {channels}, {self.samples / self.rate:.2f} s"
 
 
 class Setting(_Part):
@@ -168,6 +184,8 @@ class Record(_Part):
     preset: PresetFacts
     model: ModelFacts
     file: FileFacts | None = None
+    audio: AudioFacts | None = None
+    """None for a silent clip."""
     grid: tuple[int, int, int] | None = None
     tokens: int | None = None
     flops: FlopsFacts = FlopsFacts()

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media.ffmpeg import CODEC
-from vmonarch_cli.media.paths import ENDINGS
+from vmonarch_cli.media.ffmpeg import CODEC, SOUND_CODEC
+from vmonarch_cli.media.paths import ENDINGS, sound_path
 from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.media.sound import Sound
 
 # Constant quality, visually lossless for small clips; the size of a 96x96 clip stays below 100 KB.
 _CRF = "14"
 # Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
+_AAC = ["-b:a", "192k"]
 _TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 _BT709 = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={_TAGS}"]
 
 
 def write_clip(
-    frames: NDArray[np.uint8], path: Path, fps: int, overwrite: bool = False, work: Path | None = None
+    frames: NDArray[np.uint8],
+    path: Path,
+    fps: int,
+    overwrite: bool = False,
+    work: Path | None = None,
+    *,
+    sound: Sound | None = None,
 ) -> Path:
     """Write uint8 frames (F, H, W, 3) to `path` by its ending; the folder is made. OutputError when it cannot be.
 
-    `work`: where the temporary file goes, a folder on the file system of `path`; beside `path` by default.
+    `work`: where the temporary file goes, a folder on the file system of `path`; beside `path` by default. `sound`
+    begins with the first frame: in an .mp4 as AAC, otherwise exactly, in a .wav of the clip's name beside it.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), at least one, got {frames.dtype} {frames.shape}")
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_pngs}
+    inside = sound if sound_path(path) == path else None
+    writers: dict[str, Callable[[NDArray[np.uint8], Path, int], None]] = {
+        ".mp4": functools.partial(_write_mp4, sound=inside),
+        ".gif": _write_gif,
+        ".png": _write_pngs,
+    }
     write = writers.get(path.suffix.lower())
     if write is None:
         raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENDINGS)}")
     with atomic(path, overwrite, work) as temporary:
         write(np.ascontiguousarray(frames), temporary, fps)
+    if sound is not None and inside is None:
+        with atomic(sound_path(path), overwrite, work) as temporary:
+            temporary.write_bytes(sound.wav_bytes())
     return path
 
 
@@ -61,13 +80,18 @@ def frames_hash(frames: NDArray[np.uint8]) -> str:
     return hashlib.sha256(shape.encode() + b"\n" + np.ascontiguousarray(frames).tobytes()).hexdigest()
 
 
-def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
+def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int, sound: Sound | None) -> None:
     import imageio.v2 as imageio
     import imageio_ffmpeg
 
     path = path.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
     height, width = frames.shape[1:3]
     even = height % 2 == 0 and width % 2 == 0
+    more: dict[str, Any] = {}
+    if sound is not None:
+        wav = path.with_name("sound.wav")  # in the folder of the temporary file, which goes with it
+        wav.write_bytes(sound.wav_bytes())
+        more = {"audio_path": str(wav), "audio_codec": SOUND_CODEC}
     writer = imageio.get_writer(
         path,
         format="FFMPEG",
@@ -78,7 +102,8 @@ def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
         pixelformat="yuv420p" if even else "yuv444p",
         macro_block_size=1,
         ffmpeg_log_level="quiet",
-        output_params=["-crf", _CRF, *_BT709, "-movflags", "+faststart"],
+        output_params=["-crf", _CRF, *_BT709, "-movflags", "+faststart", *(_AAC if sound is not None else ())],
+        **more,
     )
     with writer:
         for frame in frames:

@@ -78,6 +78,8 @@ class PipelineFacts:
     """The step caches of diffusers that run in it: each wants something of the pipeline or the transformer."""
     lora: bool = True
     """diffusers loads LoRA weights into it."""
+    sound: bool = False
+    """It makes sound with the frames."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
     transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None

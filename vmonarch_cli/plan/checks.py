@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
@@ -139,6 +139,16 @@ def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:
         *first, last = valid
         raise InputError(f"{flag} takes {', '.join(first)} or {last}, got {shown(value)}{near(value, valid)}")
     return value
+
+
+def audio(model: ModelEntry, facts: PipelineFacts, wanted: bool | None) -> bool:
+    """Whether clips have sound; InputError for a choice where the model makes none."""
+    if wanted is not None and not facts.sound:
+        raise InputError(
+            f"{model.alias} makes silent clips: leave out {'--audio' if wanted else '--no-audio'}, which is for models "
+            "that make sound, as ltx-2 does"
+        )
+    return facts.sound and wanted is not False
 
 
 def image(model: ModelEntry, text: str | None) -> str | None:

@@ -47,6 +47,8 @@ class Plan(BaseModel):
     flops: Flops
     revision: str | None = None
     image: str | None = None
+    audio: bool = False
+    """The clip has the sound that its model makes."""
     setup: Setup = Setup()
     origins: dict[str, str]
     notes: tuple[str, ...] = ()

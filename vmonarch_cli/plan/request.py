@@ -35,6 +35,7 @@ class GenerateRequest:
     overwrite: bool = False
     revision: str | None = None
     image: str | None = None
+    audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False
     quantize: str | None = None

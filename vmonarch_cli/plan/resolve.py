@@ -53,6 +53,10 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+    facts = PIPELINES[pipeline]
+    audio = checks.audio(model, facts, request.audio)
+    if facts.sound:  # a choice of such models alone
+        take("audio", request.audio, audio)
 
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
@@ -67,7 +71,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     )
     fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
     outputs = resolve_targets(
-        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
+        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite, with_sound=audio
     )
     check_rate(outputs, fps)
     return Plan(
@@ -104,12 +108,13 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
+        audio=audio,
+        setup=_resolve_setup(request, facts, origins),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
-            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.of_flags(request, model, facts, guidance),
             *warnings.without_effect(request, preset),
         ),
     )

@@ -28,7 +28,8 @@ class Repetition:
     def sentence(self) -> str:
         """The verdict in one line."""
         if self.identical:
-            return "identical: every pixel of every frame is as in the record"
+            sound = ", and every sample of the sound" if "audio" in self.result.record else ""
+            return f"identical: every pixel of every frame is as in the record{sound}"
         if not self.differing:
             return "different: the frames are not as in the record, though versions and device are"
         changed = ", ".join(f"{name} was {then} and is {now}" for name, then, now in self.differing)
@@ -64,8 +65,12 @@ def repeat(
 
     (result,) = generate(plan, machine, retry_dense=False, on_event=on_event)
     now = read_record(result.record_path)
-    same = now.frames.sha256 == record.frames.sha256
+    same = now.frames.sha256 == record.frames.sha256 and _sound_hash(now) == _sound_hash(record)
     return Repetition(result, same, differing_circumstances(record, now))
+
+
+def _sound_hash(record: Record) -> str | None:
+    return None if record.audio is None else record.audio.sha256
 
 
 def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, str]]:
