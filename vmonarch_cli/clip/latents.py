@@ -57,6 +57,8 @@ class Denoised:
     save_s: float = 0.0
     skipped_calls: int = 0
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
+    weights: tuple[dict[str, str], ...] = ()
+    """Single files that transformers came from: "part", "file" and "sha256" of each."""
     sound: torch.Tensor | None = None
     """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
 
@@ -131,6 +133,7 @@ def load_latents(path: Path) -> SavedLatents:
         facts["grid"] = tuple(facts["grid"])
         facts["retries"] = tuple(facts["retries"])
         facts["warnings"] = tuple(facts.get("warnings", ()))
+        facts["weights"] = tuple(facts.get("weights", ()))
         plan = Plan.model_validate_json(metadata["plan"])
         denoised = Denoised(latents=latents, sound=sound, **facts)
         found = SavedLatents(plan, int(metadata["index"]), denoised, metadata["key"])
@@ -172,7 +175,7 @@ def misfit(latents: torch.Tensor, plan: Plan) -> str | None:
 
 def _sound_misfit(sound: torch.Tensor | None, plan: Plan) -> str | None:
     """The same of a clip's sound, of whose size the plan does not know."""
-    if (sound is not None) != plan.audio:
+    if (sound is not None) != bool(plan.audio):
         return "it holds no sound, and its clip has one" if plan.audio else "it holds a sound, and its clip has none"
     if sound is None:
         return None

@@ -36,6 +36,7 @@ from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_
 from vmonarch_cli.media.publish import NameTaken
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import write_clip, write_record
+from vmonarch_cli.models.single_file import file_sha256
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import Frames, decode, decode_sound, encode
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
@@ -114,6 +115,10 @@ class ClipMaker:
         began = time.perf_counter()
         self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
         self._scheduler = self._pipeline.scheduler
+        files = {} if to_decode else plan.setup.single_files
+        self._weights = tuple(
+            {"part": name, "file": file, "sha256": file_sha256(Path(file))} for name, file in files.items()
+        )
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         loaded_s = time.perf_counter() - began
@@ -178,7 +183,7 @@ class ClipMaker:
         watch = Stopwatch(self._device)
         wanted = plan.outputs[index]
         for path in names_like(wanted):
-            if is_taken(path, with_sound=plan.audio):
+            if is_taken(path, with_sound=bool(plan.audio)):
                 continue
             outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
             renamed = plan.model_copy(update={"outputs": outputs})
@@ -227,6 +232,8 @@ class ClipMaker:
         write_s = watch.lap()
         timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
         record = make_record(plan, denoised, timing, path, frames, file_facts(path))
+        if denoised.weights:
+            record["weights"] = list(denoised.weights)
         if sound is not None:
             record["audio"] = sound_facts(sound, path)
         write_record(record_path(path), record, replaces, work)
@@ -290,6 +297,7 @@ class ClipMaker:
             return Denoised(
                 latents=latents.frames,
                 sound=latents.sound if plan.audio else None,
+                weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
                 grid=session.grid or plan.grid,

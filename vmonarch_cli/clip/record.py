@@ -72,7 +72,7 @@ def make_record(
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
-        "setup": plan.setup.model_dump(),
+        "setup": plan.setup.model_dump(exclude={"transformer", "transformer_2"}),  # which have hashes, see ClipMaker
         "skipped_calls": denoised.skipped_calls,
     }
 
@@ -156,6 +156,8 @@ def _loads(plan: Plan) -> Iterator[str]:
         yield f"the record loads the model {_place(plan.model_source)}"
     for text in plan.setup.loras:
         yield f"the record loads the LoRA {_place(parse_lora(text).source)}"
+    for file in plan.setup.single_files.values():
+        yield f"the record loads the transformer {_place(file)}"
     if plan.image is not None:
         yield f"the record reads the image {plan.image}"
 

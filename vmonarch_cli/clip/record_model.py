@@ -74,6 +74,14 @@ class AudioFacts(_Part):
         return f"{self.rate:,} Hz, {channels}, {self.samples / self.rate:.2f} s"
 
 
+class WeightsFacts(_Part):
+    """A single file that one of the model's components came from, and the hash of its content."""
+
+    part: str
+    file: str
+    sha256: str
+
+
 class Setting(_Part):
     """A resolved setting, and where it came from."""
 
@@ -184,6 +192,7 @@ class Record(_Part):
     preset: PresetFacts
     model: ModelFacts
     file: FileFacts | None = None
+    weights: list[WeightsFacts] = []
     audio: AudioFacts | None = None
     """None for a silent clip."""
     grid: tuple[int, int, int] | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import record_path, sound_path
-from vmonarch_cli.media.sound import WAV_HEADER_BYTES
 from vmonarch_cli.plan.plan import Plan
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -88,7 +88,11 @@ def _has_its_sound(clip: Path, record: Record) -> bool:
     known, wav = record.audio, sound_path(clip)
     if known is None or wav == clip:
         return True
-    return wav.is_file() and hashlib.sha256(wav.read_bytes()[WAV_HEADER_BYTES:]).hexdigest() == known.sha256
+    try:
+        with wave.open(str(wav), "rb") as file:
+            return hashlib.sha256(file.readframes(file.getnframes())).hexdigest() == known.sha256
+    except (OSError, EOFError, wave.Error):
+        return False
 
 
 def _end(file: Path, count: int) -> bytes:

@@ -16,8 +16,6 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.ffmpeg import AS_MP4
 from vmonarch_cli.untrusted.files import require_regular
 
-WAV_HEADER_BYTES = 44
-"""Of a file that `wav_bytes` makes; the samples follow."""
 _BYTES = 2
 
 

@@ -47,8 +47,8 @@ class Plan(BaseModel):
     flops: Flops
     revision: str | None = None
     image: str | None = None
-    audio: bool = False
-    """The clip has the sound that its model makes."""
+    audio: bool | None = None
+    """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
     origins: dict[str, str]
     notes: tuple[str, ...] = ()

@@ -34,6 +34,8 @@ class GenerateRequest:
     output: str | None = None
     overwrite: bool = False
     revision: str | None = None
+    transformer: str | None = None
+    transformer_2: str | None = None
     image: str | None = None
     audio: bool | None = None
     offload: str | None = None

@@ -55,8 +55,9 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
     facts = PIPELINES[pipeline]
     audio = checks.audio(model, facts, request.audio)
-    if facts.sound:  # a choice of such models alone
-        take("audio", request.audio, audio)
+    take("audio", request.audio, audio)
+    files = checks.transformer_files(model, facts, request)
+    origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
@@ -71,7 +72,12 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     )
     fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
     outputs = resolve_targets(
-        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite, with_sound=audio
+        take("output", request.output, None, DEFAULT),
+        prompt,
+        seed,
+        num_videos,
+        request.overwrite,
+        with_sound=bool(audio),
     )
     check_rate(outputs, fps)
     return Plan(
@@ -109,7 +115,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         revision=revision,
         image=take("image", image, None, DEFAULT),
         audio=audio,
-        setup=_resolve_setup(request, facts, origins),
+        setup=_resolve_setup(request, facts, origins).model_copy(update=files),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(

@@ -25,6 +25,16 @@ class Setup(BaseModel):
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
+    transformer: str | None = None
+    """A file whose weights take the place of the model's transformer."""
+    transformer_2: str | None = None
+    """The same for the second transformer."""
+
+    @property
+    def single_files(self) -> dict[str, str]:
+        """Component -> the file that its weights come from, of those that have one of their own."""
+        files = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: file for name, file in files.items() if file is not None}
 
 
 class Lora(NamedTuple):

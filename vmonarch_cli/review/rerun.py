@@ -69,6 +69,10 @@ def repeat(
     return Repetition(result, same, differing_circumstances(record, now))
 
 
+def _hash_of(record: Record, part: str) -> str | None:
+    return next((file.sha256[:12] for file in record.weights if file.part == part), None)
+
+
 def _sound_hash(record: Record) -> str | None:
     return None if record.audio is None else record.audio.sha256
 
@@ -82,5 +86,6 @@ def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, s
         ("dtype", then.dtype, now.dtype),
         ("impl", then.impl, now.impl),
         ("model", then.model.source, now.model.source),
+        *((file.part, file.sha256[:12], _hash_of(now, file.part)) for file in then.weights),
     ]
     return [(name, str(old), str(new)) for name, old, new in pairs if old != new]
