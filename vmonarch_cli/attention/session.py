@@ -11,7 +11,7 @@ import torch
 from vmonarch_cli.attention.joint import Text, dense_joint
 from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import StepTracker
-from vmonarch_cli.attention.structured import Attention, Call, StructuredAttention
+from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
 from vmonarch_cli.presets import Preset, options_for
 from vmonarch_cli.timing import Coverage, StepAttention
@@ -166,7 +166,7 @@ class AttentionSession:
         """
         forward = self._tracker.forward(transformer)
         frames, rows, columns = forward.grid
-        call = Call(
+        call = AttentionCall(
             q,
             k,
             v,
@@ -199,7 +199,7 @@ class AttentionSession:
             self._meter.sample(q, dense, out)
         return out
 
-    def _why_dense(self, call: Call) -> str | None:
+    def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
         frames, rows, columns = call.grid
         if self.preset.attention == "dense":

@@ -273,6 +273,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
     if not plan.audio:  # clips that were planned before there was sound keep their keys
         del content["audio"]
+    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+        del content["setup"]["vae_dtype"]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -95,6 +95,11 @@ def _kind_of(names: Iterable[str], wanted: str) -> str | None:
     if found and _NAMES[found[0]] == _NAMES[wanted]:
         return wanted
     return found[0] if found else None
+
+
+def weights_facts(files: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+    """What a record says of files, by component: "part", "file" and "sha256" of each."""
+    return tuple({"part": part, "file": file, "sha256": file_sha256(Path(file))} for part, file in files.items())
 
 
 def file_sha256(path: Path) -> str:
