@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vmonarch_cli.batch.claims import Claim, ClaimLost, Claims
-from vmonarch_cli.batch.clips import PlannedClip
+from vmonarch_cli.batch.clips import PlannedClip, loaded_as
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
@@ -89,7 +89,7 @@ class _BatchRun:
         self._claims = claims
         self._on_event = on_event
         self._maker: ClipMaker | None = None
-        self._with_image = False
+        self._loaded_as: tuple[str, ...] = ()
         self._clip: PlannedClip | None = None
         self._position = {clip.key: index for index, clip in enumerate(batch.clips)}
 
@@ -232,10 +232,10 @@ class _BatchRun:
         return denoised
 
     def _loaded(self, clip: PlannedClip) -> ClipMaker:
-        with_image = clip.plan.image is not None
-        if self._maker is None or self._with_image != with_image:
+        kind = loaded_as(clip.plan)
+        if self._maker is None or self._loaded_as != kind:
             self._maker = None  # the pipeline before goes first: both may not fit
-            self._with_image = with_image
+            self._loaded_as = kind
             self._maker = ClipMaker(
                 clip.plan,
                 self._machine,

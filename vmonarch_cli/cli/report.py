@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
+from vmonarch_cli.clip.record_model import AudioFacts
 from vmonarch_cli.models.lora_facts import is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
@@ -208,6 +209,10 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""
         warm = f", of it {binary_size(timing.warm_state_bytes)} kept between steps" if timing.warm_state_bytes else ""
         rows.append(("memory", f"peak {binary_size(timing.peak_memory_bytes)}{kind}{warm}"))
+    audio = result.record.get("audio")
+    if audio is not None:
+        beside = "" if audio["file"] == result.path.name else f", {result.path.with_name(audio['file'])}"
+        rows.append(("sound", f"{AudioFacts.model_validate(audio).words}{beside}"))
     rows.append(("seed", str(result.seed)))
     rows.append(("record", str(result.record_path)))
     return facts(rows)

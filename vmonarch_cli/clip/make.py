@@ -37,6 +37,7 @@ from vmonarch_cli.events import (
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import Frames, write_record
+from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
@@ -125,6 +126,7 @@ class ClipMaker:
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._waited_s = 0.0
+        self._weights = () if to_decode else weights_facts(plan.setup.single_files)
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
@@ -218,7 +220,7 @@ class ClipMaker:
 
         written, retries = write_decoded(
             decoded,
-            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work),
+            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work, denoised.sound),
             self._pipeline,
             self._device,
             on_part=None if on_frames is None else parts.append,
@@ -235,9 +237,9 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
             hidden_compile_s=self._compiled_ahead(),
         )
-        vae_dtype = dtype_name(self._pipeline.vae.dtype)
+        vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
-        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
+        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -269,13 +271,8 @@ class ClipMaker:
         )
         with self._swapped(plan, preset, seed) as session, texts as left_out:
             try:
-                embeddings = encode(
-                    self._pipeline,
-                    plan.prompt,
-                    plan.negative_prompt,
-                    plan.guidance_scale,
-                    plan.model.max_sequence_length,
-                )
+                texts_of = (plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
+                embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
                 latents = denoise(
                     self._pipeline,
@@ -291,7 +288,9 @@ class ClipMaker:
                     f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
             return Denoised(
-                latents=latents,
+                latents=latents.frames,
+                sound=latents.sound if plan.audio else None,
+                weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
                 grid=session.grid or plan.grid,

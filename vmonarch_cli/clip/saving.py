@@ -23,7 +23,7 @@ def save_as_free(plan: Plan, index: int, denoised: Denoised, on_renamed: Callabl
         save_latents(latents_path(wanted), plan, index, denoised)
         return plan
     for path in names_like(wanted):
-        if is_taken(path):
+        if is_taken(path, with_sound=bool(plan.audio)):
             continue
         outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
         renamed = plan.model_copy(update={"outputs": outputs})

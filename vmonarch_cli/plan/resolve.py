@@ -62,6 +62,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+    facts = PIPELINES[pipeline]
+    audio = checks.audio(model, facts, request.audio)
+    take("audio", request.audio, audio)
+    files = checks.transformer_files(model, facts, request)
+    origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
@@ -78,10 +83,15 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     )
     fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
     outputs = resolve_targets(
-        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
+        take("output", request.output, None, DEFAULT),
+        prompt,
+        seed,
+        num_videos,
+        request.overwrite,
+        with_sound=bool(audio),
     )
     check_rate(outputs, fps)
-    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
     if choice.is_shipped:
@@ -129,13 +139,14 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
+        audio=audio,
+        setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
         origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
-            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.of_flags(request, model, facts, guidance),
             *warnings.without_effect(request, preset),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
