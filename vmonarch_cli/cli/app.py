@@ -22,6 +22,7 @@ from vmonarch_cli.cli.plan import plan
 from vmonarch_cli.cli.presets import presets_app
 from vmonarch_cli.cli.profile.app import profile_app
 from vmonarch_cli.cli.rerun import rerun
+from vmonarch_cli.cli.tune import tune
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
 from vmonarch_cli.text import first_line
 
@@ -115,6 +116,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)
+app.command()(tune)
 app.command("decode")(batch.decode_latents)
 for command in (compare, gallery, rerun, doctor):
     app.command()(command)
