@@ -257,6 +257,9 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     content["setup"].pop("offload", None)
+    adapters = content["setup"].pop("tuned")
+    if adapters:  # the same weights, from wherever they were read
+        content["tuned"] = adapters[0]["sha256"]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

@@ -15,7 +15,7 @@ from vmonarch_cli.text import near, shown
 PRESET_FIELD = "preset."
 """Opens the name of a field that is one of the preset's own, as in preset.band."""
 _REQUEST = {field.name for field in fields(GenerateRequest)}
-_TEXTS = ("prompt", "negative_prompt", "size", "preset", "image", "output")
+_TEXTS = ("prompt", "negative_prompt", "size", "preset", "image", "tuned", "output")
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
 LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS) if name in _REQUEST)

@@ -124,6 +124,10 @@ class RequestFlags(TypedDict, total=False):
         list[str] | None,
         option("--lora", panel=SPEED, metavar="PATH[:SCALE]", help="Add a LoRA: file, folder or hub id (repeatable)."),
     ]
+    tuned: Annotated[
+        str | None,
+        option("--tuned", panel=ATTENTION, metavar="FILE", help="Adapter that was tuned for the preset, or none."),
+    ]
     cache: Annotated[
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")
     ]

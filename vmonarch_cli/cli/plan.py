@@ -66,6 +66,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "version": __version__,
         "settings": resolved.settings(),
         "model_source": resolved.model_source,
+        "tuned": None if resolved.tuned is None else resolved.tuned.facts(),
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_words
+from vmonarch_cli.cli.report import flops_words, tuned_words
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
@@ -59,6 +59,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         ("attention", flops_words(plan)),
+        *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         *memory_rows(memory_of(plan, vram), plan),
     ]
     if kept_bytes(plan):

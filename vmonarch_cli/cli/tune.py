@@ -57,6 +57,7 @@ _NOT_OF_A_CLIP = (
     "loras",
     "cache",
     "compile",
+    "tuned",
 )
 
 
@@ -143,7 +144,7 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
     if flags.prompts_file is not None:
         texts = [_prompt_of(line, flags.prompts_file) for line in read_prompts(flags.prompts_file).checked()]
     given = TuneRequest(
-        clip=replace(request, steps=flags.sampler_steps),
+        clip=replace(request, steps=flags.sampler_steps, tuned="none"),
         output=flags.adapter,
         steps=flags.train_steps,
         rank=flags.rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shi
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import Setup, Tuned
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -98,12 +99,13 @@ class ClipMaker:
         on_event: OnEvent = lambda event: None,
         share_clip: bool = False,
         to_decode: bool = False,
+        adapters: Sequence[Tuned] = (),
     ) -> None:
         """Load the plan's model where the machine has it.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
         torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
-        than `finish` needs.
+        than `finish` needs. adapters: those of all plans to come, the first one's by default.
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
@@ -111,20 +113,22 @@ class ClipMaker:
         self._device = torch.device(machine.device)
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
-        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
+        setup = plan.setup.model_copy(update={"offload": machine.offload, "tuned": chosen})
+        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, setup, share_clip)
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         loaded_s = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, loaded_s, machine.device_name, machine.dtype, impl))
 
-    def _load(self, plan: Plan, share_clip: bool) -> Any:
+    def _load(self, plan: Plan, setup: Setup, share_clip: bool) -> Any:
         return load_pipeline(
             plan.model_source,
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=plan.setup.model_copy(update={"offload": self._machine.offload}),
+            setup=setup,
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
@@ -312,6 +316,7 @@ class ClipMaker:
             sample_dense_every=plan.dense_every,
             on_first_call=lambda: self._on_event(CompilingKernels()),
             session=self._sessions.get(key),
+            adapter=None if plan.tuned is None else plan.tuned.layer_name,
         ) as session:
             self._sessions[key] = session
             try:

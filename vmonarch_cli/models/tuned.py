@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError, ModelError
@@ -163,6 +162,8 @@ def read_adapter(path: Path) -> TunedAdapter:
 
 def check_finite(path: Path) -> None:
     """InputError when a weight of an adapter, that `read_adapter` has read, is not finite."""
+    import numpy as np  # slow to import, and most commands need none of it
+
     layout = read_layout(path, "adapter")
     with path.open("rb") as file:
         for name, (begin, end) in sorted(layout.spans.items(), key=lambda item: item[1]):
@@ -239,3 +240,13 @@ def shipped_adapter(folder: Path, preset: str) -> Path | None:
         return None
     path = folder / FOLDER / f"{preset}.safetensors"
     return path if path.is_file() else None
+
+
+def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
+    """InputError unless the model in a folder has the weights that an adapter was tuned on."""
+    here = fingerprint(folder)
+    if here != adapter.fingerprint:
+        raise InputError(
+            f"adapter {path} was tuned on other weights: those of {adapter.model} (fingerprint "
+            f"{short(adapter.fingerprint)}), and {folder} has {short(here)}"
+        )

@@ -19,9 +19,8 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.pipeline.lora import load_lora
-
-ADAPTER_NAME = "vmonarch_tuned"
-"""What peft knows a tuned adapter's layers by."""
+from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.plan.setup import ADAPTER_NAME, Tuned
 
 
 def write_adapter(
@@ -86,16 +85,65 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
         layer.set_adapter([*before, name], inference_mode=True)
 
 
+def load_adapters(pipeline: Any, adapters: Sequence[Tuned]) -> None:
+    """Load adapters, each under its own name, and leave them off: an `AdapterSwitch` turns one on."""
+    for adapter in adapters:
+        load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)
+    if adapters:
+        others = [name for name in active_adapters(pipeline) if not name.startswith(ADAPTER_NAME)]
+        for layer in tuner_layers(transformers_of(pipeline)):
+            layer.set_adapter(others, inference_mode=True)
+
+
+class AdapterSwitch:
+    """Turns the layers of one adapter on and off in transformers that have it, for inference; others stay as they are.
+
+    Switching is a name in a list of each layer, a few milliseconds for all of a large model, and happens only when
+    something changes. A compiled block has one graph with the adapter and one without.
+    """
+
+    def __init__(self, transformers: Sequence[Any], name: str, dense_blocks: Sequence[Sequence[str]]) -> None:
+        """dense_blocks: of each transformer, the paths of the blocks whose attention always runs dense.
+
+        Raises ValueError when no layer has an adapter of this name.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        self._name = name
+        self._on: list[bool | None] = [None] * len(transformers)
+        self._layers: list[list[tuple[Any, bool]]] = []
+        """Of each transformer the layers that have the adapter, and whether their block always runs dense."""
+        for transformer, blocks in zip(transformers, dense_blocks, strict=True):
+            prefixes = tuple(f"{block}." for block in blocks)
+            self._layers.append(
+                [
+                    (module, path.startswith(prefixes))
+                    for path, module in transformer.named_modules()
+                    if isinstance(module, LoraLayer) and name in module.lora_A
+                ]
+            )
+        if not any(self._layers):
+            raise ValueError(f"no layer of these transformers has an adapter named {name}")
+
+    def set(self, transformer: int, on: bool) -> None:
+        """Turn the adapter on, except in blocks that always run dense, or off everywhere."""
+        if self._on[transformer] == on:
+            return
+        for layer, is_dense in self._layers[transformer]:
+            others = [name for name in layer.active_adapters if not name.startswith(ADAPTER_NAME)]
+            layer.set_adapter([*others, self._name] if on and not is_dense else others, inference_mode=True)
+        self._on[transformer] = on
+
+    def off(self) -> None:
+        """Turn the adapter off in all transformers."""
+        for transformer in range(len(self._layers)):
+            self.set(transformer, False)
+
+
 def active_adapters(pipeline: Any) -> list[str]:
     """Names of the adapters that a pipeline runs with."""
     layers = tuner_layers(transformers_of(pipeline))
     return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in layer.lora_A))
-
-
-def transformers_of(pipeline: Any) -> list[Any]:
-    """A pipeline's one or two transformers."""
-    found = (getattr(pipeline, part, None) for part in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if transformer is not None]
 
 
 def tuner_layers(transformers: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.plan.costs import Flops
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import Setup, Tuned
 from vmonarch_cli.presets import Preset
 
 
@@ -52,6 +52,11 @@ class Plan(BaseModel):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def tuned(self) -> Tuned | None:
+        """The tuned adapter that it runs with, if any."""
+        return self.setup.tuned[0] if self.setup.tuned else None
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
         values: dict[str, Any] = {"model": self.model.alias}
@@ -62,6 +67,8 @@ class Plan(BaseModel):
                 values[name] = self.preset.name
             elif name == "output":
                 values[name] = [str(path) for path in self.outputs]
+            elif name == "tuned":
+                values[name] = None if self.tuned is None else self.tuned.path
             elif name in Setup.model_fields:
                 values[name] = getattr(self.setup, name)
             elif name != "model":

@@ -41,3 +41,4 @@ class GenerateRequest:
     loras: tuple[str, ...] = field(default=())
     cache: str | None = None
     compile: bool = False
+    tuned: str | None = None

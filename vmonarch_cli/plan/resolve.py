@@ -18,7 +18,8 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, Tuned, check_additions, parse_lora
+from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
@@ -70,6 +71,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
     )
     check_rate(outputs, fps)
+    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    choice = choose(request.tuned, use)
+    origins["tuned"] = DEFAULT if request.tuned is None else FLAG
+    if choice.is_shipped:
+        origins["tuned"] = MODEL_DEFAULT
     return Plan(
         model=model,
         model_source=source,
@@ -104,18 +110,21 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
+        setup=_resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
             *warnings.without_effect(request, preset),
+            *choice.warnings,
         ),
     )
 
 
-def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str]) -> Setup:
+def _resolve_setup(
+    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: Tuned | None
+) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
@@ -131,7 +140,7 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
             check_lora_file(lora_file(source))
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
-    setup = Setup.model_validate(chosen)
+    setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
 

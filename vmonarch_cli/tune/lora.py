@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
-from vmonarch_cli.tune.trajectories import transformers_of
+from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.plan.setup import ADAPTER_NAME
 
-NAME = "vmonarch_tuned"
-"""What peft knows the layers by."""
 _PARTS = ("transformer", "transformer_2")
 
 
@@ -35,7 +34,7 @@ def add_lora(pipeline: Any, rank: int, dense_layers: int, seed: int) -> dict[str
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-            transformer.add_adapter(config, adapter_name=NAME)
+            transformer.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters = trainable(pipeline)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
@@ -63,10 +62,10 @@ def _targets(transformer: Any, dense_layers: int) -> list[str]:
 def trainable(pipeline: Any) -> dict[str, nn.Parameter]:
     """The LoRA's parameters under the names that files have, in the order of names."""
     found = {
-        f"{part}.{name.replace(f'.{NAME}.', '.')}": parameter
+        f"{part}.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
         for part, transformer in zip(_PARTS, transformers_of(pipeline), strict=False)
         for name, parameter in transformer.named_parameters()
-        if f".{NAME}." in name
+        if f".{ADAPTER_NAME}." in name
     }
     return dict(sorted(found.items()))
 

@@ -17,9 +17,11 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import TunedAdapter, fingerprint
 from vmonarch_cli.pipeline.device import DTYPES
 from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.tuned import write_adapter
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import ADAPTER_NAME
 from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
 from vmonarch_cli.tune.group import Group, joined
 from vmonarch_cli.tune.loop import Schedule, Training, TrainStep
@@ -27,7 +29,7 @@ from vmonarch_cli.tune.lora import add_lora, put
 from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing
 from vmonarch_cli.tune.request import TunePlan
 from vmonarch_cli.tune.student import Student
-from vmonarch_cli.tune.trajectories import sample_trajectory, trajectory_path, transformers_of
+from vmonarch_cli.tune.trajectories import sample_trajectory, trajectory_path
 from vmonarch_cli.tune.work import prepare_work, remove_work
 
 TEACHER_SHARE = 0.2
@@ -111,7 +113,7 @@ class _Run:
         training.run(paths, on_step)
         self._set_training(False)
         put(parameters, training.averages)
-        self._evaluate("after")
+        self._evaluate("after", adapter=ADAPTER_NAME)
         if group.rank:
             return None
         return self._write(training, len(paths))

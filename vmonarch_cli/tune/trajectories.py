@@ -24,6 +24,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError, NonFiniteError
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import call, encode
+from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import Preset, load_preset
@@ -48,12 +49,6 @@ class Forward:
     """Its other arguments that are plain values."""
     velocity: Tensor
     """What the transformer predicted, (B, C, F, h, w)."""
-
-
-def transformers_of(pipeline: Any) -> list[Any]:
-    """The pipeline's one or two transformers."""
-    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if transformer is not None]
 
 
 class _Recorder:
