@@ -24,7 +24,7 @@ WARM_UP = 10
 """Steps in which the learning rate rises."""
 CLIP = 1.0
 """Largest norm of the gradient."""
-_CHECKPOINT_EVERY_S = 20.0
+CHECKPOINT_EVERY_S = 20.0
 _BETAS = (0.9, 0.99)
 
 
@@ -115,7 +115,7 @@ class Training:
                         break
             self.progress.rounds += 1
             over = self._group.agree(self._over()) >= 1
-            if self._group.rank == 0 and (over or time.monotonic() - saved > _CHECKPOINT_EVERY_S):
+            if self._group.rank == 0 and (over or time.monotonic() - saved > CHECKPOINT_EVERY_S):
                 self._save()
                 saved = time.monotonic()
 

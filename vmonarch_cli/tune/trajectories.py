@@ -51,7 +51,7 @@ class Forward:
     """What the transformer predicted, (B, C, F, h, w)."""
 
 
-class _Recorder:
+class Recorder:
     """Keeps every forward of a pipeline's transformers, inside the block of `recording`."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class _Recorder:
 
 @torch.no_grad()
 def sample(
-    pipeline: Any, clip: Plan, prompt: str, seed: int, preset: Preset, recorder: _Recorder | None = None, **swap: Any
+    pipeline: Any, clip: Plan, prompt: str, seed: int, preset: Preset, recorder: Recorder | None = None, **swap: Any
 ) -> Tensor:
     """Final latents (1, C, F, h, w), float32 on the CPU, of a clip made by the pipeline's own loop with a preset.
 
@@ -129,15 +129,18 @@ def sample_trajectory(pipeline: Any, plan: TunePlan, number: int) -> Path:
     path = trajectory_path(plan, number)
     if path.exists():
         return path
-    recorder = _Recorder()
+    recorder = Recorder()
     noise = plan.noise_seed(number)
     sample(pipeline, plan.clip, plan.prompts[number], noise, load_preset("dense"), recorder)
-    _save(path, [forward for forward in recorder.forwards if forward.step >= plan.clip.preset.dense_steps])
+    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.clip.preset.dense_steps])
     return path
 
 
-def _save(path: Path, forwards: Sequence[Forward]) -> None:
-    """Latents and velocities in float16, other inputs as they are; what several forwards share is kept once."""
+def save_trajectory(path: Path, forwards: Sequence[Forward]) -> None:
+    """Write forwards to a file, whole or not at all: latents and velocities in float16, other inputs as they are.
+
+    What several forwards share is kept once.
+    """
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     table = []
