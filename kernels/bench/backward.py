@@ -31,6 +31,7 @@ from vmonarch_kernels.configs_backward import Parts
 
 Shape = tuple[int, int, int, int]
 SHAPES = ("21x1560x12x128", "47x1456x12x128", "21x3600x12x128")
+ROWS = ("correct", "structured", "dense")
 STRUCTURED: dict[str, Options] = {
     "paper": Options(2),
     "balanced": Options(1, band=0),
@@ -201,15 +202,20 @@ def correct(shape: Shape, name: str) -> dict[str, Any]:
     }
 
 
-def rows(shapes: list[Shape]) -> Iterator[tuple[str, Shape, str, Callable[[Shape, str], dict[str, Any]]]]:
-    for name in STRUCTURED:
-        yield "correct", shapes[0], name, correct
-    for shape in shapes:
-        for name in STRUCTURED:
-            yield "structured", shape, name, structured
-        yield "structured", shape, "one frame", one_frame
-        for name in ("fa2", "cudnn", "fa4"):
-            yield "dense", shape, name, dense
+def rows(
+    shapes: list[Shape], kinds: list[str]
+) -> Iterator[tuple[str, Shape, str, Callable[[Shape, str], dict[str, Any]]]]:
+    """What is measured, in the order of ``kinds``."""
+    for kind in kinds:
+        for shape in shapes[:1] if kind == "correct" else shapes:
+            if kind == "dense":
+                for name in ("fa2", "cudnn", "fa4"):
+                    yield kind, shape, name, dense
+                continue
+            for name in STRUCTURED:
+                yield kind, shape, name, structured if kind == "structured" else correct
+            if kind == "structured":
+                yield kind, shape, "one frame", one_frame
 
 
 # Tiles
@@ -218,6 +224,7 @@ def rows(shapes: list[Shape]) -> Iterator[tuple[str, Shape, str, Callable[[Shape
 def kernel_runner(shape: Shape, side: str, kind: str) -> tuple[Callable[[], None], list[Tensor]]:
     """One launch of a backward kernel, and what it writes."""
     inputs = inputs_of(shape, warm=False)
+    torch.cuda.manual_seed(0)  # one gradient for all tiles, which are compared
     run = launch_backward._Structured(
         inputs, Options(2), launch_backward.Forward(inputs.q, None, None), torch.randn_like(inputs.q)
     )
@@ -322,6 +329,7 @@ def search(shapes: list[Shape], save: Callable[[dict[str, Any]], None], until: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help="TxPxHEADSxD; may be repeated")
+    parser.add_argument("--row", action="append", choices=ROWS, help="measure these rows alone; may be repeated")
     parser.add_argument("--json", type=Path, help="write the rows here, after each of them")
     parser.add_argument("--seconds", type=float, default=500, help="start no row after so many seconds")
     parser.add_argument("--search", action="store_true", help="time tiles of the backward kernels instead")
@@ -350,7 +358,7 @@ def main() -> None:
     if arguments.search:
         search(shapes, save, until)
         return
-    for kind, shape, name, run in rows(shapes):
+    for kind, shape, name, run in rows(shapes, arguments.row or list(ROWS)):
         if time.monotonic() > until:
             save({"row": kind, "shape": shape, "name": name, "failed": "out of time"})
             continue

@@ -7,15 +7,15 @@ Names as in `_triton.py`. Tokens of a sample and head are numbered through, [0, 
 import triton
 import triton.language as tl
 
-from vmonarch_kernels._triton import LOG2E, _l_logits, _load_rows, _store_rows
+from vmonarch_kernels._triton import LOG2E, l_logits, load_rows, store_rows
 
 
 @triton.jit
 def _add_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D: tl.constexpr, ADD: tl.constexpr):
-    """`_store_rows`, or with ADD the sum of the rows and what is there."""
+    """`store_rows`, or with ADD the sum of the rows and what is there."""
     if ADD:
-        rows += _load_rows(p, o_row, s_row, o_d, row_end, d_end, True, MASK_D).to(tl.float32)
-    _store_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D)
+        rows += load_rows(p, o_row, s_row, o_d, row_end, d_end, True, MASK_D).to(tl.float32)
+    store_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D)
 
 
 @triton.jit
@@ -62,11 +62,11 @@ def grad_queries_kernel(
     o_head = (b * tokens * heads + h) * head_dim
     o_stats = (b * heads + h) * tokens
 
-    q = _load_rows(p_q + b * s_qb + h * s_qh, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
+    q = load_rows(p_q + b * s_qb + h * s_qh, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
     if WITH_K:
-        gk = _load_rows(p_gk + o_head, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
+        gk = load_rows(p_gk + o_head, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
     if WITH_V:
-        gv = _load_rows(p_gv + o_head, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
+        gv = load_rows(p_gv + o_head, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
     lse = tl.load(p_lse + o_stats + o_row, mask=m_row, other=0.0)
     shift = tl.load(p_delta + o_stats + o_row, mask=m_row, other=0.0) * qk_scale
     if SHARED:
@@ -79,12 +79,12 @@ def grad_queries_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(key_first, key_end, BLOCK_N, num_stages=STAGES):
         o_key = start + tl.arange(0, BLOCK_N)
-        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, not EVEN_KEYS, MASK_D)
+        keys = load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, not EVEN_KEYS, MASK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         # No weight is above one. Keys past the end are zero, so that their finite weights add nothing.
         weights = tl.math.exp2(tl.minimum(scores * scale2 - lse[:, None], 0.0))
         if WITH_V:
-            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, not EVEN_KEYS, MASK_D)
+            values = load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, not EVEN_KEYS, MASK_D)
             d_weights = tl.dot(gv, tl.trans(values), input_precision=PRECISION)
             if WITH_K:
                 d_weights = tl.dot(gk, tl.trans(keys), d_weights, input_precision=PRECISION)
@@ -94,11 +94,11 @@ def grad_queries_kernel(
         acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
     if WITH_PRODUCT:
-        q = _load_rows(p_q + b * s_qb + h * s_qh, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
+        q = load_rows(p_q + b * s_qb + h * s_qh, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
         tl.store(p_product + o_stats + o_row, tl.sum(acc * q.to(tl.float32), 1), mask=m_row)
     if SPLIT:
         p_dq += ((part * batch + b) * positions * heads + h) * head_dim
-        _store_rows(p_dq, o_row - row_first, s_row, o_d, acc, positions, head_dim, MASK_D)
+        store_rows(p_dq, o_row - row_first, s_row, o_d, acc, positions, head_dim, MASK_D)
     else:
         _add_rows(p_dq + o_head, o_row, s_row, o_d, acc, row_end, head_dim, MASK_D, ADD)
 
@@ -115,7 +115,7 @@ def _grad_keys_range(
     for start in tl.range(row_first, row_end, BLOCK_M, num_stages=STAGES):
         o_row = start + tl.arange(0, BLOCK_M)
         m_row = o_row < row_end
-        q = _load_rows(p_q, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
+        q = load_rows(p_q, o_row, s_qn, o_d, row_end, head_dim, True, MASK_D)
         # Rows past the end get no weight.
         lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
         shift = -tl.load(p_delta + o_row, mask=m_row, other=0.0)
@@ -129,14 +129,14 @@ def _grad_keys_range(
         else:
             factor = qk_scale
         if WITH_V:
-            gv = _load_rows(p_gv, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
+            gv = load_rows(p_gv, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
             d_weights = tl.dot(values, tl.trans(gv), input_precision=PRECISION)
             if SHARED:
                 acc_v = tl.dot((weights * share[None, :]).to(q.dtype), gv, acc_v, input_precision=PRECISION)
             else:
                 acc_v = tl.dot(weights.to(q.dtype), gv, acc_v, input_precision=PRECISION)
         if WITH_K:
-            gk = _load_rows(p_gk, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
+            gk = load_rows(p_gk, o_row, s_row, o_d, row_end, head_dim, True, MASK_D)
             if WITH_V:
                 d_weights = tl.dot(keys, tl.trans(gk), d_weights, input_precision=PRECISION)
             else:
@@ -178,9 +178,9 @@ def grad_keys_kernel(
     s_row = heads * head_dim
     o_head = (b * tokens * heads + h) * head_dim
     o_stats = (b * heads + h) * tokens
-    keys = _load_rows(p_k + b * s_kb + h * s_kh, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
+    keys = load_rows(p_k + b * s_kb + h * s_kh, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
     if WITH_V:
-        values = _load_rows(p_v + b * s_vb + h * s_vh, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
+        values = load_rows(p_v + b * s_vb + h * s_vh, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
     else:
         values = keys
     p_q += b * s_qb + h * s_qh
@@ -244,7 +244,7 @@ def _store_r_gradients(
     """What an R-step's backward takes of an L-step's: gk = s (sum_l dz q - w q_r), lse, w, and delta plus gk . RK."""
     m_k = o_k < frames
     gk = (qk_scale * (sums - w[:, None] * q_r.to(tl.float32))).to(p_gk.dtype.element_ty)
-    _store_rows(p_gk, o_k, s_row, o_d, gk, frames, head_dim, MASK_D)
+    store_rows(p_gk, o_k, s_row, o_d, gk, frames, head_dim, MASK_D)
     tl.store(p_lse + o_row_k, (qk_scale * _row_products(q_r, rk) - c_l) * LOG2E, mask=m_k)
     tl.store(p_delta + o_row_k, delta + _row_products(gk, rk), mask=m_k)
     tl.store(p_w + o_row_k, w, mask=m_k)
@@ -284,20 +284,20 @@ def l_backward_kernel(
         j = tl.cast(j_now, tl.int64)
         o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
         o_row = (b * heads + h) * frames * positions + j + o_t * positions
-        q = _load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
-        rk = _load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+        q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
+        rk = load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
         c_l = tl.load(p_c + o_row, mask=m_t, other=0.0)
         exact = tl.full([BLOCK_T], float("-inf"), tl.float32)
         if HAS_EXACT:
             exact = tl.load(p_exact_lse + o_row, mask=m_t, other=0.0) * LOG2E
         product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
-        logits = _l_logits(product, c_l, o_t, o_t, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+        logits = l_logits(product, c_l, o_t, o_t, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
         entries, exact_weight, row_lse = _softmax_rows(logits, exact)
         entries = tl.where(m_t[:, None], entries, 0.0)
         delta = tl.zeros([BLOCK_T], tl.float32)
         if LAST:
-            y = _load_rows(p_y + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-            go = _load_rows(p_go + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+            y = load_rows(p_y + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+            go = load_rows(p_go + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
             entries = tl.where((o_t >= first_row)[:, None], entries, 0.0)
             d_entries = tl.dot(go, tl.trans(y), input_precision=PRECISION)
             if HAS_EXACT:
@@ -305,13 +305,13 @@ def l_backward_kernel(
             else:
                 row_delta = tl.sum(entries * d_entries, 1)
             gv = tl.dot(tl.trans(entries).to(q.dtype), go, input_precision=PRECISION).to(p_gv.dtype.element_ty)
-            _store_rows(p_gv + o_tokens, o_t, s_row, o_d, gv, frames, head_dim, MASK_D)
+            store_rows(p_gv + o_tokens, o_t, s_row, o_d, gv, frames, head_dim, MASK_D)
             delta = _row_products(gv, y)
             tl.store(p_row_lse + o_row, row_lse, mask=m_t & (o_t >= first_row))
             if not HAS_EXACT:
                 tl.store(p_row_delta + o_row, row_delta, mask=m_t & (o_t >= first_row))
         else:
-            dq_r = _load_rows(p_dq_r + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+            dq_r = load_rows(p_dq_r + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
             c_r = tl.sum(entries, 0)
             inverse = 1.0 / tl.maximum(c_r, c_floor)
             product_r = tl.load(p_product + o_row, mask=m_t, other=0.0)
@@ -329,7 +329,7 @@ def l_backward_kernel(
             dq = tl.dot((entries * inverse[None, :]).to(q.dtype), dq_r, dq, input_precision=PRECISION)
         _add_rows(p_dq + o_tokens, o_t, s_row, o_d, dq, frames, head_dim, MASK_D, ADD)
         sums = tl.dot(tl.trans(dz), q, input_precision=PRECISION)
-        q_r = _load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
+        q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
         _store_r_gradients(
             sums, w, q_r, rk, c_l, p_gk + o_tokens, p_lse, p_delta, p_w, o_t, o_row, o_d, s_row,
             frames, head_dim, qk_scale, delta, MASK_D,
@@ -345,7 +345,7 @@ def _l_tile(
     c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
     row_lse = tl.load(p_row_lse + o_stats + o_l * positions, mask=o_l < frames, other=0.0)
     product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
-    logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+    logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
     valid = (o_l >= first_row) & (o_l < frames)
     return tl.where(valid[:, None], tl.math.exp2(logits - row_lse[:, None]), 0.0)
 
@@ -371,11 +371,11 @@ def l_sums_kernel(
     o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
     o_stats = (b * heads + h) * frames * positions + j
     p_q += b * s_qb + h * s_qh + j * s_qn
-    rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+    rk = load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
     c_r = tl.zeros([BLOCK_K], tl.float32)
     for l_first in range(0, frames, BLOCK_L):
         o_l = l_first + tl.arange(0, BLOCK_L)
-        q = _load_rows(p_q, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
+        q = load_rows(p_q, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
         entries = _l_tile(
             q, rk, p_c, p_row_lse, o_stats, o_l, o_k, frames, positions, band, width, qk_scale, 0,
             BANDED, FIRST_FRAME, PRECISION,
@@ -397,9 +397,10 @@ def _d_entries(
     product = tl.dot(other, tl.trans(value), input_precision=PRECISION)
     if LAST:
         return product
-    inverse = tl.load(p_inverse + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-    dc = tl.load(p_dc + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-    return product * inverse[None, :] + dc[None, :]
+    else:  # the compiler would go on behind the branch, with pointers that are None
+        inverse = tl.load(p_inverse + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+        dc = tl.load(p_dc + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
+        return product * inverse[None, :] + dc[None, :]
 
 
 @triton.jit
@@ -428,9 +429,9 @@ def l_rows_kernel(
     o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
     o_stats = (b * heads + h) * frames * positions + j
     o_row = o_stats + o_l * positions
-    q = _load_rows(p_q + b * s_qb + h * s_qh + j * s_qn, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
+    q = load_rows(p_q + b * s_qb + h * s_qh + j * s_qn, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
     if LAST:
-        other = _load_rows(p_go + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        other = load_rows(p_go + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
     else:
         other = q
     if LAST and HAS_EXACT:
@@ -439,8 +440,8 @@ def l_rows_kernel(
         row_delta = tl.zeros([BLOCK_L], tl.float32)
         for k_first in range(0, frames, BLOCK_K):
             o_k = k_first + tl.arange(0, BLOCK_K)
-            rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
-            value = _load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+            rk = load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+            value = load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
             entries = _l_tile(
                 q, rk, p_c, p_row_lse, o_stats, o_l, o_k, frames, positions, band, width, qk_scale, first_row,
                 BANDED, FIRST_FRAME, PRECISION,
@@ -458,8 +459,8 @@ def l_rows_kernel(
     dq = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     for k_first in range(0, frames, BLOCK_K):
         o_k = k_first + tl.arange(0, BLOCK_K)
-        rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
-        value = _load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+        rk = load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+        value = load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
         entries = _l_tile(
             q, rk, p_c, p_row_lse, o_stats, o_l, o_k, frames, positions, band, width, qk_scale, first_row,
             BANDED, FIRST_FRAME, PRECISION,
@@ -498,16 +499,16 @@ def l_columns_kernel(
     o_stats = (b * heads + h) * frames * positions + j
     p_q += b * s_qb + h * s_qh + j * s_qn
     p_q_r += b * s_rb + h * s_rh + j * s_rn
-    rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
-    value = _load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+    rk = load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+    value = load_rows(p_value + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     gv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     w = tl.zeros([BLOCK_K], tl.float32)
     for l_first in range(0, frames, BLOCK_L):
         o_l = l_first + tl.arange(0, BLOCK_L)
-        q = _load_rows(p_q, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
+        q = load_rows(p_q, o_l, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
         if LAST:
-            other = _load_rows(p_go + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+            other = load_rows(p_go + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
         else:
             other = q
         entries = _l_tile(
@@ -526,11 +527,11 @@ def l_columns_kernel(
     delta = tl.zeros([BLOCK_K], tl.float32)
     if LAST:
         rounded = gv.to(p_gv.dtype.element_ty)
-        _store_rows(p_gv + o_tokens, o_k, s_row, o_d, rounded, frames, head_dim, MASK_D)
+        store_rows(p_gv + o_tokens, o_k, s_row, o_d, rounded, frames, head_dim, MASK_D)
         delta = _row_products(rounded, value)
     o_row = o_stats + o_k * positions
     c_l = tl.load(p_c + o_row, mask=o_k < frames, other=0.0)
-    q_r = _load_rows(p_q_r, o_k, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
+    q_r = load_rows(p_q_r, o_k, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
     _store_r_gradients(
         sums, w, q_r, rk, c_l, p_gk + o_tokens, p_lse, p_delta, p_w, o_k, o_row, o_d, s_row,
         frames, head_dim, qk_scale, delta, MASK_D,
@@ -561,10 +562,10 @@ def warm_backward_kernel(
         o_k = k_first + tl.arange(0, BLOCK_K)
         c_r = tl.zeros([BLOCK_K], tl.float32)
         for first in range(0, frames, BLOCK_L):
-            rows = _load_rows(p_l, first + tl.arange(0, BLOCK_L), s_l, o_k, frames, s_l, True, True)
+            rows = load_rows(p_l, first + tl.arange(0, BLOCK_L), s_l, o_k, frames, s_l, True, True)
             c_r += tl.sum(rows.to(tl.float32), 0)
-        entries = _load_rows(p_l, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
-        dq_r = _load_rows(p_dq_r + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+        entries = load_rows(p_l, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+        dq_r = load_rows(p_dq_r + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
         weights = (entries / tl.maximum(c_r, c_floor)[None, :]).to(dq_r.dtype)
         acc = tl.dot(weights, dq_r, acc, input_precision=PRECISION)
     _add_rows(p_dq + o_tokens, o_l, s_row, o_d, acc, frames, head_dim, MASK_D, True)
@@ -584,11 +585,11 @@ def row_delta_kernel(
     h = (tl.program_id(1) % heads).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     offset = b * s_b + h * s_h
-    o = _load_rows(p_o + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
-    go = _load_rows(p_go + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
+    o = load_rows(p_o + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
+    go = load_rows(p_go + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
     if HAS_RESIDUAL:
         frames = rows // positions
-        residual = _load_rows(p_residual + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
+        residual = load_rows(p_residual + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
         o_scale = ((b * positions + o_n % positions) * heads + h) * frames + o_n // positions
         o -= residual * tl.load(p_residual_scale + o_scale, mask=o_n < rows, other=0.0)[:, None]
     tl.store(p_delta + b * s_db + h * s_dh + o_n, tl.sum(o * go, 1), mask=o_n < rows)
@@ -612,11 +613,11 @@ def extra_backward_kernel(
     s_row = heads * head_dim
     o_head = (b * rows * heads + h) * head_dim
     o_stats = (b * heads + h) * rows + o_n
-    extra = _load_rows(p_extra + b * s_eb + h * s_eh, o_n, s_en, o_d, row_end, head_dim, True, True).to(tl.float32)
-    go = _load_rows(p_go + o_head, o_n, s_row, o_d, row_end, head_dim, True, True).to(tl.float32)
+    extra = load_rows(p_extra + b * s_eb + h * s_eh, o_n, s_en, o_d, row_end, head_dim, True, True).to(tl.float32)
+    go = load_rows(p_go + o_head, o_n, s_row, o_d, row_end, head_dim, True, True).to(tl.float32)
     lse = tl.load(p_extra_lse + b * s_lb + h * s_lh + o_n * s_ln, mask=m_n, other=0.0).to(tl.float32) * LOG2E
     weight = tl.math.exp2(lse - tl.load(p_row_lse + o_stats, mask=m_n, other=0.0))
-    _store_rows(p_d_extra + o_head, o_n, s_row, o_d, weight[:, None] * go, row_end, head_dim, True)
+    store_rows(p_d_extra + o_head, o_n, s_row, o_d, weight[:, None] * go, row_end, head_dim, True)
     delta = tl.load(p_row_delta + o_stats, mask=m_n, other=0.0)
     early = tl.load(p_early + o_stats, mask=m_n, other=0.0)
     d_lse = weight * (tl.sum(extra * go, 1) - delta) + early

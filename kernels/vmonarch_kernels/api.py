@@ -203,7 +203,7 @@ def monarch_attention(
             All frames in the window (w >= T - 1 at the latest) is dense attention.
         scale: factor of the scores; 1 / sqrt(D) when None.
         impl: "auto", "reference", "torch" or "triton"; see ``resolve_impl``.
-        l_prev: L of an earlier call with the same shapes: a warm start (ours).
+        l_prev: what an earlier call with the same shapes returned beside its output: a warm start (ours).
         extra: (out (B, N, heads, D), lse (B, N, heads) float32, natural logarithm) of every query's
             attention over keys outside the video, such as a prompt's; merged exactly (ours). Queries
             without such keys have lse = -inf and finite out.
@@ -212,7 +212,7 @@ def monarch_attention(
         return_l: also return L for the next call's warm start.
 
     Returns:
-        out (B, N, heads, D) in q's dtype, contiguous; with ``return_l`` also L, float8_e4m3fn
+        out (B, N, heads, D) in q's dtype, contiguous; with ``return_l`` also 256 L, float8_e4m3fn
         (B, H * W, heads, T, T), indexed [b, j, head, l, k].
 
     Workspace: at most four tensors of q's size and dtype (the R-step's queries, R K, R V and the exact part), plus

@@ -12,6 +12,7 @@ from torch import Tensor
 from vmonarch_kernels.cost import is_exact, window_frames
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import (
+    L_SCALE,
     Forward,
     Gradients,
     dequantised,
@@ -195,7 +196,7 @@ class _Backward:
             self.dq += self.scale * dbeta
             return
         for b, part in self._chunks():
-            L = l_prev[b, part].flatten(0, 1).to(self.wide)
+            L = l_prev[b, part].flatten(0, 1).to(self.wide) / L_SCALE
             dalpha = by_position(dbeta[b, :, part]) * (self.scale / L.sum(1).clamp_min(self.options.c_floor))[..., None]
             self._add_dq(b, part, L @ dalpha)
 

@@ -21,6 +21,20 @@ class Parts:
         return int(self.k) + int(self.v)
 
 
+_SMALLEST = AttendConfig(16, 16, 4, 1)
+"""Narrower tiles the tensor cores do not multiply; this one fits 99 KB at any head dimension."""
+
+
+def _row_bytes(block_d: int, dtype: torch.dtype) -> int:
+    """Shared memory of a row. A float32 product is three of tf32: the tensor cores of a warp group, which tiles of 64
+    rows use, read both parts of its rows there; for smaller tiles it is a quarter more.
+    """
+    row = block_d * dtype.itemsize
+    if dtype == torch.float32:
+        return row * 2 if block_d < 128 else row * 5 // 4
+    return row
+
+
 def _queries_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:
     """Shared memory of ``grad_queries_kernel``: queries and gradients once, keys and values once per stage."""
     fixed = (1 + parts.tensors) * config.block_m
@@ -37,14 +51,14 @@ def _keys_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:
 def grad_queries_config(block_d: int, dtype: torch.dtype, limit: int, parts: Parts) -> AttendConfig:
     """Tile of the kernel that goes over keys for a block of queries."""
     if dtype == torch.float32:
-        config = AttendConfig(32, 32, 4, 2) if block_d >= 128 else AttendConfig(64, 32, 4, 2)
+        config = AttendConfig(32, 32, 8 if block_d > 128 else 4, 2) if block_d >= 128 else AttendConfig(64, 32, 4, 2)
     elif block_d <= 64:
         config = AttendConfig(128, 64, 8, 3)
     elif block_d == 128:
-        config = AttendConfig(128, 64, 8, 2)
+        config = AttendConfig(128, 64, 8, 3) if parts.v else AttendConfig(64, 64, 4, 3)
     else:
         config = AttendConfig(64, 32, 8, 2)
-    while _queries_memory(config, block_d * dtype.itemsize, parts) + 2048 > limit:
+    while _queries_memory(config, _row_bytes(block_d, dtype), parts) + 2048 > limit and config != _SMALLEST:
         config = _smaller(config, narrow_queries=False)
     return config
 
@@ -53,14 +67,14 @@ def grad_queries_config(block_d: int, dtype: torch.dtype, limit: int, parts: Par
 def grad_keys_config(block_d: int, dtype: torch.dtype, limit: int, parts: Parts) -> AttendConfig:
     """Tile of the kernel that goes over queries for a block of keys."""
     if dtype == torch.float32:
-        config = AttendConfig(32, 32, 4, 2) if block_d >= 128 else AttendConfig(32, 64, 4, 2)
+        config = AttendConfig(32, 32, 8 if block_d > 128 else 4, 2) if block_d >= 128 else AttendConfig(32, 64, 4, 2)
     elif block_d <= 64:
         config = AttendConfig(64, 128, 8, 3)
     elif block_d == 128:
-        config = AttendConfig(64, 128, 8, 2)
+        config = AttendConfig(64, 128, 8, 3) if parts.k and parts.v else AttendConfig(32, 64, 4, 3)
     else:
         config = AttendConfig(32, 64, 8, 2)
-    while _keys_memory(config, block_d * dtype.itemsize, parts) + 2048 > limit:
+    while _keys_memory(config, _row_bytes(block_d, dtype), parts) + 2048 > limit and config != _SMALLEST:
         config = _smaller(config, narrow_queries=True)
     return config
 
@@ -73,12 +87,10 @@ def _smaller(config: AttendConfig, *, narrow_queries: bool) -> AttendConfig:
         stages -= 1
     elif looped > 16:
         looped //= 2
-    elif kept > 16:
-        kept //= 2
     else:
-        raise ValueError("no tile of the backward pass fits this GPU's shared memory.")
+        kept //= 2
     block_m, block_n = (looped, kept) if narrow_queries else (kept, looped)
-    return AttendConfig(block_m, block_n, config.num_warps, stages)
+    return AttendConfig(block_m, block_n, 4 if kept == 16 else config.num_warps, stages)
 
 
 @cache

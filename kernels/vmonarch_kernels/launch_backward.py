@@ -12,17 +12,17 @@ from vmonarch_kernels.configs import AttendConfig
 from vmonarch_kernels.configs_backward import Parts, grad_keys_config, grad_queries_config, l_backward_config
 from vmonarch_kernels.cost import L_ROW_ENTRIES, is_exact
 from vmonarch_kernels.launch import (
-    _FUSION,
-    _Call,
-    _cdiv,
-    _even_splits,
-    _kernel_residual,
-    _on_their_device,
-    _r_queries,
-    _r_step,
+    FUSION,
+    Call,
+    cdiv,
+    even_splits,
+    kernel_residual,
+    on_their_device,
+    r_queries,
+    r_step,
 )
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import Forward, Gradients, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_SCALE, Forward, Gradients, split_frames, with_padded_rows
 
 _LOG2E = 1.4426950408889634
 _MIN_SPLIT_KEYS = 1024
@@ -75,7 +75,7 @@ class _Backward:
 
     def __init__(self, inputs: Inputs, options: Options, grad: Tensor) -> None:
         self.inputs, self.options = inputs, options
-        self.call = _Call.of(inputs, options)
+        self.call = Call.of(inputs, options)
         self.grad = split_frames(grad.contiguous(), inputs.frames)
         self.dq, self.dk, self.dv = (self.call.like_q() for _ in range(3))
         self._written: set[str] = set()
@@ -104,10 +104,10 @@ class _Backward:
         batch, frames, positions, heads, dim = self.call.sizes
         tokens = frames * positions
         config = self._queries_config(rows.parts)
-        tiles = _cdiv(positions, config.block_m) * heads * batch
-        splits = _even_splits(tiles, self.call.chip.multiprocessors, max(1, tokens // _MIN_SPLIT_KEYS))
-        split_keys = _cdiv(_cdiv(tokens, splits), 128) * 128
-        splits = _cdiv(tokens, split_keys)
+        tiles = cdiv(positions, config.block_m) * heads * batch
+        splits = even_splits(tiles, self.call.chip.multiprocessors, max(1, tokens // _MIN_SPLIT_KEYS))
+        split_keys = cdiv(cdiv(tokens, splits), 128) * 128
+        splits = cdiv(tokens, split_keys)
         part = self.call.q.new_empty((splits, batch, positions, heads, dim), dtype=torch.float32)
         window = (frame, splits, 0, frames, split_keys)
         self._launch_queries(config, rows, window, (part, False, None))
@@ -134,7 +134,7 @@ class _Backward:
         out, add, product = target
         keys = split_keys or width * positions
         last = width * positions % split_keys if split_keys else 0
-        kernels.grad_queries_kernel[(_cdiv(positions, config.block_m), parts, batch * heads)](
+        kernels.grad_queries_kernel[(cdiv(positions, config.block_m), parts, batch * heads)](
             *self._tensors(rows),
             rows.lse,
             rows.delta,
@@ -165,7 +165,7 @@ class _Backward:
         call, parts = self.call, rows.parts
         batch, frames, positions, heads, dim = call.sizes
         config = grad_keys_config(call.block_d, call.q.dtype, call.chip.shared_memory, parts)
-        kernels.grad_keys_kernel[(_cdiv(positions, config.block_n), frames, batch * heads)](
+        kernels.grad_keys_kernel[(cdiv(positions, config.block_n), frames, batch * heads)](
             *self._tensors(rows),
             rows.lse,
             rows.delta,
@@ -208,7 +208,7 @@ class _Backward:
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            **_FUSION,
+            **FUSION,
         }
 
 
@@ -219,8 +219,8 @@ def _row_delta(out: Tensor, grad: Tensor, delta: Tensor, residual: tuple[Tensor,
     """
     batch, frames, positions, heads, dim = out.shape
     rows = frames * positions
-    values, scales = (None, None) if residual is None else _kernel_residual(residual)
-    kernels.row_delta_kernel[(_cdiv(rows, _ROWS), batch * heads)](
+    values, scales = (None, None) if residual is None else kernel_residual(residual)
+    kernels.row_delta_kernel[(cdiv(rows, _ROWS), batch * heads)](
         out,
         grad,
         out.stride(0),
@@ -238,7 +238,7 @@ def _row_delta(out: Tensor, grad: Tensor, delta: Tensor, residual: tuple[Tensor,
         BLOCK_M=_ROWS,
         BLOCK_D=max(16, 1 << (dim - 1).bit_length()),
         HAS_RESIDUAL=residual is not None,
-        **_FUSION,
+        **FUSION,
     )
 
 
@@ -292,12 +292,12 @@ class _Structured(_Backward):
         for i in range(count):
             if i > 0:
                 before = steps[-1]
-                q_r = _r_queries(call, rk=before.rk, c_l=before.c_l, exact_lse=self.exact_lse)
+                q_r = r_queries(call, rk=before.rk, c_l=before.c_l, exact_lse=self.exact_lse)
             else:
-                q_r = call.q if l_prev is None else _r_queries(call, l_prev=l_prev)
+                q_r = call.q if l_prev is None else r_queries(call, l_prev=l_prev)
             y = call.like_q() if i == self.options.num_steps - 1 else None
             steps = [*steps[-1:], _RStep(q_r, call.like_q(), call.statistic(), y)]
-            _r_step(call, q_r, steps[-1].rk, steps[-1].c_l, y)
+            r_step(call, q_r, steps[-1].rk, steps[-1].c_l, y)
         return steps
 
     def _l_step(
@@ -309,7 +309,7 @@ class _Structured(_Backward):
         config = l_backward_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory)
         lse, delta, w = (call.statistic() for _ in range(3))
         queries = (call.q, *_token_strides(call.q))
-        r_queries = (step.q_r, *_token_strides(step.q_r))
+        step_queries = (step.q_r, *_token_strides(step.q_r))
         r_gradients = gk, gv, lse, delta, w
         last = gv is not None
         first_row = int(last and self.first_alone)
@@ -320,7 +320,7 @@ class _Structured(_Backward):
             "FIRST_FRAME": self.options.first_frame,
             "PRECISION": call.precision,
             "num_warps": config.num_warps,
-            **_FUSION,
+            **FUSION,
         }
         exact = {"HAS_EXACT": self.exact_lse is not None}
         sizes = (frames, positions, heads, dim, *call.band_arguments)
@@ -328,9 +328,9 @@ class _Structured(_Backward):
         row_lse = self.row_lse if last else None
         add = self.adds("dq")
         if frames <= config.block_l:
-            kernels.l_backward_kernel[(_cdiv(positions, config.strip) * heads, batch)](
+            kernels.l_backward_kernel[(cdiv(positions, config.strip) * heads, batch)](
                 *queries,
-                *r_queries,
+                *step_queries,
                 step.rk,
                 step.c_l,
                 self.exact_lse,
@@ -358,7 +358,7 @@ class _Structured(_Backward):
         row_lse = call.statistic() if row_lse is None else row_lse
         row_delta = call.statistic() if row_delta is None else row_delta
         blocks = {"BLOCK_L": config.block_l, "BLOCK_K": config.block_k}
-        grid = (positions * heads, _cdiv(frames, config.block_l), batch)
+        grid = (positions * heads, cdiv(frames, config.block_l), batch)
         l_step = (step.rk, step.c_l)
         forward_kernels.l_lse_kernel[grid](
             call.q, *call.row_order, *l_step, self.exact_lse, row_lse, call.scale, *sizes, **blocks, **exact, **flags
@@ -403,7 +403,7 @@ class _Structured(_Backward):
         )
         kernels.l_columns_kernel[grid](
             *queries,
-            *r_queries,
+            *step_queries,
             *l_step,
             row_lse,
             value,
@@ -427,12 +427,12 @@ class _Structured(_Backward):
         batch, frames, positions, heads, dim = call.sizes
         stored = with_padded_rows(l_prev, call.chip.dtype_8bit)
         config = l_backward_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory)
-        kernels.warm_backward_kernel[(positions * heads, _cdiv(frames, config.block_l), batch)](
+        kernels.warm_backward_kernel[(positions * heads, cdiv(frames, config.block_l), batch)](
             stored,
             stored.stride(3) // L_ROW_ENTRIES,
             dq_r,
             self.dq,
-            self.options.c_floor,
+            self.options.c_floor * L_SCALE,  # a stored L is so many times as large, and so is its sum
             frames,
             positions,
             heads,
@@ -443,7 +443,7 @@ class _Structured(_Backward):
             MASK_D=call.block_d != dim,
             PRECISION=call.precision,
             num_warps=config.num_warps,
-            **_FUSION,
+            **FUSION,
         )
 
     def exact(self, kept_lse: Tensor | None) -> None:
@@ -475,7 +475,7 @@ def _token_strides(x_BTPHD: Tensor) -> tuple[int, int, int]:
     return x_BTPHD.stride(0), x_BTPHD.stride(2), x_BTPHD.stride(3)
 
 
-@_on_their_device
+@on_their_device
 def monarch_backward_triton(inputs: Inputs, options: Options, kept: Forward, grad: Tensor) -> Gradients:
     """Gradients of the output (B, N, H, D) of ``structured_triton``, or of dense attention where all is exact.
 
@@ -531,7 +531,7 @@ def _extra_backward(
     out = out if out.stride(-1) == 1 else out.contiguous()
     batch, all_frames, positions, heads, dim = run.call.sizes
     first, stop = frames.start * positions, frames.stop * positions
-    kernels.extra_backward_kernel[(_cdiv(stop - first, _ROWS), batch * heads)](
+    kernels.extra_backward_kernel[(cdiv(stop - first, _ROWS), batch * heads)](
         out,
         *out.stride()[:3],
         lse,
@@ -546,11 +546,11 @@ def _extra_backward(
         dim,
         BLOCK_M=_ROWS,
         BLOCK_D=run.call.block_d,
-        **_FUSION,
+        **FUSION,
     )
 
 
-@_on_their_device
+@on_their_device
 def frame_backward_triton(inputs: Inputs, frame: int, scale: float, kept: Forward, grad: Tensor) -> Gradients:
     """Gradients of ``frame_attention``; ``kept`` and ``grad`` are of the frame: (B, P, H, D), lse (B, H, 1, P)."""
     q = inputs.q

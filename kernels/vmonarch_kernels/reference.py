@@ -14,6 +14,7 @@ from vmonarch_kernels.cost import is_exact, window_frames
 from vmonarch_kernels.spec import PAPER, Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
+    L_SCALE,
     dequantised,
     exact_pairs,
     merge_exact,
@@ -74,7 +75,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
     if inputs.l_prev is None:
         alpha_r, c_r = q_BHTPD, torch.ones_like(q_BHTPD[..., 0])
     else:
-        L = inputs.l_prev.to(compute_dtype).permute(0, 2, 3, 4, 1)  # (B, P, H, l, k) -> (B, H, l, k, P)
+        L = inputs.l_prev.to(compute_dtype).permute(0, 2, 3, 4, 1) / L_SCALE  # (B, P, H, l, k) -> (B, H, l, k, P)
         alpha_r, c_r = _gather_queries(L, q_BHTPD)
 
     for _ in range(options.num_steps):
@@ -100,9 +101,9 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 
 
 def monarch_reference(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
-    """impl="reference": ``monarch_factors`` in float32, or in float64 for float64 inputs; L is e4m3 (B, P, H, T, T)."""
+    """impl="reference": ``monarch_factors`` in float32, float64 for float64; 256 L as e4m3 (B, P, H, T, T)."""
     factors = monarch_factors(inputs, options, compute_dtype=torch.promote_types(inputs.q.dtype, torch.float32))
-    l_new = with_padded_rows(factors.L.detach().permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
+    l_new = with_padded_rows(L_SCALE * factors.L.detach().permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
     return factors.out.to(inputs.q.dtype), l_new
 
 

@@ -63,7 +63,7 @@ class Inputs:
     v: Tensor
     grid: Grid
     l_prev: Tensor | None = None
-    """Warm start: L of an earlier call, float8_e4m3fn (B, H * W, heads, T, T), any strides."""
+    """Warm start: 256 L of an earlier call, float8_e4m3fn (B, H * W, heads, T, T), any strides."""
     extra: tuple[Tensor, Tensor] | None = None
     """(out (B, N, heads, D), lse (B, N, heads)): every query's attention over keys outside the video."""
     residual: tuple[Tensor, Tensor] | None = None

@@ -14,6 +14,8 @@ from torch import Tensor
 from vmonarch_kernels.cost import l_row_entries, window_frames
 
 L_DTYPE = torch.float8_e4m3fn
+L_SCALE = 256.0
+"""Factor of a stored L, whose entries are at most 1: e4m3 has few bits below 1/64, and ends at 448."""
 
 
 class Forward(NamedTuple):

@@ -15,6 +15,7 @@ from vmonarch_kernels.dense import attention_lse
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
+    L_SCALE,
     Forward,
     band_groups,
     dequantised,
@@ -41,7 +42,7 @@ class LStep:
 
 
 def monarch_torch(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
-    """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
+    """Structured attention on (B, N, H, D); returns (out, L_SCALE L as e4m3 (B, P, H, T, T) or None).
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
@@ -207,7 +208,7 @@ def _run_l_step(step: LStep, rk: Tensor, c_l: Tensor, y: Tensor | None, target: 
                     result.addcmul_(weight, by_position(step.exact[0][b, :, part]))
             target[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, heads))
             if l_new is not None:
-                l_new[b, part] = L.unflatten(0, (-1, heads)).to(L_DTYPE)
+                l_new[b, part] = L.mul_(L_SCALE).unflatten(0, (-1, heads)).to(L_DTYPE)
 
 
 def l_entries(
@@ -261,7 +262,7 @@ def warm_beta(step: LStep, l_prev: Tensor) -> Tensor:
     for b in range(q.shape[0]):
         for part in position_chunks(q):
             q_j = by_position(q[b, :, part])
-            L = l_prev[b, part].flatten(0, 1).to(q_j.dtype)
+            L = l_prev[b, part].flatten(0, 1).to(q_j.dtype) / L_SCALE
             result = next_beta(step, L, q_j)
             beta[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, q.shape[3]))
     return beta

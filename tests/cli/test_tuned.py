@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import records
 import torch
 from adapters import write
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.clip.latents import save_latents
 from vmonarch_cli.media.read import read_clip
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset, load_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +75,13 @@ def frames(name: str) -> np.ndarray[Any, Any]:
     return np.stack(list(read_clip(Path(name))))
 
 
+def change_weights(model: Path) -> None:
+    weights = next((model / "transformer").glob("*.safetensors"))
+    state = load_file(weights)
+    state["blocks.0.attn1.to_q.bias"] += 1
+    save_file(state, weights, {"format": "pt"})
+
+
 def test_a_clip_with_an_adapter_says_so_and_is_made_again(tiny_wan_folder: Path, adapter: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(adapter, tmp_path / "copy.safetensors"))
     plain = generate(tiny_wan_folder, "plain.gif")
@@ -89,7 +103,7 @@ def test_a_clip_with_an_adapter_says_so_and_is_made_again(tiny_wan_folder: Path,
 
 
 def test_the_header_and_the_plan_name_it(tiny_wan_folder: Path, adapter: Path) -> None:
-    words = "made for paper, 2 steps, guidance 3, 48x32, 17 frames"
+    words = "made for paper, 2 steps, guidance 3, 48x32, 17 frames, error 0.4 before and 0.25 after tuning"
     made = call("generate", *flags(tiny_wan_folder, "--tuned", adapter, "-o", "x.gif"))
     assert words in " ".join(made.stdout.split())
     plan = ["plan", *flags(tiny_wan_folder, "--tuned", adapter)]
@@ -118,6 +132,8 @@ def test_what_a_model_brings_is_used_where_it_fits(own: Path) -> None:
         value, _, said = planned(*more)
         assert value is None
         assert f"the model's adapter for paper is not used: {sentence}" in said
+    given = " ".join(call("plan", *flags(own, "--tuned", path, preset="fast"), code=2).stderr.split())
+    assert given.endswith("; --preset paper fits it")
     value, _, said = planned("--size", "64x32")
     assert value == str(path)
     assert f"adapter {path} was made for 48x32, and this run has 64x32" in said
@@ -131,6 +147,64 @@ def test_a_clip_of_what_a_model_brings_is_repeated_with_it(own: Path, tmp_path: 
     assert tuned["tuned"]["path"] == str(path)
     assert tuned["frames"]["sha256"] != record["frames"]["sha256"]
     assert "identical" in call("rerun", "after.json").stdout
+
+
+def test_an_adapter_that_the_model_brings_by_now_serves_a_record(own: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(adapter, tmp_path / "copy.safetensors"))
+    generate(own, "tuned.gif", "--tuned", copy)
+    (own / "tuned").mkdir()
+    copy.replace(own / "tuned" / "paper.safetensors")
+    assert "identical" in call("rerun", "tuned.json").stdout
+
+
+def test_weights_that_changed_since_are_said(own: Path, tiny_wan_folder: Path, adapter: Path) -> None:
+    (own / "tuned").mkdir()
+    shutil.copy(adapter, own / "tuned" / "paper.safetensors")
+    change_weights(own)
+    result = call("plan", *flags(own, "--json"))
+    assert json.loads(result.stdout)["tuned"] is None
+    said = " ".join(result.stderr.split())
+    assert "the model's adapter for paper is not used: adapter" in said
+    assert f"was tuned on other weights: those of {tiny_wan_folder} (fingerprint" in said
+
+
+def test_saved_latents_know_it(tiny_wan_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    """Decoding needs no adapter any more, and the record names it all the same."""
+    copy = Path(shutil.copy(adapter, tmp_path / "copy.safetensors"))
+    asked = {"model": str(tiny_wan_folder), "prompt": "a", "preset": "paper", "tuned": str(copy), "device": "cpu"}
+    shape = {"size": "48x32", "num_frames": 17, "steps": 2, "guidance_scale": 3.0, "output": str(tmp_path / "x.gif")}
+    plan = resolve(GenerateRequest(**asked, **shape))  # type: ignore[arg-type]
+    grid = torch.randn(1, 4, 5, 4, 6)
+    save_latents(tmp_path / "x.latents.safetensors", plan, 0, records.denoised(plan, grid))
+    copy.unlink()
+    call("decode", tmp_path / "x.latents.safetensors")
+    assert json.loads((tmp_path / "x.json").read_text())["tuned"]["path"] == str(copy)
+
+
+def test_a_model_of_the_hub_is_checked_where_it_is_in_the_cache(
+    tiny_wan_folder: Path, own: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hub_cache import cache_repository
+    from huggingface_hub import constants
+
+    change_weights(own)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    for repo, files in (("one/wan", tiny_wan_folder), ("two/wan", own)):
+        cache_repository(tmp_path / "home", repo, files)
+    call("plan", *flags(Path("one/wan"), "--tuned", adapter))
+    assert "was tuned on other weights" in error("plan", *flags(Path("two/wan"), "--tuned", adapter))
+
+
+def test_without_peft_it_says_what_to_install(own: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a))
+    sentence = 'needs peft: pip install "vmonarch[lora]"'
+    assert error("generate", *flags(own, "--tuned", adapter)) == f"--tuned {sentence}"
+    (own / "tuned").mkdir()
+    shutil.copy(adapter, own / "tuned" / "paper.safetensors")
+    result = call("plan", *flags(own, "--json"))
+    assert json.loads(result.stdout)["tuned"] is None
+    assert f"the model's adapter for paper is not used: it {sentence}" in " ".join(result.stderr.split())
 
 
 def test_a_damaged_adapter_of_a_model_is_no_silent_fallback(own: Path) -> None:
@@ -168,8 +242,6 @@ def test_a_family_without_loras_is_refused(adapter: Path, tmp_path: Path) -> Non
 
 
 def test_bad_files_are_refused_before_anything_loads(tiny_wan_folder: Path, adapter: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     state = load_file(adapter)
     plain = tmp_path / "plain.safetensors"
     save_file(state, plain)
@@ -179,8 +251,6 @@ def test_bad_files_are_refused_before_anything_loads(tiny_wan_folder: Path, adap
     text.write_text("x" * 100)
     broken = tmp_path / "nan.safetensors"
     state[next(iter(state))][0, 0] = torch.nan
-    from safetensors import safe_open
-
     with safe_open(adapter, framework="pt") as file:
         save_file(state, broken, file.metadata())
     for path, sentence in (
@@ -229,6 +299,10 @@ def test_a_line_with_a_wrong_one_is_named(tiny_wan_folder: Path, adapter: Path, 
     found = error("plan", "-m", tiny_wan_folder, "--prompts-file", file, *SHAPE, "--device", "cpu")
     assert "line 1: adapter" in found
     assert "cannot run with fast" in found
+    file.write_text(json.dumps({"prompt": "a", "preset": "paper", "tuned": str(adapter), "steps": 0}))
+    found = error("plan", "-m", tiny_wan_folder, "--prompts-file", file, *SHAPE[:4], "--device", "cpu")
+    assert "steps takes a whole number from 1 to 1000" in found
+    assert "adapter" not in found.replace(str(adapter), ""), "it is right, whatever is wrong with the steps"
 
 
 def test_a_comparison_gives_each_preset_its_own(own: Path) -> None:

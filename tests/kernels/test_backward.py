@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vmonarch_kernels import Inputs, Options, Residual, attend, frame_attention, monarch_attention, monarch_factors
-from vmonarch_kernels.structure import L_DTYPE
+from vmonarch_kernels.structure import L_DTYPE, L_SCALE
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -56,7 +56,7 @@ def make(
     l_prev = kept = None
     if warm:
         rows = torch.rand(batch, positions, heads, frames, frames, generator=generator)
-        l_prev = (2 * rows / frames).to(DEVICE, L_DTYPE)
+        l_prev = (L_SCALE * (2 * rows / frames).clamp(max=1)).to(DEVICE, L_DTYPE)  # above 448 there is no number
     if residual:
         scale = torch.rand(batch, positions, heads, frames, generator=generator)
         scale[..., 0] = 0  # the first frame may be exact

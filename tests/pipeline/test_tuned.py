@@ -13,7 +13,7 @@ from tiny_families import TINY, latents_of
 
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.setup import Setup, Tuned
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.plan.tuned import read
 from vmonarch_cli.presets import Preset, load_preset
 
@@ -23,16 +23,16 @@ DENSE = load_preset("dense")
 
 
 @pytest.fixture(scope="module")
-def adapter(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+def adapter(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
     return read(write(folders["wan"], tmp_path_factory.mktemp("adapter") / "fast.safetensors", FAST))
 
 
-def made(pipeline: Any, preset: Preset, adapter: Tuned | None = None, name: str = "wan", **options: Any) -> Any:
+def made(pipeline: Any, preset: Preset, adapter: AdapterFile | None = None, name: str = "wan", **options: Any) -> Any:
     with swapped(pipeline, preset, adapter=None if adapter is None else adapter.layer_name):
         return latents_of(pipeline, TINY[name], **options)
 
 
-def each_step(pipeline: Any, preset: Preset, adapter: Tuned | None, steps: int) -> list[torch.Tensor]:
+def each_step(pipeline: Any, preset: Preset, adapter: AdapterFile | None, steps: int) -> list[torch.Tensor]:
     """Latents after every step."""
     found: list[torch.Tensor] = []
 
@@ -44,11 +44,13 @@ def each_step(pipeline: Any, preset: Preset, adapter: Tuned | None, steps: int) 
     return found
 
 
-def with_adapters(folder: Path, *adapters: Tuned, **setup: Any) -> Any:
+def with_adapters(folder: Path, *adapters: AdapterFile, **setup: Any) -> Any:
     return load(folder, setup=Setup(**{"offload": "none", **setup}, tuned=adapters))
 
 
-def test_it_changes_structured_attention_and_is_off_everywhere_else(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_it_changes_structured_attention_and_is_off_everywhere_else(
+    folders: dict[str, Path], adapter: AdapterFile
+) -> None:
     plain, tuned = load(folders["wan"]), with_adapters(folders["wan"], adapter)
     stock = latents_of(plain, TINY["wan"])
     assert torch.equal(latents_of(tuned, TINY["wan"]), stock), "loaded, and nobody asked for it"
@@ -59,7 +61,7 @@ def test_it_changes_structured_attention_and_is_off_everywhere_else(folders: dic
     assert torch.equal(made(tuned, FAST), made(plain, FAST)), "and where no adapter was named"
 
 
-def test_dense_attention_never_runs_with_it(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_dense_attention_never_runs_with_it(folders: dict[str, Path], adapter: AdapterFile) -> None:
     plain, tuned = load(folders["wan"]), with_adapters(folders["wan"], adapter)
     for preset in (DENSE, load_preset("exact"), FAST.model_copy(update={"dense_steps": 2})):
         assert torch.equal(made(tuned, preset, adapter), made(plain, preset)), preset.name
@@ -68,7 +70,7 @@ def test_dense_attention_never_runs_with_it(folders: dict[str, Path], adapter: T
     assert torch.equal(made(tuned, DENSE), made(plain, DENSE)), "off after an error, too"
 
 
-def test_dense_steps_are_bit_identical_and_the_others_are_not(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_dense_steps_are_bit_identical_and_the_others_are_not(folders: dict[str, Path], adapter: AdapterFile) -> None:
     plain, tuned = load(folders["wan"]), with_adapters(folders["wan"], adapter)
     preset = FAST.model_copy(update={"dense_steps": 2})
     without, with_it = (each_step(p, preset, a, steps=4) for p, a in ((plain, None), (tuned, adapter)))
@@ -76,10 +78,10 @@ def test_dense_steps_are_bit_identical_and_the_others_are_not(folders: dict[str,
     assert same == [True, True, False, False]
 
 
-def test_blocks_whose_attention_is_dense_run_without_it(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_blocks_whose_attention_is_dense_run_without_it(folders: dict[str, Path], adapter: AdapterFile) -> None:
     preset = FAST.model_copy(update={"dense_layers": 1})
 
-    def outputs(pipeline: Any, adapter: Tuned | None) -> list[torch.Tensor]:
+    def outputs(pipeline: Any, adapter: AdapterFile | None) -> list[torch.Tensor]:
         """What each block gives in the first forward."""
         found: dict[int, torch.Tensor] = {}
         for number, block in enumerate(pipeline.transformer.blocks):
@@ -107,7 +109,7 @@ def test_both_transformers_switch(folders: dict[str, Path], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", [None, "fp8", "int8"])
 def test_user_loras_and_narrow_weights_stay_as_they_are(
-    folders: dict[str, Path], adapter: Tuned, lora: Path, kind: str | None
+    folders: dict[str, Path], adapter: AdapterFile, lora: Path, kind: str | None
 ) -> None:
     setup: dict[str, Any] = {"loras": (f"{lora}:0.5",), "quantize": kind}
     alone = load(folders["wan"], setup=Setup(offload="none", **setup))
@@ -122,14 +124,14 @@ def test_user_loras_and_narrow_weights_stay_as_they_are(
 
 
 @pytest.mark.parametrize("mode", ["model", "group"])
-def test_offload_changes_nothing(folders: dict[str, Path], adapter: Tuned, mode: str) -> None:
+def test_offload_changes_nothing(folders: dict[str, Path], adapter: AdapterFile, mode: str) -> None:
     expected = made(with_adapters(folders["wan"], adapter), FAST, adapter)
     offloaded = with_adapters(folders["wan"], adapter, offload=mode)
     torch.testing.assert_close(made(offloaded, FAST, adapter), expected, **CLOSE)
     assert torch.equal(made(offloaded, DENSE, adapter), made(load(folders["wan"], setup=Setup(offload=mode)), DENSE))
 
 
-def test_adapters_of_several_presets_take_turns(folders: dict[str, Path], adapter: Tuned, tmp_path: Path) -> None:
+def test_adapters_of_several_presets_take_turns(folders: dict[str, Path], adapter: AdapterFile, tmp_path: Path) -> None:
     paper = Preset(name="paper")
     other = read(write(folders["wan"], tmp_path / "paper.safetensors", paper, seed=1))
     together = with_adapters(folders["wan"], adapter, other)
@@ -138,7 +140,7 @@ def test_adapters_of_several_presets_take_turns(folders: dict[str, Path], adapte
         assert torch.equal(made(together, preset, chosen), made(alone, preset, chosen))
 
 
-def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str, Path], adapter: AdapterFile) -> None:
     preset = FAST.model_copy(update={"dense_steps": 1})
     eager, compiled = (with_adapters(folders["wan"], adapter) for _ in range(2))
     compiled.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
@@ -146,7 +148,7 @@ def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str,
     torch.testing.assert_close(made(compiled, DENSE, adapter), made(eager, DENSE, adapter), **CLOSE)
 
 
-def test_calls_that_fall_back_to_dense_are_refused(folders: dict[str, Path], adapter: Tuned) -> None:
+def test_calls_that_fall_back_to_dense_are_refused(folders: dict[str, Path], adapter: AdapterFile) -> None:
     tuned = with_adapters(folders["wan"], adapter)
     with swapped(tuned.transformer, FAST, adapter=adapter.layer_name) as session:
         begin = session.begin_forward
@@ -166,7 +168,7 @@ def test_a_name_that_no_layer_has_is_an_error(folders: dict[str, Path]) -> None:
 
 
 def test_what_changed_since_the_plan_is_refused_before_anything_loads(
-    folders: dict[str, Path], adapter: Tuned, tmp_path: Path
+    folders: dict[str, Path], adapter: AdapterFile, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(Path(adapter.path).read_bytes())

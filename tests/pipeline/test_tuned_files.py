@@ -89,6 +89,20 @@ def test_both_transformers_get_their_own(folders: dict[str, Path], tmp_path: Pat
         assert torch.equal(layer.lora_A[ADAPTER_NAME].weight, state[key])
 
 
+def test_an_adapter_of_the_first_transformer_stays_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A LoRA whose tensors name no transformer would go to both."""
+
+    def keep_first(state: dict[str, Any]) -> None:
+        for name in [name for name in state if name.startswith("transformer_2.")]:
+            del state[name]
+
+    path = write(folders["wan-two-stage"], tmp_path / "low_noise.safetensors", FAST, change=keep_first)
+    pipeline = load(folders["wan-two-stage"])
+    load_tuned(pipeline, path)
+    assert ADAPTER_NAME in pipeline.transformer.blocks[0].attn1.to_q.lora_A
+    assert not hasattr(pipeline.transformer_2.blocks[0].attn1.to_q, "lora_A")
+
+
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["wan"]
     transformer = load(folder).transformer
@@ -149,6 +163,16 @@ def no_lora(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path, {"vmonarch": "{}"})
 
 
+def outright(path: Path) -> None:
+    save_file(load_file(path) | {"transformer.blocks.0.norm2.diff": torch.ones(32)}, path, {"vmonarch": "{}"})
+
+
+def other_ranks(path: Path) -> None:
+    state = load_file(path)
+    name = next(name for name in state if "lora_B" in name)
+    save_file(state | {name: torch.ones(32, 5)}, path, {"vmonarch": "{}"})
+
+
 def no_metadata(path: Path) -> None:
     save_file(load_file(path), path)
 
@@ -174,6 +198,8 @@ def whole_numbers(path: Path) -> None:
         (pipe, "is a pipe, not a file"),
         (folder, "is a folder, not a file"),
         (no_lora, "is no LoRA of a video transformer"),
+        (outright, r"changes more than pairs of matrices can \(transformer\.blocks\.0\.norm2\.diff\)"),
+        (other_ranks, "contradicts itself: .* has an A of rank 4 and a B of rank 5"),
         (no_metadata, "does not say what it was tuned for"),
         (no_json, "is not valid JSON"),
         (deep, "is nested too deeply"),

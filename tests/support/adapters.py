@@ -29,7 +29,7 @@ def adapter_of(folder: Path, preset: Preset, **facts: Any) -> TunedAdapter:
         "size": "48x32",
         "num_frames": 9,
         "training": {"rank": 4, "alpha": 4, "lr": 1e-3, "steps": 10, "seconds": 1.0, "batch": 1, "seed": 0},
-        "evaluation": {"prompts": 2, "before": {"latent_error": 0.4}, "after": {"latent_error": 0.2}},
+        "evaluation": {"prompts": 2, "before": {"latent_error_mean": 0.4}, "after": {"latent_error_mean": 0.25}},
     }
     return TunedAdapter.model_validate(given | facts)
 

@@ -108,6 +108,10 @@ class AttentionSession:
         self.skipped_calls = self._structured_calls = 0
         self._dense_calls.clear()
 
+    def release(self) -> None:
+        """Free what was kept from step to step; counters and timings of the clip stay."""
+        self._structured.warm.drop()
+
     def begin_step(self, index: int | None = None, total: int | None = None) -> None:
         """Begin a denoising step (0-based; the next one by default); its time starts with its first forward."""
         if self._tracker.step is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
+from vmonarch_cli.untrusted.files import user_path
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
@@ -179,8 +181,11 @@ class _Planner:
 
     def _sentence(self, request: GenerateRequest) -> str | None:
         """What is wrong with a request, if anything is: its first fault."""
+        return self._sentence_of(lambda: resolve(request))
+
+    def _sentence_of(self, check: Callable[[], object]) -> str | None:
         try:
-            resolve(request)
+            check()
         except VmonarchError as error:
             return error.message
         return None
@@ -188,6 +193,8 @@ class _Planner:
     def _sentence_about(self, name: str, value: Any) -> str | None:
         """What is wrong with one field of a line, whatever is wrong with the others."""
         known = (name, repr(value))
+        if name == "tuned":  # whether it fits the line's preset is known with the rest of the line alone
+            return self._sentence_of(lambda: value == NONE or read(user_path(value, "--tuned")))
         if known not in self._alone:
             model = GenerateRequest(
                 model=self._request.model,
@@ -260,6 +267,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
+    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+        del content["setup"]["vae_dtype"]
     content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

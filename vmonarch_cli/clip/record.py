@@ -13,15 +13,16 @@ from pydantic import ConfigDict, ValidationError
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
-from vmonarch_cli.media.write import frames_hash
+from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import file_hash
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.setup import Tuned, parse_lora
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
@@ -29,7 +30,6 @@ from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
-    from vmonarch_cli.pipeline.call import Frames
 
 _REPEATED = "record"
 _StrictRequest = pydantic.dataclasses.dataclass(
@@ -39,12 +39,18 @@ _StrictRequest = pydantic.dataclasses.dataclass(
 
 
 def make_record(
-    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any] | None
+    plan: Plan,
+    denoised: Denoised,
+    timing: ClipTiming,
+    clip: Path,
+    pixels: Pixels,
+    written: dict[str, Any] | None,
+    vae_dtype: str | None = None,
 ) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
-    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see
-    `whole.file_facts`; None where there is none.
+    `pixels`: the frames as decoded. `written`: size and hash of the clip's file, see
+    `whole.file_facts`; None where there is none. `vae_dtype`: what the frames were decoded in.
     """
     return {
         "schema": RECORD_SCHEMA,
@@ -52,11 +58,11 @@ def make_record(
         "seed": denoised.seed,
         "clip": clip.name,
         "frames": {
-            "count": len(frames),
-            "height": frames.shape[1],
-            "width": frames.shape[2],
+            "count": pixels.count,
+            "height": pixels.height,
+            "width": pixels.width,
             "fps": plan.fps,
-            "sha256": frames_hash(frames),
+            "sha256": pixels.sha256,
         },
         "file": written,
         "settings": plan.settings(),
@@ -67,6 +73,7 @@ def make_record(
         "flops": plan.flops.model_dump(),
         "device": denoised.device,
         "dtype": denoised.dtype,
+        "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
@@ -75,12 +82,23 @@ def make_record(
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(exclude={"tuned"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
+        "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }
 
 
-def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple[int, str]) -> ClipTiming:
-    """Where a clip's time went: what its latents took, and the rest. `peak`: bytes, and what they count."""
+def make_timing(
+    denoised: Denoised,
+    decode_s: float,
+    write_s: float,
+    peak: tuple[int, str],
+    *,
+    load_s: float | None = None,
+    hidden_write_s: float = 0.0,
+) -> ClipTiming:
+    """Where a clip's time went: what its latents took, and the rest, in seconds as `ClipTiming` names them. `peak`:
+    bytes, and what they count.
+    """
     first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
     return ClipTiming(
         steps=denoised.steps,
@@ -94,10 +112,18 @@ def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple
         peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
         peak_memory_kind=peak[1],
         warm_state_bytes=denoised.warm_state_bytes,
+        load_s=load_s,
+        hidden_write_s=hidden_write_s,
     )
 
 
-def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
+def plan_again(
+    file: Path,
+    output: str | None,
+    overwrite: bool = False,
+    device: str | None = None,
+    vae_dtype: str | None = None,
+) -> Plan:
     """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
     InputError or ModelError when the record asks for something that this version or this machine does not have.
@@ -117,6 +143,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
+        "vae_dtype": vae_dtype,
         "device": device or record.device.type.partition(":")[0],
         "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
         "overwrite": overwrite,
@@ -131,14 +158,17 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
     branches = branches_of(plan.model, plan.guidance_scale)
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    tuned = None if record.tuned is None else _adapter(record.tuned, plan, preset, name)
-    setup = plan.setup.model_copy(update={"tuned": () if tuned is None else (tuned,)})
-    again = {"preset": preset, "flops": flops, "origins": origins, "warnings": (), "setup": setup}
+    setup = plan.setup
+    if vae_dtype is None and (then := _decoded_in(record)) is not None:
+        setup = setup.model_copy(update={"vae_dtype": then})
+    if record.tuned is not None:
+        setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
+    again = {"preset": preset, "setup": setup, "flops": flops, "origins": origins, "warnings": ()}
     plan = plan.model_copy(update=again)
     return plan.model_copy(update={"notes": tuple(_loads(plan))})
 
 
-def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Tuned:
+def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> AdapterFile:
     """The adapter of a record, if it is the same file still; the model's own may lie elsewhere by now."""
     facts = PIPELINES[plan.model.image_pipeline or plan.model.pipeline if plan.image else plan.model.pipeline]
     shape = (plan.height, plan.width, plan.num_frames)
@@ -153,6 +183,13 @@ def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Tuned:
         )
     check(tuned, use)
     return tuned
+
+
+def _decoded_in(record: Record) -> str | None:
+    """What the frames were decoded in, in place of "auto"; None where it is what the rest runs in."""
+    if record.vae_dtype is not None:
+        return record.vae_dtype
+    return "float32" if record.model.vae_float32 else None  # of a version that had no choice
 
 
 def _implementation(record: Record) -> dict[str, str]:

@@ -66,7 +66,7 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
         return False
-    then = {name: entry.value for name, entry in record.settings.items()}
+    then = {"vae_dtype": "auto", **{name: entry.value for name, entry in record.settings.items()}}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}

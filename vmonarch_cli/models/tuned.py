@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError, ModelError
-from vmonarch_cli.models.lora import lora_tensors
+from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import component_files, read_layout
 from vmonarch_cli.presets import Preset, format_value
 from vmonarch_cli.text import printable, shown
@@ -108,6 +108,14 @@ class TunedAdapter(BaseModel):
         """The preset that it was tuned with."""
         return Preset.model_validate(self.preset)
 
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """Mean latent error before and after, where the file has both."""
+        tables = [self.evaluation.get(when) for when in ("before", "after")]
+        errors = [table.get("latent_error_mean") for table in tables if isinstance(table, dict)]
+        numbers = [float(error) for error in errors if isinstance(error, float)]
+        return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
     def to_json(self) -> str:
         """The text for the metadata."""
         return self.model_dump_json(by_alias=True)
@@ -130,14 +138,20 @@ def read_adapter(path: Path) -> TunedAdapter:
     name = f"adapter {path}"
     try:
         layout = read_layout(path, "adapter")
-        lora_tensors(layout.tensors, str(path))
+        parts = lora_tensors(layout.tensors, str(path))
+        check_shapes(parts, layout.tensors, str(path))
     except ModelError as error:
         raise InputError(error.message) from None
+    other = next((part for part in parts if part.part not in ("A", "B", "alpha")), None)
+    if other is not None:
+        raise InputError(
+            f"{name} changes more than pairs of matrices can ({printable(other.name)}), which could not be turned off"
+        )
     odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
     if odd is not None:
         raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
     text = layout.metadata.get(METADATA_KEY)
-    if not isinstance(text, str):
+    if text is None:
         raise InputError(
             f"{name} does not say what it was tuned for: its metadata has no {METADATA_KEY}, which `vmonarch tune` "
             "writes; a LoRA of another kind goes with --lora"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.text import printable
@@ -27,6 +27,8 @@ class TensorHeader:
     dtype: str
     """As the format names it: "BF16", "F8_E4M3"."""
     shape: tuple[int, ...]
+    begin: int = 0
+    """Where its bytes begin in the file."""
 
     @property
     def count(self) -> int:
@@ -41,8 +43,7 @@ class Layout:
     tensors: dict[str, TensorHeader]
     spans: dict[str, tuple[int, int]]
     """Tensor -> where its bytes begin and end in the file."""
-    metadata: dict[str, Any]
-    """Texts by name; a stranger's file may hold something else."""
+    metadata: dict[str, str]
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
@@ -104,8 +105,24 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return read_layout(path).tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file says of itself; ModelError as `read_header`."""
+    return read_layout(path).metadata
+
+
+def read_scalar(path: Path, tensor: TensorHeader) -> float | None:
+    """The value of a tensor of one element, or None for a dtype that is no float of 16 to 64 bits."""
+    with path.open("rb") as file:
+        file.seek(tensor.begin)
+        raw = file.read(8)
+    if tensor.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
+    form = {"F16": "<e", "F32": "<f", "F64": "<d"}.get(tensor.dtype)
+    return None if form is None else float(struct.unpack(form, raw[: struct.calcsize(form)])[0])
+
+
 def read_layout(path: Path, name: str = "weights file") -> Layout:
-    """As `read_header`, with where the tensors are and the metadata; each ModelError opens with `name` and the path."""
+    """Tensors, their places and the metadata of a safetensors file; each ModelError opens with `name` and the path."""
     require_regular(path, f"{name} {path}", ModelError)
     try:
         size = path.stat().st_size
@@ -116,10 +133,11 @@ def read_layout(path: Path, name: str = "weights file") -> Layout:
             raw = file.read(length)
     except OSError as error:
         raise ModelError(f"{name} {path} cannot be read: {error.strerror or error}") from None
+    begin = 8 + length
     try:
         table = parse_json(parse_text(raw.rstrip(b" \0")))
-        metadata = table.pop("__metadata__", None) or {}
-        tensors = {name: _tensor(entry) for name, entry in table.items()}
+        texts = (table.pop("__metadata__", None) or {}).items()
+        tensors = {name: _tensor(entry, begin) for name, entry in table.items()}
         spans = {name: _span(table[name], tensor) for name, tensor in tensors.items()}
     except (Malformed, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ModelError(f"{name} {path} is damaged: its header does not parse; download it again") from None
@@ -129,18 +147,23 @@ def read_layout(path: Path, name: str = "weights file") -> Layout:
             f"{name} {path} is damaged: it has {size:,} bytes and its header describes {8 + length + end:,}; "
             "download it again"
         )
-    begin = 8 + length
-    found = {name: (begin + first, begin + last) for name, (first, last) in spans.items()}
-    return Layout(tensors, found, metadata if isinstance(metadata, dict) else {})
+    return Layout(
+        tensors,
+        {name: (begin + first, begin + last) for name, (first, last) in spans.items()},
+        {str(key): text for key, text in texts if isinstance(text, str)},
+    )
 
 
-def _tensor(entry: Mapping[str, object]) -> TensorHeader:
+def _tensor(entry: Mapping[str, object], data: int) -> TensorHeader:
+    """`data`: where the tensors' bytes begin in the file."""
     dtype, shape = entry["dtype"], entry["shape"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise TypeError(entry)
     if not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(shape)
-    return TensorHeader(dtype, tuple(shape))
+    offsets = entry["data_offsets"]
+    begin = offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else 0
+    return TensorHeader(dtype, tuple(shape), data + begin)
 
 
 def _span(entry: Mapping[str, object], tensor: TensorHeader) -> tuple[int, int]:

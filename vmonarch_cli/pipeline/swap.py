@@ -42,7 +42,7 @@ def swapped(
     adapter: name of a tuned adapter that the transformers have (see `tuned.AdapterSwitch`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
-    Raises ModelError for a transformer of an unknown family, ValueError for one that is swapped already.
+    Raises ModelError for a transformer of an unknown family, and for one that is swapped already.
     """
     transformers, scheduler = _parts(target)
     layers = [_self_attentions(transformer) for transformer in transformers]
@@ -104,7 +104,7 @@ def _self_attentions(transformer: Any) -> dict[int, Any]:
     if not found:
         raise ModelError(f"this {name} has no self-attention layers to swap")
     if any(isinstance(module.processor, MonarchProcessor) for module in found.values()):
-        raise ValueError(f"the attention of this {name} is swapped already: end the other `with swapped(...)` first")
+        raise ModelError(f"the attention of this {name} is swapped already: end that block, or disable it, first")
     obstacle = family.obstacle(transformer)
     if obstacle is not None:
         raise ModelError(f"attention of this {name} cannot be swapped: {obstacle}")
@@ -142,14 +142,14 @@ def _before_forward(
 ) -> None:
     """Forward pre-hook: the family reads the grid, which processors never see, off the forward's arguments."""
     if scheduler is not None and target.scheduler is not scheduler:
-        raise RuntimeError("the pipeline's scheduler was replaced inside `with swapped(...)`: replace it before")
+        raise RuntimeError("the pipeline's scheduler was replaced while its attention was swapped: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
     session.begin_forward(
         index, grid, latents.device, both_prompts=_has_both_prompts(target), guided=_has_guider(target)
     )
+    session.adapted = switch is not None and not session.forward_is_dense()
     if switch is not None:
-        session.adapted = not session.forward_is_dense()
         switch.set(index, session.adapted)
 
 

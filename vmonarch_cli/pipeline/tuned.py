@@ -17,10 +17,12 @@ from safetensors.torch import save
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.models.lora_files import Expert, LoraFile
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
+from vmonarch_cli.models.weights import read_header
 from vmonarch_cli.pipeline.lora import load_lora
 from vmonarch_cli.pipeline.parts import transformers_of
-from vmonarch_cli.plan.setup import ADAPTER_NAME, Tuned
+from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
 
 def write_adapter(
@@ -80,12 +82,20 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
     if importlib.util.find_spec("peft") is None:
         raise InputError('--tuned needs peft: pip install "vmonarch[lora]"')
     before = active_adapters(pipeline)
-    load_lora(pipeline, str(path), name)
+    file = LoraFile(path, str(path), _expert(pipeline, path))
+    load_lora(pipeline, file, 1.0, name)
     for layer in tuner_layers(transformers_of(pipeline)):
         layer.set_adapter([*before, name], inference_mode=True)
 
 
-def load_adapters(pipeline: Any, adapters: Sequence[Tuned]) -> None:
+def _expert(pipeline: Any, path: Path) -> Expert | None:
+    """An adapter goes to the transformers that its tensors name, where a LoRA without a mark would go to both."""
+    if getattr(pipeline, "transformer_2", None) is None:
+        return None
+    return None if any(name.startswith("transformer_2.") for name in read_header(path)) else "high"
+
+
+def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile]) -> None:
     """Load adapters, each under its own name, and leave them off: an `AdapterSwitch` turns one on."""
     for adapter in adapters:
         load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)

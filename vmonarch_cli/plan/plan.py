@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops
-from vmonarch_cli.plan.setup import Setup, Tuned
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
 
@@ -48,12 +49,14 @@ class Plan(BaseModel):
     revision: str | None = None
     image: str | None = None
     setup: Setup = Setup()
+    loras: tuple[LoraFacts, ...] = ()
+    """Of the LoRA files that lie on this disk; those of the hub are looked at when they are there."""
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
-    def tuned(self) -> Tuned | None:
+    def tuned(self) -> AdapterFile | None:
         """The tuned adapter that it runs with, if any."""
         return self.setup.tuned[0] if self.setup.tuned else None
 

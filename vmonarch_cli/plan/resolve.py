@@ -5,20 +5,20 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, PipelineFacts
+from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.lora import check_lora_file, lora_file
+from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, Tuned, check_additions, parse_lora
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
@@ -62,7 +62,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.steps(model, steps)
     checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, grid[0], num_frames)
+    checks.latent_frames(preset, model, grid[0], num_frames)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -110,39 +110,51 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=_resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned),
+        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
+        loras=(loras := _describe_loras(setup.loras, model)),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
             *warnings.without_effect(request, preset),
+            *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),
     )
 
 
 def _resolve_setup(
-    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: Tuned | None
+    request: GenerateRequest, facts: PipelineFacts, origins: dict[str, str], tuned: AdapterFile | None
 ) -> Setup:
     """What is done to the pipeline beside its attention; InputError for what it cannot have."""
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
+        "vae_dtype": checks.dtype(request.vae_dtype, "--vae-dtype"),
         "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
     }
-    for text in request.loras:
-        source = parse_lora(text).source
-        if Path(source).exists():  # what is on the hub is looked at when it is there
-            check_lora_file(lora_file(source))
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
     setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
+
+
+def _describe_loras(texts: tuple[str, ...], model: ModelEntry) -> tuple[LoraFacts, ...]:
+    """What the LoRA files on this disk are; InputError or ModelError for one that cannot be for the model."""
+    return tuple(facts for text in texts for facts in describe_local(parse_lora(text), model))
+
+
+def with_hub_loras(plan: Plan) -> Plan:
+    """The plan with what its LoRAs of the hub are, too, which are downloaded for it; ModelError where they are not."""
+    loras = [parse_lora(text) for text in plan.setup.loras]
+    if all(is_local(lora) for lora in loras):
+        return plan
+    return plan.model_copy(update={"loras": tuple(facts for lora in loras for facts in describe(lora, plan.model))})
 
 
 def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:

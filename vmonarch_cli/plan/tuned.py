@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
 from vmonarch_cli.models.tuned import check_base, check_finite, file_hash, read_adapter, shipped_adapter
-from vmonarch_cli.plan.setup import Tuned
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.untrusted.files import require_regular, user_path
 
 NONE = "none"
@@ -54,7 +55,7 @@ class Use:
 class Choice:
     """An adapter, or none, and what the user should know of it."""
 
-    tuned: Tuned | None = None
+    tuned: AdapterFile | None = None
     is_shipped: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -73,14 +74,22 @@ def choose(given: str | None, use: Use) -> Choice:
     return _shipped(use)
 
 
-def read(path: Path) -> Tuned:
+def read(path: Path) -> AdapterFile:
     """An adapter's file, with its weights checked; InputError in one sentence."""
+    require_regular(path, f"adapter {path}")
+    facts = path.stat()
+    return _read(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, *stamp: int) -> AdapterFile:
+    """As `read`; `stamp` is other for a file that changed. Each line of a batch asks."""
     adapter = read_adapter(path)
     check_finite(path)
-    return Tuned(path=str(path), sha256=file_hash(path), adapter=adapter)
+    return AdapterFile(path=str(path), sha256=file_hash(path), adapter=adapter)
 
 
-def check(tuned: Tuned, use: Use) -> None:
+def check(tuned: AdapterFile, use: Use) -> None:
     """InputError when an adapter must not be used so: the sentence names what it was made for, and what runs."""
     if not use.facts.lora:
         raise InputError(f"--tuned: diffusers loads no LoRA into a {use.facts.name}")
@@ -90,13 +99,20 @@ def check(tuned: Tuned, use: Use) -> None:
     if misfit is not None:
         raise InputError(
             f"adapter {tuned.path} was tuned with preset {tuned.adapter.preset_name} and cannot run with "
-            f"{use.preset.name}: {misfit}"
+            f"{use.preset.name}: {misfit}{_hint(tuned)}"
         )
     if use.folder is not None:
         check_base(tuned.adapter, tuned.path, use.folder)
 
 
-def check_file(tuned: Tuned, folder: Path) -> None:
+def _hint(tuned: AdapterFile) -> str:
+    """The shipped preset that an adapter was tuned with, if it is one."""
+    name = tuned.adapter.preset_name
+    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name)) is None
+    return f"; --preset {name} fits it" if fits else ""
+
+
+def check_file(tuned: AdapterFile, folder: Path) -> None:
     """InputError when an adapter's file, or the model in a folder, is another one than the run was planned with."""
     path = Path(tuned.path)
     require_regular(path, f"adapter {path}")
@@ -131,7 +147,7 @@ def _shipped(use: Use) -> Choice:
     return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use)))
 
 
-def _made_for_others(tuned: Tuned, use: Use) -> Iterator[str]:
+def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
     """A sentence where steps, guidance or shape are not those that an adapter was made for."""
     said, size = tuned.adapter, f"{use.width}x{use.height}"
     pairs = [

@@ -17,7 +17,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import Call
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.setup import Tuned
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import StepRow
 from vmonarch_cli.profile.variants import adapter_names
@@ -62,7 +62,7 @@ def contenders(
     dtype: torch.dtype,
     backends: Sequence[str] = (),
     masked: bool = False,
-    adapters: Sequence[Tuned] = (),
+    adapters: Sequence[AdapterFile] = (),
 ) -> list[Contender]:
     """Every dense backend of the device (or those named), every structured preset, those with an adapter that the
     transformer has, and skipped attention.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vmonarch_cli.plan.setup import Tuned
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 
 SWEEPS = ("quick", "full", "paper")
@@ -33,7 +33,7 @@ class Variant:
     is_preset: bool = False
     frames_per_block: int = 1
     """Latent frames that share one block of the factors; more than one runs eagerly (see `blocks`)."""
-    tuned: Tuned | None = None
+    tuned: AdapterFile | None = None
     """The adapter that the row runs with."""
     paper_psnr: float | None = None
     """PSNR against dense in dB that the paper reports for the same change on Wan2.1-1.3B, before tuning."""
@@ -55,7 +55,7 @@ def variants(sweep: str) -> list[Variant]:
     return [*sorted(kept, key=lambda variant: groups.index(variant.group)), exact]
 
 
-def with_adapters(found: Sequence[Variant], adapters: Sequence[Tuned]) -> list[Variant]:
+def with_adapters(found: Sequence[Variant], adapters: Sequence[AdapterFile]) -> list[Variant]:
     """The rows, and one more for each adapter with the preset that it was made for, below the row without it."""
     rows = list(found)
     for name, tuned in adapter_names(adapters).items():
@@ -68,9 +68,9 @@ def with_adapters(found: Sequence[Variant], adapters: Sequence[Tuned]) -> list[V
     return rows
 
 
-def adapter_names(adapters: Sequence[Tuned]) -> dict[str, Tuned]:
+def adapter_names(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
     """Names of the rows that run with adapters: the preset's and "tuned", with a number where several have it."""
-    names: dict[str, Tuned] = {}
+    names: dict[str, AdapterFile] = {}
     for tuned in adapters:
         name, number = f"{tuned.adapter.preset_name}, tuned", 1
         while name in names:

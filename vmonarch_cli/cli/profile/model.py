@@ -22,7 +22,7 @@ from vmonarch_cli.cli.profile.model_table import model_table, verdicts
 from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import Tuned
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.tuned import NONE
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
@@ -107,7 +107,9 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     run.finish([], failures, _too_slow(found, flags.fail_below), measured=any(row.step for row in found.rows))
 
 
-def _adapters(flags: ModelFlags, clip: request.ModelShape, chosen: Sequence[Preset]) -> tuple[list[Tuned], list[str]]:
+def _adapters(
+    flags: ModelFlags, clip: request.ModelShape, chosen: Sequence[Preset]
+) -> tuple[list[AdapterFile], list[str]]:
     """The adapters to measure; random weights have none."""
     if flags.random_weights:
         if set(flags.tuned or ()) - {NONE}:

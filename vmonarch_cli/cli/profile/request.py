@@ -14,7 +14,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import Tuned
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.tuned import NONE, Use, choose, read
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
@@ -72,7 +72,7 @@ def presets(names: Sequence[str] | None, default: Sequence[str], impl: str | Non
 
 def adapters(
     given: Sequence[str] | None, clip: ModelShape, chosen: Sequence[Preset], steps: int, guidance_scale: float
-) -> tuple[list[Tuned], list[str]]:
+) -> tuple[list[AdapterFile], list[str]]:
     """The adapters of `--tuned`, each with the preset that it was made for, or those that the model brings for the
     chosen presets; and what the user should know of them. InputError for one that does not belong to the model.
     """
