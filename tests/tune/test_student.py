@@ -16,7 +16,7 @@ from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.tune.lora import add_lora
 from vmonarch_cli.tune.student import Student
-from vmonarch_cli.tune.trajectories import Recorder, Trajectories, sample, save_trajectory
+from vmonarch_cli.tune.trajectories import ForwardRecorder, Trajectories, sample, save_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
@@ -30,7 +30,7 @@ def clip(tiny_wan_folder: Path) -> Plan:
 
 def trajectory(pipeline: Any, clip: Plan, path: Path, preset: Preset, seed: int = 0) -> Path:
     """What a preset's own sampling took and gave, dense steps left out."""
-    recorder = Recorder()
+    recorder = ForwardRecorder()
     sample(pipeline, clip, "a red circle moving left", seed, preset, recorder)
     save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= preset.dense_steps])
     return path

@@ -12,7 +12,7 @@ import torch
 from vmonarch_cli.attention.joint import Text, dense_joint
 from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import NO_STEP, StepTracker
-from vmonarch_cli.attention.structured import Attention, Call, StructuredAttention
+from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.presets import Preset, options_for
@@ -189,7 +189,7 @@ class AttentionSession:
         """
         forward = self._tracker.forward(transformer)
         frames, rows, columns = forward.grid
-        call = Call(
+        call = AttentionCall(
             q,
             k,
             v,
@@ -239,7 +239,7 @@ class AttentionSession:
             return True
         return self._attention is None and options_for(self.preset, self.grid[0]).exact
 
-    def _why_dense(self, call: Call) -> str | None:
+    def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
         frames, rows, columns = call.grid
         if self.preset.attention == "dense":

@@ -36,7 +36,7 @@ from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
 
 if TYPE_CHECKING:
     from vmonarch_cli.tune.evaluate import Figures
-    from vmonarch_cli.tune.run import Tuned
+    from vmonarch_cli.tune.run import TuneResult
 
 TRAINING = "Training"
 _NOT_OF_A_CLIP = (
@@ -180,7 +180,7 @@ def _header(plan: TunePlan) -> str:
     )
 
 
-def _finish(plan: TunePlan, tuned: Tuned, plot: Any, out: Output) -> None:
+def _finish(plan: TunePlan, tuned: TuneResult, plot: Any, out: Output) -> None:
     if plot is not None:
         from vmonarch_cli.tune.plot import plot_losses
 

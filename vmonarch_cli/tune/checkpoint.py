@@ -23,7 +23,7 @@ _KEY = "vmonarch_checkpoint"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training has come."""
 
     step: int = 0
@@ -41,7 +41,7 @@ def save_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     averages: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainingProgress,
 ) -> None:
     """Write all that training goes on from, atomically."""
     tensors: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], averages: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Progress:
+) -> TrainingProgress:
     """Put a checkpoint into parameters, averages and optimiser; InputError when it is not of this training."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,6 +74,6 @@ def load_checkpoint(
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if (value := tensors.get(f"{key}/{name}")) is not None
                 }
-        return Progress(said["step"], said["rounds"], said["seconds"], tensors["losses"].tolist())
+        return TrainingProgress(said["step"], said["rounds"], said["seconds"], tensors["losses"].tolist())
     except Exception as error:
         raise InputError(f"checkpoint {path} cannot be gone on from: pass --overwrite to start anew") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vmonarch_cli.errors import NonFiniteError
-from vmonarch_cli.tune.checkpoint import Progress, load_checkpoint, save_checkpoint
+from vmonarch_cli.tune.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from vmonarch_cli.tune.group import Group
 from vmonarch_cli.tune.student import Student
 from vmonarch_cli.tune.trajectories import Trajectories
@@ -29,7 +29,7 @@ _BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSchedule:
     """When training ends, and how fast it learns until then."""
 
     lr: float
@@ -79,7 +79,7 @@ class Training:
         self,
         parameters: Mapping[str, nn.Parameter],
         student: Student,
-        schedule: Schedule,
+        schedule: TrainingSchedule,
         checkpoint: Path,
         group: Group,
         *,
@@ -92,7 +92,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.lr, betas=_BETAS, weight_decay=0.0)
         self.averages: dict[str, Tensor] = {name: value.detach().clone() for name, value in parameters.items()}
         """Moving averages of the weights, which become the adapter."""
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         if checkpoint.exists():
             self.progress = load_checkpoint(checkpoint, parameters, self.averages, self._optimizer)
 

@@ -24,7 +24,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import ADAPTER_NAME
 from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
 from vmonarch_cli.tune.group import Group, joined
-from vmonarch_cli.tune.loop import Schedule, Training, TrainStep
+from vmonarch_cli.tune.loop import Training, TrainingSchedule, TrainStep
 from vmonarch_cli.tune.lora import add_lora, put
 from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing
 from vmonarch_cli.tune.request import TunePlan
@@ -42,7 +42,7 @@ OnPhase = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuneResult:
     """What a run came to."""
 
     path: Path
@@ -58,7 +58,7 @@ def tune(
     *,
     on_phase: OnPhase = lambda words, done, total: None,
     on_step: Callable[[TrainStep], None] = lambda step: None,
-) -> Tuned | None:
+) -> TuneResult | None:
     """Make the adapter of a plan; None in the processes of a torchrun but the first.
 
     A run that ends early leaves the work folder, from which one with `resume` goes on.
@@ -86,7 +86,7 @@ class _Run:
         self._plan, self._machine, self._group, self._pipeline = plan, machine, group, pipeline
         self._on_phase = on_phase
 
-    def run(self, on_step: Callable[[TrainStep], None], checkpointing: bool) -> Tuned | None:
+    def run(self, on_step: Callable[[TrainStep], None], checkpointing: bool) -> TuneResult | None:
         plan, group = self._plan, self._group
         self._evaluate("before")
         began = time.monotonic()
@@ -106,7 +106,7 @@ class _Run:
             no_sync=no_sync,
             checkpointing=checkpointing,
         )
-        schedule = Schedule(plan.lr, plan.steps, seconds)
+        schedule = TrainingSchedule(plan.lr, plan.steps, seconds)
         checkpoint = plan.work / "checkpoint.safetensors"
         training = Training(parameters, student, schedule, checkpoint, group, seed=plan.seed, batch=plan.batch)
         self._set_training(True)
@@ -156,7 +156,7 @@ class _Run:
         for transformer in transformers_of(self._pipeline):
             transformer.train(on)
 
-    def _write(self, training: Training, trajectories: int) -> Tuned:
+    def _write(self, training: Training, trajectories: int) -> TuneResult:
         plan, clip = self._plan, self._plan.clip
         before, after = read_figures(plan, "before"), read_figures(plan, "after")
         progress = training.progress
@@ -198,7 +198,7 @@ class _Run:
         )
         write_adapter(plan.output, training.averages, adapter, overwrite=plan.overwrite)
         remove_work(plan)
-        return Tuned(plan.output, adapter, before, after, progress.losses)
+        return TuneResult(plan.output, adapter, before, after, progress.losses)
 
 
 def _asked(clip: Plan) -> str:

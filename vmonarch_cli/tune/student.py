@@ -16,7 +16,7 @@ from torch import Tensor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import Preset
-from vmonarch_cli.tune.trajectories import Forward, Trajectories
+from vmonarch_cli.tune.trajectories import TeacherForward, Trajectories
 
 Run = Callable[..., Any]
 NoSync = Callable[[], AbstractContextManager[Any]]
@@ -69,7 +69,7 @@ class Student:
             session.end_step()
             yield float(torch.stack(losses).mean())
 
-    def _forward(self, session: AttentionSession, forward: Forward, weight: float, last: bool) -> Tensor:
+    def _forward(self, session: AttentionSession, forward: TeacherForward, weight: float, last: bool) -> Tensor:
         """The loss of a forward, without gradient; its gradients are added."""
         index = forward.transformer
         apart = self._no_sync[index]() if self._no_sync and not last else nullcontext()

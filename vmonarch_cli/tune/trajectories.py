@@ -36,7 +36,7 @@ _LAYOUT = 1
 
 
 @dataclass(frozen=True)
-class Forward:
+class TeacherForward:
     """One forward of the teacher."""
 
     step: int
@@ -51,11 +51,11 @@ class Forward:
     """What the transformer predicted, (B, C, F, h, w)."""
 
 
-class Recorder:
+class ForwardRecorder:
     """Keeps every forward of a pipeline's transformers, inside the block of `recording`."""
 
     def __init__(self) -> None:
-        self.forwards: list[Forward] = []
+        self.forwards: list[TeacherForward] = []
         self._session: AttentionSession | None = None
         self._state: tuple[Tensor, int, Tensor] | None = None
         """The last latents that came, their version and their copy: the forwards of a step share them."""
@@ -78,7 +78,7 @@ class Recorder:
         plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
         velocity = output[0] if isinstance(output, tuple) else output.sample
         step = len(self._session.steps) if self._session is not None else 0
-        self.forwards.append(Forward(step, index, tensors, plain, _narrow(velocity)))
+        self.forwards.append(TeacherForward(step, index, tensors, plain, _narrow(velocity)))
 
     def _copied(self, latents: Tensor) -> Tensor:
         if self._state is None or self._state[0] is not latents or self._state[1] != latents._version:
@@ -88,7 +88,13 @@ class Recorder:
 
 @torch.no_grad()
 def sample(
-    pipeline: Any, clip: Plan, prompt: str, seed: int, preset: Preset, recorder: Recorder | None = None, **swap: Any
+    pipeline: Any,
+    clip: Plan,
+    prompt: str,
+    seed: int,
+    preset: Preset,
+    recorder: ForwardRecorder | None = None,
+    **swap: Any,
 ) -> Tensor:
     """Final latents (1, C, F, h, w), float32 on the CPU, of a clip made by the pipeline's own loop with a preset.
 
@@ -129,14 +135,14 @@ def sample_trajectory(pipeline: Any, plan: TunePlan, number: int) -> Path:
     path = trajectory_path(plan, number)
     if path.exists():
         return path
-    recorder = Recorder()
+    recorder = ForwardRecorder()
     noise = plan.noise_seed(number)
     sample(pipeline, plan.clip, plan.prompts[number], noise, load_preset("dense"), recorder)
     save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.clip.preset.dense_steps])
     return path
 
 
-def save_trajectory(path: Path, forwards: Sequence[Forward]) -> None:
+def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
     """Write forwards to a file, whole or not at all: latents and velocities in float16, other inputs as they are.
 
     What several forwards share is kept once.
@@ -188,7 +194,7 @@ class Trajectories:
             self.steps[-1].append(number)
             last = row["step"]
 
-    def forward(self, number: int) -> Forward:
+    def forward(self, number: int) -> TeacherForward:
         """A forward of all the trajectories, batched."""
         rows = [table[number] for table in self._tables]
         first = rows[0]
@@ -196,7 +202,7 @@ class Trajectories:
             name: self._batched([row["inputs"][name] for row in rows], name == _LATENTS) for name in first["inputs"]
         }
         velocity = self._batched([f"{number}.velocity"] * len(rows), True)
-        return Forward(first["step"], first["transformer"], inputs, first["constants"], velocity)
+        return TeacherForward(first["step"], first["transformer"], inputs, first["constants"], velocity)
 
     def _batched(self, names: Sequence[str], wide: bool) -> Tensor:
         parts = [file.get_tensor(name).to(self._device) for file, name in zip(self._files, names, strict=True)]
