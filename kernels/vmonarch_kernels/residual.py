@@ -5,6 +5,7 @@ frames share. It changes slowly from one denoising step to the next. So the diff
 structured attention, its residual, stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
+import copy
 import math
 from dataclasses import replace
 
@@ -58,6 +59,12 @@ class Residual:
     def fits(self, q: Tensor) -> bool:
         """Whether it is of a call with q's shape and device."""
         return self.values.shape == q.shape and self.values.device == q.device
+
+    def copy(self) -> "Residual":
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin.values, twin.scale = self.values.clone(), self.scale.clone()
+        return twin
 
     def attention(
         self,

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmonarch_cli.families",),
     ("vmonarch_cli.pipeline",),
     ("vmonarch_cli.demo",),
-    ("vmonarch_cli.clip",),
+    ("vmonarch_cli.clip", "vmonarch_cli.tune"),
     ("vmonarch_cli.batch", "vmonarch_cli.profile", "vmonarch_cli.review"),
     ("vmonarch_cli.cli",),
     ("vmonarch_cli.library",),

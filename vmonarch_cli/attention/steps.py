@@ -80,10 +80,13 @@ class StepTracker:
         """Denoising steps to come, the running one included, if the clip's number of steps is known."""
         return None if self.total is None or self.step is None else self.total - self.step.index
 
-    def begin_clip(self, total: int | None, *, watching: bool | None = None) -> None:
-        """Start over; ``watching`` (False until it is given) says that steps begin by themselves from here on."""
+    def begin_clip(self, total: int | None, *, watching: bool | None = None, forwards: int = 1) -> None:
+        """Start over; ``watching`` (False until it is given) says that steps begin by themselves from here on.
+
+        ``forwards``: of one transformer in the steps before the first one that runs here.
+        """
         self.step = self._announced = None
-        self.total, self.forwards, self._done = total, 1, 0
+        self.total, self.forwards, self._done = total, forwards, 0
         self._watching = self._watching if watching is None else watching
 
     def begin_step(self, index: int | None, total: int | None) -> None:
