@@ -21,12 +21,12 @@ from vmonarch_cli.batch.clips import PlannedClip, loaded_as
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
+from vmonarch_cli.clip.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import Denoised, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.clip.whole import is_clip_of
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, ModelError, OutputError, VmonarchError
-from vmonarch_cli.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 from vmonarch_cli.pipeline.preflight import Machine

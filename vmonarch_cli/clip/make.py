@@ -14,14 +14,7 @@ import torch
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.clip.denoise import denoise
-from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing
-from vmonarch_cli.clip.saving import save_as_free
-from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
-from vmonarch_cli.clip.stream import Target, write_decoded
-from vmonarch_cli.clip.whole import file_facts
-from vmonarch_cli.errors import ModelError, NonFiniteError
-from vmonarch_cli.events import (
+from vmonarch_cli.clip.events import (
     ClipDone,
     ClipStarted,
     ClipWarning,
@@ -34,6 +27,13 @@ from vmonarch_cli.events import (
     Retrying,
     StepDone,
 )
+from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
+from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.saving import save_as_free
+from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
+from vmonarch_cli.clip.stream import Target, write_decoded
+from vmonarch_cli.clip.whole import file_facts
+from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import Frames, write_record

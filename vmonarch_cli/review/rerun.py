@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmonarch_cli.clip.events import Event
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.events import Event
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import ClipResult

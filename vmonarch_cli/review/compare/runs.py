@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmonarch_cli.clip.events import ClipStarted, Event
 from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import InputError, OutputError
-from vmonarch_cli.events import ClipStarted, Event
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, output_path, slug
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
