@@ -110,6 +110,8 @@ class Family:
     would do otherwise."""
     always_tiled: bool = False
     """diffusers decodes with its VAE in tiles only."""
+    plain_calls: bool = False
+    """Its self-attention calls hold one sample and no text: their shapes follow from a clip's alone."""
     parallel_plan: Callable[[Any], dict[str, Any]] = stock_plan
     """Which tensors of a transformer context parallelism splits by tokens."""
     parallel_obstacle: str | None = None

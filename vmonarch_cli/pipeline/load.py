@@ -25,10 +25,12 @@ from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
 from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
+from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.tuned import check_file
 from vmonarch_cli.text import innermost_line
 
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
@@ -59,6 +61,8 @@ def load_pipeline(
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    for adapter in setup.tuned:
+        check_file(adapter, folder)
     on_card = device.type == "cuda" and setup.offload == "none"
     if not (on_card and setup.quantize):
         _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))
@@ -67,6 +71,7 @@ def load_pipeline(
     config = quantization_config(setup, quantized)
     extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
+        loras = read_loras(setup.loras, entry.transformers)
         dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
         given = load_encoders(folder, dtypes)
         for name, file in single_files.items():
@@ -76,7 +81,7 @@ def load_pipeline(
         check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
         if image_pipeline is not None:
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
-        prepare(pipeline, setup, dtype)
+        prepare(pipeline, setup, dtype, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)

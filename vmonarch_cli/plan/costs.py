@@ -28,7 +28,9 @@ def branches_of(model: ModelEntry, guidance_scale: float) -> int:
     """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts, and those of
     other kinds of guidance.
     """
-    return (2 if guidance_scale > 1 and not model.embedded_guidance else 1) + model.extra_forwards
+    if guidance_scale <= 1:
+        return 1
+    return (1 if model.embedded_guidance else 2) + model.extra_forwards
 
 
 def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int) -> Flops:
