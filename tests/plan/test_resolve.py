@@ -45,7 +45,7 @@ def test_model_defaults_and_their_origins() -> None:
 
 def test_flags_beat_presets_and_presets_beat_defaults() -> None:
     p = plan(preset="quality", overrides=("band=3",), dense_layers=1, steps=7, negative_prompt="", size="640*352")
-    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 4, 1)
+    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 1, 1), "a fifth of 7 steps"
     assert [p.origins[f"preset.{name}"] for name in ("band", "dense_steps", "dense_layers", "impl")] == [
         "flag",
         "preset",
@@ -188,7 +188,7 @@ def test_the_second_guidance_scale_is_for_two_transformers() -> None:
 
 
 def test_a_local_folder_is_planned_with_its_own_figures(tiny_wan_folder: Path) -> None:
-    p = plan(model=str(tiny_wan_folder), size="64x64", num_frames=17)
+    p = plan(model=str(tiny_wan_folder), size="64x64", num_frames=17, preset="fast")
     assert (p.grid, p.model_source, p.warnings) == ((5, 4, 4), str(tiny_wan_folder), ())
 
 

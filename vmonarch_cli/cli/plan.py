@@ -69,6 +69,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),
+        "schedule": [row.model_dump() for row in resolved.schedule],
         "outputs": [str(path) for path in resolved.outputs],
         "warnings": list(resolved.warnings),
     }

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vmonarch_cli.cli.schedule_tables import schedule_words
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
@@ -27,7 +28,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns)"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
-            ("attention", flops_words(plan)),
+            ("attention", f"{flops_words(plan)}; {schedule_words(plan.schedule)}"),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
@@ -53,7 +54,7 @@ def preset_words(plan: Plan) -> str:
     if preset.refresh:
         words.append(f"{preset.refresh:g} more frame{'' if preset.refresh == 1 else 's'} exact in turn")
     if preset.dense_steps:
-        words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
+        words.append(f"first {_counted(int(preset.dense_steps), 'step')} dense")
     if preset.dense_layers:
         words.append(f"first {_counted(preset.dense_layers, 'layer')} dense")
     return ", ".join(words)

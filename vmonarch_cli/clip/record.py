@@ -15,7 +15,7 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.write import frames_hash
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -62,6 +62,7 @@ def make_record(
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
         "flops": plan.flops.model_dump(),
+        "schedule": [row.model_dump() for row in plan.schedule],
         "device": denoised.device,
         "dtype": denoised.dtype,
         "impl": denoised.impl,
@@ -124,9 +125,11 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     branches = branches_of(plan.model, plan.guidance_scale)
-    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
+    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    again = {"preset": preset, "flops": flops, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
+    schedule = tuple(Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift).step_costs(preset))
+    costs = {"flops": flops, "schedule": schedule}
+    again = {"preset": preset, **costs, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
     return plan.model_copy(update=again)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
-from vmonarch_cli.plan.costs import Flops
+from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
 
@@ -45,6 +45,8 @@ class Plan(BaseModel):
     grid: Grid
     tokens: int
     flops: Flops
+    schedule: tuple[StepCost, ...]
+    """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
     setup: Setup = Setup()

@@ -15,9 +15,10 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora import check_lora_file, lora_file
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import at_steps
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
@@ -62,6 +63,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, grid[0], num_frames)
+    preset = at_steps(preset, steps)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -70,6 +72,10 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
     )
     check_rate(outputs, fps)
+    flow_shift = take("flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift)
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
+    schedule = tuple(work.step_costs(preset))
+    flops = count_flops(model, grid, preset, steps, work.forwards, flow_shift)
     return Plan(
         model=model,
         model_source=source,
@@ -86,9 +92,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
             defaults.guidance_scale_2,
         ),
-        flow_shift=take(
-            "flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift
-        ),
+        flow_shift=flow_shift,
         seed=seed,
         num_videos=num_videos,
         preset=preset,
@@ -101,7 +105,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         overwrite=request.overwrite,
         grid=grid,
         tokens=grid[0] * grid[1] * grid[2],
-        flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
+        flops=flops,
+        schedule=schedule,
         revision=revision,
         image=take("image", image, None, DEFAULT),
         setup=_resolve_setup(request, PIPELINES[pipeline], origins),
@@ -111,6 +116,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
             *warnings.without_effect(request, preset),
+            *warnings.of_schedule(preset, schedule, flops),
+            *warnings.of_cache(request.cache, steps),
         ),
     )
 
