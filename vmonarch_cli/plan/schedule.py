@@ -83,8 +83,9 @@ class Schedule:
             due = self._staged(step, weight, lead, stage)
         else:
             calls = None if self.steps is None else self.steps - int(preset.dense_steps)
+            first = preset.first_turns if lead > 1 else None
             before, after = (
-                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=preset.first_turns)
+                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=first)
                 for call in (index, index + 1)
             )
             due = after - before
@@ -97,7 +98,7 @@ class Schedule:
         preset, dense = self.preset, int(self.preset.dense_steps)
         calls = (self.steps or 0) - dense
         mean = weight * preset.refresh
-        if preset.first_turns is None:
+        if preset.first_turns is None or lead == 1:
             first = min(FIRST_FRAMES * self.frames, FIRST_TURNS * mean * calls / self.stages)
         else:
             first = min(self.frames, preset.first_turns * mean * lead * calls / self.stages)
