@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# One worker a core: threads of torch would only wait for those of the other workers. Child processes inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton reads this when a kernel module is imported, so it must be set before any test imports one.

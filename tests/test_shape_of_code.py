@@ -61,3 +61,13 @@ def test_only_the_sink_prints(path: Path) -> None:
 def test_the_sink_is_seen_to_print() -> None:
     """What the test above looks for is what the sink does."""
     assert {words.split()[0] for words in printing(SINK)} >= {"sys.stdout", "sys.stderr", "Console"}
+
+
+def test_no_public_class_name_is_used_twice() -> None:
+    """A name means one thing, so that a search for it leads to one place."""
+    places: dict[str, list[str]] = {}
+    for path in (*MODULES, *sorted((ROOT / "kernels" / "vmonarch_kernels").glob("*.py"))):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name_of(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

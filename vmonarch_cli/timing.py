@@ -111,6 +111,30 @@ class ClipTiming:
     """What the peak counts: "device" memory allocated by torch, or the "process" resident size (never falls)."""
     warm_state_bytes: int = 0
     """Memory that the warm start kept between steps, at its largest."""
+    load_s: float | None = None
+    """Loading the model, of the first clip of a run alone; in no other figure."""
+    hidden_write_s: float = 0.0
+    """Encoding and hashing that went on beside decoding, in no other figure."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Where all seconds of the clip went, loading included: name -> seconds, in the order of time.
+
+        "attention" and "rest" are denoising, "compile" the first calls of kernels, "samples" dense attention that was
+        run to compare with. Parts that took no time are left out.
+        """
+        compile_s = self.first_call_s or 0.0
+        parts = {
+            "load": self.load_s or 0.0,
+            "text": self.text_encode_s,
+            "compile": compile_s,
+            "samples": max(0.0, self.excluded_s - compile_s),
+            "attention": self.attention_s,
+            "rest": max(0.0, self.denoise_s - self.attention_s),
+            "decode": self.decode_s,
+            "write": self.write_s,
+        }
+        return {name: value for name, value in parts.items() if value > 0}
 
     @property
     def attention_s(self) -> float:
@@ -175,6 +199,7 @@ class ClipTiming:
         worst = self.worst_step
         return {
             **{key: value for key, value in self.__dict__.items() if key != "steps"},
+            "parts": {f"{name}_s": value for name, value in self.parts.items()},
             "attention_s": self.attention_s,
             "attention_speedup": self.attention_speedup,
             "end_to_end_speedup": self.end_to_end_speedup,

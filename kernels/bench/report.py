@@ -180,6 +180,27 @@ def _model(record: Record) -> list[str]:
     return [f"{how}.", "", *_table(titles, rows), "", *verdicts]
 
 
+def _clip(record: Record) -> list[str]:
+    clip = record["clip"]
+    width, height, frames = clip["size"]
+    how = f"{clip['model']}, {width}x{height}, {frames} frames, {clip['steps']} steps, {record['settings']['dtype']}."
+    names = ("load", "compile", "text", "attention", "rest", "decode", "write")
+    rows = [
+        [
+            f"{row['name']} {kind}",
+            *(_maybe(row[kind].get(f"{name}_s"), lambda value: f"{value:.3g}") for name in names),
+            f"{row[f'{kind}_s']:.3g}",
+            _maybe(row["error"] if kind == "warm" else None, lambda value: f"{value:.3f}"),
+        ]
+        for row in clip["rows"]
+        for kind in ("cold", "warm")
+        if row[kind]
+    ]
+    titles = ["clip", *(f"{name}, s" for name in names), "whole, s", "error"]
+    verdicts = [f"- {sentence}" for sentence in record.get("verdicts") or []]
+    return [how, "", *_table(titles, rows), "", *verdicts]
+
+
 def _quality(record: Record) -> list[str]:
     quality = record["quality"]
     width, height, frames = quality["size"]
@@ -309,6 +330,7 @@ def _largest(record: Record) -> list[str]:
 _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "kernel": _kernel,
     "model": _model,
+    "clip": _clip,
     "quality": _quality,
     "scaling": _scaling,
     "batch": _batch,

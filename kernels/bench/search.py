@@ -30,22 +30,22 @@ from vmonarch_kernels.structure import L_DTYPE, empty_l
 KINDS = ("r", "rv", "first", "band")
 
 
-def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch._Call:
+def make_call(shape: tuple[int, int, int, int], dtype: torch.dtype) -> launch.Call:
     frames, positions, heads, dim = shape
     torch.manual_seed(0)
     size = (1, frames * positions, heads, dim)
     q, k, v = (torch.randn(size, device="cuda", dtype=dtype) for _ in range(3))
-    return launch._Call.of(Inputs(q, k, v, (frames, 1, positions)), PAPER)
+    return launch.Call.of(Inputs(q, k, v, (frames, 1, positions)), PAPER)
 
 
-def attend_runner(call: launch._Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
+def attend_runner(call: launch.Call, kind: str) -> tuple[Callable[[], None], list[torch.Tensor], int]:
     """(launch, outputs, units of N P D heads floating-point operations) of one kind of call."""
     frames = call.sizes[1]
     rk, c_l, out, lse = call.like_q(), call.statistic(), call.like_q(), call.statistic()
     if kind == "r":
-        return lambda: launch._r_step(call, call.q, rk, c_l, None), [rk, c_l], 4
+        return lambda: launch.r_step(call, call.q, rk, c_l, None), [rk, c_l], 4
     if kind == "rv":
-        return lambda: launch._r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
+        return lambda: launch.r_step(call, call.q, rk, c_l, out), [rk, c_l, out], 6
     if kind == "first":
         return lambda: launch._attend_frame(call, 0, out[:, 0], lse[:, :, 0]), [out[:, 0]], 4
     targets, window = launch._Targets(out=out, lse=lse), launch._Window(0, frames, band=0, width=1)
@@ -155,7 +155,7 @@ def l_candidates(frames: int, dim: int) -> list[LStepConfig]:
     ]
 
 
-def l_runners(call: launch._Call, config: LStepConfig) -> dict[str, Callable[[], object]]:
+def l_runners(call: launch.Call, config: LStepConfig) -> dict[str, Callable[[], object]]:
     """The L-step kernels as `paper` and as `fast` run them, those that the tile fits."""
     frames, positions = call.sizes[1:3]
     rk, y, c_l = call.like_q().normal_(), call.like_q().normal_(), call.statistic().normal_()
@@ -166,9 +166,9 @@ def l_runners(call: launch._Call, config: LStepConfig) -> dict[str, Callable[[],
     residual = (values, torch.rand(1, positions, call.sizes[3], frames, device="cuda"))
     banded = replace(call, options=Options(first_frame=False, band=0))
     whole_rows = frames <= config.block_k or config.block_l == config.block_k
-    runners: dict[str, Callable[[], object]] = {"queries from L": lambda: launch._r_queries(call, l_prev=l_prev)}
+    runners: dict[str, Callable[[], object]] = {"queries from L": lambda: launch.r_queries(call, l_prev=l_prev)}
     if whole_rows:
-        runners["queries"] = lambda: launch._r_queries(call, rk=rk, c_l=c_l)
+        runners["queries"] = lambda: launch.r_queries(call, rk=rk, c_l=c_l)
         runners["out"] = lambda: launch._l_output(call, r_step, None, None, False)
         runners["out fast"] = lambda: launch._l_output(banded, r_step, exact, residual, True)
     return runners

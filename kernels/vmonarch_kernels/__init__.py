@@ -4,6 +4,16 @@
 exact band, the warm start and the frame refresh that this project adds; ``../README.md`` holds the derivation.
 Importing this package does not import torch: names load on first use, so that
 ``vmonarch_kernels.cost`` serves a command line that only counts.
+
+What is public; all else may change between versions:
+
+- ``monarch_attention``: structured attention of one call.
+- ``attend``, ``Inputs``, ``Options``: the same from a call's tensors and its options as objects.
+- ``Residual``: what the frame refresh keeps from one call to the next.
+- ``resolve_impl``, ``ImplUnavailable``: the implementation that a device and dtype get, and the error without one.
+- ``dense_attention``, ``attention_lse``, ``dense_backends``: dense attention, also with its log-sum-exp.
+- ``frame_attention``: exact attention within frames, with its log-sum-exp.
+- ``monarch_factors``, ``Factors``: the factors L and R themselves, from the reference.
 """
 
 from importlib import import_module

@@ -15,7 +15,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
+def load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
     """[rows, BLOCK_D] from p + o_row * s_row; zero outside."""
     p_tile = p + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
     if MASK_ROWS and MASK_D:
@@ -29,7 +29,7 @@ def _load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MA
 
 
 @triton.jit
-def _store_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D: tl.constexpr):
+def store_rows(p, o_row, s_row, o_d, rows, row_end, d_end, MASK_D: tl.constexpr):
     """[rows, BLOCK_D] to p + o_row * s_row, as far as row_end."""
     p_tile = p + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
     if MASK_D:
@@ -111,7 +111,7 @@ def attend_kernel(
     p_q += b * s_qb + h * s_qh
     if not SPLIT:
         p_q += frame.to(tl.int64) * s_qt
-    q = _load_rows(p_q, o_j, s_qp, o_d, positions, head_dim, True, MASK_D)
+    q = load_rows(p_q, o_j, s_qp, o_d, positions, head_dim, True, MASK_D)
     p_k += b * s_kb + h * s_kh
     p_v += b * s_vb + h * s_vh
 
@@ -129,7 +129,7 @@ def attend_kernel(
         # loop has not, and spill the sums.
         full_end = key_first + (key_end - key_first - 1) // BLOCK_N * BLOCK_N
         o_key = full_end + tl.arange(0, BLOCK_N)
-        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
+        keys = load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, True, MASK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale2
         scores = tl.where((o_key < key_end)[None, :], scores, float("-inf"))
         top = tl.max(scores, 1)
@@ -139,11 +139,11 @@ def attend_kernel(
         if WITH_K:
             acc_k = tl.dot(weights, keys, input_precision=PRECISION)
         if WITH_V:
-            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
+            values = load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, True, MASK_D)
             acc_v = tl.dot(weights, values, input_precision=PRECISION)
     for start in tl.range(key_first, full_end, BLOCK_N, num_stages=STAGES):
         o_key = start + tl.arange(0, BLOCK_N)
-        keys = _load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
+        keys = load_rows(p_k, o_key, s_kn, o_d, key_end, head_dim, False, MASK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         new_top = tl.maximum(top, tl.max(scores, 1) * scale2)
         weights = tl.math.exp2(scores * scale2 - new_top[:, None])
@@ -154,7 +154,7 @@ def attend_kernel(
         if WITH_K:
             acc_k = tl.dot(weights, keys, acc_k * decay[:, None], input_precision=PRECISION)
         if WITH_V:
-            values = _load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
+            values = load_rows(p_v, o_key, s_vn, o_d, key_end, head_dim, False, MASK_D)
             acc_v = tl.dot(weights, values, acc_v * decay[:, None], input_precision=PRECISION)
 
     lse = (top + tl.math.log2(total)) * LN2
@@ -267,7 +267,7 @@ def _exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME: tl.constexpr):
 
 
 @triton.jit
-def _l_logits(
+def l_logits(
     product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr
 ):  # fmt: skip
     """Base-2 L logits [BLOCK_L, BLOCK_K] of the product q RK: s q RK - c_l, minus infinity for exact pairs."""
@@ -291,8 +291,8 @@ def _l_product(
     product = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     for part in tl.static_range(PARTS):
         o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
-        q = _load_rows(p_q, o_l, s_q, o_d, frames, head_dim, True, MASK_D)
-        rk = _load_rows(p_rk, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+        q = load_rows(p_q, o_l, s_q, o_d, frames, head_dim, True, MASK_D)
+        rk = load_rows(p_rk, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
         product = tl.dot(q, tl.trans(rk), product, input_precision=PRECISION)
     return product
 
@@ -311,13 +311,13 @@ def _finish_output(
 ):  # fmt: skip
     """Add the weighted exact part and the residual to the rows o (already normalised) and write them."""
     if HAS_EXACT:
-        exact = _load_rows(p_exact + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        exact = load_rows(p_exact + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
         o += exact_weight[:, None] * exact.to(tl.float32)
     if HAS_RESIDUAL:
-        residual = _load_rows(p_residual + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
+        residual = load_rows(p_residual + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
         o += residual_scale[:, None] * residual.to(tl.float32)
     # A row that another kernel owns is moved past the end.
-    _store_rows(p_o + o_tokens, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
+    store_rows(p_o + o_tokens, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
 
 
 @triton.jit
@@ -369,7 +369,7 @@ def l_output_kernel(
                 BLOCK_L, BLOCK_K, BLOCK_D, PARTS, MASK_D, PRECISION,
             )  # fmt: skip
             c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-            logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+            logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
             top = tl.maximum(exact_top, tl.max(logits, 1))
             entries = tl.math.exp2(logits - top[:, None])
             exact_weight = tl.math.exp2(exact_top - top)
@@ -380,7 +380,7 @@ def l_output_kernel(
             weights = entries.to(p_y.dtype.element_ty)
             for part in tl.static_range(PARTS):
                 o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
-                y = _load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+                y = load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
                 o = tl.dot(weights, y, input_precision=PRECISION)
                 _finish_output(
                     o, exact_weight * inverse, p_exact, p_residual, residual_scale, p_o, o_tokens, s_row,
@@ -399,9 +399,9 @@ def l_output_kernel(
                     p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
                     BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
                 )  # fmt: skip
-                y = _load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+                y = load_rows(p_y + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
                 c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-                logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+                logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
                 new_top = tl.maximum(top, tl.max(logits, 1))
                 decay = tl.math.exp2(top - new_top)
                 entries = tl.math.exp2(logits - new_top[:, None])
@@ -417,7 +417,7 @@ def l_output_kernel(
                         BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
                     )  # fmt: skip
                     c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-                    logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+                    logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
                     entries = tl.math.exp2(logits - top[:, None]) * inverse[:, None]
                     _store_l(p_l + o_row * s_l, s_l, entries, o_l, o_k, frames)
             exact_weight = tl.math.exp2(exact_top - top) * inverse
@@ -458,7 +458,7 @@ def l_lse_kernel(
             BLOCK_L, BLOCK_K, BLOCK_D, 1, MASK_D, PRECISION,
         )  # fmt: skip
         c_l = tl.load(p_c + o_stats + o_k * positions, mask=o_k < frames, other=0.0)
-        logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+        logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.math.exp2(top - new_top)
         total += tl.sum(tl.math.exp2(logits - new_top[:, None]), 1)
@@ -472,7 +472,7 @@ def _l_entries(
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalised entries of L [BLOCK_L, BLOCK_K]: whole rows as they are, parts of rows by their log-sum-exps."""
-    logits = _l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
+    logits = l_logits(product, c_l, o_l, o_k, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
     if not WHOLE_ROWS:
         row_lse = tl.load(p_row_lse + o_stats + o_l * positions, mask=o_l < frames, other=0.0)
         return tl.math.exp2(logits - row_lse[:, None])
@@ -525,7 +525,7 @@ def r_queries_kernel(
         if ONE_TILE:
             o_l = tl.arange(0, BLOCK_L)
             if FROM_L:
-                entries = _load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+                entries = load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
             else:
                 product = _l_product(
                     p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
@@ -540,20 +540,20 @@ def r_queries_kernel(
             weights = tl.trans(entries).to(p_q_r.dtype.element_ty)
             for part in tl.static_range(PARTS):
                 o_d = part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
-                q = _load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
+                q = load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
                 q_r = tl.dot(weights, q, input_precision=PRECISION) * inverse[:, None]
-                _store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)
+                store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)
         else:
             o_d = tl.arange(0, BLOCK_D)
             acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
             c_r = tl.zeros([BLOCK_K], tl.float32)
             if not FROM_L:
-                rk = _load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
+                rk = load_rows(p_rk + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
             for l_first in tl.range(0, frames, BLOCK_L, num_stages=STAGES):
                 o_l = l_first + tl.arange(0, BLOCK_L)
-                q = _load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
+                q = load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
                 if FROM_L:
-                    entries = _load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+                    entries = load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
                 else:
                     product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
                     entries = _l_entries(
@@ -564,4 +564,4 @@ def r_queries_kernel(
                 acc = tl.dot(tl.trans(entries).to(q.dtype), q, acc, input_precision=PRECISION)
                 c_r += tl.sum(entries, 0)
             q_r = acc / tl.maximum(c_r, c_floor)[:, None]
-            _store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)
+            store_rows(p_q_r + o_tokens, o_k, s_row, o_d, q_r, frames, head_dim, MASK_D)

@@ -8,12 +8,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vmonarch_kernels.autograd import differentiate, frame_op, needs_gradient
 from vmonarch_kernels.cost import is_exact
 from vmonarch_kernels.dense import attention_lse, dense_attention
 from vmonarch_kernels.reference import monarch_reference
 from vmonarch_kernels.spec import MAX_FRAMES, PAPER, Grid, Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, empty_l, merge_exact, split_frames
-from vmonarch_kernels.torch_impl import frame_torch, monarch_torch
+from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, merge_exact, split_frames
+from vmonarch_kernels.torch_impl import monarch_torch, structured_torch
 
 Attend = Callable[[Inputs, Options, bool], tuple[Tensor, Tensor | None]]
 """An implementation: (inputs, options, whether L is wanted) -> (out, L or None)."""
@@ -52,6 +53,23 @@ def _triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, T
     from vmonarch_kernels.launch import monarch_triton
 
     return monarch_triton(inputs, options, return_l)
+
+
+def _kept(inputs: Inputs, options: Options, impl: str, return_l: bool) -> Forward:
+    """A call of "torch" or "triton" with what its backward pass keeps."""
+    if is_exact(inputs.frames, options.band):
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        out, lse = attention_lse(q, k, v, scale=options.score_scale(inputs.head_dim))
+        out, lse = out.transpose(1, 2), lse.mT
+        if inputs.extra is not None:
+            out, lse = merge_exact(out, lse, *inputs.extra)
+        l_new = empty_l(split_frames(inputs.q, inputs.frames)).zero_() if return_l else None
+        return Forward(out.contiguous(), l_new, lse.mT.unflatten(2, (inputs.frames, -1)).contiguous())
+    if impl == "torch":
+        return structured_torch(inputs, options, return_l)
+    from vmonarch_kernels.launch import structured_triton
+
+    return structured_triton(inputs, options, return_l, keep_lse=True)
 
 
 IMPLS: dict[str, Attend] = {
@@ -198,7 +216,9 @@ def monarch_attention(
         (B, H * W, heads, T, T), indexed [b, j, head, l, k].
 
     Workspace: at most four tensors of q's size and dtype (the R-step's queries, R K, R V and the exact part), plus
-    N * heads float32 statistics. No gradient.
+    N * heads float32 statistics. q, k, v and ``extra`` have gradients, exactly those of what is computed; ``l_prev``,
+    ``residual`` and L have none. Backwards the tensors, the output and N * heads numbers are kept, the R-steps are
+    computed again, and the workspace is at most six tensors of q's size.
 
     Raises ValueError that names the argument, what came and what is valid; ImplUnavailable when a
     named implementation cannot run here.
@@ -218,7 +238,11 @@ def attend(
     """
     _check(inputs)
     q = inputs.q
-    out, l_new = _monarch_op(
+    chosen = resolve_impl(impl, q.device, q.dtype, inputs.head_dim)
+    differentiable = needs_gradient(inputs)
+    if chosen == "reference" and differentiable:
+        return IMPLS[chosen](inputs, options, return_l)  # plain autograd, which a custom op would not let through
+    out, l_new, _ = _monarch_op(
         q,
         inputs.k,
         inputs.v,
@@ -231,8 +255,9 @@ def attend(
         options.first_frame,
         options.band,
         options.score_scale(inputs.head_dim),
-        resolve_impl(impl, q.device, q.dtype, inputs.head_dim),
+        chosen,
         return_l,
+        differentiable,
     )
     return out, l_new if return_l else None
 
@@ -259,15 +284,10 @@ def frame_attention(
     if not 0 <= frame < inputs.frames:
         raise ValueError(f"frame is {frame}; valid are 0 to {inputs.frames - 1}.")
     scale = Options(scale=scale).score_scale(inputs.head_dim)
-    if resolve_impl(impl, q.device, q.dtype, inputs.head_dim) == "triton":
-        from vmonarch_kernels.launch import frame_triton
-
-        out, lse = frame_triton(inputs, frame, scale)
-    else:
-        out, lse = frame_torch(split_frames(q, inputs.frames)[:, frame], k, v, scale)
-    if extra is not None:
-        out, _ = merge_exact(out, lse, *(split_frames(x, inputs.frames)[:, frame] for x in extra))
-    return out.to(q.dtype)
+    chosen = resolve_impl(impl, q.device, q.dtype, inputs.head_dim)
+    out: Tensor
+    out, _ = frame_op(q, k, v, *(extra or (None, None)), list(grid), frame, scale, chosen)
+    return out
 
 
 def _check(inputs: Inputs) -> None:
@@ -326,13 +346,25 @@ def _monarch_op(
     scale: float,
     impl: str,
     return_l: bool,
-) -> tuple[Tensor, Tensor]:
+    keep_lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, L or an empty tensor, ``Forward.lse`` or an empty tensor)."""
     extra = None if extra_out is None or extra_lse is None else (extra_out, extra_lse)
     residual = None if residual_values is None or residual_scale is None else (residual_values, residual_scale)
     inputs = Inputs(q, k, v, (grid[0], grid[1], grid[2]), l_prev, extra, residual)
     options = Options(num_steps, c_floor, first_frame, band, scale)
-    out, l_new = IMPLS[impl](inputs, options, return_l)
-    return out, q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
+    lse = None
+    if keep_lse:
+        out, l_new, lse = _kept(inputs, options, impl, return_l)
+    else:
+        out, l_new = IMPLS[impl](inputs, options, return_l)
+    l_new = q.new_empty(0, dtype=L_DTYPE) if l_new is None else l_new
+    return out, l_new, _statistic(q, 0, 0) if lse is None else lse
+
+
+def _statistic(q: Tensor, frames: int, positions: int) -> Tensor:
+    batch, _, heads, _ = q.shape
+    return q.new_empty((batch, heads, frames, positions), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_monarch_op.register_fake
@@ -353,6 +385,13 @@ def _(
     scale: float,
     impl: str,
     return_l: bool,
-) -> tuple[Tensor, Tensor]:
+    keep_lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     l_new = empty_l(split_frames(q, grid[0])) if return_l else q.new_empty(0, dtype=L_DTYPE)
-    return q.new_empty(q.shape), l_new
+    rows = 0
+    if keep_lse:
+        rows = grid[0] if band is not None or is_exact(grid[0], band) else int(first_frame)
+    return q.new_empty(q.shape), l_new, _statistic(q, rows, grid[1] * grid[2] if rows else 0)
+
+
+differentiate(_monarch_op)

@@ -26,7 +26,7 @@ from vmonarch_kernels.configs import (
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, L_SCALE, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_DTYPE, L_SCALE, Forward, empty_l, merge_exact, split_frames, with_padded_rows
 
 MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
@@ -37,7 +37,7 @@ _MAX_SPLITS = 12
 _FULL_WAVES = 0.93
 
 # A multiply and an add become one instruction. Stated, because later versions of Triton may have another default.
-_FUSION = {"enable_fp_fusion": True}
+FUSION = {"enable_fp_fusion": True}
 
 _Part = tuple[Tensor, Tensor]
 """Exactly known attention: out (B, T, P, H, D), contiguous, and log-sum-exp (B, H, T, P) float32, contiguous."""
@@ -47,7 +47,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def _on_their_device(
+def on_their_device(
     run: Callable[Concatenate[Inputs, _Arguments], _Result],
 ) -> Callable[Concatenate[Inputs, _Arguments], _Result]:
     """Make the inputs' device the current one: Triton launches on that, wherever the tensors are."""
@@ -61,12 +61,12 @@ def _on_their_device(
 
 
 # Triton's own cdiv is made for kernels and is slow on the host.
-def _cdiv(x: int, y: int) -> int:
+def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What every launch of one call shares."""
 
     q: Tensor  # (B, T, P, H, D)
@@ -77,7 +77,7 @@ class _Call:
     chip: Chip
 
     @classmethod
-    def of(cls, inputs: Inputs, options: Options) -> "_Call":
+    def of(cls, inputs: Inputs, options: Options) -> "Call":
         """The kernels take rows of the head dimension as they lie, so its elements must be side by side."""
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (inputs.q, inputs.k, inputs.v))
         scale = options.score_scale(inputs.head_dim)
@@ -123,37 +123,44 @@ class _Call:
         return self.q.new_empty(self.q.shape)
 
 
-@_on_their_device
 def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """Structured attention on (B, N, H, D); returns (out, L as e4m3 (B, P, H, T, T) or None).
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
-    call = _Call.of(inputs, options)
+    return structured_triton(inputs, options, return_l, keep_lse=False)[:2]
+
+
+@on_their_device
+def structured_triton(inputs: Inputs, options: Options, return_l: bool, keep_lse: bool) -> Forward:
+    """``monarch_triton`` with what its backward pass keeps, which is one more statistic with ``keep_lse``."""
+    call = Call.of(inputs, options)
     exact = _extra_part(inputs)
     if options.band is not None:
         exact = _merge(_attend_band(call), exact)
 
-    q_r = call.q if inputs.l_prev is None else _r_queries(call, l_prev=inputs.l_prev)
+    q_r = call.q if inputs.l_prev is None else r_queries(call, l_prev=inputs.l_prev)
     rk, c_l = call.like_q(), call.statistic()
     for _ in range(options.num_steps - 1):
-        _r_step(call, q_r, rk, c_l, None)
-        q_r = _r_queries(call, rk=rk, c_l=c_l, exact_lse=None if exact is None else exact[1])
+        r_step(call, q_r, rk, c_l, None)
+        q_r = r_queries(call, rk=rk, c_l=c_l, exact_lse=None if exact is None else exact[1])
     y = call.like_q()
-    _r_step(call, q_r, rk, c_l, y)
+    r_step(call, q_r, rk, c_l, y)
     out, l_new = _l_output(call, (rk, c_l, y), exact, inputs.residual, return_l)
+    lse = None if exact is None or options.band is None else exact[1]
     if options.first_frame and options.band is None:
-        _attend_frame(call, 0, out[:, 0], extra=exact)
-    return out.flatten(1, 2), l_new
+        lse = call.statistic()[:, :, :1].contiguous() if keep_lse else None
+        _attend_frame(call, 0, out[:, 0], None if lse is None else lse[:, :, 0], extra=exact)
+    return Forward(out.flatten(1, 2), l_new, lse if keep_lse else None)
 
 
-@_on_their_device
+@on_their_device
 def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention of one frame's queries over all keys: (out (B, P, H, D), lse (B, P, H) float32).
 
     Keys outside the video (``inputs.extra``) are the caller's.
     """
-    call = _Call.of(inputs, Options(scale=scale))
+    call = Call.of(inputs, Options(scale=scale))
     batch, _, positions, heads, dim = call.sizes
     out = call.q.new_empty((batch, positions, heads, dim))
     lse = call.q.new_empty((batch, heads, positions), dtype=torch.float32)
@@ -161,7 +168,7 @@ def frame_triton(inputs: Inputs, frame: int, scale: float) -> tuple[Tensor, Tens
     return out, lse.transpose(1, 2)
 
 
-@_on_their_device
+@on_their_device
 def refresh_triton(
     inputs: Inputs,
     out: Tensor,
@@ -176,8 +183,8 @@ def refresh_triton(
     The difference becomes the frame's ``residual``, (values, scale) as in ``Residual``. ``neighbours`` (of the frames
     before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
-    call = _Call.of(inputs, Options(scale=scale))
-    kept = _kernel_residual(residual)
+    call = Call.of(inputs, Options(scale=scale))
+    kept = kernel_residual(residual)
     keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
     for mine, theirs in zip(kept, residual, strict=True):
@@ -273,12 +280,12 @@ class _Window:
         return [self.split_keys, keys % self.split_keys] if self.split_keys else [keys]
 
 
-def _r_step(call: _Call, q_r: Tensor, rk: Tensor, c_l: Tensor, y: Tensor | None) -> None:
+def r_step(call: Call, q_r: Tensor, rk: Tensor, c_l: Tensor, y: Tensor | None) -> None:
     """R K and c_l of every frame, and R V into ``y`` when it is given."""
     _attend(call, q_r, _Targets(rk, c_l, y), _Window(0, call.sizes[1], band=0, width=1))
 
 
-def _attend_band(call: _Call) -> _Part:
+def _attend_band(call: Call) -> _Part:
     """Every query frame over its exact key frames."""
     out, lse = call.like_q(), call.statistic()
     first = 0
@@ -289,7 +296,7 @@ def _attend_band(call: _Call) -> _Part:
     return out, lse
 
 
-def _attend(call: _Call, queries: Tensor, targets: _Targets, window: _Window) -> None:
+def _attend(call: Call, queries: Tensor, targets: _Targets, window: _Window) -> None:
     """Launch an attention kernel: the Hopper one where it can run and has enough to do, else the plain one."""
     batch, frames, positions, heads, dim = call.sizes
     with_k, with_v, split = targets.rk is not None, targets.out is not None, window.split_keys > 0
@@ -301,14 +308,14 @@ def _attend(call: _Call, queries: Tensor, targets: _Targets, window: _Window) ->
         "WITH_V": with_v,
         "WITH_LSE": targets.lse is not None,
         "SPLIT": split,
-        **_FUSION,
+        **FUSION,
     }
     if hopper is not None and _fills(call, hopper, window):
         rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
         if len(rows) == 3:
             _attend_hopper(call, hopper, rows, targets, window, constants)
             return
-    grid = (_cdiv(positions, config.block_m), window.parts, batch * heads)
+    grid = (cdiv(positions, config.block_m), window.parts, batch * heads)
     kernels.attend_kernel[grid](
         queries,
         *queries.stride()[:4],
@@ -335,20 +342,20 @@ def _attend(call: _Call, queries: Tensor, targets: _Targets, window: _Window) ->
     )
 
 
-def _tiles(call: _Call, window: _Window) -> int:
+def _tiles(call: Call, window: _Window) -> int:
     """Tiles of query rows that the Hopper kernel computes."""
     batch, _, positions, heads, _ = call.sizes
-    return _cdiv(positions, HOPPER_ROWS) * window.parts * batch * heads
+    return cdiv(positions, HOPPER_ROWS) * window.parts * batch * heads
 
 
-def _fills(call: _Call, config: HopperConfig, window: _Window) -> bool:
+def _fills(call: Call, config: HopperConfig, window: _Window) -> bool:
     """Whether the Hopper kernel has tiles enough for the chip, and in each of them keys enough for its pipeline."""
     long = all(keys == 0 or keys > config.block_n for keys in window.keys(call.sizes[2]))
     return long and _tiles(call, window) >= MIN_WAVES * call.chip.multiprocessors
 
 
 def _attend_hopper(
-    call: _Call,
+    call: Call,
     config: HopperConfig,
     rows: list[Tensor],
     targets: _Targets,
@@ -416,7 +423,7 @@ def _rows(x_BNHD: Tensor) -> Tensor | None:
 
 
 def _attend_frame(
-    call: _Call,
+    call: Call,
     frame: int,
     out: Tensor,
     lse: Tensor | None = None,
@@ -434,21 +441,21 @@ def _attend_frame(
     queries = call.q[:, frame:]
     config, hopper = call.attend_tile(with_k=False, with_v=True)
     block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
-    tiles = _cdiv(positions, block_m) * heads * batch
-    splits = _even_splits(tiles, call.chip.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
+    tiles = cdiv(positions, block_m) * heads * batch
+    splits = even_splits(tiles, call.chip.multiprocessors * resident, tokens // _MIN_SPLIT_KEYS)
     if splits == 1 and extra is None and keep is None:
-        out_lse = call.statistic() if lse is None else lse.unsqueeze(2)
+        out_lse = call.statistic() if lse is None else lse.unsqueeze(2)  # the plain kernel writes one in any case
         _attend(call, queries, _Targets(out=out.unsqueeze(1), lse=out_lse), _Window(0, 1, band=0, width=frames))
         return
-    split_keys = _cdiv(_cdiv(tokens, splits), 128) * 128
-    splits = _cdiv(tokens, split_keys)
+    split_keys = cdiv(cdiv(tokens, splits), 128) * 128
+    splits = cdiv(tokens, split_keys)
     # (S, B, P, H, D) seen through strides of (S, B, H, P, D) memory
     part = call.q.new_empty((splits, batch, heads, positions, dim), dtype=torch.float32)
     part_lse = call.q.new_empty((splits, batch, heads, positions), dtype=torch.float32)
     targets = _Targets(out=part.transpose(2, 3), lse=part_lse)
     _attend(call, queries, targets, _Window(0, 1, 0, frames, split_keys=split_keys, splits=splits))
     block_m = 32
-    kernels.merge_splits_kernel[(_cdiv(positions, block_m), batch * heads)](
+    kernels.merge_splits_kernel[(cdiv(positions, block_m), batch * heads)](
         part,
         part_lse,
         *(extra or (None, None)),
@@ -469,23 +476,23 @@ def _attend_frame(
         WITH_LSE=lse is not None,
         HAS_EXTRA=extra is not None,
         KEEP=keep is not None,
-        **_FUSION,
+        **FUSION,
     )
 
 
 @cache
-def _even_splits(tiles: int, slots: int, largest: int) -> int:
+def even_splits(tiles: int, slots: int, largest: int) -> int:
     """The fewest key splits with which ``tiles`` programs, ``slots`` at a time, leave little of the last wave idle."""
 
     def used(splits: int) -> float:
-        return float(tiles * splits / (_cdiv(tiles * splits, slots) * slots))
+        return float(tiles * splits / (cdiv(tiles * splits, slots) * slots))
 
     choices = range(1, max(1, min(largest, _MAX_SPLITS)) + 1)
     return next((s for s in choices if used(s) >= _FULL_WAVES), max(choices, key=used))
 
 
-def _r_queries(
-    call: _Call,
+def r_queries(
+    call: Call,
     *,
     rk: Tensor | None = None,
     c_l: Tensor | None = None,
@@ -509,11 +516,11 @@ def _r_queries(
         "FIRST_FRAME": call.options.first_frame,
         "PRECISION": call.precision,
         "num_warps": config.num_warps,
-        **_FUSION,
+        **FUSION,
     }
     if not from_l and not whole_rows:
         row_lse = call.statistic()
-        grid = (positions * heads, _cdiv(frames, config.block_l), batch)
+        grid = (positions * heads, cdiv(frames, config.block_l), batch)
         kernels.l_lse_kernel[grid](
             call.q,
             *call.row_order,
@@ -529,7 +536,7 @@ def _r_queries(
             *call.band_arguments,
             **shared,
         )
-    grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_k), batch)
+    grid = (cdiv(positions, config.strip) * heads, cdiv(frames, config.block_k), batch)
     stored = None if l_prev is None else with_padded_rows(l_prev, call.chip.dtype_8bit)
     kernels.r_queries_kernel[grid](
         call.q,
@@ -561,7 +568,7 @@ def _r_queries(
 
 
 def _l_output(
-    call: _Call,
+    call: Call,
     r_step: tuple[Tensor, Tensor, Tensor],
     exact: _Part | None,
     residual: tuple[Tensor, Tensor] | None,
@@ -573,7 +580,7 @@ def _l_output(
     out = call.like_q()
     l_new = empty_l(call.q, dtype=call.chip.dtype_8bit) if return_l else None
     first_row = 1 if call.options.first_frame and call.options.band is None else 0
-    grid = (_cdiv(positions, config.strip) * heads, _cdiv(frames, config.block_l), batch)
+    grid = (cdiv(positions, config.strip) * heads, cdiv(frames, config.block_l), batch)
     kernels.l_output_kernel[grid](
         call.q,
         *call.row_order,
@@ -582,7 +589,7 @@ def _l_output(
         out,
         l_new,
         0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
-        *((None, None) if residual is None else _kernel_residual(residual)),
+        *((None, None) if residual is None else kernel_residual(residual)),
         call.scale,
         frames,
         positions,
@@ -605,12 +612,12 @@ def _l_output(
         ONE_TILE=frames <= config.block_k,
         PRECISION=call.precision,
         num_warps=config.num_warps,
-        **_FUSION,
+        **FUSION,
     )
     return out, None if l_new is None else with_padded_rows(l_new, L_DTYPE)
 
 
-def _kernel_residual(residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def kernel_residual(residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Values and scale as the kernels read and write them; the tensors themselves where they are so already."""
     values, scale = residual
     return values.contiguous().to(chip(values.device).dtype_8bit), scale.contiguous().float()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmonarch_kernels.cost import is_exact
+from vmonarch_kernels.cost import is_exact, window_frames
 from vmonarch_kernels.spec import PAPER, Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
@@ -19,6 +19,7 @@ from vmonarch_kernels.structure import (
     exact_pairs,
     merge_exact,
     split_frames,
+    window_start,
     with_padded_rows,
 )
 
@@ -67,7 +68,8 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
         o_exact, lse_exact = o_extra.to(compute_dtype), lse_extra.to(compute_dtype)
     if band is not None or is_exact(frames, band):
         exact = exact_pairs(frames, frames if band is None else band, first_frame, q.device)
-        o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, exact, scale)
+        windows = [_window(frame, frames, frames if band is None else band, first_frame) for frame in range(frames)]
+        o_band, lse_band = _exact_part(q_BHTPD, k_BHTPD, v_BHTPD, windows, scale)
         o_exact, lse_exact = merge_exact(o_band, lse_band, o_exact, lse_exact)
 
     if inputs.l_prev is None:
@@ -78,9 +80,10 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 
     for _ in range(options.num_steps):
         beta = scale * alpha_r / c_r.clamp_min(options.c_floor)[..., None]
-        R = torch.softmax(beta @ k_BHTPD.mT, dim=-1)
+        log_R = torch.log_softmax(beta @ k_BHTPD.mT, dim=-1)
+        R = log_R.exp()
         alpha_l = scale * (R @ k_BHTPD)
-        c_l = torch.special.xlogy(R, R).sum(-1)
+        c_l = (R * log_R).sum(-1)
         logits = torch.einsum("bhljd,bhkjd->bhlkj", q_BHTPD, alpha_l) - c_l[:, :, None]
         logits = logits.masked_fill(exact[:, :, None], float("-inf"))
         merged = torch.softmax(torch.cat([logits, lse_exact[:, :, :, None]], dim=3), dim=3)
@@ -90,7 +93,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
     out = torch.einsum("bhlkj,bhkjd->bhljd", L, R @ v_BHTPD) + L_exact[..., None] * o_exact
     if inputs.residual is not None:
         out = out + dequantised(*inputs.residual, frames).permute(0, 3, 1, 2, 4)
-    if first_frame and not exact.any():
+    if first_frame and band is None and not is_exact(frames, band):
         first, lse = softmax_attention(q_BHTPD[:, :, 0], k_BHTPD.flatten(2, 3), v_BHTPD.flatten(2, 3), scale)
         out[:, :, 0], _ = merge_exact(first, lse, o_exact[:, :, 0], lse_exact[:, :, 0])
     out = out.permute(0, 2, 3, 1, 4).reshape(batch, frames * positions, heads, -1)
@@ -100,7 +103,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 def monarch_reference(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """impl="reference": ``monarch_factors`` in float32, float64 for float64; 256 L as e4m3 (B, P, H, T, T)."""
     factors = monarch_factors(inputs, options, compute_dtype=torch.promote_types(inputs.q.dtype, torch.float32))
-    l_new = with_padded_rows(L_SCALE * factors.L.permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
+    l_new = with_padded_rows(L_SCALE * factors.L.detach().permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
     return factors.out.to(inputs.q.dtype), l_new
 
 
@@ -109,13 +112,21 @@ def _gather_queries(L: Tensor, q_BHTPD: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhlkj,bhljd->bhkjd", L, q_BHTPD), L.sum(dim=2)
 
 
+def _window(frame: int, frames: int, band: int, first_frame: bool) -> slice:
+    """Key frames that a query frame sees exactly."""
+    if frame == 0 and first_frame:
+        return slice(0, frames)
+    start = window_start(frame, frames, band)
+    return slice(start, start + window_frames(frames, band))
+
+
 def _exact_part(
-    q_BHTPD: Tensor, k_BHTPD: Tensor, v_BHTPD: Tensor, exact: Tensor, scale: float
+    q_BHTPD: Tensor, k_BHTPD: Tensor, v_BHTPD: Tensor, windows: list[slice], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query frame over its exact key frames: (out, lse) per query."""
+    """Attention of every query frame over its window of key frames: (out, lse) per query."""
     outs, lses = [], []
-    for frame, row in enumerate(exact):
-        keys, values = (x[:, :, row].flatten(2, 3) for x in (k_BHTPD, v_BHTPD))
+    for frame, window in enumerate(windows):
+        keys, values = (x[:, :, window].flatten(2, 3) for x in (k_BHTPD, v_BHTPD))
         out, lse = softmax_attention(q_BHTPD[:, :, frame], keys, values, scale)
         outs.append(out)
         lses.append(lse)

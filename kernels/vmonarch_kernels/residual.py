@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels.api import attend, frame_attention, resolve_impl
+from vmonarch_kernels.autograd import needs_gradient
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, split_frames
 from vmonarch_kernels.turns import next_turns, turns, turns_before
@@ -89,6 +90,8 @@ class Residual:
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
         out, l_new = self.attention_without_turns(inputs, options, impl=impl, return_l=return_l)
+        if chosen and out.requires_grad:
+            out = out.clone()  # the call's own output is kept for its backward pass
         for frame in chosen:
             beside = [x for x in (frame - 1, frame + 1) if x in self._order and x not in chosen]
             self._recompute(frame, beside, inputs, options.score_scale(inputs.head_dim), impl, out)
@@ -102,7 +105,10 @@ class Residual:
         Guidance compares their outputs with that of the forward that takes the turns. Arguments and result as in
         ``attention``.
         """
-        return attend(replace(inputs, residual=(self.values, self.scale)), options, impl=impl, return_l=return_l)
+        residual = self.values, self.scale
+        if needs_gradient(inputs):
+            residual = self.values.clone(), self.scale.clone()  # later calls change them before this one's backward
+        return attend(replace(inputs, residual=residual), options, impl=impl, return_l=return_l)
 
     def _due(self, refresh: float, forwards: int) -> int:
         """How many frames have their turn in the next call, by the mean."""
@@ -122,14 +128,14 @@ class Residual:
     def _recompute(self, frame: int, beside: list[int], inputs: Inputs, scale: float, impl: str, out: Tensor) -> None:
         """Replace a frame of ``out`` by its exact attention; keep what that changed, for frames ``beside`` it too."""
         q, k, v, grid = inputs.q, inputs.k, inputs.v, inputs.grid
-        if resolve_impl(impl, q.device, q.dtype, inputs.head_dim) == "triton":
+        if not out.requires_grad and resolve_impl(impl, q.device, q.dtype, inputs.head_dim) == "triton":
             from vmonarch_kernels.launch import refresh_triton
 
             refresh_triton(inputs, out, (self.values, self.scale), frame, beside, NEIGHBOUR_SHARE, scale)
             return
         structured = split_frames(out, grid[0])[:, frame]
         exact = frame_attention(q, k, v, grid, frame, scale=scale, impl=impl, extra=inputs.extra)
-        change = exact.float() - structured.float()
+        change = exact.detach().float() - structured.detach().float()
         values = split_frames(self.values, grid[0])
         for other in beside:
             before = values[:, other].float() * self.scale[..., other, None]

@@ -6,6 +6,7 @@ dimension; l query frames, k key frames, j query positions, i key positions.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,29 @@ from vmonarch_kernels.cost import l_row_entries, window_frames
 L_DTYPE = torch.float8_e4m3fn
 L_SCALE = 256.0
 """Factor of a stored L, whose entries are at most 1: e4m3 has few bits below 1/64, and ends at 448."""
+
+
+class Forward(NamedTuple):
+    """What a call computes, with what its backward pass keeps."""
+
+    out: Tensor
+    """(B, N, H, D)"""
+    l_new: Tensor | None
+    """L as e4m3 (B, P, H, T, T), where it is wanted."""
+    lse: Tensor | None
+    """(B, H, T', P) float32 or wider, natural: log-sum-exp of every query's exact part, its extra part included. T' is
+    T with a band and 1 for the first frame alone; None where neither is exact.
+    """
+
+
+class Gradients(NamedTuple):
+    """Gradients of q, k, v and of the extra part (None without one), in their dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    extra_out: Tensor | None = None
+    extra_lse: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import (
     L_DTYPE,
     L_SCALE,
+    Forward,
     band_groups,
     dequantised,
     empty_l,
@@ -28,7 +29,7 @@ _CHUNK_ELEMENTS = 1 << 20  # entries of L computed at once: a few MB, so that th
 
 
 @dataclass(frozen=True)
-class _LStep:
+class LStep:
     """What every L-step of a call shares."""
 
     q: Tensor  # (B, T, P, H, D)
@@ -45,11 +46,16 @@ def monarch_torch(inputs: Inputs, options: Options, return_l: bool) -> tuple[Ten
 
     The caller has handled the cases in which the structure is exact (one frame, full band).
     """
+    return structured_torch(inputs, options, return_l)[:2]
+
+
+def structured_torch(inputs: Inputs, options: Options, return_l: bool) -> Forward:
+    """``monarch_torch`` with what its backward pass keeps."""
     frames, band, first_frame = inputs.frames, options.band, options.first_frame
     scale = options.score_scale(inputs.head_dim)
     q_BTPHD, k_BTPHD, v_BTPHD = (split_frames(x, frames) for x in (inputs.q, inputs.k, inputs.v))
     out = torch.empty_like(q_BTPHD, memory_format=torch.contiguous_format)
-    extra = exact = pairs = None
+    extra = exact = pairs = lse = None
     if inputs.extra is not None:
         extra = split_frames(inputs.extra[0], frames), split_frames(inputs.extra[1], frames)
         exact = extra
@@ -58,16 +64,17 @@ def monarch_torch(inputs: Inputs, options: Options, return_l: bool) -> tuple[Ten
         pairs = exact_pairs(frames, band, first_frame, inputs.q.device)
         if extra is not None:
             exact = merge_exact(*exact, *extra)
-    l_step = _LStep(q_BTPHD, exact, pairs, scale, options.c_floor)
-    beta = q_BTPHD * scale if inputs.l_prev is None else _warm_beta(l_step, inputs.l_prev)
+        lse = exact[1].permute(0, 3, 1, 2).contiguous()
+    l_step = LStep(q_BTPHD, exact, pairs, scale, options.c_floor)
+    beta = q_BTPHD * scale if inputs.l_prev is None else warm_beta(l_step, inputs.l_prev)
 
     l_new = None
     for step in range(options.num_steps):
         last = step == options.num_steps - 1
-        rk, y, lse = _r_step(beta, k_BTPHD, v_BTPHD if last else None)
+        rk, y, r_lse = r_step(beta, k_BTPHD, v_BTPHD if last else None)
         # sum R log R by the identity, from the very values that enter the products below, so that
         # the rounding of R K cancels in the L logits.
-        c_l = (beta * rk).sum(-1, dtype=lse.dtype) - lse
+        c_l = (beta * rk).sum(-1, dtype=r_lse.dtype) - r_lse
         if not last:
             beta = torch.empty_like(beta)
             _run_l_step(l_step, rk, c_l, None, beta, None)
@@ -80,12 +87,13 @@ def monarch_torch(inputs: Inputs, options: Options, return_l: bool) -> tuple[Ten
     if first_frame and band is None:
         first, first_lse = frame_torch(q_BTPHD[:, 0], inputs.k, inputs.v, scale)
         if extra is not None:
-            first, _ = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
+            first, first_lse = merge_exact(first, first_lse, extra[0][:, 0], extra[1][:, 0])
         out[:, 0] = first
-    return out.flatten(1, 2), l_new
+        lse = first_lse.mT[:, :, None].contiguous()
+    return Forward(out.flatten(1, 2), l_new, lse)
 
 
-def _r_step(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+def r_step(beta: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """R K, R V (None without v), both (B, T, P, H, D), and the log-sum-exp (B, T, P, H) of R."""
     if beta.device.type == "cpu" and beta.dtype in (torch.float32, torch.float64):
         return _r_step_cpu(beta, k, v)
@@ -169,13 +177,13 @@ def _exact_band(q: Tensor, k: Tensor, v: Tensor, band: int, first_frame: bool, s
     return out, lse
 
 
-def _position_chunks(q_BTPHD: Tensor) -> list[slice]:
+def position_chunks(q_BTPHD: Tensor) -> list[slice]:
     _, frames, positions, heads, _ = q_BTPHD.shape
     size = max(1, _CHUNK_ELEMENTS // (frames * frames * heads))
     return [slice(first, min(first + size, positions)) for first in range(0, positions, size)]
 
 
-def _by_position(x_TPHD: Tensor) -> Tensor:
+def by_position(x_TPHD: Tensor) -> Tensor:
     """(T, P, H, D) -> (P * H, T, D) in float32 or wider: one small matrix per position and head.
 
     For a contiguous input this is a view that batched BLAS takes without a copy.
@@ -184,31 +192,46 @@ def _by_position(x_TPHD: Tensor) -> Tensor:
     return x_TPHD.flatten(1, 2).transpose(0, 1).to(wide)
 
 
-def _run_l_step(step: _LStep, rk: Tensor, c_l: Tensor, y: Tensor | None, target: Tensor, l_new: Tensor | None) -> None:
+def _run_l_step(step: LStep, rk: Tensor, c_l: Tensor, y: Tensor | None, target: Tensor, l_new: Tensor | None) -> None:
     """L = softmax over key frames; writes the next beta (y is None) or the output into ``target``."""
     q = step.q
     heads = q.shape[3]
     for b in range(q.shape[0]):
-        for part in _position_chunks(q):
-            q_j = _by_position(q[b, :, part])
-            bias = -c_l[b, :, part].flatten(1).T[:, None].to(q_j.dtype)  # (P * H, 1, T_k)
-            logits = torch.baddbmm(bias, q_j, _by_position(rk[b, :, part]).mT, alpha=step.scale)
-            weight = None
-            if step.exact is not None:
-                o_exact, lse_exact = step.exact
-                weight = lse_exact[b, :, part].flatten(1).T[:, :, None].to(q_j.dtype)
-            if step.pairs is not None:
-                logits.masked_fill_(step.pairs, float("-inf"))
-            L, weight = _softmax_short_rows(logits, weight)
+        for part in position_chunks(q):
+            q_j = by_position(q[b, :, part])
+            L, weight = l_entries(step, q_j, by_position(rk[b, :, part]), c_l[b, :, part], (b, part))
             if y is None:
-                result = _next_beta(step, L, q_j)
+                result = next_beta(step, L, q_j)
             else:
-                result = L @ _by_position(y[b, :, part])
-                if weight is not None:
-                    result.addcmul_(weight, _by_position(o_exact[b, :, part]))
+                result = L @ by_position(y[b, :, part])
+                if weight is not None and step.exact is not None:
+                    result.addcmul_(weight, by_position(step.exact[0][b, :, part]))
             target[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, heads))
             if l_new is not None:
                 l_new[b, part] = L.mul_(L_SCALE).unflatten(0, (-1, heads)).to(L_DTYPE)
+
+
+def l_entries(
+    step: LStep, q_j: Tensor, rk_j: Tensor, c_l_TPH: Tensor, where: tuple[int, slice]
+) -> tuple[Tensor, Tensor | None]:
+    """L (P * H, T, T) of some positions, and the weight (P * H, T, 1) of the exact part where there is one.
+
+    ``where``: the sample and its positions; ``q_j`` and ``rk_j`` are theirs, by position.
+    """
+    bias = -position_rows(c_l_TPH).mT.to(q_j.dtype)
+    logits = torch.baddbmm(bias, q_j, rk_j.mT, alpha=step.scale)
+    exact = None
+    if step.exact is not None:
+        b, part = where
+        exact = position_rows(step.exact[1][b, :, part]).to(q_j.dtype)
+    if step.pairs is not None:
+        logits.masked_fill_(step.pairs, float("-inf"))
+    return _softmax_short_rows(logits, exact)
+
+
+def position_rows(x_TPH: Tensor) -> Tensor:
+    """A statistic (T, P, H) as columns beside ``by_position``: (P * H, T, 1)."""
+    return x_TPH.flatten(1).T[..., None]
 
 
 def _softmax_short_rows(logits: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -226,20 +249,20 @@ def _softmax_short_rows(logits: Tensor, extra: Tensor | None) -> tuple[Tensor, T
     return L.div_(total), weight.div_(total)
 
 
-def _next_beta(step: _LStep, L: Tensor, q_j: Tensor) -> Tensor:
+def next_beta(step: LStep, L: Tensor, q_j: Tensor) -> Tensor:
     """beta[k] = s alpha_r / max(c_r, c_floor) of (P * H, T, T) L and (P * H, T, D) queries."""
     c_r = L.sum(dim=1)[..., None]
     return torch.bmm(L.mT, q_j).mul_(step.scale / c_r.clamp_min(step.c_floor))
 
 
-def _warm_beta(step: _LStep, l_prev: Tensor) -> Tensor:
+def warm_beta(step: LStep, l_prev: Tensor) -> Tensor:
     """The first beta of a warm start, from the last call's L and this call's queries."""
     q = step.q
     beta = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
-        for part in _position_chunks(q):
-            q_j = _by_position(q[b, :, part])
-            L = l_prev[b, part].flatten(0, 1).to(q_j.dtype).div_(L_SCALE)
-            result = _next_beta(step, L, q_j)
+        for part in position_chunks(q):
+            q_j = by_position(q[b, :, part])
+            L = l_prev[b, part].flatten(0, 1).to(q_j.dtype) / L_SCALE
+            result = next_beta(step, L, q_j)
             beta[b, :, part] = result.transpose(0, 1).unflatten(1, (-1, q.shape[3]))
     return beta

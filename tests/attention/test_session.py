@@ -178,7 +178,7 @@ def test_a_layer_called_after_the_block_says_so(pipeline: Any) -> None:
 
 
 def test_swapping_twice_is_refused(pipeline: Any) -> None:
-    with swapped(pipeline, PAPER), pytest.raises(ValueError, match="swapped already"), swapped(pipeline, DENSE):
+    with swapped(pipeline, PAPER), pytest.raises(ModelError, match="swapped already"), swapped(pipeline, DENSE):
         pass
 
 

@@ -245,12 +245,13 @@ def test_clips_of_one_shape_run_after_each_other(tiny_wan_folder: Path, tmp_path
     assert [clip.plan.seed for clip in in_running_order(found)] == [0, 2, 4, 1, 3, 5]
 
 
-def test_five_hundred_prompts_are_planned_in_five_seconds(tiny_wan_folder: Path, tmp_path: Path) -> None:
-    text = "".join(f"prompt number {i}\n" for i in range(500))
-    best = 60.0
-    for attempt in range(3):  # the machine may be busy: the best of three is the program's own time
-        began = time.perf_counter()
-        opened = batch(tiny_wan_folder, tmp_path / str(attempt), text)
-        best = min(best, time.perf_counter() - began)
-    assert len(opened.clips) == 500
-    assert best < 5
+def test_the_time_of_planning_grows_as_the_prompts_do(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    def planned(count: int) -> float:
+        text = "".join(f"prompt number {i}\n" for i in range(count))
+        began = time.process_time()
+        opened = batch(tiny_wan_folder, tmp_path / str(count), text)
+        assert len(opened.clips) == count
+        return time.process_time() - began
+
+    few = planned(100)
+    assert planned(500) < 10 * few, "five times as many, each planned once"

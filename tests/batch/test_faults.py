@@ -122,7 +122,7 @@ def test_a_line_sets_fields_of_its_preset(tiny_wan_folder: Path, tmp_path: Path)
     assert "there is no setting 'preset.bnad' (did you mean preset.band?)" in found
 
 
-def test_four_thousand_equal_prompts_are_named_in_little_more_than_they_are_planned(
+def test_two_thousand_equal_prompts_are_named_in_little_more_than_they_are_planned(
     tiny_wan_folder: Path, tmp_path: Path
 ) -> None:
     from batches import request
@@ -130,12 +130,12 @@ def test_four_thousand_equal_prompts_are_named_in_little_more_than_they_are_plan
     from vmonarch_cli.batch.clips import assign_names, plan_clips
     from vmonarch_cli.batch.prompts import parse_prompts
 
-    began = time.perf_counter()
-    clips, _ = plan_clips(request(tiny_wan_folder, tmp_path), parse_prompts(b"red\n" * 4000, "txt", "p"))
-    planned = time.perf_counter()
+    began = time.process_time()
+    clips, _ = plan_clips(request(tiny_wan_folder, tmp_path), parse_prompts(b"red\n" * 2000, "txt", "p"))
+    planned = time.process_time()
     named = assign_names(clips, tmp_path, {}, "p", overwrite=False)
-    took = time.perf_counter() - planned
-    assert len({clip.path.name for clip in named}) == 4000
+    took = time.process_time() - planned
+    assert len({clip.path.name for clip in named}) == 2000
     assert took < planned - began, "one name after another, not each from the first"
 
 

@@ -162,7 +162,7 @@ def test_files_and_formats(tmp_path: Path) -> None:
         (str(tmp_path / "q.txt"), None, "does not exist"),
         (str(tmp_path), "txt", "is a folder, not a file"),
         ("p.doc", None, "valid endings are .txt"),
-        ("p\0.txt", None, "cannot be read"),
+        ("p\0.txt", None, "holds a NUL character"),
         (str(path), "xml", "--prompts-format takes txt, csv, jsonl, yaml, got 'xml'"),
     ):
         with pytest.raises(InputError, match="(?s)" + words.replace(".", r"\.")) as caught:

@@ -56,6 +56,7 @@ def helps() -> Iterator[Command]:
     for words in (
         *("", "generate", "plan", "decode", "compare", "gallery", "rerun", "doctor", "presets", "presets show"),
         *("presets check", "models", "models show", "profile", "profile kernel", "profile model", "profile quality"),
+        "profile clip",
     ):
         yield Command("help", words or "vmonarch", f"{words} --help".strip())
     yield Command("help", "no command", "")
@@ -218,6 +219,7 @@ def errors() -> Iterator[Command]:
         "profile impl": "profile kernel --impl fast",
         "profile backend": "profile model --backend slow",
         "profile family": "profile model -m mochi-1 --random-weights",
+        "profile clip preset": "profile clip --preset dense",
         "profile sweep": "profile quality --sweep some",
         "profile prompts": "profile quality --prompts 0",
         "profile error as JSON": "profile kernel --shape 3 --json -",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,35 @@ def test_summary(make: Any) -> None:
         "seed 0",
     ):
         assert words in shown
+
+
+def test_where_the_seconds_went_is_a_bar_on_a_terminal_and_a_line_elsewhere(make: Any) -> None:
+    result = fakes.result(make())
+    timing = replace(result.timing, load_s=10.0, excluded_s=4.0, hidden_write_s=2.0)
+    assert timing.parts == pytest.approx(
+        {
+            "load": 10.0, "text": 0.5, "compile": 3.25, "samples": 0.75, "attention": 3.1, "rest": 4.9, "decode": 1.25,
+            "write": 0.1,
+        }
+    )  # fmt: skip
+    assert sum(timing.parts.values()) == pytest.approx(timing.load_s + 8.0 + 4.0 + 0.5 + 1.25 + 0.1)
+    shown = report.summary(replace(result, timing=timing), 10.0)
+    assert (
+        "spent load 10 s (42 %), text 500 ms (2 %), compile kernels 3.25 s (14 %), dense samples 750 ms (3 %), "
+        "attention 3.1 s (13 %), rest of denoising 4.9 s (21 %), decode 1.25 s (5 %), write 100 ms (0 %) (2 s of "
+        "writing beside decoding)"
+    ) in flat(shown, 400)
+    stream = io.StringIO()
+    Console(file=stream, width=200, force_terminal=True, color_system=None, legacy_windows=False).print(shown)
+    bar = next(line for line in stream.getvalue().splitlines() if "██" in line).split()[-1]
+    assert (len(bar), bar.count("█")) == (60, 25 + 8), "load and attention, each as long as its share"
+    assert "▒ compile kernels 3.25 s (14 %)" in stream.getvalue()
+
+
+def test_a_record_keeps_where_the_seconds_went(make: Any) -> None:
+    timing = replace(fakes.result(make()).timing, load_s=10.0).to_json()
+    assert timing["parts"]["load_s"] == timing["load_s"] == 10.0
+    assert timing["parts"]["decode_s"] == timing["decode_s"]
 
 
 def test_a_slow_structured_call_is_called_by_its_name(make: Any) -> None:

@@ -17,6 +17,7 @@ from vmonarch_cli.families.registry import FAMILIES, facts_of
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.pipeline import call as pipelines
+from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.request import GenerateRequest
@@ -210,7 +211,7 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
             )
             plan = resolve(asked).model_copy(update={"guidance_scale_2": None})
             latents = run.denoise(pipeline, session, embeddings, plan, seed=0)
-    frames = run.decode(pipeline, latents, shape)
+    frames = decode_whole(pipeline, latents, shape)
     expected = latents_of(pipeline, tiny, steps=STEPS, output_type="np")[0]
     assert frames.shape == expected.shape
     difference = torch.from_numpy(frames).float() - torch.from_numpy(expected * 255)
@@ -224,7 +225,7 @@ def test_every_part_of_a_clip_follows_its_latents(case: Loaded, name: str) -> No
     shape = (tiny.height, tiny.width, tiny.num_frames)
     noise = torch.randn(case.stock.shape, generator=torch.Generator().manual_seed(3))
     clips = [
-        torch.from_numpy(run.decode(case.pipeline, latents, shape)).float()
+        torch.from_numpy(decode_whole(case.pipeline, latents, shape)).float()
         for latents in (case.stock, case.stock + 3 * noise)
     ]
     assert clips[0].shape == (tiny.num_frames, tiny.height, tiny.width, 3)

@@ -77,3 +77,7 @@ def test_more_latent_frames_than_structured_attention_takes() -> None:
         planned("wan2.1-1.3b", num_frames=1025)
     assert planned("wan2.1-1.3b", num_frames=1021).grid[0] == 256
     assert planned("wan2.1-1.3b", num_frames=1025, preset="dense").grid[0] == 257
+    with pytest.raises(InputError, match=r"129 latent frames, and structured attention of motif-video-2b takes 128 at"):
+        planned("motif-video-2b", num_frames=513)
+    assert planned("motif-video-2b", num_frames=509).grid[0] == 128, "a decoder block attends two clips at once"
+    assert planned("motif-video-2b", num_frames=513, preset="dense").grid[0] == 129

@@ -23,8 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vmonarch_kernels import Inputs, Options, configs, launch
-from vmonarch_kernels.structure import L_DTYPE, empty_l, split_frames
+from vmonarch_kernels import Inputs, Options, configs, launch, launch_backward
+from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, split_frames
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KB = 1024
@@ -84,11 +84,22 @@ def calls(dtype: torch.dtype, dim: int, frames: int, positions: int) -> dict[str
     residual = (meta(*size, dtype=L_DTYPE), meta(1, positions, 12, frames, dtype=torch.float32))
     plain = Inputs(q, q, q, (frames, 1, positions))
     warm = Inputs(q, q, q, plain.grid, empty_l(split_frames(q, frames)), extra, residual)
+    lse = meta(1, 12, frames, positions, dtype=torch.float32)
+    of_frame = Forward(meta(1, positions, 12, dim), None, lse[:, :, :1])
+
+    def backward(inputs: Inputs, options: Options, rows: int) -> Callable[[], object]:
+        kept = Forward(q, None, lse[:, :, :rows] if rows else None)
+        return lambda: launch_backward.monarch_backward_triton(inputs, options, kept, q)
+
     return {
         "cold": lambda: launch.monarch_triton(plain, Options(), False),
         "warm": lambda: launch.monarch_triton(warm, Options(1, first_frame=False, band=0), True),
         "band": lambda: launch.monarch_triton(warm, Options(2, band=1), True),
         "frame": lambda: launch.frame_triton(plain, 1, 0.1),
+        "backward": backward(plain, Options(), 1),
+        "backward warm": backward(warm, Options(1, first_frame=False, band=0), frames),
+        "backward band": backward(warm, Options(2, band=1), frames),
+        "backward frame": lambda: launch_backward.frame_backward_triton(warm, 1, 0.1, of_frame, of_frame.out),
         "refresh": lambda: launch.refresh_triton(warm, meta(*size), residual, 1, [2], 0.25, 0.1),
     }
 
@@ -142,7 +153,7 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
     chip = configs.chip(torch.device("cuda", 0))
     launch.chip = lambda device: chip  # type: ignore[assignment]
     found: dict[int, tuple[Any, dict[str, Any]]] = {}
-    modules = [launch.kernels]
+    modules = [launch.kernels, launch_backward.kernels]
     if not on_amd:
         from vmonarch_kernels import _hopper
 

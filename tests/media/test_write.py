@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
+import time
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -10,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media.write import write_clip, write_record
+from vmonarch_cli.clip.whole import file_facts
+from vmonarch_cli.errors import ModelError, OutputError
+from vmonarch_cli.media.encoders import ENCODERS
+from vmonarch_cli.media.write import clip_writer, pixels_of, write_clip, write_record
 
 
 def frames(count: int = 7, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -109,3 +114,122 @@ def test_records_are_valid_json(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "größe" in text
     assert json.loads(text) == {"prompt": "größe\n<b>", "nan": None, "path": str(tmp_path), "list": [1, 2.5, None]}
+
+
+# Frames that come in parts
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+def test_parts_make_the_same_file_as_a_whole_clip(tmp_path: Path, name: str) -> None:
+    clip = frames(11)
+    whole, parted = write_clip(clip, tmp_path / "whole" / name, fps=8), tmp_path / "parts" / name
+    with clip_writer(parted, clip.shape[:3], fps=8) as writer:
+        for part in (clip[:1], clip[1:5], clip[5:9], clip[9:]):
+            writer.add(part)
+    assert file_facts(parted) == file_facts(whole)
+    assert writer.pixels == pixels_of(clip)
+    # The hash of earlier versions: records that they wrote can still be checked.
+    assert writer.pixels.sha256 == hashlib.sha256(b"11x48x64x3\n" + clip.tobytes()).hexdigest()
+
+
+def test_parts_are_encoded_while_later_ones_are_made_and_few_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that stands still holds up whoever makes frames, after the handful that may wait."""
+    encoded: list[int] = []
+    go_on = threading.Event()
+
+    class Slow:
+        def __init__(self, path: Path, fps: int, count: int) -> None:
+            path.touch()
+
+        def add(self, part: NDArray[np.uint8]) -> None:
+            go_on.wait(30)
+            encoded.append(int(part[0, 0, 0, 0]))
+
+        def end(self) -> None: ...
+
+        def drop(self) -> None: ...
+
+    monkeypatch.setitem(ENCODERS, ".mp4", Slow)
+    added: list[int] = []
+
+    def make() -> None:
+        with clip_writer(tmp_path / "x.mp4", (100, 2, 2), fps=8) as writer:
+            for number in range(100):
+                writer.add(np.full((1, 2, 2, 3), number, np.uint8))
+                added.append(number)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    deadline = time.monotonic() + 10
+    while len(added) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert 4 <= len(added) < 10, "parts that wait are bounded"
+    assert encoded == []
+    go_on.set()
+    maker.join(30)
+    assert encoded == added == list(range(100))
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.png"])
+def test_an_error_of_the_encoder_reaches_whoever_makes_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("imageio.v2.get_writer", fail)
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    threads = threading.active_count()
+
+    def make() -> None:
+        with clip_writer(tmp_path / name, (500, 48, 64), fps=8) as writer:
+            for _ in range(500):
+                writer.add(frames(1))
+                time.sleep(0.001)
+            pytest.fail("nobody told the maker of frames")
+
+    with pytest.raises(OutputError, match=f"{name} cannot be written: No space left on device"):
+        make()
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("error", [OSError(5, "of the decoder"), KeyboardInterrupt(), ValueError("no")])
+def test_an_error_between_parts_is_raised_as_it_came_and_leaves_nothing(
+    tmp_path: Path, name: str, error: BaseException
+) -> None:
+    threads = threading.active_count()
+
+    def make() -> None:
+        with clip_writer(tmp_path / name, (9, 48, 64), fps=8) as writer:
+            writer.add(frames(4))
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        make()
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+def test_parts_that_are_no_whole_clip_are_refused(tmp_path: Path) -> None:
+    def make(part: NDArray[np.uint8]) -> None:
+        with clip_writer(tmp_path / "x.mp4", (9, 48, 64), fps=8) as writer:
+            writer.add(part)
+
+    with pytest.raises(ModelError, match=r"9 frames of 64x48 were planned, and 4 frames came"):
+        make(frames(4))
+    with pytest.raises(ModelError, match=r"9 frames of 64x48 were planned, and frames of 32x48 came"):
+        make(frames(9, 48, 32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pngs_are_numbered_by_the_length_of_the_clip(tmp_path: Path) -> None:
+    encoder = ENCODERS[".png"](tmp_path / "x.png", 8, 10001)
+    encoder.add(frames(2))
+    encoder.end()
+    assert sorted(file.name for file in (tmp_path / "x.png").iterdir()) == ["frame-00000.png", "frame-00001.png"]

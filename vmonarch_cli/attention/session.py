@@ -11,7 +11,7 @@ import torch
 from vmonarch_cli.attention.joint import Text, dense_joint
 from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import StepTracker
-from vmonarch_cli.attention.structured import Attention, Call, StructuredAttention
+from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.plan.schedule import at_steps
@@ -103,6 +103,10 @@ class AttentionSession:
         self.skipped_calls = self._structured_calls = 0
         self._dense_calls.clear()
 
+    def release(self) -> None:
+        """Free what was kept from step to step; counters and timings of the clip stay."""
+        self._structured.warm.drop()
+
     def begin_step(self, index: int | None = None, total: int | None = None) -> None:
         """Begin a denoising step (0-based; the next one by default); its time starts with its first forward."""
         if self._tracker.step is not None:
@@ -168,7 +172,7 @@ class AttentionSession:
         """
         forward = self._tracker.forward(transformer)
         frames, rows, columns = forward.grid
-        call = Call(
+        call = AttentionCall(
             q,
             k,
             v,
@@ -207,7 +211,7 @@ class AttentionSession:
         """The preset as it is in a clip of the current one's number of steps."""
         return at_steps(self.preset, self._tracker.total)
 
-    def _why_dense(self, call: Call) -> str | None:
+    def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
         frames, rows, columns = call.grid
         if self.preset.attention == "dense":

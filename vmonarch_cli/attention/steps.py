@@ -23,7 +23,7 @@ NO_STEP = (
 
 
 @dataclass(frozen=True)
-class Forward:
+class RunningForward:
     """The transformer forward that is running."""
 
     step: int
@@ -55,7 +55,7 @@ class Step:
 
     index: int
     """0-based within the clip."""
-    forward: Forward
+    forward: RunningForward
     forwards: Counter[int] = field(default_factory=Counter)
     """Forwards so far, by transformer."""
 
@@ -106,7 +106,7 @@ class StepTracker:
             raise RuntimeError(NO_STEP)
         index = self._done if self._announced is None else self._announced
         number = 0 if self.step is None else self.step.forwards[transformer]
-        forward = Forward(index, transformer, grid, number, both_prompts and number == 0, guided)
+        forward = RunningForward(index, transformer, grid, number, both_prompts and number == 0, guided)
         if self.step is None:
             self.step = Step(index, forward)
             if self._transformers and self.changes_over(transformer):
@@ -119,7 +119,7 @@ class StepTracker:
         """Whether the last step did not run this transformer: a two-stage model does not go back to its first."""
         return transformer not in self._transformers
 
-    def forward(self, transformer: int) -> Forward:
+    def forward(self, transformer: int) -> RunningForward:
         """The forward that is running; RuntimeError when it is not one of this transformer."""
         if self.step is None or self.step.forward.transformer != transformer:
             raise RuntimeError(NO_STEP)

@@ -16,7 +16,7 @@ from vmonarch_kernels import Inputs, attend, resolve_impl
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One self-attention call: its tensors, and where in the clip it stands.
 
     q, k, v: (B, S, heads, D). The S tokens are those of ``grid`` (T, H, W) and those of ``text``.
@@ -46,14 +46,14 @@ class Call:
         """Tokens of the call that are not text."""
         return self.q.shape[1] - (self.text.tokens if self.text else 0)
 
-    def samples(self, rows: slice, *, negative_half: bool) -> Call:
+    def samples(self, rows: slice, *, negative_half: bool) -> AttentionCall:
         """The call with only some samples of the batch, as a guidance branch."""
         text = None if self.text is None else self.text.samples(rows)
         key = self.key._replace(negative_half=negative_half)
         return replace(self, q=self.q[rows], k=self.k[rows], v=self.v[rows], text=text, key=key)
 
 
-Attention = Callable[[Call], torch.Tensor]
+Attention = Callable[[AttentionCall], torch.Tensor]
 """How the self-attention of a call is computed: (B, S, heads, D) in q's dtype."""
 
 
@@ -69,11 +69,11 @@ class StructuredAttention:
         """The implementation of the last call, None before one."""
         self._impls: dict[tuple[torch.device, torch.dtype, int], str] = {}
 
-    def __call__(self, call: Call) -> torch.Tensor:
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
         """The call's output."""
         return self._run(call, self.warm)
 
-    def rehearse(self, call: Call) -> torch.Tensor:
+    def rehearse(self, call: AttentionCall) -> torch.Tensor:
         """The same work without keeping anything: what it kept would make this clip differ from the next one."""
         return self._run(call, self.warm.rehearsal())
 
@@ -85,7 +85,7 @@ class StructuredAttention:
         self.impl = self._impls[key]
         return self.impl
 
-    def variant(self, call: Call) -> Hashable:
+    def variant(self, call: AttentionCall) -> Hashable:
         """What the first run of this call compiles; None where nothing compiles (all but Triton)."""
         if self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3]) != "triton":
             return None
@@ -94,14 +94,14 @@ class StructuredAttention:
         q = call.q
         return (q.shape, q.stride(), q.dtype, q.device, call.grid, call.key.forward > 0, cold)
 
-    def _run(self, call: Call, warm: WarmState) -> torch.Tensor:
+    def _run(self, call: AttentionCall, warm: WarmState) -> torch.Tensor:
         """The output of all guidance branches that the call has, in the order of its samples."""
         self.resolve_impl(call.q.device, call.q.dtype, call.q.shape[3])
         branches = self._branches(call)
         outs = [self._branch(branch, warm) for branch in branches]
         return outs[0] if len(outs) == 1 else torch.cat(outs[::-1])
 
-    def _branches(self, call: Call) -> list[Call]:
+    def _branches(self, call: AttentionCall) -> list[AttentionCall]:
         """The guidance branches of a call, the one that leads first; apart only where they keep something."""
         samples = call.q.shape[0]
         preset = at_steps(self.preset, call.steps)
@@ -114,7 +114,7 @@ class StructuredAttention:
         negative = call.samples(slice(samples // 2), negative_half=True)
         return [replace(branch, forwards=2) for branch in (prompts, negative)]
 
-    def _branch(self, call: Call, warm: WarmState) -> torch.Tensor:
+    def _branch(self, call: AttentionCall, warm: WarmState) -> torch.Tensor:
         """The structured call of one guidance branch. One that starts warm does one iteration."""
         preset = at_steps(self.preset, call.steps)
         options, start, keeps = options_for(preset, call.grid[0]), None, False
@@ -131,7 +131,7 @@ class StructuredAttention:
         return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
 
     def _attend(
-        self, inputs: Inputs, options: CallOptions, call: Call, warm: WarmState, keeps: bool
+        self, inputs: Inputs, options: CallOptions, call: AttentionCall, warm: WarmState, keeps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output of the video's queries, L where the call ``keeps`` it), with the residual that the preset wants."""
         impl = self.impl or "auto"
@@ -145,7 +145,7 @@ class StructuredAttention:
         count = self._due(call) if warm.keeps else 1
         return residual.attention(inputs, options.kernel, options.refresh, count=count, impl=impl, return_l=keeps)
 
-    def _due(self, call: Call) -> int:
+    def _due(self, call: AttentionCall) -> int:
         """Frames that have their turn in this call."""
         layers = self._layers[call.key.transformer]
         schedule = schedule_for(self.preset, call.grid[0], call.steps, layers, len(self._layers))

@@ -257,6 +257,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     content["setup"].pop("offload", None)
+    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+        del content["setup"]["vae_dtype"]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ from vmonarch_cli.media.paths import LATENTS_ENDING, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 from vmonarch_cli.pipeline.preflight import machine_to_decode
 from vmonarch_cli.plan.checks import device as checked_device
+from vmonarch_cli.plan.checks import dtype as checked_dtype
 from vmonarch_cli.timing import ClipResult
 
 
@@ -52,6 +53,7 @@ def decode_files(
     output: Path | None,
     *,
     device: str | None,
+    vae_dtype: str | None,
     keep: bool,
     overwrite: bool,
     interrupts: Interrupts,
@@ -61,7 +63,8 @@ def decode_files(
 
     InputError before anything is loaded when a file does not read or a clip exists; what fails later is an outcome.
     """
-    saved = [(file, _relocated(load_latents(file), file, output, checked_device(device))) for file in files]
+    device, vae_dtype = checked_device(device), checked_dtype(vae_dtype, "--vae-dtype")
+    saved = [(file, _relocated(load_latents(file), file, output, device, vae_dtype)) for file in files]
     for _, latents in saved:
         path = latents.plan.outputs[latents.index]
         for taken in (path, record_path(path)):
@@ -69,9 +72,9 @@ def decode_files(
             if taken.exists() and not overwrite and not (latents.key and output is None):
                 raise InputError(f"{taken} exists already: pass --overwrite to replace it, or another --output")
     outcomes = []
-    loaded: tuple[tuple[str, str, str], ClipMaker] | None = None
+    loaded: tuple[tuple[str, ...], ClipMaker] | None = None
     for file, latents in saved:
-        kind = (latents.plan.model_source, latents.plan.device, latents.plan.dtype)
+        kind = (latents.plan.model_source, latents.plan.device, latents.plan.dtype, latents.plan.setup.vae_dtype)
         if loaded is None or loaded[0] != kind:
             loaded = None  # the model before goes first: both may not fit
             loaded = (kind, ClipMaker(latents.plan, machine_to_decode(latents.plan), on_event=on_event, to_decode=True))
@@ -79,11 +82,16 @@ def decode_files(
     return outcomes
 
 
-def _relocated(saved: SavedLatents, file: Path, output: Path | None, device: str | None) -> SavedLatents:
-    """The same latents with their clip's place, and the device to decode on."""
+def _relocated(
+    saved: SavedLatents, file: Path, output: Path | None, device: str | None, vae_dtype: str | None
+) -> SavedLatents:
+    """The same latents with their clip's place, and the device and the dtype to decode in."""
     names = [path.name for path in saved.plan.outputs]
     outputs = tuple((output or file.parent) / name for name in names)
-    plan = saved.plan.model_copy(update={"outputs": outputs, "device": device or "auto"})
+    setup = saved.plan.setup
+    if vae_dtype is not None:
+        setup = setup.model_copy(update={"vae_dtype": vae_dtype})
+    plan = saved.plan.model_copy(update={"outputs": outputs, "device": device or "auto", "setup": setup})
     return SavedLatents(plan, saved.index, saved.denoised, saved.key)
 
 

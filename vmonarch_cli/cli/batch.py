@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from vmonarch_cli.batch.worker import leave_group
 from vmonarch_cli.cli import batch_tables as report
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.cli.plan_tables import totals_json, totals_rows
+from vmonarch_cli.cli.tables import facts
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
 from vmonarch_cli.machine.torchrun import read_rank
@@ -99,9 +102,18 @@ class BatchOptions(PlannedBatchOptions):
 
 
 def run_prompts_file(
-    request: GenerateRequest, options: BatchOptions, shown: Shown, *, dry_run: bool, debug: bool
+    request: GenerateRequest,
+    options: BatchOptions,
+    shown: Shown,
+    *,
+    dry_run: bool,
+    debug: bool,
+    vram: float | None = None,
 ) -> None:
-    """Plan a batch and make it, or with `dry_run` show it. Exits with 1 when a clip failed or was left unmade."""
+    """Plan a batch and make it, or with `dry_run` show it, also for a card of `vram` GiB.
+
+    Exits with 1 when a clip failed or was left unmade.
+    """
     rank = read_rank()
     leave_group()
     flags = options.flags(request.overwrite)
@@ -109,7 +121,7 @@ def run_prompts_file(
     out = shown.output(main=rank.is_main)
     _tell_notes(planned, out)
     if dry_run:
-        _show_plan(planned.open(dry=True), out)
+        _show_plan(planned.open(dry=True), out, vram)
         return
     machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
     opened = planned.open(on_wait=out.insist)
@@ -166,9 +178,11 @@ def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> None:
     from vmonarch_cli.review.gallery import write_gallery
 
     try:
-        write_gallery(batch.folder)
+        gallery = write_gallery(batch.folder)
     except VmonarchError as error:
         out.warn(f"the gallery was not written: {error}")
+    else:
+        _warn_of([f"a clip is left out of the gallery: {sentence}" for sentence in gallery.left_out], out)
 
 
 def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
@@ -184,19 +198,26 @@ def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
     out.paths(*(clip.path for clip in batch.clips if clip.key in entries and entries[clip.key].status == "done"))
 
 
-def _show_plan(batch: Batch, out: Output) -> None:
+def _show_plan(batch: Batch, out: Output, vram: float | None) -> None:
+    left = [clip.plan for clip in batch.clips if report.to_do(clip, batch.before[clip.key]) == "make"]
     if out.as_json:
-        out.json({"dry_run": True, "version": __version__, **report.batch_json(batch, batch.before)})
+        told = report.batch_json(batch, batch.before)
+        out.json({"dry_run": True, "version": __version__, **told, "totals": totals_json(left, vram)})
     elif out.silent:
         out.paths(*(clip.path for clip in batch.clips))
     else:
         out.show(report.batch_table(batch))
+        if left:
+            out.show(facts(totals_rows(left, vram)))
         out.say(report.standing(batch, batch.before))
 
 
 def _tell_notes(planned: BatchPlan, out: Output) -> None:
-    found = planned.warnings
     out.note(*planned.notes)
+    _warn_of(planned.warnings, out)
+
+
+def _warn_of(found: Sequence[str], out: Output) -> None:
     out.warn(*found[:_MAX_WARNINGS])
     if len(found) > _MAX_WARNINGS:
         out.warn(f"and {len(found) - _MAX_WARNINGS} more like these")
@@ -209,6 +230,14 @@ def decode_latents(
         Path | None, option("--output", "-o", panel=OUTPUT, help="Folder for the clips. Default: beside the latents.")
     ] = None,
     device: Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")] = None,
+    vae_dtype: Annotated[
+        str | None,
+        option(
+            "--vae-dtype",
+            panel=OUTPUT,
+            help="auto, float32, bfloat16 or float16: what the VAE decodes in. Default: as the run had it.",
+        ),
+    ] = None,
     keep: Annotated[bool, option("--keep", panel=OUTPUT, help="Do not remove the latents afterwards.")] = False,
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
     *,
@@ -231,6 +260,7 @@ def decode_latents(
                 found,
                 output,
                 device=device,
+                vae_dtype=vae_dtype,
                 keep=keep,
                 overwrite=overwrite,
                 interrupts=interrupts,

@@ -17,7 +17,7 @@ from vmonarch_cli.events import Event, LatentsSaved
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.resolve import resolve, with_hub_loras
 from vmonarch_cli.timing import ClipResult
 
 
@@ -53,6 +53,7 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.plan.history import remember
 
+    resolved = with_hub_loras(resolved)
     machine = check_machine(resolved)
     out.show(report.header(resolved, machine))
 

@@ -133,10 +133,20 @@ class RequestFlags(TypedDict, total=False):
         option("--offload", panel=MEMORY, help="auto, none, model, group or sequential: what waits off the GPU."),
     ]
     vae_tiling: Annotated[bool, option("--vae-tiling", panel=MEMORY, help="Decode in tiles: less memory, slower.")]
+    vae_dtype: Annotated[
+        str | None,
+        option("--vae-dtype", panel=MEMORY, help="The VAE decodes in auto (default), float32, bfloat16 or float16."),
+    ]
     quantize: Annotated[str | None, option("--quantize", panel=MEMORY, help="fp8 or int8 weights for the transformer.")]
     loras: Annotated[
         list[str] | None,
-        option("--lora", panel=SPEED, metavar="PATH[:SCALE]", help="Add a LoRA: file, folder or hub id (repeatable)."),
+        option(
+            "--lora",
+            panel=SPEED,
+            metavar="[high:|low:]PATH[:SCALE]",
+            help="Add a LoRA: file, folder, hub id or owner/name/file; high: or low: for one of two transformers "
+            "(repeatable).",
+        ),
     ]
     cache: Annotated[
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")

@@ -136,6 +136,11 @@ def _console(stderr: bool) -> Console:
     return made
 
 
+def plain_console(stream: TextIO, width: int) -> Console:
+    """A console of so many columns that writes plain text, without colours, to a stream."""
+    return Console(file=stream, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+
+
 class _Printable:
     """A renderable whose text cannot steer the terminal, whoever wrote it."""
 

@@ -32,11 +32,13 @@ def plan(
     No weight is loaded and nothing is written.
     """
     refuse_stray(words)
+    number("--vram", vram, 0.5, 10_000)
     if options.prompts_file is not None:
-        batch.run_prompts_file(request, batch.BatchOptions(**vars(options)), shown, dry_run=True, debug=debug)
+        batch.run_prompts_file(
+            request, batch.BatchOptions(**vars(options)), shown, dry_run=True, debug=debug, vram=vram
+        )
         return
     out = shown.output(main=read_rank().is_main)
-    number("--vram", vram, 0.5, 10_000)
     resolved = resolve(request, needs_prompt=False)
     tell_notes(resolved, out)
     show_plan(resolved, out, vram)
@@ -70,6 +72,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),
         "schedule": [row.model_dump() for row in resolved.schedule],
+        "loras": [facts.model_dump() for facts in resolved.loras],
         "outputs": [str(path) for path in resolved.outputs],
         "warnings": list(resolved.warnings),
     }

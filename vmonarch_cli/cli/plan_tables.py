@@ -9,13 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_words
+from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
-from vmonarch_cli.plan.memory import Footprint, footprint, kept_bytes, lighter_peaks
+from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
@@ -61,7 +61,8 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.schedule),
-        *memory_rows(memory_of(plan, vram), plan),
+        *lora_rows(plan),
+        *memory_rows(memory_of([plan], vram), [plan]),
     ]
     if kept_bytes(plan):
         rows.append(("kept", f"up to {binary_size(kept_bytes(plan))} of factors and corrections between steps"))
@@ -74,30 +75,67 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
 
 def estimates(plan: Plan, vram: float | None = None) -> dict[str, Any]:
     """The memory and time that a plan will need, for JSON; "time" is None without a recorded clip to go by."""
-    expected, memory = expect(plan), memory_of(plan, vram)
-    card = {} if vram is None else {"vram_bytes": memory.free, "fits": list(memory.fitting)}
+    expected = expect(plan)
     return {
-        "memory": {
-            "on": "gpu" if memory.on_gpu else "cpu",
-            "peak_bytes": memory.peaks,
-            "warm_state_bytes": kept_bytes(plan),
-            "dtype": memory.dtype,
-            **card,
-        },
+        "memory": {**_memory_json(memory_of([plan], vram)), "warm_state_bytes": kept_bytes(plan)},
         "time": None if expected is None else {**expected.to_json(), "all_clips_s": expected.clip_s * plan.num_videos},
         "replaced": [str(path) for path in plan.outputs if path.exists()],
     }
 
 
-def memory_of(plan: Plan, vram: float | None = None) -> Footprint:
-    """The expected memory of a plan where it will run, or on a card of `vram` GiB."""
+def totals_rows(plans: Sequence[Plan], vram: float | None = None) -> list[tuple[str, RenderableType]]:
+    """What all clips of a batch take together; `plans` are of the clips that are still to be made."""
+    sums = totals(plans, _clip_seconds)
+    clips = f"for {sums.clips} clip{'s' if sums.clips > 1 else ''}"
+    if sums.seconds is None:
+        time = f"no record of this model on {device_key(plans[0].device)} yet: a first clip makes one"
+    else:
+        time = f"about {seconds(sums.seconds)} {clips}, from earlier clips on this machine"
+    return [
+        ("attention", flops_ratio(sums.planned_flops, sums.dense_flops, clips)),
+        *memory_rows(memory_of(plans, vram), plans),
+        ("time", time),
+    ]
+
+
+def totals_json(plans: Sequence[Plan], vram: float | None = None) -> dict[str, Any] | None:
+    """The same for JSON; None where no clip is left to make."""
+    if not plans:
+        return None
+    sums = totals(plans, _clip_seconds)
+    return {
+        "clips": sums.clips,
+        "flops": {"dense": sums.dense_flops, "planned": sums.planned_flops},
+        "seconds": sums.seconds,
+        "memory": _memory_json(memory_of(plans, vram)),
+    }
+
+
+def _clip_seconds(plan: Plan) -> float | None:
+    expected = expect(plan)
+    return None if expected is None else expected.clip_s
+
+
+def _memory_json(memory: Footprint) -> dict[str, Any]:
+    card = {} if memory.free is None else {"vram_bytes": memory.free, "fits": list(memory.fitting)}
+    return {
+        "on": "gpu" if memory.on_gpu else "cpu",
+        "peak_bytes": memory.peaks,
+        "dtype": memory.dtype,
+        **card,
+    }
+
+
+def memory_of(plans: Sequence[Plan], vram: float | None = None) -> Footprint:
+    """The expected memory of plans of one model where they will run, or on a card of `vram` GiB."""
+    first = plans[0]
     if vram is None:
-        return footprint(plan, resolved_dtype(plan), on_gpu=will_use_gpu(plan))
-    dtype = "bfloat16" if plan.dtype == "auto" else plan.dtype
-    return footprint(plan, dtype, on_gpu=True, free=round(vram * 2**30))
+        return largest_footprint(plans, resolved_dtype(first), on_gpu=will_use_gpu(first))
+    dtype = "bfloat16" if first.dtype == "auto" else first.dtype
+    return largest_footprint(plans, dtype, on_gpu=True, free=round(vram * 2**30))
 
 
-def memory_rows(memory: Footprint, plan: Plan) -> list[tuple[str, RenderableType]]:
+def memory_rows(memory: Footprint, plans: Sequence[Plan]) -> list[tuple[str, RenderableType]]:
     """One row on a CPU; on a GPU one for each offload mode, with whether it fits where a card was named."""
     if not memory.on_gpu:
         return [("memory", f"about {binary_size(memory.peaks['none'])} of this machine in {memory.dtype}")]
@@ -106,14 +144,14 @@ def memory_rows(memory: Footprint, plan: Plan) -> list[tuple[str, RenderableType
         fits = "" if memory.free is None else ", fits" if mode in memory.fitting else ", does not fit"
         rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{fits}"))
     if memory.free is not None:
-        rows.append(("a card", f"of {binary_size(memory.free)}: {_advice(memory, plan)}"))
+        rows.append(("a card", f"of {binary_size(memory.free)}: {_advice(memory, plans)}"))
     return rows
 
 
-def _advice(memory: Footprint, plan: Plan) -> str:
+def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
     if memory.fitting:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
-    lighter = lighter_peaks([plan], memory.dtype).items()
+    lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
     other = "a smaller size, fewer frames, --vae-tiling or --quantize fp8"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"

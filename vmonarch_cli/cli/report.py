@@ -11,11 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli.cli.schedule_tables import schedule_words
+from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
+from vmonarch_cli.models.lora_facts import is_local
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
+
+_TELLS = 0.01
+"""Seconds of hidden work below which nobody needs to hear of it."""
 
 
 def header(plan: Plan, machine: Machine) -> Table:
@@ -29,9 +35,19 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.schedule)}"),
+            *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
+
+
+def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """One row for each LoRA file: its format, rank, alpha and place; a dry run does not look at those of the hub."""
+    rows: list[tuple[str, RenderableType]] = [("lora", facts.words()) for facts in plan.loras]
+    loras = [parse_lora(text) for text in plan.setup.loras]
+    if len(plan.loras) < len(loras):
+        rows += [("lora", f"{lora.source}, of the hub, scale {lora.scale:g}") for lora in loras if not is_local(lora)]
+    return rows
 
 
 def _layers(plan: Plan) -> str:
@@ -67,11 +83,15 @@ def _counted(count: int, noun: str) -> str:
 
 def flops_words(plan: Plan) -> str:
     """'94 GFLOP dense, 35 GFLOP as planned (2.7x less)' of a whole clip."""
-    dense, planned = plan.flops.dense, plan.flops.planned
+    return flops_ratio(plan.flops.planned, plan.flops.dense, "per clip")
+
+
+def flops_ratio(planned: int, dense: int, what: str) -> str:
+    """'35 GFLOP per clip against 94 GFLOP dense (2.7x less)'; `what`: "per clip" or what else was counted."""
     if dense == planned:
-        return f"{flops(dense)} per clip, all dense"
+        return f"{flops(dense)} {what}, all dense"
     ratio = f"{dense / planned:.1f}x less" if planned < dense else f"{planned / dense:.1f}x more"
-    return f"{flops(planned)} per clip against {flops(dense)} dense ({ratio})"
+    return f"{flops(planned)} {what} against {flops(dense)} dense ({ratio})"
 
 
 def step_table(timing: ClipTiming | Sequence[StepAttention], width: int) -> Table:
@@ -129,15 +149,18 @@ def _clip_cells(
     return cells
 
 
-def step_legend(steps: Sequence[StepAttention]) -> Text:
-    """What the columns, rows and marks mean, only those that occur."""
+def step_legend(timing: ClipTiming | Sequence[StepAttention]) -> Text:
+    """What the columns, rows and marks of a `step_table` mean, only those that occur."""
+    steps = timing.steps if isinstance(timing, ClipTiming) else timing
+    whole = isinstance(timing, ClipTiming)
     parts = []
     if any(s.dense_s for s in steps):
         parts.append("dense and error: on the tensors of a step's first forward, outside its time")
     if any(s.structured_calls for s in steps):
         parts.append("median: of each column, speedup and error of structured steps alone")
+    if any(s.structured_calls for s in steps) and whole:
         parts.append("clip: sums of all steps, their ratio, and the largest error")
-    if any(s.structured_calls and s.dense_s is None for s in steps):
+    if any(s.structured_calls and s.dense_s is None for s in steps) and whole:
         parts.append("dense of the clip: steps without a sample count by the mean of the samples")
     if any(0 < s.structured_calls < s.calls for s in steps):
         parts.append("p: some layers dense")
@@ -155,6 +178,10 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
     parts.append(("write", timing.write_s))
     spent = ", ".join(f"{name} {seconds(value)}" for name, value in parts)
     rows.append(("of which", spent))
+    hidden = timing.hidden_write_s
+    rows.append(
+        ("spent", SpentBar(timing.parts, f"{seconds(hidden)} of writing beside decoding" if hidden > _TELLS else ""))
+    )
     if load_s is not None:
         rows.append(("load", f"{seconds(load_s)} for the model, in no figure above"))
     if timing.error is not None:
@@ -212,7 +239,7 @@ def clip_report(result: ClipResult, load_s: float | None, title: str, width: int
     """Table, legend and summary of one clip."""
     parts: list[RenderableType] = [Text(title, style="bold")] if title else []
     timing = result.timing
-    parts += [step_table(timing, width), step_legend(timing.steps), Text(), summary(result, load_s), Text()]
+    parts += [step_table(timing, width), step_legend(timing), Text(), summary(result, load_s), Text()]
     return Group(*parts)
 
 

@@ -21,6 +21,9 @@ def rerun(
         str | None, option("--output", "-o", panel=OUTPUT, help="File of the new clip. Default: NAME-rerun.")
     ] = None,
     device: Annotated[str | None, option("--device", panel=OUTPUT, help="Another device than the record's.")] = None,
+    vae_dtype: Annotated[
+        str | None, option("--vae-dtype", panel=OUTPUT, help="Another dtype to decode in than the record's.")
+    ] = None,
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -38,7 +41,7 @@ def rerun(
     given = user_path(str(record), "record")
     file = record_path(given) if given.suffix.lower() in ENDINGS else given
     before = check_record(file)
-    plan = plan_again(file, output, overwrite, device)
+    plan = plan_again(file, output, overwrite, device, vae_dtype)
     out.note(*plan.notes)
     machine = check_machine(plan)
     with RunProgress(out) as progress:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vmonarch_cli.attention.session import AttentionSession
@@ -16,6 +17,7 @@ from vmonarch_cli.clip.denoise import denoise
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
 from vmonarch_cli.clip.record import make_record, make_timing
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
+from vmonarch_cli.clip.stream import Target, write_decoded
 from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.events import (
@@ -34,15 +36,16 @@ from vmonarch_cli.events import (
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
 from vmonarch_cli.media.publish import NameTaken
-from vmonarch_cli.media.write import write_clip, write_record
+from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
-from vmonarch_cli.pipeline.call import Frames, decode, encode
-from vmonarch_cli.pipeline.decode_retry import decode_with_retries
-from vmonarch_cli.pipeline.device import DTYPES
+from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import with_hub_loras
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -112,11 +115,12 @@ class ClipMaker:
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
         self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
-        loaded_s = time.perf_counter() - began
-        on_event(ModelLoaded(plan.model_source, loaded_s, machine.device_name, machine.dtype, impl))
+        self._load_s: float | None = time.perf_counter() - began
+        on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
     def _load(self, plan: Plan, share_clip: bool) -> Any:
         return load_pipeline(
@@ -124,10 +128,14 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=plan.setup.model_copy(update={"offload": self._machine.offload}),
+            setup=self._setup(plan),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
+
+    def _setup(self, plan: Plan) -> Setup:
+        """The plan's setup with what this machine decided."""
+        return plan.setup.model_copy(update={"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype})
 
     def _load_decoder(self, plan: Plan) -> Any:
         return load_decoder(
@@ -135,7 +143,7 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            vae_tiling=plan.setup.vae_tiling,
+            setup=self._setup(plan),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
         )
 
@@ -202,32 +210,47 @@ class ClipMaker:
         *,
         overwrite: bool | None = None,
         work: Path | None = None,
-        on_frames: Callable[[Frames], None] = lambda frames: None,
+        on_frames: Callable[[Frames], None] | None = None,
         on_written: Callable[[ClipResult], None] = lambda result: None,
     ) -> ClipResult:
-        """Decode (with less memory where it runs out), and write the clip and its record.
+        """Decode (with less memory where it runs out) while what is decoded is written, and write the record.
 
-        `overwrite`: the plan's own by default; `work`: see `write_clip`; `on_frames` gets the frames as decoded,
+        `overwrite`: the plan's own by default; `work`: see `clip_writer`; `on_frames` gets all frames as decoded,
         `on_written` the result before anybody else hears of it.
         """
         path = plan.outputs[index]
         replaces = plan.overwrite if overwrite is None else overwrite
         self._on_event(Decoding(index))
-        watch = Stopwatch(self._device)
-        frames, retries = decode_with_retries(
-            lambda: decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames)),
+        parts: list[Frames] = []
+
+        def decoded() -> Iterator[Frames]:
+            parts.clear()
+            return decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames))
+
+        written, retries = write_decoded(
+            decoded,
+            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work),
             self._pipeline,
             self._device,
-            lambda sentence: self._on_event(Retrying(index, sentence)),
+            on_part=None if on_frames is None else parts.append,
+            on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
-        decode_s = watch.lap()
-        write_clip(frames, path, plan.fps, replaces, work)
-        write_s = watch.lap()
-        timing = make_timing(denoised, decode_s, write_s, peak_memory(self._device))
-        record = make_record(plan, denoised, timing, path, frames, file_facts(path))
+        load_s, self._load_s = self._load_s, None  # the first clip paid for it
+        timing = make_timing(
+            denoised,
+            written.decode_s,
+            written.write_s,
+            peak_memory(self._device),
+            load_s=load_s,
+            hidden_write_s=written.hidden_s,
+        )
+        vae_dtype = dtype_name(self._pipeline.vae.dtype)
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
         write_record(record_path(path), record, replaces, work)
-        on_frames(frames)
+        if on_frames is not None:
+            on_frames(np.concatenate(parts))
         result = ClipResult(
             index=index,
             path=path,

@@ -13,20 +13,19 @@ from pydantic import ConfigDict, ValidationError
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
-from vmonarch_cli.media.write import frames_hash
+from vmonarch_cli.media.write import Pixels
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.setup import parse_lora
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
 from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
-    from vmonarch_cli.pipeline.call import Frames
 
 _REPEATED = "record"
 _StrictRequest = pydantic.dataclasses.dataclass(
@@ -36,12 +35,18 @@ _StrictRequest = pydantic.dataclasses.dataclass(
 
 
 def make_record(
-    plan: Plan, denoised: Denoised, timing: ClipTiming, clip: Path, frames: Frames, written: dict[str, Any] | None
+    plan: Plan,
+    denoised: Denoised,
+    timing: ClipTiming,
+    clip: Path,
+    pixels: Pixels,
+    written: dict[str, Any] | None,
+    vae_dtype: str | None = None,
 ) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
-    `frames`: (F, H, W, 3), uint8, as decoded. `written`: size and hash of the clip's file, see
-    `whole.file_facts`; None where there is none.
+    `pixels`: the frames as decoded. `written`: size and hash of the clip's file, see
+    `whole.file_facts`; None where there is none. `vae_dtype`: what the frames were decoded in.
     """
     return {
         "schema": RECORD_SCHEMA,
@@ -49,11 +54,11 @@ def make_record(
         "seed": denoised.seed,
         "clip": clip.name,
         "frames": {
-            "count": len(frames),
-            "height": frames.shape[1],
-            "width": frames.shape[2],
+            "count": pixels.count,
+            "height": pixels.height,
+            "width": pixels.width,
             "fps": plan.fps,
-            "sha256": frames_hash(frames),
+            "sha256": pixels.sha256,
         },
         "file": written,
         "settings": plan.settings(),
@@ -65,6 +70,7 @@ def make_record(
         "schedule": [row.model_dump() for row in plan.schedule],
         "device": denoised.device,
         "dtype": denoised.dtype,
+        "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
@@ -72,12 +78,23 @@ def make_record(
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
         "setup": plan.setup.model_dump(),
+        "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }
 
 
-def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple[int, str]) -> ClipTiming:
-    """Where a clip's time went: what its latents took, and the rest. `peak`: bytes, and what they count."""
+def make_timing(
+    denoised: Denoised,
+    decode_s: float,
+    write_s: float,
+    peak: tuple[int, str],
+    *,
+    load_s: float | None = None,
+    hidden_write_s: float = 0.0,
+) -> ClipTiming:
+    """Where a clip's time went: what its latents took, and the rest, in seconds as `ClipTiming` names them. `peak`:
+    bytes, and what they count.
+    """
     first_calls = [step.first_call_s for step in denoised.steps if step.first_call_s is not None]
     return ClipTiming(
         steps=denoised.steps,
@@ -91,10 +108,18 @@ def make_timing(denoised: Denoised, decode_s: float, write_s: float, peak: tuple
         peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
         peak_memory_kind=peak[1],
         warm_state_bytes=denoised.warm_state_bytes,
+        load_s=load_s,
+        hidden_write_s=hidden_write_s,
     )
 
 
-def plan_again(file: Path, output: str | None, overwrite: bool = False, device: str | None = None) -> Plan:
+def plan_again(
+    file: Path,
+    output: str | None,
+    overwrite: bool = False,
+    device: str | None = None,
+    vae_dtype: str | None = None,
+) -> Plan:
     """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
     InputError or ModelError when the record asks for something that this version or this machine does not have.
@@ -114,6 +139,7 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
+        "vae_dtype": vae_dtype,
         "device": device or record.device.type.partition(":")[0],
         "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
         "overwrite": overwrite,
@@ -128,9 +154,18 @@ def plan_again(file: Path, output: str | None, overwrite: bool = False, device: 
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
     schedule = tuple(Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift).step_costs(preset))
-    costs = {"flops": flops, "schedule": schedule}
-    again = {"preset": preset, **costs, "origins": origins, "notes": tuple(_loads(plan)), "warnings": ()}
-    return plan.model_copy(update=again)
+    setup = plan.setup
+    if vae_dtype is None and (then := _decoded_in(record)) is not None:
+        setup = setup.model_copy(update={"vae_dtype": then})
+    again = {"preset": preset, "setup": setup, "flops": flops, "schedule": schedule, "origins": origins, "warnings": ()}
+    return plan.model_copy(update={**again, "notes": tuple(_loads(plan))})
+
+
+def _decoded_in(record: Record) -> str | None:
+    """What the frames were decoded in, in place of "auto"; None where it is what the rest runs in."""
+    if record.vae_dtype is not None:
+        return record.vae_dtype
+    return "float32" if record.model.vae_float32 else None  # of a version that had no choice
 
 
 def _implementation(record: Record) -> dict[str, str]:

@@ -82,6 +82,7 @@ class ModelFacts(_Part):
     alias: str
     title: str
     hub_id: str | None = None
+    vae_float32: bool = False
 
 
 class DeviceFacts(_Part):
@@ -173,6 +174,8 @@ class Record(_Part):
     flops: FlopsFacts = FlopsFacts()
     device: DeviceFacts | None = None
     dtype: str | None = None
+    vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the frames were decoded in; None in records of earlier versions."""
     impl: str | None = None
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
@@ -206,7 +209,7 @@ class Record(_Part):
         values["num_videos"] = 1
         values["model.source"] = self.model.source
         values["device"] = None if self.device is None else self.device.name
-        values["dtype"], values["impl"] = self.dtype, self.impl
+        values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
         return values
 
 

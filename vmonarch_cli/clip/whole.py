@@ -63,7 +63,7 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
         return False
     if record.file.model_dump() != file_facts(clip):
         return False
-    then = {name: entry.value for name, entry in record.settings.items()}
+    then = {"vae_dtype": "auto", **{name: entry.value for name, entry in record.settings.items()}}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
-from vmonarch_cli.families.base import Family, Shape, layers
+from vmonarch_cli.families.base import Family, Shape, at_once, layers
 
 
 class AllegroMonarchProcessor(MonarchProcessor):
@@ -57,7 +57,7 @@ def _without_negative_prompt(pipeline: Any, arguments: dict[str, Any]) -> Abstra
 ALLEGRO = Family(
     {"AllegroAttnProcessor2_0": AllegroMonarchProcessor},
     layers("transformer_blocks.N.attn1"),
-    _decode,
+    at_once(_decode),
     adjusted=_without_negative_prompt,
     always_tiled=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,10 @@ from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
 """Height and width in pixels, frames."""
-Decoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
+WholeDecoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
 """(pipeline, its latents, shape of the clip) -> frames (1, 3, F, height, width), from -1 to 1."""
+Decoder = Callable[[Any, torch.Tensor, Shape | None], Iterator[torch.Tensor]]
+"""The same in parts (1, 3, f, height, width), in order; f is all of F where the VAE makes all frames together."""
 
 
 def latent_grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
@@ -133,6 +135,15 @@ def layers(*paths: str) -> tuple[re.Pattern[str], ...]:
 # What the decoders share
 
 
+def at_once(decode: WholeDecoder) -> Decoder:
+    """A decoder that makes all frames together, as one that gives them in parts."""
+
+    def parts(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+        yield decode(pipeline, latents, shape)
+
+    return parts
+
+
 def mean_and_std(pipeline: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The VAE's statistics of latents (B, C, F, h, w), each (1, C, 1, 1, 1)."""
     config = pipeline.vae.config
@@ -146,6 +157,13 @@ def run_vae(pipeline: Any, latents: torch.Tensor, *more: Any) -> torch.Tensor:
     return clip
 
 
+def start_offloaded(module: Any) -> None:
+    """Let a module that offloading moves about come to the device, as diffusers does before `decode`."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
 def decode_scaled(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
-    """The decoder of the families whose VAE has a scaling factor and no statistics."""
+    """The whole decoder of the families whose VAE has a scaling factor and no statistics."""
     return run_vae(pipeline, latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor)

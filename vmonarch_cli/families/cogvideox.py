@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
-from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, Shape, layers, patch_of
+from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, Shape, at_once, layers, patch_of
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.cogvideox import transformer_config
 
@@ -94,7 +94,7 @@ COGVIDEOX = Family(
         "FusedCogVideoXAttnProcessor2_0": CogVideoXMonarchProcessor,
     },
     layers("transformer_blocks.N.attn1"),
-    _decode,
+    at_once(_decode),
     grid=_grid,
     forward=ForwardInputs(_latents, _rotary),
 )

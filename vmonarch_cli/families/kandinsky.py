@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
-from vmonarch_cli.families.base import Family, Shape, decode_scaled, layers, patch_of
+from vmonarch_cli.families.base import Family, Shape, at_once, decode_scaled, layers, patch_of
 from vmonarch_cli.models.base import Grid
 
 
@@ -67,7 +67,7 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.
 KANDINSKY_5 = Family(
     {"Kandinsky5AttnProcessor": KandinskyMonarchProcessor},
     layers("visual_transformer_blocks.N.self_attention"),
-    _decode,
+    at_once(_decode),
     grid=_grid,
     obstacle=_sparse,
     prompt=lambda text: [text],  # its encode_prompt goes through the characters of a bare string

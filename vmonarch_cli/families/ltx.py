@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
-from vmonarch_cli.families.base import Family, Shape, layers, patch_of, run_vae, stock_plan
+from vmonarch_cli.families.base import Family, Shape, at_once, layers, patch_of, run_vae, stock_plan
 from vmonarch_cli.models.base import Grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -210,7 +210,7 @@ def compressed(image: Any, quality: int) -> Any:
 LTX = Family(
     {"LTXVideoAttnProcessor": LTXMonarchProcessor},
     layers("transformer_blocks.N.attn1"),
-    _decode,
+    at_once(_decode),
     grid=_grid,
     parallel_plan=_parallel_plan,
 )
@@ -220,7 +220,7 @@ LTX2 = Family(
         "LTX2PerturbedAttnProcessor": LTX2PerturbedMonarchProcessor,
     },
     layers("transformer_blocks.N.attn1"),
-    _decode_2,
+    at_once(_decode_2),
     grid=_grid,
     adjusted=_compressing,
     parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, added_qkv, heads_of, split_out
-from vmonarch_cli.families.base import Family, Shape, layers, mean_and_std, run_vae
+from vmonarch_cli.families.base import Family, Shape, at_once, layers, mean_and_std, run_vae
 
 
 class MochiMonarchProcessor(MonarchProcessor):
@@ -52,4 +52,4 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.
     return run_vae(pipeline, (latents * std / config.scaling_factor + mean).to(pipeline.vae.dtype))
 
 
-MOCHI = Family({"MochiAttnProcessor2_0": MochiMonarchProcessor}, layers("transformer_blocks.N.attn1"), _decode)
+MOCHI = Family({"MochiAttnProcessor2_0": MochiMonarchProcessor}, layers("transformer_blocks.N.attn1"), at_once(_decode))

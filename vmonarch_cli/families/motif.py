@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.families.base import Family, Shape, layers, mean_and_std, run_vae
+from vmonarch_cli.families.base import Family, Shape, at_once, layers, mean_and_std, run_vae
 from vmonarch_cli.families.hunyuan import HunyuanMonarchProcessor
 
 
@@ -35,5 +35,5 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.
 MOTIF_VIDEO = Family(
     {"MotifVideoAttnProcessor2_0": MotifMonarchProcessor},
     layers("transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
-    _decode,
+    at_once(_decode),
 )

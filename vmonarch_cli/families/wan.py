@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
-from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae
-from vmonarch_cli.families.wan_vae import decode_raw, is_plain
+from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae, start_offloaded
+from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
 _WHOLE_PIXELS = 1 << 20
 """A clip of so few pixels in all is decoded whole: chunk by chunk, as long clips must be, takes twice as long."""
@@ -56,14 +57,20 @@ def _causal(transformer: Any) -> str | None:
     return None
 
 
-def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
-    latents = latents.to(pipeline.vae.dtype)
+def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+    vae = pipeline.vae
+    latents = latents.to(vae.dtype)
     mean, std = mean_and_std(pipeline, latents)
     # The pipeline divides by the reciprocal; so that frames are the same to the bit, so does this.
     latents = latents / (1.0 / std) + mean
-    if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(pipeline.vae):
-        return decode_raw(pipeline.vae, latents).clamp(-1, 1)
-    return run_vae(pipeline, latents)
+    if not by_chunks(vae):
+        yield run_vae(pipeline, latents)
+        return
+    start_offloaded(vae)
+    if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(vae):
+        yield decode_raw(vae, latents).clamp(-1, 1)
+    else:
+        yield from decode_chunks(vae, latents)
 
 
 WAN = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, forward=ForwardInputs())

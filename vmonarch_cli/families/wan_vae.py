@@ -1,28 +1,50 @@
-"""Runs the autoencoder on a whole clip at once instead of chunk by chunk.
+"""Runs Wan's autoencoder on a whole clip at once, or gives its chunks as they come.
 
 `AutoencoderKLWan.encode` and `decode` walk through a clip in chunks of four frames with a cache of features. That
-bounds memory, but it is bound by launches, and `decode` clamps its output, which stops gradients where they matter.
-The functions here run the same modules on all frames together and equal the chunked ones (see the tests):
+bounds memory, but nobody sees a frame before the last one is made, it is bound by launches where clips are small, and
+`decode` clamps its output, which stops gradients where they matter.
+
+`decode_chunks` walks in the same chunks and hands them out. The other functions run the same modules on all frames
+together and equal the chunked ones (see the tests):
 
 - causal convolutions pad with zeros in front, as the empty cache does;
 - the first frame skips `time_conv` in every resampling block.
 
-Only the plain (Wan 2.1) blocks are covered, not the residual ones of Wan 2.2.
+These cover only the plain (Wan 2.1) blocks, not the residual ones of Wan 2.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def by_chunks(vae: Any) -> bool:
+    """Whether `decode_chunks` does what this autoencoder's `decode` would do as it is now: it decodes no tiles."""
+    return type(vae).__name__ == "AutoencoderKLWan" and not vae.use_tiling and not vae.use_slicing
+
+
 def is_plain(vae: Any) -> bool:
-    """Whether the functions here cover this autoencoder as it is now: Wan 2.1's blocks, not tiled, not offloaded."""
-    config = vae.config
-    plain = type(vae).__name__ == "AutoencoderKLWan" and config.patch_size is None and not config.is_residual
-    return plain and not vae.use_tiling and not vae.use_slicing and vae.device.type == "cpu"
+    """Whether an autoencoder that is not tiled has Wan 2.1's blocks, which the functions for whole clips run."""
+    return vae.config.patch_size is None and not vae.config.is_residual
+
+
+def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
+    """What `vae.decode` makes of latents (B, z, T, h, w), to the bit, in T parts: (B, 3, 1, H, W), then (B, 3, 4, H, W)
+    each.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+
+    features: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    latents = vae.post_quant_conv(latents)
+    for index in range(latents.shape[2]):
+        part = vae.decoder(latents[:, :, index : index + 1], feat_cache=features, feat_idx=[0], first_chunk=index == 0)
+        if vae.config.patch_size is not None:
+            part = unpatchify(part, patch_size=vae.config.patch_size)
+        yield part.clamp(-1, 1)
 
 
 def encode_moments(vae: Any, video: Tensor) -> Tensor:

@@ -28,28 +28,56 @@ class NameTaken(OutputError):
     """Something has the name already, and nobody asked to replace it."""
 
 
-@contextmanager
-def atomic(path: Path, overwrite: bool, work: Path | None = None) -> Iterator[Path]:
-    """A temporary path to write to, in a hidden folder in `work` (by default beside `path`); on success what was
-    written takes the target's place. OutputError when that cannot be done; then nothing is left.
+class Draft:
+    """What is being written for `path`: `temporary` is where it goes, in a hidden folder in `work` (by default beside
+    `path`), until `publish` or `discard`.
 
-    Without `overwrite` nothing that is there is replaced, whoever made it since the run began: NameTaken.
+    Without `overwrite` nothing that is there is replaced, whoever made it since the run began: NameTaken. OutputError
+    when the hidden folder cannot be made.
     """
-    scratch: Path | None = None
+
+    def __init__(self, path: Path, overwrite: bool, work: Path | None = None) -> None:
+        self.path = path
+        self._overwrite = overwrite
+        with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if work is None:
+                sweep(path.parent)
+            prefix = f".{path.stem[:40]}.{this_process().tag}."
+            self._scratch = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=work or path.parent))
+        self.temporary = self._scratch / path.name
+
+    def publish(self) -> None:
+        """Sync what was written and let it take the target's place; OutputError when that cannot be done."""
+        with named(self.path):
+            _publish(self.temporary, self.path, self._scratch, self._overwrite)
+
+    def discard(self) -> None:
+        """Remove what is left of the hidden folder."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Every OSError within the block is an OutputError that names `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if work is None:
-            sweep(path.parent)
-        prefix = f".{path.stem[:40]}.{this_process().tag}."
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=work or path.parent))
-        temporary = scratch / path.name
-        yield temporary
-        _publish(temporary, path, scratch, overwrite)
+        yield
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def atomic(path: Path, overwrite: bool, work: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to, which takes the target's place on success; OutputError when that cannot be done,
+    and then nothing is left. The arguments are those of `Draft`.
+    """
+    draft = Draft(path, overwrite, work)
+    try:
+        with named(path):
+            yield draft.temporary
+        draft.publish()
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        draft.discard()
 
 
 def sweep(folder: Path) -> None:

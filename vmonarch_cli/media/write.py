@@ -1,9 +1,7 @@
-"""Frames to a file, and the record beside it. Every write is atomic: a temporary name beside the target, then a rename.
+"""Clips and records written. Every write is atomic: a temporary name beside the target, then a rename.
 
-- `.mp4`: H.264 at the exact size. 8-bit 4:2:0 (`yuv420p`) plays everywhere but needs even sides; a clip with an odd
-  side is written as 4:4:4 (`yuv444p`) instead of being padded, which browsers may refuse and mpv, VLC and ffmpeg play.
-- `.gif`: one palette for the clip; durations are whole hundredths of a second whose sum keeps the asked-for rate.
-- `.png`: a folder of that name with one PNG per frame, `frame-0000.png` and on.
+Frames are encoded in a thread while whoever makes them goes on making more (see `ClipWriter`); `encoders.py` knows the
+kinds of files.
 """
 
 from __future__ import annotations
@@ -11,39 +9,163 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media.ffmpeg import CODEC
-from vmonarch_cli.media.paths import ENDINGS
-from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.errors import ModelError, OutputError
+from vmonarch_cli.media.encoders import ENCODERS, Encoder
+from vmonarch_cli.media.publish import Draft, atomic, named
 
-# Constant quality, visually lossless for small clips; the size of a 96x96 clip stays below 100 KB.
-_CRF = "14"
-# Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
-_TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
-_BT709 = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={_TAGS}"]
+Frames = NDArray[np.uint8]
+_WAITING = 4
+"""Parts of a clip that may wait for the encoder; whoever makes more waits."""
 
 
-def write_clip(
-    frames: NDArray[np.uint8], path: Path, fps: int, overwrite: bool = False, work: Path | None = None
-) -> Path:
-    """Write uint8 frames (F, H, W, 3) to `path` by its ending; the folder is made. OutputError when it cannot be.
+@dataclass(frozen=True)
+class Pixels:
+    """The frames of a clip before any lossy file; `sha256` is of their shape and of every pixel."""
 
-    `work`: where the temporary file goes, a folder on the file system of `path`; beside `path` by default.
+    count: int
+    height: int
+    width: int
+    sha256: str
+
+
+class ClipWriter:
+    """Takes the frames of one clip, and hashes and encodes them in a thread of its own."""
+
+    def __init__(self, path: Path, encoder: Encoder, shape: tuple[int, int, int]) -> None:
+        """`path`: the clip, for errors. `shape`: frames, height and width of the whole clip."""
+        self._shape = shape
+        self.waited_s = 0.0
+        """Seconds that `add` and `end` waited for the encoder."""
+        self.busy_s = 0.0
+        """Seconds that the encoder worked, while others did or not."""
+        self._path = path
+        self._encoder = encoder
+        self._added = 0
+        self._hash = _hash_of(shape)
+        self._queue: queue.Queue[Frames | None] = queue.Queue(_WAITING)
+        self._failure: BaseException | None = None
+        self._dropped = False
+        # A daemon: no interpreter waits at its end for a clip that nobody wants any more.
+        self._thread = threading.Thread(target=self._work, name="clip-writer", daemon=True)
+        self._thread.start()
+
+    def add(self, frames: Frames) -> None:
+        """Take frames (f, H, W, 3), uint8, which must not change afterwards; waits while too many are waiting.
+
+        OutputError when frames before these could not be written, ModelError when they are no part of the clip.
+        """
+        if frames.shape[1:] != (*self._shape[1:], 3):
+            raise self._misfit(f"frames of {frames.shape[2]}x{frames.shape[1]}")
+        self._added += len(frames)
+        began = time.perf_counter()
+        self._put(np.ascontiguousarray(frames))
+        self.waited_s += time.perf_counter() - began
+        self._raise_failure()
+
+    def end(self) -> None:
+        """Wait until all frames are in the file; OutputError when they cannot be, ModelError when some are missing."""
+        if self._added != self._shape[0]:
+            raise self._misfit(f"{self._added} frames")
+        began = time.perf_counter()
+        self._put(None)
+        self._thread.join()
+        self.waited_s += time.perf_counter() - began
+        self._raise_failure()
+
+    def drop(self) -> None:
+        """Stop encoding; what is written is not wanted."""
+        self._dropped = True
+        self._put(None)
+        self._thread.join()
+
+    @property
+    def pixels(self) -> Pixels:
+        """What was written; after `end`."""
+        return Pixels(*self._shape, self._hash.hexdigest())
+
+    def _put(self, frames: Frames | None) -> None:
+        """Give the thread something to do, unless it has ended."""
+        while self._thread.is_alive():
+            with suppress(queue.Full):
+                self._queue.put(frames, timeout=0.1)
+                return
+
+    def _misfit(self, came: str) -> ModelError:
+        count, height, width = self._shape
+        return ModelError(
+            f"the model's decoder does not fit its configuration: {count} frames of {width}x{height} were planned, and "
+            f"{came} came"
+        )
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            with named(self._path):
+                raise self._failure
+
+    def _work(self) -> None:
+        try:
+            while (frames := self._queue.get()) is not None and not self._dropped:
+                began = time.perf_counter()
+                self._hash.update(frames)
+                self._encoder.add(frames)
+                self.busy_s += time.perf_counter() - began
+            if not self._dropped:
+                began = time.perf_counter()
+                self._encoder.end()
+                self.busy_s += time.perf_counter() - began
+        except BaseException as error:  # whatever it is, the thread that makes the frames should hear of it
+            self._failure = error
+        finally:
+            if self._dropped or self._failure is not None:
+                with suppress(Exception):
+                    self._encoder.drop()
+
+
+@contextmanager
+def clip_writer(
+    path: Path, shape: tuple[int, int, int], fps: int, overwrite: bool = False, work: Path | None = None
+) -> Iterator[ClipWriter]:
+    """A writer of a clip of `shape` (frames, height, width) to `path` by its ending; the folder is made.
+
+    At the end of the block the clip takes its place, whole; where the block raises, nothing is left. OutputError when
+    the clip cannot be written. `work`: where the temporary file goes, a folder on the file system of `path`; beside
+    `path` by default.
     """
+    encoder = ENCODERS.get(path.suffix.lower())
+    if encoder is None:
+        raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENCODERS)}")
+    draft = Draft(path, overwrite, work)
+    try:
+        writer = ClipWriter(path, encoder(draft.temporary, fps, shape[0]), shape)
+        try:
+            yield writer
+            writer.end()
+        except BaseException:
+            writer.drop()
+            raise
+        draft.publish()
+    finally:
+        draft.discard()
+
+
+def write_clip(frames: Frames, path: Path, fps: int, overwrite: bool = False, work: Path | None = None) -> Path:
+    """Write uint8 frames (F, H, W, 3) to `path`; see `clip_writer`."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), at least one, got {frames.dtype} {frames.shape}")
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_pngs}
-    write = writers.get(path.suffix.lower())
-    if write is None:
-        raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENDINGS)}")
-    with atomic(path, overwrite, work) as temporary:
-        write(np.ascontiguousarray(frames), temporary, fps)
+    with clip_writer(path, frames.shape[:3], fps, overwrite, work) as writer:
+        writer.add(frames)
     return path
 
 
@@ -55,62 +177,17 @@ def write_record(path: Path, record: dict[str, Any], overwrite: bool = True, wor
     return path
 
 
-def frames_hash(frames: NDArray[np.uint8]) -> str:
-    """SHA-256 of the frames' shape and pixels, before any lossy file: equal only if every pixel is."""
-    shape = "x".join(str(side) for side in frames.shape)
-    return hashlib.sha256(shape.encode() + b"\n" + np.ascontiguousarray(frames).tobytes()).hexdigest()
+def pixels_of(frames: Frames) -> Pixels:
+    """The facts of frames (F, H, W, 3), uint8."""
+    digest = _hash_of(frames.shape[:3])
+    digest.update(np.ascontiguousarray(frames))
+    count, height, width, _ = frames.shape
+    return Pixels(count, height, width, digest.hexdigest())
 
 
-def _write_mp4(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
-    import imageio.v2 as imageio
-    import imageio_ffmpeg
-
-    path = path.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
-    height, width = frames.shape[1:3]
-    even = height % 2 == 0 and width % 2 == 0
-    writer = imageio.get_writer(
-        path,
-        format="FFMPEG",
-        mode="I",
-        fps=fps,
-        codec=CODEC,
-        quality=None,
-        pixelformat="yuv420p" if even else "yuv444p",
-        macro_block_size=1,
-        ffmpeg_log_level="quiet",
-        output_params=["-crf", _CRF, *_BT709, "-movflags", "+faststart"],
-    )
-    with writer:
-        for frame in frames:
-            writer.append_data(frame)
-    # imageio does not look at ffmpeg's exit code: a full disk shows only in what was written.
-    try:
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-    except RuntimeError:
-        written = 0
-    if written != len(frames):
-        raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
-
-
-def _write_gif(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
-    from PIL import Image
-
-    # One palette from frames spread over the clip: a palette per frame would make flat grounds flicker.
-    sample = frames[np.linspace(0, len(frames) - 1, min(len(frames), 8)).astype(int)]
-    palette = Image.fromarray(sample.reshape(-1, *frames.shape[2:])).quantize(256, method=Image.Quantize.MEDIANCUT)
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
-    ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
-    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
-
-
-def _write_pngs(frames: NDArray[np.uint8], path: Path, fps: int) -> None:
-    from PIL import Image
-
-    path.mkdir()
-    digits = max(4, len(str(len(frames) - 1)))
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"frame-{i:0{digits}d}.png")
+def _hash_of(shape: tuple[int, ...]) -> Any:
+    """A hash that has taken the shape (F, H, W) and waits for the pixels."""
+    return hashlib.sha256("x".join(str(side) for side in (*shape, 3)).encode() + b"\n")
 
 
 def _jsonable(value: Any) -> Any:

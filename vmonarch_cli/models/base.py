@@ -119,11 +119,13 @@ class ModelEntry(BaseModel):
     frame_offset: int = 1
     """Frames that the VAE encodes alone, before groups of `vae_temporal`: 1, or 0 (Allegro)."""
     vae_float32: bool = False
-    """Decode in float32 whatever the transformer's dtype is."""
+    """Decode in float32 whatever the transformer's dtype is, unless `--vae-dtype` says otherwise."""
     fixed_size: tuple[int, int] | None = None
     """The only height and width that the model can make, where its positions are learned."""
     max_grid: tuple[int | None, int | None, int | None] = (None, None, None)
     """Largest grid (T, H, W) of tokens that its positions reach; None where there is no limit."""
+    clips_attended: int = 1
+    """Clips of one grid in its largest self-attention call; they run as one clip of so many times the frames."""
     decoder_tiles: Tiles | None = None
     """Of a decoder that leaves blank what its tiles do not fill."""
     min_frames: int = 1

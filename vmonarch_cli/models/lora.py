@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.models.hub import hub_file
-from vmonarch_cli.models.weights import read_header
+from vmonarch_cli.models.weights import TensorHeader
 from vmonarch_cli.text import printable
 
-Part = Literal["A", "B", "bias", "alpha", "difference"]
+Part = Literal["A", "B", "bias", "alpha", "magnitude", "difference", "modulation"]
 
+_ADAPTER = r"(\.[\w-]+)?"
+"""peft puts the adapter's name between a matrix and its weight, as in lora_A.default.weight."""
 _PARTS: tuple[tuple[str, Part], ...] = (
-    (r"\.(lora_A|lora_down|lora\.down|lora_linear_layer\.down)(\.default)?\.weight", "A"),
-    (r"\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)(\.default)?\.weight", "B"),
-    (r"\.(lora_B(\.default)?\.bias|diff_b)", "bias"),
+    (rf"\.(lora_A|lora_down|lora\.down|lora_linear_layer\.down){_ADAPTER}\.weight", "A"),
+    (rf"\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up){_ADAPTER}\.weight", "B"),
+    (rf"\.(lora_B{_ADAPTER}\.bias|diff_b)", "bias"),
     (r"\.alpha", "alpha"),
-    (r"\.(diff|diff_m)", "difference"),
+    (rf"\.(dora_scale|lora_magnitude_vector{_ADAPTER}(\.weight)?)", "magnitude"),
+    (r"\.diff", "difference"),
+    (r"\.diff_m", "modulation"),
 )
-_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)\b")
-_TEXT_ENCODER = re.compile(r"(text_encoder(_\d)?\.|lora_te\d?_)")
+_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|lora_te\d?_|cond_stage_model\.)")
+_OTHER_KINDS = (("hada_", "a LoHa"), ("lokr_", "a LoKr"), ("oft_", "an OFT"), ("glora_", "a GLoRA"), ("ia3", "an IA3"))
 _PREFIXES = (
     "base_model.model.",
+    "module.",
+    "pipe.dit.",
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
@@ -33,7 +38,14 @@ _PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
 )
-_SECOND = "transformer_2."
+_SECOND = ("transformer_2.", "pipe.dit2.")
+_FORMATS = (
+    (r"(transformer|transformer_2)\.", "diffusers"),
+    (r"base_model\.model\.", "PEFT"),
+    (r"(model\.)?diffusion_model\.", "ComfyUI"),
+    (r"lora_(unet|transformer)_", "kohya"),
+    (r".*\.default\.weight$|pipe\.dit", "DiffSynth"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,76 +57,95 @@ class LoraTensor:
     layer: str
     """The layer that it changes, as the file names it, without what stands before the transformer's own names."""
     part: Part
-    """"difference": something that is added to a parameter outright, and not a product of A and B."""
+    """"difference" and "modulation": what is added to a parameter outright; "magnitude": the norms of a DoRA."""
     second: bool = False
     """Whether it is for the second transformer of a model that has two."""
 
 
 def lora_tensors(names: Iterable[str], source: str) -> list[LoraTensor]:
-    """What the tensors of a LoRA are; ModelError for DoRA, text encoders, halves of pairs, and files that are none."""
-    found = [_read(name, source) for name in sorted(names)]
-    tensors = [tensor for tensor in found if tensor is not None]
+    """What the tensors of a LoRA are; ModelError for text encoders, halves of pairs, and files that are none."""
+    found = [(name, _read(name)) for name in sorted(names)]
+    _refuse_text_encoders([name for name, _ in found], source)
+    tensors = [tensor for _, tensor in found if tensor is not None]
     layers: dict[tuple[bool, str], set[str]] = {}
     for tensor in tensors:
         layers.setdefault((tensor.second, tensor.layer), set()).add(tensor.part)
-    if len(tensors) < len(found) or not any("A" in parts for parts in layers.values()):
+    unknown = [name for name, tensor in found if tensor is None]
+    for mark, kind in _OTHER_KINDS:
+        named = next((name for name in unknown if mark in name.rpartition(".")[2] or f".{mark}" in name), None)
+        if named is not None:
+            raise ModelError(
+                f"LoRA {source} is {kind} ({printable(named)}), which diffusers does not load into video transformers"
+            )
+    if not any(parts & {"A", "bias", "difference", "modulation"} for parts in layers.values()):
         raise ModelError(f"{Path(source).name} is no LoRA of a video transformer: no tensor in it belongs to one")
+    if unknown:
+        raise ModelError(
+            f"{Path(source).name} is no LoRA of a video transformer: {len(unknown)} of its {len(found)} tensors are "
+            f"no part of one ({printable(unknown[0])})"
+        )
     for (_, layer), parts in sorted(layers.items()):
-        if len(parts & {"A", "B"}) == 1:
-            lacks = "lora_A" if "B" in parts else "lora_B"
+        halves = parts & {"A", "B"}
+        if len(halves) == 1 or (not halves and "magnitude" in parts):
+            lacks = "lora_A" if "A" not in parts else "lora_B"
             raise ModelError(f"LoRA {source} is incomplete: {printable(layer)} has no {lacks}")
     return tensors
 
 
-def _read(name: str, source: str) -> LoraTensor | None:
+def _refuse_text_encoders(names: list[str], source: str) -> None:
+    of_text = [name for name in names if _TEXT_ENCODER.match(name)]
+    if of_text:
+        raise ModelError(
+            f"LoRA {source} also changes a text encoder ({len(of_text)} of its {len(names)} tensors, as "
+            f"{printable(of_text[0])}), which diffusers does not support for video: use one for the transformer alone"
+        )
+
+
+def _read(name: str) -> LoraTensor | None:
     """None for a name that is no part of a LoRA."""
-    if _TEXT_ENCODER.match(name):
-        raise ModelError(
-            f"LoRA {source} also changes a text encoder ({printable(name)}), which vmonarch does not support: "
-            "use one for the transformer alone"
-        )
-    if _DORA.search(name):
-        raise ModelError(
-            f"LoRA {source} is a DoRA ({printable(name)}), which diffusers does not support for video: use a plain LoRA"
-        )
     for pattern, part in _PARTS:
-        found = re.fullmatch(rf"(.+){pattern}", name)
+        found = re.fullmatch(rf"(.+?){pattern}", name)
         if found is not None:
-            layer, second = found[1], found[1].startswith(_SECOND)
-            layer = layer.removeprefix(_SECOND)
-            for prefix in _PREFIXES:
-                layer = layer.removeprefix(prefix)
+            layer, second = _own_name(found[1])
             return LoraTensor(name, layer, part, second)
     return None
 
 
-def lora_file(source: str) -> Path:
-    """The .safetensors file of a LoRA: itself, the only one of its kind in a folder, or of a hub repository.
-
-    Raises ModelError when there is none or it cannot be told which one.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        names = [found.name for found in path.iterdir()]
-        return path / _choose(names, source)
-    return hub_file(source, lambda names: _choose(names, source))
-
-
-def check_lora_file(path: Path) -> None:
-    """ModelError when a file is damaged or holds what is not supported; reads the header alone."""
-    lora_tensors(read_header(path), str(path))
+def _own_name(layer: str) -> tuple[str, bool]:
+    """A layer's name without prefixes, and whether one of them says the second transformer."""
+    second = False
+    for prefix in _PREFIXES:
+        for mark in _SECOND:
+            second = second or layer.startswith(mark)
+            layer = layer.removeprefix(mark)
+        if layer.startswith(prefix):
+            layer = layer.removeprefix(prefix)
+            if prefix.startswith("lora_"):
+                layer = layer.lstrip("_")  # VideoX-Fun writes two underscores
+    return layer, second
 
 
-def _choose(names: Iterable[str], source: str) -> str:
-    """Of a folder's files the LoRA, as diffusers would choose."""
-    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    usual = [name for name in files if name.endswith("pytorch_lora_weights.safetensors")]
-    files = usual or files
-    if not files:
-        raise ModelError(f"LoRA {source} has no .safetensors file")
-    if len(files) > 1:
-        some = ", ".join(printable(name) for name in files[:3]) + (", ..." if len(files) > 3 else "")
-        raise ModelError(f"LoRA {source} has {len(files)} .safetensors files ({some}): name one of them by its path")
-    return files[0]
+def format_of(names: Iterable[str]) -> str:
+    """Whose way of naming tensors a file has, in a word."""
+    names = sorted(names)
+    for pattern, word in _FORMATS:
+        if any(re.match(pattern, name) for name in names):
+            return word
+    return "bare names"
+
+
+def check_shapes(tensors: Iterable[LoraTensor], headers: Mapping[str, TensorHeader], source: str) -> None:
+    """ModelError where A and B of a layer have other ranks, or an alpha is no single number."""
+    by_layer: dict[tuple[bool, str], dict[str, TensorHeader]] = {}
+    for tensor in tensors:
+        by_layer.setdefault((tensor.second, tensor.layer), {})[tensor.part] = headers[tensor.name]
+    for (_, layer), parts in by_layer.items():
+        where = f"LoRA {source} contradicts itself: {printable(layer)}"
+        if "A" in parts:
+            down, up = parts["A"].shape, parts["B"].shape
+            if len(down) < 2 or len(up) < 2:
+                raise ModelError(f"{where} has an A of shape {list(down)} and a B of shape {list(up)}, no matrices")
+            if down[0] != up[1]:
+                raise ModelError(f"{where} has an A of rank {down[0]} and a B of rank {up[1]}")
+        if "alpha" in parts and parts["alpha"].count != 1:
+            raise ModelError(f"{where} has an alpha of {parts['alpha'].count} numbers, and one is valid")

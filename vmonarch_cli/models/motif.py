@@ -24,6 +24,7 @@ MOTIF_VIDEO_2B = ModelEntry(
     transformer_params=2_151_132_608,
     text_encoder_params=4_000_000_000,  # an estimate: the size of the Gemma 3 that it was made from
     vae_params=126_892_531,
+    clips_attended=2,
     defaults=Defaults(height=736, width=1280, num_frames=121, fps=24, steps=50, guidance_scale=8.0),
 )
 
@@ -44,6 +45,7 @@ def _figures(config: Config, vae: Config) -> dict[str, Any]:
         "vae_temporal": vae.whole("scale_factor_temporal", 4),
         "vae_spatial": vae.whole("scale_factor_spatial", 8),
         "vae_float32": True,
+        "clips_attended": 2,
     }
 
 

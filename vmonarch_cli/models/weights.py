@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class TensorHeader:
     dtype: str
     """As the format names it: "BF16", "F8_E4M3"."""
     shape: tuple[int, ...]
+    begin: int = 0
+    """Where its bytes begin in the file."""
 
     @property
     def count(self) -> int:
@@ -89,6 +92,26 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Tensors of one safetensors file; its header must parse and the file must be as long as the header says."""
+    return _read_file(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file says of itself; ModelError as `read_header`."""
+    return _read_file(path)[1]
+
+
+def read_scalar(path: Path, tensor: TensorHeader) -> float | None:
+    """The value of a tensor of one element, or None for a dtype that is no float of 16 to 64 bits."""
+    with path.open("rb") as file:
+        file.seek(tensor.begin)
+        raw = file.read(8)
+    if tensor.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
+    form = {"F16": "<e", "F32": "<f", "F64": "<d"}.get(tensor.dtype)
+    return None if form is None else float(struct.unpack(form, raw[: struct.calcsize(form)])[0])
+
+
+def _read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
     require_regular(path, f"weights file {path}", ModelError)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -98,7 +121,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raw = file.read(length)
     try:
         table = parse_json(parse_text(raw.rstrip(b" \0")))
-        tensors = {name: _tensor(entry) for name, entry in table.items() if name != "__metadata__"}
+        texts = (table.pop("__metadata__", None) or {}).items()
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in table.items()}
         end = max((_end(table[name], tensor) for name, tensor in tensors.items()), default=0)
     except (Malformed, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ModelError(f"weights file {path} is damaged: its header does not parse; download it again") from None
@@ -107,16 +131,19 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             f"weights file {path} is damaged: it has {size:,} bytes and its header describes {8 + length + end:,}; "
             "download it again"
         )
-    return tensors
+    return tensors, {str(key): text for key, text in texts if isinstance(text, str)}
 
 
-def _tensor(entry: Mapping[str, object]) -> TensorHeader:
+def _tensor(entry: Mapping[str, object], data: int) -> TensorHeader:
+    """`data`: where the tensors' bytes begin in the file."""
     dtype, shape = entry["dtype"], entry["shape"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise TypeError(entry)
     if not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(shape)
-    return TensorHeader(dtype, tuple(shape))
+    offsets = entry["data_offsets"]
+    begin = offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else 0
+    return TensorHeader(dtype, tuple(shape), data + begin)
 
 
 def _end(entry: Mapping[str, object], tensor: TensorHeader) -> int:

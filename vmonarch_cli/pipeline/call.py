@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,9 @@ def _accepted(function: Callable[..., Any], **given: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Frames:
-    """Latents of `call` -> frames (frames, height, width, 3), uint8; the end of the pipeline's own call.
+def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Iterator[Frames]:
+    """Latents of `call` -> frames in parts (f, height, width, 3), uint8, in order, as soon as each part is made; the
+    end of the pipeline's own call.
 
     shape: of the clip; CogVideoX 1.5, LTX and Allegro cannot do without. Raises NonFiniteError when the decoder makes
     a value that is not finite.
@@ -77,12 +79,45 @@ def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> 
     vae = pipeline.vae
     # An offloaded VAE is elsewhere until it runs.
     device = pipeline._execution_device if _is_offloaded(vae) else vae.device
-    clip = family_of(pipeline).decode(pipeline, latents.to(device), shape)
-    if not torch.isfinite(clip).all():
-        raise NonFiniteError("decoded frames are not finite, after the last step, and no clip was written")
-    values = pipeline.video_processor.postprocess_video(clip, output_type="np")[0]
+    waiting: deque[Callable[[], Frames]] = deque()
+    for part in family_of(pipeline).decode(pipeline, latents.to(device), shape):
+        waiting.append(_to_host(pipeline, part))
+        # A GPU has its next part to work on before this thread waits for the last one.
+        if len(waiting) > (device.type == "cuda"):
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
     pipeline.maybe_free_model_hooks()
-    frames: Frames = (values * 255).round().astype(np.uint8)
+
+
+def decode_whole(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Frames:
+    """All frames of `decode` together: (frames, height, width, 3), uint8."""
+    return np.concatenate(list(decode(pipeline, latents, shape)))
+
+
+def _to_host(pipeline: Any, part: torch.Tensor) -> Callable[[], Frames]:
+    """Start to bring frames (1, 3, f, height, width) to the host as 8 bits; the result waits for them."""
+    values = pipeline.video_processor.postprocess_video(part, output_type="pt")[0]
+    pixels = (values.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    finite = torch.isfinite(part).all()
+    if part.device.type == "cuda":
+        on_host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (pixels, finite)]
+        for target, source in zip(on_host, (pixels, finite), strict=True):
+            target.copy_(source, non_blocking=True)
+        pixels, finite = on_host
+        arrived = torch.cuda.Event()
+        arrived.record()
+    else:
+        arrived = None
+
+    def frames() -> Frames:
+        if arrived is not None:
+            arrived.synchronize()
+        if not finite:
+            raise NonFiniteError("decoded frames are not finite, after the last step, and no clip was written")
+        found: Frames = pixels.numpy()
+        return found
+
     return frames
 
 

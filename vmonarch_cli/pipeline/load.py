@@ -23,7 +23,7 @@ from vmonarch_cli.models.folder import read_folder
 from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_config
 from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
-from vmonarch_cli.pipeline.device import device_name, dtype_name
+from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
 from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.plan.memory import weight_bytes
@@ -65,7 +65,7 @@ def load_pipeline(
     config = quantization_config(setup, quantized)
     extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
-        dtypes = _dtypes(entry, dtype, image_pipeline)
+        dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
         encoders = load_encoders(folder, dtypes)
         pipeline = _read(DiffusionPipeline, folder, dtypes, **encoders, **extra)
         check_complete(pipeline, folder, without=(*encoders, *(quantized if config is not None else ())))
@@ -87,10 +87,12 @@ def load_decoder(
     device: torch.device,
     dtype: torch.dtype,
     revision: str | None = None,
-    vae_tiling: bool = False,
+    setup: Setup = Setup(),  # noqa: B008 - frozen
     image_pipeline: str | None = None,
 ) -> Any:
-    """The same without transformers and text encoders, to decode saved latents; all of it is on the device."""
+    """The same without transformers and text encoders, to decode saved latents; all of it is on the device. Of the
+    setup only what concerns the VAE counts.
+    """
     quiet_libraries()
     import diffusers
 
@@ -102,12 +104,12 @@ def load_decoder(
     with _one_sentence(source, device):
         # The base class does not know which parts may be None.
         kind = getattr(diffusers, parts["_class_name"])
-        pipeline = _read(kind, folder, _dtypes(entry, dtype, image_pipeline), **without)
+        pipeline = _read(kind, folder, _dtypes(entry, dtype, image_pipeline, setup.vae_dtype), **without)
         pipeline.loaded_for_decoding = dtype
         check_complete(pipeline, folder)
         if image_pipeline is not None:
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
-        prepare(pipeline, Setup(vae_tiling=vae_tiling), dtype)
+        prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype)
         place(pipeline, "none", device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -122,12 +124,16 @@ def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.devi
         )
 
 
-def _dtypes(entry: ModelEntry, dtype: torch.dtype, image_pipeline: str | None) -> dict[str, torch.dtype]:
-    """The dtype of each component, as from_pretrained takes them."""
+def _dtypes(
+    entry: ModelEntry, dtype: torch.dtype, image_pipeline: str | None, vae_dtype: str
+) -> dict[str, torch.dtype]:
+    """The dtype of each component, as from_pretrained takes them; `vae_dtype`: a name, or "auto"."""
     dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
     as_image = PIPELINES.get(image_pipeline or "")
     if not entry.vae_float32 or (as_image is not None and as_image.vae_in_dtype):
         dtypes["vae"] = dtype
+    if vae_dtype != "auto":
+        dtypes["vae"] = DTYPES[vae_dtype]
     return dtypes
 
 

@@ -30,6 +30,8 @@ class Machine:
     """Where the weights are: "none", "model", "group" or "sequential"."""
     memory: str = ""
     """One line on the offload mode and what it is expected to take; empty on a CPU."""
+    vae_dtype: str = "auto"
+    """What the VAE decodes in; "auto" is what its family needs."""
 
     @property
     def on_gpu(self) -> bool:
@@ -84,13 +86,14 @@ def _check_encoder(plans: Sequence[Plan]) -> None:
 
 
 def _machine(plan: Plan) -> Machine:
-    from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype
+    from vmonarch_cli.pipeline.device import device_name, dtype_name, pick_device, pick_dtype, pick_vae_dtype
     from vmonarch_kernels import resolve_impl
 
     device = pick_device(plan.device)
     dtype = pick_dtype(plan.dtype, device)
     impl = resolve_impl("auto", device, dtype, plan.model.head_dim)
-    return Machine(str(device), device_name(device), dtype_name(dtype), impl)
+    vae_dtype = dtype_name(pick_vae_dtype(plan, dtype))
+    return Machine(str(device), device_name(device), dtype_name(dtype), impl, vae_dtype=vae_dtype)
 
 
 def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:

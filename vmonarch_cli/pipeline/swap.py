@@ -38,7 +38,7 @@ def swapped(
     session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
         own. This is how several presets take turns on one model.
 
-    Raises ModelError for a transformer of an unknown family, ValueError for one that is swapped already.
+    Raises ModelError for a transformer of an unknown family, and for one that is swapped already.
     """
     transformers, scheduler = _parts(target)
     layers = [_self_attentions(transformer) for transformer in transformers]
@@ -92,7 +92,7 @@ def _self_attentions(transformer: Any) -> dict[int, Any]:
     if not found:
         raise ModelError(f"this {name} has no self-attention layers to swap")
     if any(isinstance(module.processor, MonarchProcessor) for module in found.values()):
-        raise ValueError(f"the attention of this {name} is swapped already: end the other `with swapped(...)` first")
+        raise ModelError(f"the attention of this {name} is swapped already: end that block, or disable it, first")
     obstacle = family.obstacle(transformer)
     if obstacle is not None:
         raise ModelError(f"attention of this {name} cannot be swapped: {obstacle}")
@@ -123,7 +123,7 @@ def _before_forward(
 ) -> None:
     """Forward pre-hook: the family reads the grid, which processors never see, off the forward's arguments."""
     if scheduler is not None and target.scheduler is not scheduler:
-        raise RuntimeError("the pipeline's scheduler was replaced inside `with swapped(...)`: replace it before")
+        raise RuntimeError("the pipeline's scheduler was replaced while its attention was swapped: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
     session.begin_forward(

@@ -94,13 +94,13 @@ def device(text: str | None) -> str | None:
     return text
 
 
-def dtype(text: str | None) -> str | None:
+def dtype(text: str | None, flag: str = "--dtype") -> str | None:
     """A floating-point type under its torch name."""
     if text is None:
         return None
     if text.lower() not in DTYPES:
         valid = "auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16)"
-        raise InputError(f"--dtype takes {valid}, got {shown(text)}{near(text, DTYPES)}")
+        raise InputError(f"{flag} takes {valid}, got {shown(text)}{near(text, DTYPES)}")
     return DTYPES[text.lower()]
 
 
@@ -124,11 +124,13 @@ def flow_shift(model: ModelEntry, value: float | None) -> None:
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 
 
-def latent_frames(preset: Preset, frames: int, num_frames: int) -> None:
-    """InputError for more latent frames than structured attention takes."""
-    if preset.attention != "dense" and frames > MAX_FRAMES:
+def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int) -> None:
+    """InputError for more latent frames than structured attention takes of this model."""
+    most = MAX_FRAMES // model.clips_attended
+    if preset.attention != "dense" and frames > most:
         raise InputError(
-            f"{num_frames} frames are {frames} latent frames, and structured attention takes {MAX_FRAMES} at most: "
+            f"{num_frames} frames are {frames} latent frames, and structured attention"
+            f"{f' of {model.alias}' if model.clips_attended > 1 else ''} takes {most} at most: "
             "choose fewer frames, or --preset dense"
         )
 

@@ -130,6 +130,13 @@ def footprint(plan: Plan, dtype: str, *, on_gpu: bool, free: int | None = None) 
     return Footprint(False, dtype, {"none": peaks_of(plan, dtype)["none"] - _RESERVE + _PROCESS}, free)
 
 
+def largest_footprint(plans: Sequence[Plan], dtype: str, *, on_gpu: bool, free: int | None = None) -> Footprint:
+    """What plans of one model that take turns need: of each mode the largest peak; `free` as in `footprint`."""
+    each = [footprint(plan, dtype, on_gpu=on_gpu, free=free) for plan in plans]
+    peaks = {mode: max(one.peaks[mode] for one in each) for mode in each[0].peaks}
+    return Footprint(on_gpu, dtype, peaks, free)
+
+
 @dataclass(frozen=True)
 class Totals:
     """What all clips of a batch take together."""

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
@@ -50,6 +51,8 @@ class Plan(BaseModel):
     revision: str | None = None
     image: str | None = None
     setup: Setup = Setup()
+    loras: tuple[LoraFacts, ...] = ()
+    """Of the LoRA files that lie on this disk; those of the hub are looked at when they are there."""
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

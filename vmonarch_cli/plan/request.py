@@ -37,6 +37,7 @@ class GenerateRequest:
     image: str | None = None
     offload: str | None = None
     vae_tiling: bool = False
+    vae_dtype: str | None = None
     quantize: str | None = None
     loras: tuple[str, ...] = field(default=())
     cache: str | None = None

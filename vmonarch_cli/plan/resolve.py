@@ -5,21 +5,21 @@ Precedence is flag > preset > model default > default of the tool.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import check_rate, resolve_targets
-from vmonarch_cli.models.base import CACHES, PipelineFacts
+from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.lora import check_lora_file, lora_file
+from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.schedule import at_steps
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions, parse_lora
+from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, Setup, check_additions
 from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
@@ -62,7 +62,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.steps(model, steps)
     checks.flow_shift(model, request.flow_shift)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, grid[0], num_frames)
+    checks.latent_frames(preset, model, grid[0], num_frames)
     preset = at_steps(preset, steps)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
@@ -109,7 +109,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         schedule=schedule,
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=_resolve_setup(request, PIPELINES[pipeline], origins),
+        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins)),
+        loras=(loras := _describe_loras(setup.loras, model)),
         origins={"prompt": DEFAULT if without else FLAG, **origins},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
@@ -118,6 +119,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             *warnings.without_effect(request, preset),
             *warnings.of_schedule(preset, schedule, flops),
             *warnings.of_cache(request.cache, steps),
+            *warnings.of_loras(setup.loras, loras, model, guidance),
         ),
     )
 
@@ -127,20 +129,30 @@ def _resolve_setup(request: GenerateRequest, facts: PipelineFacts, origins: dict
     given = {
         "offload": checks.one_of("--offload", request.offload, OFFLOAD_MODES),
         "vae_tiling": request.vae_tiling or None,
+        "vae_dtype": checks.dtype(request.vae_dtype, "--vae-dtype"),
         "quantize": checks.one_of("--quantize", request.quantize, QUANTIZATIONS),
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
     }
-    for text in request.loras:
-        source = parse_lora(text).source
-        if Path(source).exists():  # what is on the hub is looked at when it is there
-            check_lora_file(lora_file(source))
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
     setup = Setup.model_validate(chosen)
     check_additions(setup, facts)
     return setup
+
+
+def _describe_loras(texts: tuple[str, ...], model: ModelEntry) -> tuple[LoraFacts, ...]:
+    """What the LoRA files on this disk are; InputError or ModelError for one that cannot be for the model."""
+    return tuple(facts for text in texts for facts in describe_local(parse_lora(text), model))
+
+
+def with_hub_loras(plan: Plan) -> Plan:
+    """The plan with what its LoRAs of the hub are, too, which are downloaded for it; ModelError where they are not."""
+    loras = [parse_lora(text) for text in plan.setup.loras]
+    if all(is_local(lora) for lora in loras):
+        return plan
+    return plan.model_copy(update={"loras": tuple(facts for lora in loras for facts in describe(lora, plan.model))})
 
 
 def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:

@@ -1,7 +1,7 @@
 """The schedule of a clip: what every denoising step computes, from the real number of steps and forwards.
 
-One function decides how many frames a call recomputes (`Schedule.due`). The session runs by it and the plan counts with
-it, so that what is shown and counted is what runs. No torch.
+One function decides how many frames a call recomputes (`ClipSchedule.due`). The session runs by it and the plan counts
+with it, so that what is shown and counted is what runs. No torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FIRST_STAGE = Stage()
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ClipSchedule:
     """What a clip's calls recompute; ``schedule_for`` makes it."""
 
     preset: Preset
@@ -114,7 +114,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=256)
-def schedule_for(preset: Preset, frames: int, steps: int | None, layers: int, stages: int = 1) -> Schedule:
+def schedule_for(preset: Preset, frames: int, steps: int | None, layers: int, stages: int = 1) -> ClipSchedule:
     """The schedule of a clip of ``frames`` latent frames and ``steps`` denoising steps, in a model of so many layers.
 
     Raises PresetError for a preset made for another number of steps or layers.
@@ -127,4 +127,4 @@ def schedule_for(preset: Preset, frames: int, steps: int | None, layers: int, st
                 f"{count} {noun}s"
             )
     resolved = at_steps(preset, steps)
-    return Schedule(resolved, frames, steps, stages)
+    return ClipSchedule(resolved, frames, steps, stages)

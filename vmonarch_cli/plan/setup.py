@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
@@ -21,40 +18,12 @@ class Setup(BaseModel):
 
     offload: str = "auto"
     vae_tiling: bool = False
+    vae_dtype: str = "auto"
+    """What the VAE decodes in: "auto", or a dtype by its torch name."""
     quantize: str | None = None
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
-
-
-class Lora(NamedTuple):
-    """A LoRA to load: a file, a folder or a hub id, and its weight."""
-
-    source: str
-    scale: float
-
-
-def parse_lora(text: str) -> Lora:
-    """'path[:scale]'; InputError when the scale is not a number or a path that is meant to be local is not there."""
-    source, colon, tail = text.rpartition(":")
-    if not colon:
-        source, scale = text, 1.0
-    else:
-        try:
-            scale = float(tail)
-        except ValueError:
-            source, scale = text, 1.0
-    path = Path(source).expanduser()
-    if not -10 <= scale <= 10:
-        raise InputError(f"--lora takes a scale from -10 to 10, got {scale:g}")
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".safetensors") or source.count("/") != 1
-    if not path.exists() and looks_local:
-        raise InputError(
-            f"there is no LoRA {source}: --lora takes a .safetensors file, a folder or a hub id, and :scale"
-        )
-    if path.is_file() and path.suffix != ".safetensors":
-        raise InputError(f"LoRA {source} is not a .safetensors file: pickled weights can run code when opened")
-    return Lora(str(path) if path.exists() else source, scale)
 
 
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:
@@ -66,3 +35,7 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
+    if setup.vae_dtype != "auto" and facts.vae_in_dtype:
+        raise InputError(
+            f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"
+        )

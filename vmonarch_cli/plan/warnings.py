@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.demo_vocabulary import unknown_words
+from vmonarch_cli.models.lora_facts import LoraFacts, distilled_word
+from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
@@ -91,3 +93,21 @@ def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
     on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
     if request.offload not in (None, "auto", "none") and not on_gpu:
         yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
+
+
+def of_loras(
+    texts: tuple[str, ...], loras: tuple[LoraFacts, ...], model: ModelEntry, guidance_scale: float
+) -> Iterator[str]:
+    """A LoRA for few steps without guidance, by its name or metadata, and guidance that is on."""
+    if guidance_scale <= 1 or model.embedded_guidance:
+        return
+    known = {facts.name: facts.distilled for facts in loras}
+    for text in texts:  # of those on the hub there is a name, and no metadata yet
+        source = parse_lora(text).source
+        known.setdefault(source, distilled_word(source))
+    name, word = next(((name, word) for name, word in known.items() if word), ("", ""))
+    if word:
+        yield (
+            f"LoRA {name} is for few steps without guidance ('{word}' in its name or metadata), and guidance is on: "
+            "add --guidance-scale 1, which also halves the work"
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmonarch_cli.attention.structured import Attention, Call
+from vmonarch_cli.attention.structured import Attention, AttentionCall
 from vmonarch_cli.presets import Preset
 from vmonarch_kernels import dense_attention
 from vmonarch_kernels.cost import monarch_flops
@@ -30,7 +30,7 @@ def attention_in_blocks(preset: Preset, frames_per_block: int) -> Attention:
     ValueError at a call with text: joint attention has no frame blocks here.
     """
 
-    def attend(call: Call) -> Tensor:
+    def attend(call: AttentionCall) -> Tensor:
         if call.text is not None:
             raise ValueError("joint text-video attention does not run with several frames to a block")
         return block_attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmonarch_cli.attention.session import AttentionSession
-from vmonarch_cli.attention.structured import Call
+from vmonarch_cli.attention.structured import AttentionCall
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import Preset, load_preset
@@ -32,7 +32,7 @@ _DENSE = {
 }
 
 
-def skip_attention(call: Call) -> Tensor:
+def skip_attention(call: AttentionCall) -> Tensor:
     """A copy of the call's values, as large a write as an attention's output: what is left of a step is the floor of
     everything else.
     """

@@ -14,7 +14,7 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
-from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.call import decode_whole, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.kernel import KernelSettings, profile_shape
@@ -134,7 +134,7 @@ def _decode(settings: ModelSettings, pipeline: Any, profile: ModelProfile, budge
         profile.notes.append("--seconds left no time for decoding")
         return
     try:
-        profile.decode_s, _ = wall(lambda: decode(pipeline, inputs.latents), settings.device)
+        profile.decode_s, _ = wall(lambda: decode_whole(pipeline, inputs.latents), settings.device)
     except Exception as error:
         profile.notes.append(f"decoding was not measured: {reason(error)}")
 

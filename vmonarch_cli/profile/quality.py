@@ -16,7 +16,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.pipeline.call import decode
+from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.costs import branches_of, count_flops
@@ -211,7 +211,7 @@ def _decoded(settings: QualitySettings, pipeline: Any, latents: Tensor) -> list[
         parts = [decode_normalised(vae, part.to(settings.device, vae.dtype)) for part in latents.split(4)]
         frames = ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
         return list(frames.transpose(1, 2))
-    return [torch.from_numpy(decode(pipeline, clip[None])).permute(0, 3, 1, 2) for clip in latents]
+    return [torch.from_numpy(decode_whole(pipeline, clip[None])).permute(0, 3, 1, 2) for clip in latents]
 
 
 def _frame_metrics(a: Tensor, b: Tensor, device: torch.device) -> tuple[float, float]:

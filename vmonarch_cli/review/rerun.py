@@ -75,6 +75,7 @@ def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, s
         *((name, version, now.versions.get(name)) for name, version in then.versions.items()),
         ("device", devices[0], devices[1]),
         ("dtype", then.dtype, now.dtype),
+        *([("vae_dtype", then.vae_dtype, now.vae_dtype)] if then.vae_dtype is not None else []),
         ("impl", then.impl, now.impl),
         ("model", then.model.source, now.model.source),
     ]

@@ -1,0 +1,76 @@
+"""Write tests/families/LORAS.md: every way to write a LoRA, with a tick for each family that it changed rightly.
+
+Run it from the repository root: ``python tests/support/lora_table.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+CASES = "test_a_format_gives_what_diffusers_own_gives"
+ALONE = {
+    "test_a_parameter_that_is_changed_outright": "`.diff`, `.diff_b`, `.diff_m`",
+    "test_a_dora_is_what_peft_makes_of_it": "DoRA (`.dora_scale`, `lora_magnitude_vector`)",
+    "test_one_of_two_transformers_is_chosen_by_a_word_or_a_name": "`high:`, `low:`, HIGH and LOW files",
+    "test_a_lora_of_the_second_transformer_goes_there": "`transformer_2.`",
+    "test_peft_settings_beside_a_file_are_applied": "`adapter_config.json` beside the file",
+}
+"""Tests of one family, Wan, and what they show."""
+
+
+class Collector:
+    """A pytest plugin: outcome of every test, by name and parameters."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, dict[str, Any]] = {}
+        self.passed: dict[str, bool] = {}
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        self.parameters[item.nodeid] = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed[report.nodeid] = self.passed.get(report.nodeid, True) and bool(report.passed)
+
+
+def main() -> int:
+    """Run the tests and write the table; pytest's exit code."""
+    collector = Collector()
+    files = [TESTS / "families" / "test_lora_formats.py", TESTS / "pipeline" / "test_lora_formats.py"]
+    files.append(TESTS / "pipeline" / "test_lora_parameters.py")
+    code = pytest.main([*map(str, files), "-q"], plugins=[collector])
+    families: list[str] = []
+    signs: dict[str, dict[str, str]] = {}
+    alone: dict[str, bool] = {}
+    for node, passed in collector.passed.items():
+        test, given = node.split("::")[-1].split("[")[0], collector.parameters[node]
+        if test == CASES:
+            families += [given["name"]] if given["name"] not in families else []
+            signs.setdefault(given["form"], {})[given["name"]] = "✓" if passed else "✗"
+        elif test in ALONE:
+            alone[test] = alone.get(test, True) and passed
+    lines = [
+        "# Formats of LoRA files and the families they were tried in",
+        "",
+        "Written by `python tests/support/lora_table.py`. A tick: the file changes the latents as the same weights in "
+        "diffusers' own format do. A dot: the model's own code names layers as diffusers does, or diffusers has no "
+        "table of its names.",
+        "",
+        "| format | " + " | ".join(families) + " |",
+        "|---" * (len(families) + 1) + "|",
+        *(f"| {form} | " + " | ".join(row.get(name, "·") for name in families) + " |" for form, row in signs.items()),
+        "",
+        "| beside the pairs of matrices (Wan) | |",
+        "|---|---|",
+        *(f"| {words} | {'✓' if alone.get(test) else '✗'} |" for test, words in ALONE.items()),
+    ]
+    (TESTS / "families" / "LORAS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

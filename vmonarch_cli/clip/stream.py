@@ -1,0 +1,67 @@
+"""From latents to a file: parts of the clip are written while later ones are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.clip.stopwatch import Stopwatch
+from vmonarch_cli.media.write import Frames, Pixels, clip_writer
+from vmonarch_cli.pipeline.decode_retry import decode_with_retries
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a clip goes; `shape`: frames, height, width. The rest as `media.write.clip_writer` takes it."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    fps: int
+    overwrite: bool
+    work: Path | None
+
+
+@dataclass(frozen=True)
+class WrittenClip:
+    """A clip in its place, and the seconds that it took."""
+
+    pixels: Pixels
+    decode_s: float
+    """Decoding, without the time that it waited for the encoder."""
+    write_s: float
+    """What writing took beside that."""
+    hidden_s: float
+    """What writing took while decoding went on."""
+
+
+def write_decoded(
+    decode: Callable[[], Iterator[Frames]],
+    target: Target,
+    pipeline: Any,
+    device: torch.device,
+    *,
+    on_part: Callable[[Frames], None] | None,
+    on_retry: Callable[[str], None],
+) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
+    """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
+
+    `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on.
+    Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
+    """
+
+    def attempt() -> WrittenClip:
+        watch = Stopwatch(device)
+        with clip_writer(target.path, target.shape, target.fps, target.overwrite, target.work) as writer:
+            for part in decode():
+                writer.add(part)
+                if on_part is not None:
+                    on_part(part)
+            decode_s, hidden_s = watch.lap() - writer.waited_s, writer.busy_s - writer.waited_s
+        write_s = watch.total() - decode_s
+        return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s))
+
+    return decode_with_retries(attempt, pipeline, device, on_retry)
