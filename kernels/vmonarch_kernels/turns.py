@@ -22,7 +22,8 @@ def turns_before(
 
     A residual serves every later call, so most turns come early: some in the first call, where structured attention
     is farthest from dense, then one for every frame, or most of what is left where that is fewer; the rest come evenly.
-    ``first`` is the share of the turns of all forwards that the first call takes, at most one for every frame.
+    ``first`` is the share of the turns of all forwards that the first call takes, at most one for every frame; then
+    all others come evenly.
     """
     mean = refresh * forwards
     if calls is None or call == 0 or (calls < 3 if first is None else calls < 2):
@@ -32,6 +33,7 @@ def turns_before(
         taken = math.floor(min(FIRST_FRAMES * frames, FIRST_TURNS * refresh * calls) + 1e-9)
     else:
         taken = math.floor(min(frames, first * mean * calls) + 1e-9)
+        return taken + math.ceil((mean * calls - taken) * (call - 1) / (calls - 1) - 1e-9)
     early_calls = max(1, round(EARLY_CALLS * calls))
     left, late_calls = mean * calls - taken, calls - 1 - early_calls
     early = max(min(frames, EARLY_TURNS * left), left * early_calls / (calls - 1)) if late_calls else left

@@ -83,9 +83,8 @@ class ClipSchedule:
             due = self._staged(step, weight, lead, stage)
         else:
             calls = None if self.steps is None else self.steps - int(preset.dense_steps)
-            first = preset.first_turns if lead > 1 else None
             before, after = (
-                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=first)
+                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=preset.first_turns)
                 for call in (index, index + 1)
             )
             due = after - before
@@ -98,7 +97,7 @@ class ClipSchedule:
         preset, dense = self.preset, int(self.preset.dense_steps)
         calls = (self.steps or 0) - dense
         mean = weight * preset.refresh
-        if preset.first_turns is None or lead == 1:
+        if preset.first_turns is None:
             first = min(FIRST_FRAMES * self.frames, FIRST_TURNS * mean * calls / self.stages)
         else:
             first = min(self.frames, preset.first_turns * mean * lead * calls / self.stages)
