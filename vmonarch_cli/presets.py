@@ -6,6 +6,7 @@ error message quotes, so that what is documented is what is checked.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -192,6 +193,29 @@ FIELD_DOCS: dict[str, FieldDoc] = {
         "Which implementation computes the structured call; auto takes the fastest that can run.",
     ),
 }
+
+
+def at_steps(preset: Preset, steps: int | None) -> Preset:
+    """A preset as it is in a clip of so many denoising steps (None: not known), without shares and `few_steps`.
+
+    Raises PresetError where the preset has a share and the number of steps is not known.
+    """
+    if steps is None:
+        if isinstance(preset.dense_steps, float):
+            raise PresetError(
+                f"preset '{preset.name}' runs a share of the steps dense, and the number of steps is not known: "
+                "give `begin_clip` or `begin_step` the total"
+            )
+        return preset
+    few = preset.few_steps
+    changes = {} if few is None or steps > few.up_to else few.changes()
+    dense_steps = changes.get("dense_steps", preset.dense_steps)
+    if isinstance(dense_steps, float):
+        dense_steps = math.floor(dense_steps * steps + 0.5)
+    changes |= {"few_steps": None, "dense_steps": dense_steps}
+    if preset.step_refresh:
+        changes["refresh"] = sum(preset.step_refresh) / len(preset.step_refresh)
+    return preset.model_copy(update=changes)
 
 
 def format_value(value: object) -> str:

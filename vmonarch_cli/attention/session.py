@@ -10,12 +10,12 @@ import torch
 
 from vmonarch_cli.attention.joint import Text, dense_joint
 from vmonarch_cli.attention.meter import Meter
-from vmonarch_cli.attention.steps import StepTracker
+from vmonarch_cli.attention.steps import NO_STEP, StepTracker
 from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
+from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan.call_options import options_for
-from vmonarch_cli.plan.schedule import at_steps
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
 
 PRESET_IS_DENSE = "preset is dense"
@@ -52,6 +52,8 @@ class AttentionSession:
         """Gets each step's new latents from a watched scheduler, for pipelines without a callback."""
         self.grid: Grid | None = None
         """(T, H, W) tokens of the last forward, None before one."""
+        self.adapted = False
+        """A tuned adapter is on in the running forward."""
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
@@ -189,6 +191,11 @@ class AttentionSession:
         dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
         if reason is not None:
+            if reason == GRID_MISFIT and self.adapted:
+                raise ModelError(
+                    f"a tuned adapter is not for dense attention, and layer {layer} runs dense because its {reason}: "
+                    "choose --tuned none"
+                )
             self._dense_calls[reason] += 1
             return self._meter.dense(q, dense)
         if self._attention is None and options_for(self._resolved, call.grid[0]).exact:
@@ -210,6 +217,14 @@ class AttentionSession:
     def _resolved(self) -> Preset:
         """The preset as it is in a clip of the current one's number of steps."""
         return at_steps(self.preset, self._tracker.total)
+
+    def forward_is_dense(self) -> bool:
+        """Whether all self-attention of the running forward is dense; RuntimeError when none runs."""
+        if self._tracker.step is None or self.grid is None:
+            raise RuntimeError(NO_STEP)
+        if self.preset.attention == "dense" or self._tracker.step.index < self._resolved.dense_steps:
+            return True
+        return self._attention is None and options_for(self._resolved, self.grid[0]).exact
 
     def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""

@@ -14,7 +14,7 @@ import torch
 
 from vmonarch_cli.attention.joint import Rows, Text, valid_rows
 from vmonarch_cli.attention.warm import Grid
-from vmonarch_cli.plan.schedule import FIRST_STAGE, Stage
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage
 
 NO_STEP = (
     "a swapped transformer ran outside a denoising step: give `swapped` the pipeline, whose scheduler tells the steps "

@@ -10,8 +10,8 @@ import torch
 from vmonarch_cli.attention.joint import Text, text_entry, text_rows
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
 from vmonarch_cli.plan.call_options import CallOptions, options_for
-from vmonarch_cli.plan.schedule import FIRST_STAGE, Stage, at_steps, schedule_for
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels import Inputs, attend, resolve_impl
 
 

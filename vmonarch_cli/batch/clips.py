@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.schedule import OWN
+from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
+from vmonarch_cli.untrusted.files import user_path
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "schedule", "model"}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "step_costs", "schedule_forced", "loras"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -179,8 +182,11 @@ class _Planner:
 
     def _sentence(self, request: GenerateRequest) -> str | None:
         """What is wrong with a request, if anything is: its first fault."""
+        return self._sentence_of(lambda: resolve(request))
+
+    def _sentence_of(self, check: Callable[[], object]) -> str | None:
         try:
-            resolve(request)
+            check()
         except VmonarchError as error:
             return error.message
         return None
@@ -188,6 +194,8 @@ class _Planner:
     def _sentence_about(self, name: str, value: Any) -> str | None:
         """What is wrong with one field of a line, whatever is wrong with the others."""
         known = (name, repr(value))
+        if name == "tuned":  # whether it fits the line's preset is known with the rest of the line alone
+            return self._sentence_of(lambda: value == NONE or read(user_path(value, "--tuned")))
         if known not in self._alone:
             model = GenerateRequest(
                 model=self._request.model,
@@ -207,6 +215,11 @@ class _Planner:
     ) -> PlannedClip:
         seed = request.seed if not offset else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
+        if "recipe" in given and plan.setup.loras != self._request.loras:
+            raise InputError(
+                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give --recipe as "
+                "a flag"
+            )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
@@ -257,8 +270,14 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     content["setup"].pop("offload", None)
+    adapters = content["setup"].pop("tuned")
+    if adapters:  # the same weights, from wherever they were read
+        content["tuned"] = adapters[0]["sha256"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
+    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+        if content[name] == default:
+            del content[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()

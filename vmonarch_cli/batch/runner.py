@@ -237,7 +237,11 @@ class _BatchRun:
             self._maker = None  # the pipeline before goes first: both may not fit
             self._with_image = with_image
             self._maker = ClipMaker(
-                clip.plan, self._machine, retry_dense=self._limits.retry_dense, on_event=self._relay
+                clip.plan,
+                self._machine,
+                retry_dense=self._limits.retry_dense,
+                on_event=self._relay,
+                adapters=[adapter for other in self._batch.clips for adapter in other.plan.setup.tuned],
             )
         return self._maker
 

@@ -71,7 +71,7 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
     folder, plans = plan_comparison(request, presets)
     first = next(iter(plans.values()))
     out.note(*first.notes)
-    out.warn(*first.warnings)
+    out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))
     with RunProgress(out, lambda result, load_s: remember(result.record)) as progress:
         comparison, _ = run_comparison(plans, machine, progress)

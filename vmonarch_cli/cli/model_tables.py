@@ -13,8 +13,7 @@ from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
-from vmonarch_cli.plan.schedule import at_steps
-from vmonarch_cli.presets import load_preset
+from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.text import binary_size, flops
 
 SHOWN_MODES = ("none", "model", "group")
@@ -100,7 +99,7 @@ def model_table(model: ModelEntry) -> Group:
 
 def _additions(facts: PipelineFacts) -> str:
     """The flags that diffusers has an answer to in this pipeline, beside the attention."""
-    flags = ["--quantize", "--offload"] + ["--lora"] * facts.lora + ["--compile"] * facts.compiles
+    flags = ["--quantize", "--offload"] + ["--lora", "--tuned"] * facts.lora + ["--compile"] * facts.compiles
     return ", ".join(flags + [f"--cache ({', '.join(facts.caches)})"] * bool(facts.caches))
 
 

@@ -14,6 +14,7 @@ import typer
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import read_sigmas
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
@@ -92,6 +93,28 @@ class RequestFlags(TypedDict, total=False):
         float | None,
         number_option("--flow-shift", panel=SAMPLING, help="Timestep shift; higher spends steps on noise."),
     ]
+    recipe: Annotated[
+        str | None,
+        option(
+            "--recipe",
+            panel=SAMPLING,
+            help="Settings for a distilled model: name or .toml file; `vmonarch recipes` lists them. Flags beat it.",
+        ),
+    ]
+    sampler: Annotated[
+        str | None,
+        option("--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++ or lcm. Default: the model's own."),
+    ]
+    sigmas: Annotated[
+        Any,
+        option(
+            "--sigmas",
+            panel=SAMPLING,
+            metavar="S,S,...",
+            parser=read_sigmas,
+            help="Noise level at which each step begins, falling from 1, as in 1,0.94,0.83,0.62.",
+        ),
+    ]
     seed: Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")]
     num_videos: Annotated[
         int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
@@ -147,6 +170,10 @@ class RequestFlags(TypedDict, total=False):
             help="Add a LoRA: file, folder, hub id or owner/name/file; high: or low: for one of two transformers "
             "(repeatable).",
         ),
+    ]
+    tuned: Annotated[
+        str | None,
+        option("--tuned", panel=ATTENTION, metavar="FILE", help="Adapter that was tuned for the preset, or none."),
     ]
     cache: Annotated[
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")

@@ -17,6 +17,8 @@ from vmonarch_cli.models.lora_facts import is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import MODEL_DEFAULT
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 
@@ -25,7 +27,7 @@ _TELLS = 0.01
 
 
 def header(plan: Plan, machine: Machine) -> Table:
-    """What is about to run, in seven lines."""
+    """What is about to run, in seven lines, or eight with an adapter."""
     shape = " x ".join(str(n) for n in plan.grid)
     return facts(
         [
@@ -33,11 +35,23 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns)"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
+            *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
-            ("attention", f"{flops_words(plan)}; {schedule_words(plan.schedule)}"),
+            ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
+    )
+
+
+def tuned_words(tuned: AdapterFile, origin: str) -> str:
+    """An adapter's file, where it came from, and what it was made for."""
+    said = tuned.adapter
+    whose = f" ({origin})" if origin == MODEL_DEFAULT else ""
+    error = "" if said.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*said.gain)
+    return (
+        f"{tuned.path}{whose}, made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}, "
+        f"{said.size}, {said.num_frames} frames{error}"
     )
 
 

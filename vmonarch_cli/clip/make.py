@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +40,13 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
-from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -101,12 +102,13 @@ class ClipMaker:
         on_event: OnEvent = lambda event: None,
         share_clip: bool = False,
         to_decode: bool = False,
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         """Load the plan's model where the machine has it.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
         torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
-        than `finish` needs.
+        than `finish` needs. adapters: those of all plans to come, the first one's by default.
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
@@ -114,7 +116,8 @@ class ClipMaker:
         self._device = torch.device(machine.device)
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
-        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, share_clip)
+        chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
+        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
@@ -122,13 +125,13 @@ class ClipMaker:
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
-    def _load(self, plan: Plan, share_clip: bool) -> Any:
+    def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...], share_clip: bool) -> Any:
         return load_pipeline(
             plan.model_source,
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=self._setup(plan),
+            setup=self._setup(plan).model_copy(update={"tuned": adapters}),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
@@ -277,7 +280,7 @@ class ClipMaker:
             plan.negative_prompt,
             on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
         )
-        with self._swapped(plan, preset) as session, texts as left_out:
+        with self._swapped(plan, preset, seed) as session, texts as left_out:
             try:
                 embeddings = encode(
                     self._pipeline,
@@ -324,10 +327,10 @@ class ClipMaker:
             )
 
     @contextmanager
-    def _swapped(self, plan: Plan, preset: Preset) -> Iterator[AttentionSession]:
-        """The model with the preset's attention and the plan's flow shift."""
+    def _swapped(self, plan: Plan, preset: Preset, seed: int) -> Iterator[AttentionSession]:
+        """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
-        set_flow_shift(self._pipeline, plan.flow_shift)
+        set_schedule(self._pipeline, plan, seed)
         key = (preset, plan.dense_every)
         with swapped(
             self._pipeline,
@@ -335,6 +338,7 @@ class ClipMaker:
             sample_dense_every=plan.dense_every,
             on_first_call=lambda: self._on_event(CompilingKernels()),
             session=self._sessions.get(key),
+            adapter=None if plan.tuned is None else plan.tuned.layer_name,
         ) as session:
             self._sessions[key] = session
             try:

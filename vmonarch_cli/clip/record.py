@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 import pydantic.dataclasses
 from pydantic import ConfigDict, ValidationError
 
-from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.write import Pixels
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.models.tuned import file_hash
 from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
 from vmonarch_cli.untrusted.shapes import fault_of
@@ -67,7 +71,7 @@ def make_record(
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
         "flops": plan.flops.model_dump(),
-        "schedule": [row.model_dump() for row in plan.schedule],
+        "schedule": [row.model_dump() for row in plan.step_costs],
         "device": denoised.device,
         "dtype": denoised.dtype,
         "vae_dtype": vae_dtype,
@@ -77,7 +81,9 @@ def make_record(
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
-        "setup": plan.setup.model_dump(),
+        "setup": plan.setup.model_dump(exclude={"tuned"}),
+        "tuned": None if plan.tuned is None else plan.tuned.facts(),
+        "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
     }
@@ -136,6 +142,7 @@ def plan_again(
         given["model"] = record.model.source  # a folder: its alias is only its name
     given |= {
         "preset": None,
+        "recipe": None,  # what it gave is among the settings
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
@@ -143,6 +150,7 @@ def plan_again(
         "device": device or record.device.type.partition(":")[0],
         "output": output if output is not None else str(file.parent / f"{file.stem}-rerun{Path(record.clip).suffix}"),
         "overwrite": overwrite,
+        "tuned": NONE,  # the record's own is chosen below, where the preset is known
     }
     try:
         _StrictRequest(**given)
@@ -153,12 +161,33 @@ def plan_again(
     branches = branches_of(plan.model, plan.guidance_scale)
     flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    schedule = tuple(Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift).step_costs(preset))
+    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift)
+    costs = {"flops": flops, "step_costs": tuple(work.step_costs(preset))}
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
-    again = {"preset": preset, "setup": setup, "flops": flops, "schedule": schedule, "origins": origins, "warnings": ()}
-    return plan.model_copy(update={**again, "notes": tuple(_loads(plan))})
+    if record.tuned is not None:
+        setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
+    again = {"preset": preset, "setup": setup, **costs, "origins": origins, "warnings": ()}
+    plan = plan.model_copy(update=again)
+    return plan.model_copy(update={"notes": tuple(_loads(plan))})
+
+
+def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> AdapterFile:
+    """The adapter of a record, if it is the same file still; the model's own may lie elsewhere by now."""
+    facts = PIPELINES[plan.model.image_pipeline or plan.model.pipeline if plan.image else plan.model.pipeline]
+    shape = (plan.height, plan.width, plan.num_frames)
+    use = Use(plan.model_source, plan.revision, facts, preset, plan.steps, plan.guidance_scale, *shape)
+    path = Path(then.path)
+    if not path.is_file():
+        path = next((own for own in use.shipped() if file_hash(own) == then.sha256), path)
+    tuned = read(path)
+    if tuned.sha256 != then.sha256:
+        raise InputError(
+            f"{name}: adapter {path} is another one by now (SHA-256 {then.sha256[:12]} then, {tuned.sha256[:12]} now)"
+        )
+    check(tuned, use)
+    return tuned
 
 
 def _decoded_in(record: Record) -> str | None:
@@ -179,6 +208,8 @@ def _loads(plan: Plan) -> Iterator[str]:
         yield f"the record loads the model {_place(plan.model_source)}"
     for text in plan.setup.loras:
         yield f"the record loads the LoRA {_place(parse_lora(text).source)}"
+    if plan.tuned is not None:
+        yield f"the record loads the tuned adapter {plan.tuned.path}"
     if plan.image is not None:
         yield f"the record reads the image {plan.image}"
 

@@ -156,6 +156,14 @@ class CoverageFacts(_Part):
     dense: dict[str, int] = {}
 
 
+class TunedFacts(_Part):
+    """The tuned adapter that it ran with: its file, the hash of it, and the preset that it was made for."""
+
+    path: str
+    sha256: str
+    preset: str
+
+
 class Record(_Part):
     """A record that can be trusted to have these fields, of these types."""
 
@@ -183,6 +191,7 @@ class Record(_Part):
     warnings: list[str] = []
     retries: list[dict[str, str]] = []
     setup: dict[str, Simple] = {}
+    tuned: TunedFacts | None = None
     skipped_calls: int = 0
 
     @field_validator("grid", mode="before")
@@ -209,6 +218,8 @@ class Record(_Part):
         values["num_videos"] = 1
         values["model.source"] = self.model.source
         values["device"] = None if self.device is None else self.device.name
+        if self.tuned is not None:
+            values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
         return values
 

@@ -63,6 +63,9 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
         return False
     if record.file.model_dump() != file_facts(clip):
         return False
+    hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
+    if hashes[0] != hashes[1]:
+        return False
     then = {"vae_dtype": "auto", **{name: entry.value for name, entry in record.settings.items()}}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}

@@ -76,6 +76,8 @@ class PipelineFacts:
     """Guidance is one forward of two samples, not two forwards."""
     caches: tuple[str, ...] = CACHES
     """The step caches of diffusers that run in it: each wants something of the pipeline or the transformer."""
+    takes_sigmas: bool = True
+    """Its noise levels fall from 1 to 0 and can be given; Mochi's count backwards."""
     lora: bool = True
     """diffusers loads LoRA weights into it."""
     compiles: bool = True
@@ -131,6 +133,8 @@ class ModelEntry(BaseModel):
     min_frames: int = 1
     min_steps: int = 1
     """Fewest denoising steps that its noise schedule can be made of."""
+    scheduler: str | None = None
+    """Class name of the scheduler that a folder comes with; None for that of its family."""
     has_flow_shift: bool = True
     """Its noise schedule has a shift that can be set."""
     takes_image: bool = False

@@ -9,6 +9,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def cached_folder(repo: str, revision: str | None) -> Path | None:
             raise explain(error, repo, revision) from error
     _check_disk(repo, info)
     return None
+
+
+def snapshot_at_hand(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a model in the local cache, if its transformer's weights are in it; the hub is not asked."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    commit = revision or "main"
+    with suppress(OSError, ValueError):  # no such branch or tag in the cache: then it is a commit
+        commit = (home / "refs" / commit).read_text(encoding="utf-8").strip()
+    folder = home / "snapshots" / commit
+    return folder if has_weights(folder / "transformer") else None
 
 
 def hub_file(repo: str, choose: Callable[[Sequence[str]], str], thing: str = "LoRA") -> Path:

@@ -36,6 +36,16 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What the header of a safetensors file says."""
+
+    tensors: dict[str, TensorHeader]
+    spans: dict[str, tuple[int, int]]
+    """Tensor -> where its bytes begin and end in the file."""
+    metadata: dict[str, str]
+
+
 def weight_files(names: Iterable[str]) -> list[str]:
     """Of the files of a component's folder, the *.safetensors that are read when no variant is asked for, sorted.
 
@@ -58,7 +68,7 @@ def weight_files(names: Iterable[str]) -> list[str]:
 def has_weights(folder: Path) -> bool:
     """Whether all weight files of a component are there, shards included."""
     try:
-        return bool(_files(folder))
+        return bool(component_files(folder))
     except ModelError:
         return False
 
@@ -73,7 +83,7 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
 
     Weights that are scaled integers or scaled floats of 8 bits are refused: the libraries would read them as they are.
     """
-    files = {path: read_header(path) for path in _files(folder)}
+    files = {path: read_header(path) for path in component_files(folder)}
     tensors = {name: tensor for found in files.values() for name, tensor in found.items()}
     scaled = sorted(name for name in tensors if re.search(r"\.?scale_(weight|input)$|^scaled_fp8$", name))
     if scaled:
@@ -92,12 +102,12 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Tensors of one safetensors file; its header must parse and the file must be as long as the header says."""
-    return _read_file(path)[0]
+    return read_layout(path).tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file says of itself; ModelError as `read_header`."""
-    return _read_file(path)[1]
+    return read_layout(path).metadata
 
 
 def read_scalar(path: Path, tensor: TensorHeader) -> float | None:
@@ -111,27 +121,37 @@ def read_scalar(path: Path, tensor: TensorHeader) -> float | None:
     return None if form is None else float(struct.unpack(form, raw[: struct.calcsize(form)])[0])
 
 
-def _read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
-    require_regular(path, f"weights file {path}", ModelError)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ModelError(f"weights file {path} is damaged: it is not a safetensors file; download it again")
-        raw = file.read(length)
+def read_layout(path: Path, name: str = "weights file") -> Layout:
+    """Tensors, their places and the metadata of a safetensors file; each ModelError opens with `name` and the path."""
+    require_regular(path, f"{name} {path}", ModelError)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ModelError(f"{name} {path} is damaged: it is not a safetensors file; download it again")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{name} {path} cannot be read: {error.strerror or error}") from None
+    begin = 8 + length
     try:
         table = parse_json(parse_text(raw.rstrip(b" \0")))
         texts = (table.pop("__metadata__", None) or {}).items()
-        tensors = {name: _tensor(entry, 8 + length) for name, entry in table.items()}
-        end = max((_end(table[name], tensor) for name, tensor in tensors.items()), default=0)
+        tensors = {name: _tensor(entry, begin) for name, entry in table.items()}
+        spans = {name: _span(table[name], tensor) for name, tensor in tensors.items()}
     except (Malformed, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ModelError(f"weights file {path} is damaged: its header does not parse; download it again") from None
+        raise ModelError(f"{name} {path} is damaged: its header does not parse; download it again") from None
+    end = max((end for _, end in spans.values()), default=0)
     if size != 8 + length + end:
         raise ModelError(
-            f"weights file {path} is damaged: it has {size:,} bytes and its header describes {8 + length + end:,}; "
+            f"{name} {path} is damaged: it has {size:,} bytes and its header describes {8 + length + end:,}; "
             "download it again"
         )
-    return tensors, {str(key): text for key, text in texts if isinstance(text, str)}
+    return Layout(
+        tensors,
+        {name: (begin + first, begin + last) for name, (first, last) in spans.items()},
+        {str(key): text for key, text in texts if isinstance(text, str)},
+    )
 
 
 def _tensor(entry: Mapping[str, object], data: int) -> TensorHeader:
@@ -146,8 +166,8 @@ def _tensor(entry: Mapping[str, object], data: int) -> TensorHeader:
     return TensorHeader(dtype, tuple(shape), data + begin)
 
 
-def _end(entry: Mapping[str, object], tensor: TensorHeader) -> int:
-    """Where a tensor's bytes end; ValueError when they are fewer or more than its shape needs."""
+def _span(entry: Mapping[str, object], tensor: TensorHeader) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end; ValueError when they are fewer or more than its shape needs."""
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
         raise TypeError(offsets)
@@ -155,10 +175,10 @@ def _end(entry: Mapping[str, object], tensor: TensorHeader) -> int:
     bits = _BITS.get(tensor.dtype)
     if not 0 <= begin <= end or (bits is not None and 8 * (end - begin) != bits * tensor.count):
         raise ValueError(offsets)
-    return int(end)
+    return int(begin), int(end)
 
 
-def _files(folder: Path) -> list[Path]:
+def component_files(folder: Path) -> list[Path]:
     """The weight files of a component that are read; ModelError when there is none, or a shard is missing."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     present = sorted(name for name in names if name.endswith(".safetensors"))

@@ -11,16 +11,12 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.pipeline import step_cache
 from vmonarch_cli.pipeline.lora import load_loras
+from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.pipeline.tuned import load_adapters
 from vmonarch_cli.plan.setup import Setup
 
 FIRST_BLOCK_THRESHOLD = 0.05
 """Relative change of the first block's output below which the others are skipped; diffusers' own default."""
-
-
-def transformers_of(pipeline: Any) -> list[Any]:
-    """The pipeline's one or two transformers."""
-    found = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
-    return [transformer for transformer in found if transformer is not None]
 
 
 def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
@@ -40,6 +36,7 @@ def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
 def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype) -> None:
     """Everything that comes before the weights are placed; ModelError or InputError in one sentence."""
     load_loras(pipeline, setup.loras)
+    load_adapters(pipeline, setup.tuned)
     if setup.quantize == "fp8":
         for transformer in transformers_of(pipeline):
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.pipeline.apply_setup import transformers_of
+from vmonarch_cli.pipeline.parts import transformers_of
 
 
 def split(pipeline: Any, device: torch.device) -> None:

@@ -28,6 +28,7 @@ from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.tuned import check_file
 from vmonarch_cli.text import innermost_line
 
 _ONLY_DENOISING = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "image_encoder", "connectors")
@@ -58,6 +59,8 @@ def load_pipeline(
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    for adapter in setup.tuned:
+        check_file(adapter, folder)
     on_card = device.type == "cuda" and setup.offload == "none"
     if not (on_card and setup.quantize):
         _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))

@@ -39,13 +39,13 @@ def load_loras(pipeline: Any, texts: tuple[str, ...]) -> None:
     files = [(file, lora.scale) for lora in map(parse_lora, texts) for file in lora_files(lora, transformers)]
     scales: dict[str, dict[str, float]] = {}
     for index, (file, scale) in enumerate(files):
-        for component in _load(pipeline, file, scale, f"lora_{index}"):
+        for component in load_lora(pipeline, file, scale, f"lora_{index}"):
             scales.setdefault(component, {})[f"lora_{index}"] = scale
     for component, of_adapter in scales.items():
         getattr(pipeline, component).set_adapters(list(of_adapter), list(of_adapter.values()))
 
 
-def _load(pipeline: Any, file: LoraFile, scale: float, adapter: str) -> list[str]:
+def load_lora(pipeline: Any, file: LoraFile, scale: float, adapter: str) -> list[str]:
     """Load one file; the components of the pipeline that have an adapter of its name now."""
     weights = read_weights(file)
     second = getattr(pipeline, "transformer_2", None) is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.pipeline.tuned import AdapterSwitch
 from vmonarch_cli.presets import Preset
 
 
@@ -27,6 +28,7 @@ def swapped(
     sample_dense_every: int = 0,
     on_first_call: Callable[[], None] | None = None,
     session: AttentionSession | None = None,
+    adapter: str | None = None,
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -37,6 +39,8 @@ def swapped(
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
     session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
         own. This is how several presets take turns on one model.
+    adapter: name of a tuned adapter that the transformers have (see `tuned.AdapterSwitch`). It is on in the forwards
+        whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
     Raises ModelError for a transformer of an unknown family, and for one that is swapped already.
     """
@@ -52,8 +56,16 @@ def swapped(
     session_id = op.register(session)
     with ExitStack() as undo:
         undo.callback(op.unregister, session_id)
+        switch = None
+        if adapter is not None:
+            blocks = [
+                _dense_blocks(transformer, found, session.preset.dense_layers)
+                for transformer, found in zip(transformers, layers, strict=True)
+            ]
+            switch = AdapterSwitch(transformers, adapter, blocks)
+            undo.callback(switch.off)
         for index, transformer in enumerate(transformers):
-            hook = functools.partial(_before_forward, session, index, target, scheduler)
+            hook = functools.partial(_before_forward, session, index, target, scheduler, switch)
             handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
             kinds = FAMILIES[_class_name(transformer)].processors
@@ -103,6 +115,12 @@ def _self_attentions(transformer: Any) -> dict[int, Any]:
     return found
 
 
+def _dense_blocks(transformer: Any, attentions: Mapping[int, Any], count: int) -> list[str]:
+    """Paths of the blocks that the first `count` self-attention layers are in."""
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    return [paths[id(module)].rpartition(".")[0] for number, module in attentions.items() if number < count]
+
+
 def _replacement(
     kind: type[MonarchProcessor], stock: Any, session_id: int, transformer: int, layer: int
 ) -> MonarchProcessor:
@@ -117,6 +135,7 @@ def _before_forward(
     index: int,
     target: Any,
     scheduler: Any,
+    switch: AdapterSwitch | None,
     transformer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -134,6 +153,9 @@ def _before_forward(
         guided=_has_guider(target),
         forwards=_forwards(target),
     )
+    session.adapted = switch is not None and not session.forward_is_dense()
+    if switch is not None:
+        switch.set(index, session.adapted)
 
 
 def _has_both_prompts(target: Any) -> bool:

@@ -118,8 +118,10 @@ def steps(model: ModelEntry, value: int) -> None:
         )
 
 
-def flow_shift(model: ModelEntry, value: float | None) -> None:
-    """InputError for a flow shift of a model whose noise schedule has none."""
+def flow_shift(model: ModelEntry, value: float | None, sigmas: tuple[float, ...] = ()) -> None:
+    """InputError for a flow shift of a model whose noise schedule has none, or beside noise levels that are given."""
+    if value is not None and sigmas:
+        raise InputError("--sigmas and --flow-shift both say what the noise levels are: give one of them")
     if value is not None and not model.has_flow_shift:
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.plan.call_options import options_for
-from vmonarch_cli.plan.schedule import FIRST_STAGE, Stage, at_steps, schedule_for
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
 
 
@@ -33,7 +33,9 @@ def branches_of(model: ModelEntry, guidance_scale: float) -> int:
     """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts, and those of
     other kinds of guidance.
     """
-    return (2 if guidance_scale > 1 and not model.embedded_guidance else 1) + model.extra_forwards
+    if guidance_scale <= 1:
+        return 1
+    return (1 if model.embedded_guidance else 2) + model.extra_forwards
 
 
 class StepCost(BaseModel):

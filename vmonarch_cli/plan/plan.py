@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.schedule import OWN
+from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
 
@@ -35,6 +36,15 @@ class Plan(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None
     flow_shift: float | None
+    recipe: str | None = None
+    """Name of the recipe that gave what no flag did."""
+    sampler: str = OWN
+    sigmas: tuple[float, ...] = ()
+    """As given; `schedule` is what they, or sampler and shift, come to."""
+    schedule: tuple[float, ...] | None = None
+    """Noise level at which each step begins; None where the model's own scheduler decides when it runs."""
+    schedule_forced: bool = False
+    """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
     preset: Preset
@@ -46,7 +56,7 @@ class Plan(BaseModel):
     grid: Grid
     tokens: int
     flops: Flops
-    schedule: tuple[StepCost, ...]
+    step_costs: tuple[StepCost, ...]
     """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
@@ -56,6 +66,11 @@ class Plan(BaseModel):
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def tuned(self) -> AdapterFile | None:
+        """The tuned adapter that it runs with, if any."""
+        return self.setup.tuned[0] if self.setup.tuned else None
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
@@ -67,6 +82,8 @@ class Plan(BaseModel):
                 values[name] = self.preset.name
             elif name == "output":
                 values[name] = [str(path) for path in self.outputs]
+            elif name == "tuned":
+                values[name] = None if self.tuned is None else self.tuned.path
             elif name in Setup.model_fields:
                 values[name] = getattr(self.setup, name)
             elif name != "model":

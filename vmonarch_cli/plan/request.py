@@ -21,6 +21,9 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
+    recipe: str | None = None
+    sampler: str | None = None
+    sigmas: tuple[float, ...] = field(default=())
     seed: int | None = None
     num_videos: int | None = None
     preset: str | None = None
@@ -42,3 +45,4 @@ class GenerateRequest:
     loras: tuple[str, ...] = field(default=())
     cache: str | None = None
     compile: bool = False
+    tuned: str | None = None

@@ -1,129 +1,121 @@
-"""The schedule of a clip: what every denoising step computes, from the real number of steps and forwards.
-
-One function decides how many frames a call recomputes (`ClipSchedule.due`). The session runs by it and the plan counts
-with it, so that what is shown and counted is what runs. No torch.
-"""
+"""Noise levels (sigmas) of a clip's denoising steps: which sampler takes them, and what they are. No torch."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
-from vmonarch_cli.errors import PresetError
-from vmonarch_cli.presets import Preset
-from vmonarch_kernels.turns import FIRST_FRAMES, FIRST_TURNS, turns_before
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.text import near, shown
+
+OWN = "own"
+SAMPLERS = (OWN, "unipc", "euler", "dpm++", "lcm")
+"""What `--sampler` takes; "own" is the scheduler that the model comes with, as it is set there."""
+_KINDS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+_OF_FAMILY = {
+    "wan": "unipc",
+    "skyreels-v2": "unipc",
+    "hunyuan-video": "euler",
+    "hunyuan-video-1.5": "euler",
+    "ltx-video": "euler",
+    "ltx-2": "euler",
+    "kandinsky-5": "euler",
+    "motif-video": "euler",
+}
+_KNOWN_LEVELS = ("wan", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5")
+"""Families whose own schedule follows from the steps and the shift alone."""
+_MAX_SIGMAS = 1000
 
 
-def at_steps(preset: Preset, steps: int | None) -> Preset:
-    """A preset as it is in a clip of so many denoising steps (None: not known), without shares and `few_steps`.
+class NoiseLevels(NamedTuple):
+    """The noise levels of a clip."""
 
-    Raises PresetError where the preset has a share and the number of steps is not known.
+    sampler: str
+    sigmas: tuple[float, ...] | None
+    """Noise level at which each step begins, falling, within (0, 1]; None where the scheduler decides when it runs."""
+    forced: bool
+    """The scheduler is replaced, or set to these levels; otherwise they are what it does by itself."""
+
+
+def read_sigmas(text: str) -> tuple[float, ...]:
+    """'1,0.75,0.5' as numbers; InputError when they are not, not falling, or not within 0 to 1."""
+    values = []
+    for part in text.replace(" ", ",").split(","):
+        if part:
+            try:
+                values.append(float(part))
+            except ValueError:
+                raise InputError(
+                    f"--sigmas takes numbers with commas between them, as in 1,0.75,0.5, got {shown(part)}"
+                ) from None
+    return check_sigmas(tuple(values))
+
+
+def check_sigmas(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The list as it came; InputError when it is empty, too long, not falling, or not within 0 to 1."""
+    if not 1 <= len(values) <= _MAX_SIGMAS:
+        raise InputError(f"--sigmas takes 1 to {_MAX_SIGMAS} noise levels, got {len(values)}")
+    for value in values:
+        if not (math.isfinite(value) and 0 < value <= 1):
+            last = ": the 0 at the end is added" if value == 0 and value is values[-1] else ""
+            raise InputError(f"--sigmas takes noise levels above 0 and up to 1, got {value:g}{last}")
+    for before, after in itertools.pairwise(values):
+        if after >= before:
+            raise InputError(f"--sigmas takes noise levels that fall, got {after:g} after {before:g}")
+    return values
+
+
+def check_sampler(value: str | None) -> str | None:
+    """A known sampler, or None; InputError that names them."""
+    if value is not None and value not in SAMPLERS:
+        raise InputError(f"--sampler takes {', '.join(SAMPLERS)}, got {shown(value)}{near(value, SAMPLERS)}")
+    return value
+
+
+def own_sampler(model: ModelEntry) -> str | None:
+    """What the scheduler that a model comes with does; None for those that are no flow-matching samplers known here."""
+    if not model.has_flow_shift or not PIPELINES[model.pipeline].takes_sigmas:
+        return None
+    return _OF_FAMILY.get(model.family) if model.scheduler is None else _KINDS.get(model.scheduler)
+
+
+def resolve_schedule(
+    model: ModelEntry, sampler: str, sigmas: tuple[float, ...], steps: int, flow_shift: float | None
+) -> NoiseLevels:
+    """The noise levels of a clip; InputError for what a model cannot have.
+
+    sigmas: as given, empty for none. flow_shift: what is resolved so far, None for the scheduler's own.
     """
-    if steps is None:
-        if isinstance(preset.dense_steps, float):
-            raise PresetError(
-                f"preset '{preset.name}' runs a share of the steps dense, and the number of steps is not known: "
-                "give `begin_clip` or `begin_step` the total"
+    own = own_sampler(model)
+    changes = sampler not in (OWN, own) or bool(sigmas)
+    if changes and own is None:
+        flag = "--sigmas" if sigmas else "--sampler"
+        raise InputError(
+            f"{flag} cannot be set: the noise schedule of {model.alias} is not a flow from noise level 1 to 0"
+        )
+    if sigmas:
+        if len(sigmas) != steps:
+            raise InputError(f"--sigmas has {len(sigmas)} noise levels and --steps is {steps}: give one for each step")
+        return NoiseLevels(sampler, sigmas, forced=True)
+    if changes:
+        if flow_shift is None:
+            raise InputError(
+                f"--sampler {sampler} needs --flow-shift or --sigmas: the own schedule of {model.alias} follows its "
+                "number of tokens"
             )
-        return preset
-    few = preset.few_steps
-    changes = {} if few is None or steps > few.up_to else few.changes()
-    dense_steps = changes.get("dense_steps", preset.dense_steps)
-    if isinstance(dense_steps, float):
-        dense_steps = math.floor(dense_steps * steps + 0.5)
-    changes |= {"few_steps": None, "dense_steps": dense_steps}
-    if preset.step_refresh:
-        changes["refresh"] = sum(preset.step_refresh) / len(preset.step_refresh)
-    return preset.model_copy(update=changes)
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
+    if flow_shift is None or own is None or model.family not in _KNOWN_LEVELS:
+        return NoiseLevels(sampler, None, forced=False)
+    if own == "unipc":  # diffusers' levels begin at 0.999, before they are shifted
+        return NoiseLevels(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
+    if model.family.startswith("hunyuan"):
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
+    return NoiseLevels(sampler, None, forced=False)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where a step stands among the transformers of a clip, which take over from one another."""
-
-    number: int = 0
-    """How many transformers worked before the one that works now."""
-    first_step: int = 0
-    """The first step of the one that works now."""
-
-
-FIRST_STAGE = Stage()
-
-
-@dataclass(frozen=True)
-class ClipSchedule:
-    """What a clip's calls recompute; ``schedule_for`` makes it."""
-
-    preset: Preset
-    """As ``at_steps`` resolves it."""
-    frames: int
-    """Latent frames."""
-    steps: int | None
-    """Denoising steps; None if not known, which spreads turns evenly."""
-    stages: int = 1
-    """Transformers that take over from one another."""
-
-    def due(self, step: int, layer: int, forwards: int, stage: Stage) -> int:
-        """Frames that have their turn in the leading forward of a step, or in any where residuals are not shared.
-
-        ``forwards``: those of the step.
-        """
-        preset = self.preset
-        weight = 1.0 if preset.layer_refresh is None else preset.layer_refresh[layer]
-        lead = forwards if preset.shared_refresh else 1
-        index = step - int(preset.dense_steps)
-        if index < 0 or not weight:
-            return 0
-        if preset.step_refresh is not None:
-            upto = [weight * lead * sum(preset.step_refresh[int(preset.dense_steps) : end]) for end in (step, step + 1)]
-            due = math.ceil(upto[1] - 1e-9) - math.ceil(upto[0] - 1e-9)
-        elif self.stages > 1 and self.steps is not None:
-            due = self._staged(step, weight, lead, stage)
-        else:
-            calls = None if self.steps is None else self.steps - int(preset.dense_steps)
-            before, after = (
-                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=preset.first_turns)
-                for call in (index, index + 1)
-            )
-            due = after - before
-        return min(due, self.frames - int(preset.first_frame))
-
-    def _staged(self, step: int, weight: float, lead: int, stage: Stage) -> int:
-        """A transformer that takes over has no residuals: its first step takes many turns, and all others share what is
-        left, evenly. Which step that is shows only when it comes, so every stage's first turns are set aside.
-        """
-        preset, dense = self.preset, int(self.preset.dense_steps)
-        calls = (self.steps or 0) - dense
-        mean = weight * preset.refresh
-        if preset.first_turns is None:
-            first = min(FIRST_FRAMES * self.frames, FIRST_TURNS * mean * calls / self.stages)
-        else:
-            first = min(self.frames, preset.first_turns * mean * lead * calls / self.stages)
-        rest = calls - self.stages
-        if rest < 1:
-            first = mean * lead
-        taken = math.floor(first + 1e-9) if rest > 0 else math.ceil(first - 1e-9)
-        if step == max(stage.first_step, dense):
-            return taken
-        each = (mean * lead * calls - self.stages * taken) / rest if rest > 0 else mean * lead
-        before = step - dense - stage.number - (1 if stage.first_step >= dense or not stage.number else 0)
-        return math.ceil(each * (before + 1) - 1e-9) - math.ceil(each * before - 1e-9)
-
-
-@lru_cache(maxsize=256)
-def schedule_for(preset: Preset, frames: int, steps: int | None, layers: int, stages: int = 1) -> ClipSchedule:
-    """The schedule of a clip of ``frames`` latent frames and ``steps`` denoising steps, in a model of so many layers.
-
-    Raises PresetError for a preset made for another number of steps or layers.
-    """
-    for name, count, noun in (("step_refresh", steps, "step"), ("layer_refresh", layers, "layer")):
-        given: Sequence[float] | None = getattr(preset, name)
-        if given is not None and count is not None and len(given) != count:
-            raise PresetError(
-                f"preset '{preset.name}': field '{name}' has {len(given)} numbers, one for each {noun}, and there are "
-                f"{count} {noun}s"
-            )
-    resolved = at_steps(preset, steps)
-    return ClipSchedule(resolved, frames, steps, stages)
+def _shifted(levels: list[float], shift: float) -> tuple[float, ...]:
+    """The flow shift: s -> shift s / (1 + (shift - 1) s)."""
+    return tuple(round(shift * level / (1 + (shift - 1) * level), 6) for level in levels)

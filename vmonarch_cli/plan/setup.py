@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
+from vmonarch_cli.models.tuned import TunedAdapter
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 QUANTIZATIONS = ("fp8", "int8")
+
+
+ADAPTER_NAME = "vmonarch_tuned"
+"""Begins the names that peft knows the layers of tuned adapters by."""
+
+
+class AdapterFile(BaseModel):
+    """A tuned adapter that a run uses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    """Of the file."""
+    adapter: TunedAdapter
+    """What the file says of itself."""
+
+    @property
+    def layer_name(self) -> str:
+        """What peft knows its layers by: a model may have several, for presets that take turns."""
+        return f"{ADAPTER_NAME}_{self.sha256[:12]}"
+
+    def facts(self) -> dict[str, Any]:
+        """What a record keeps: the file, and what it was made for."""
+        said = self.adapter
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "preset": said.preset_name,
+            "model": said.model,
+            "fingerprint": said.fingerprint,
+            "steps": said.steps,
+            "guidance_scale": said.guidance_scale,
+            "size": said.size,
+            "num_frames": said.num_frames,
+        }
 
 
 class Setup(BaseModel):
@@ -24,6 +63,8 @@ class Setup(BaseModel):
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
+    tuned: tuple[AdapterFile, ...] = ()
+    """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
 
 
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:

@@ -14,6 +14,8 @@ from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset, parse_assignment
 
+COSTLY = 1.1
+"""Times dense attention above which a preset's cost is said; below, the two are alike."""
 FEW_STEPS = 8
 """Denoising steps up to which a step cache harms: what distilled models take."""
 
@@ -66,7 +68,7 @@ def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops) -> I
             f"preset {preset.name} runs nothing structured here: all {len(schedule)} steps are dense, "
             "as with --preset dense"
         )
-    elif flops.planned > flops.dense:
+    elif flops.planned > COSTLY * flops.dense:
         yield (
             f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "
             "much: more frames, or --preset dense, would be better"

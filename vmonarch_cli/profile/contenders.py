@@ -17,8 +17,10 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import AttentionCall
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import StepRow
+from vmonarch_cli.profile.variants import adapter_names
 from vmonarch_kernels import dense_backends
 from vmonarch_kernels.cost import refresh_period
 
@@ -60,8 +62,10 @@ def contenders(
     dtype: torch.dtype,
     backends: Sequence[str] = (),
     masked: bool = False,
+    adapters: Sequence[AdapterFile] = (),
 ) -> list[Contender]:
-    """Every dense backend of the device (or those named), every structured preset, and skipped attention.
+    """Every dense backend of the device (or those named), every structured preset, those with an adapter that the
+    transformer has, and skipped attention.
 
     ``masked``: the stock model masks padding of its text, which keeps SDPA from its fastest path (and FlashAttention
     takes no mask), so preset `dense`, which leaves the padding out, takes part as well.
@@ -74,12 +78,13 @@ def contenders(
     if masked:
         dense = load_preset("dense")
         found.append(structured(transformer, StepRow(dense.name, "dense"), AttentionSession(dense, [len(layers)])))
-    for preset in presets:
+    tuned = [(name, t.adapter.made_for, t.layer_name) for name, t in adapter_names(adapters).items()]
+    for name, preset, adapter in [*((preset.name, preset, None) for preset in presets), *tuned]:
         if preset.attention != "dense":
             # Dense first steps would be measured as if they were structured; the clip's time counts them.
             measured = preset.model_copy(update={"dense_steps": 0})
-            row = StepRow(preset.name, "structured", note="warm" if preset.warm_start else "")
-            contender = structured(transformer, row, AttentionSession(measured, [len(layers)]))
+            row = StepRow(name, "structured", note="warm" if preset.warm_start else "")
+            contender = structured(transformer, row, AttentionSession(measured, [len(layers)]), adapter)
             found.append(replace(contender, period=refresh_period(preset.refresh)))
     return [*found, skipped(transformer, len(layers))]
 
@@ -90,9 +95,10 @@ def skipped(transformer: Any, layers: int) -> Contender:
     return structured(transformer, StepRow("skipped", "skipped"), session)
 
 
-def structured(transformer: Any, row: StepRow, session: AttentionSession) -> Contender:
+def structured(transformer: Any, row: StepRow, session: AttentionSession, adapter: str | None = None) -> Contender:
     """The transformer with its attention swapped; the session keeps its warm state from step to step."""
-    return Contender(row, functools.partial(swapped, [transformer], session.preset, session=session), session)
+    enter = functools.partial(swapped, [transformer], session.preset, session=session, adapter=adapter)
+    return Contender(row, enter, session)
 
 
 def _dense_names(device: torch.device, dtype: torch.dtype, masked: bool) -> list[str]:

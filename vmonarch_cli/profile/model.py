@@ -16,6 +16,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
 from vmonarch_cli.pipeline.call import decode_whole, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.kernel import KernelSettings, profile_shape
 from vmonarch_cli.profile.model_settings import ModelSettings
@@ -116,7 +117,8 @@ def _load(settings: ModelSettings, profile: ModelProfile) -> tuple[Any, Any, tup
         contexts = torch.randn(shape, generator=generator).to(device, dtype)
         profile.notes.append("random weights and prompt embeddings: times are those of the model, errors are not")
         return None, transformer, tuple(contexts)
-    pipeline = load_pipeline(settings.source, device=device, dtype=dtype, flow_shift=settings.flow_shift)
+    setup = Setup(offload="none", tuned=tuple(settings.tuned))
+    pipeline = load_pipeline(settings.source, device=device, dtype=dtype, flow_shift=settings.flow_shift, setup=setup)
     negative = entry.defaults.negative_prompt
     arguments = (pipeline, settings.prompt, negative, settings.guidance_scale, entry.max_sequence_length)
     encode(*arguments)  # the first call pays for more than text

@@ -9,6 +9,7 @@ import torch
 
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.costs import branches_of
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset
 
 
@@ -35,6 +36,8 @@ class ModelSettings:
     seed: int = 0
     backends: Sequence[str] = ()
     """Dense backends to measure; every one of the device when empty."""
+    tuned: Sequence[AdapterFile] = ()
+    """Adapters that have a row of their own, with the preset that each was made for."""
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
@@ -97,7 +98,11 @@ def run_quality(
     skipped: list[dict[str, str]] = []
     on_work("loading the model")
     pipeline = load_pipeline(
-        settings.source, device=settings.device, dtype=settings.dtype, flow_shift=settings.flow_shift
+        settings.source,
+        device=settings.device,
+        dtype=settings.dtype,
+        flow_shift=settings.flow_shift,
+        setup=Setup(offload="none", tuned=tuple(v.tuned for v in settings.variants if v.tuned is not None)),
     )
     on_work("dense")
     dense = _clips(settings, pipeline, _session(settings, pipeline, load_preset("dense")))
@@ -137,7 +142,9 @@ def _row(settings: QualitySettings, pipeline: Any, variant: Variant, dense: _Cli
         paper_psnr=variant.paper_psnr,
     )
     try:
-        clips = _clips(settings, pipeline, _session(settings, pipeline, variant.preset, variant.frames_per_block))
+        attention = _session(settings, pipeline, variant.preset, variant.frames_per_block)
+        adapter = None if variant.tuned is None else variant.tuned.layer_name
+        clips = _clips(settings, pipeline, attention, adapter)
         metrics = [_frame_metrics(a, b, settings.device) for a, b in zip(clips.frames, dense.frames, strict=True)]
         errors = [relative_error(a, b) for a, b in zip(clips.latents, dense.latents, strict=True)]
     except Exception as error:
@@ -170,7 +177,12 @@ def _session(
 
 
 @torch.no_grad()
-def _clips(settings: QualitySettings, pipeline: Any, attention: tuple[Preset, AttentionSession]) -> _Clips:
+def _clips(
+    settings: QualitySettings,
+    pipeline: Any,
+    attention: tuple[Preset, AttentionSession],
+    adapter: str | None = None,
+) -> _Clips:
     """Every prompt's clip, `batch` at a time; what a clip is does not depend on its batch."""
     preset, session = attention
     latents: list[Tensor] = []
@@ -179,7 +191,7 @@ def _clips(settings: QualitySettings, pipeline: Any, attention: tuple[Preset, At
     for first in range(0, len(settings.prompts), settings.batch):
         prompts = list(settings.prompts[first : first + settings.batch])
         seeds = range(settings.seed + first, settings.seed + first + len(prompts))
-        with swapped(pipeline, preset, session=session):
+        with swapped(pipeline, preset, session=session, adapter=adapter):
             final = pipeline(
                 prompt=prompts,
                 negative_prompt=[entry.defaults.negative_prompt] * len(prompts),

@@ -8,8 +8,7 @@ from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.plan.history import Measurement, computed_fields, keep
-from vmonarch_cli.plan.schedule import at_steps
-from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.presets import Preset, at_steps, load_preset
 from vmonarch_cli.profile.results import ModelProfile
 
 

@@ -15,12 +15,12 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
-from vmonarch_cli.plan.schedule import at_steps
-from vmonarch_cli.presets import load_preset
+from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.profile.contenders import Contender, contenders, structured
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, StepRow
+from vmonarch_cli.profile.variants import adapter_names
 
 COLD_REPEATS = 3
 TIMESTEPS = 1000
@@ -102,7 +102,9 @@ class StepsRun:
         inputs = first_inputs(self.settings, contexts)
         masked = "encoder_attention_mask" in inputs.others
         chosen = self.settings
-        kinds = contenders(self.transformer, chosen.presets, chosen.device, chosen.dtype, chosen.backends, masked)
+        kinds = contenders(
+            self.transformer, chosen.presets, chosen.device, chosen.dtype, chosen.backends, masked, chosen.tuned
+        )
         if masked:
             self.profile.notes.append(
                 "dense: preset dense, which leaves the text's padding out; the stock model masks it"
@@ -237,6 +239,7 @@ class StepsRun:
         """Denoising of a whole clip: dense first steps as the preset has them, one cold step, the rest as measured."""
         profile, steps = self.profile, self.settings.clip_steps
         presets = {preset.name: preset for preset in self.settings.presets}
+        presets |= {name: tuned.adapter.made_for for name, tuned in adapter_names(self.settings.tuned).items()}
         dense = profile.fastest_dense
         for place, row in enumerate(profile.rows):
             if row.step is None or row.note == "cold" or row.kind == "skipped":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 
 SWEEPS = ("quick", "full", "paper")
@@ -31,6 +33,8 @@ class Variant:
     is_preset: bool = False
     frames_per_block: int = 1
     """Latent frames that share one block of the factors; more than one runs eagerly (see `blocks`)."""
+    tuned: AdapterFile | None = None
+    """The adapter that the row runs with."""
     paper_psnr: float | None = None
     """PSNR against dense in dB that the paper reports for the same change on Wan2.1-1.3B, before tuning."""
 
@@ -49,6 +53,33 @@ def variants(sweep: str) -> list[Variant]:
     kept = _distinct([variant for variant in found if variant.name != exact.name])
     groups = list(dict.fromkeys(variant.group for variant in kept))
     return [*sorted(kept, key=lambda variant: groups.index(variant.group)), exact]
+
+
+def with_adapters(found: Sequence[Variant], adapters: Sequence[AdapterFile]) -> list[Variant]:
+    """The rows, and one more for each adapter with the preset that it was made for, below the row without it."""
+    rows = list(found)
+    for name, tuned in adapter_names(adapters).items():
+        preset = tuned.adapter.made_for
+        row = Variant(name, "preset", preset, is_preset=True, tuned=tuned)
+        below = (
+            i
+            for i, other in enumerate(rows)
+            if other.tuned is None and tuned.adapter.misfit(other.preset, tuned.adapter.steps) is None
+        )
+        rows.insert(next(below, -1) + 1, row)
+    return rows
+
+
+def adapter_names(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
+    """Names of the rows that run with adapters: the preset's and "tuned", with a number where several have it."""
+    names: dict[str, AdapterFile] = {}
+    for tuned in adapters:
+        name, number = f"{tuned.adapter.preset_name}, tuned", 1
+        while name in names:
+            number += 1
+            name = f"{tuned.adapter.preset_name}, tuned {number}"
+        names[name] = tuned
+    return names
 
 
 def _presets() -> list[Variant]:
@@ -113,11 +144,10 @@ def _distinct(found: list[Variant]) -> list[Variant]:
     """The first of each setting; a dropped one hands on what the paper reports for it."""
     kept: dict[tuple[object, ...], Variant] = {}
     for variant in found:
-        fields = variant.preset.model_dump(exclude={"name", "description"})
-        key = (*fields.values(), variant.frames_per_block)
+        key = (repr(variant.preset.computed_fields()), variant.frames_per_block)
         if key not in kept:
             kept[key] = variant
         elif kept[key].paper_psnr is None and variant.paper_psnr is not None:
             first = kept[key]
-            kept[key] = Variant(first.name, first.group, first.preset, first.is_preset, 1, variant.paper_psnr)
+            kept[key] = Variant(first.name, first.group, first.preset, first.is_preset, paper_psnr=variant.paper_psnr)
     return list(kept.values())

@@ -34,6 +34,8 @@ def fault_of(error: ValidationError) -> str:
     kind, came = first["type"], first["input"]
     if kind == "missing":
         return f"it has no {where}"
+    if kind == "extra_forbidden":
+        return f"it has a field {shown(where)}, which is not known"
     subject = where or "it"
     if kind in _LIMITS:
         name, words = _LIMITS[kind]

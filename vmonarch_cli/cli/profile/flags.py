@@ -23,6 +23,15 @@ Guidance = Annotated[
     float | None, number_option("--guidance-scale", panel=SAMPLING, help="1 is off: one forward per step.")
 ]
 FlowShift = Annotated[float | None, number_option("--flow-shift", panel=SAMPLING, help="Timestep shift.")]
+TunedFiles = Annotated[
+    list[str] | None,
+    option(
+        "--tuned",
+        panel=ATTENTION,
+        metavar="FILE",
+        help="Adapter to add a row for, or none (repeatable). Default: those that the model brings for the presets.",
+    ),
+]
 Seed = Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of all random numbers. Default: 0.")]
 DeviceName = Annotated[str | None, option("--device", panel=OUTPUT, help="auto, cpu, cuda or cuda:N.")]
 DtypeName = Annotated[str | None, option("--dtype", panel=OUTPUT, help="auto, float32, bfloat16 or float16.")]

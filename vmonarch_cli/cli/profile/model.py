@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from vmonarch_cli.cli.options import (
@@ -17,11 +17,13 @@ from vmonarch_cli.cli.options import (
     whole_option,
 )
 from vmonarch_cli.cli.profile import request
-from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, Presets, RunFlags, ShapeFlags
+from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, Presets, RunFlags, ShapeFlags, TunedFiles
 from vmonarch_cli.cli.profile.model_table import model_table, verdicts
 from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan import checks
+from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.tuned import NONE
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
 from vmonarch_cli.profile.remember import remember_profile
@@ -54,6 +56,7 @@ class ModelFlags:
             help="Dense backend to compare with: cudnn, flash, efficient or math (repeatable). Default: all fast ones.",
         ),
     ] = None
+    tuned: TunedFiles = None
     compile_: Annotated[
         bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
     ] = False
@@ -72,11 +75,13 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     chosen = request.presets(flags.presets, (clip.entry.defaults.preset,))
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     backends = request.backends(flags.backend)
+    tuned, warnings = _adapters(flags, clip, chosen)
     run = ProfileRun("model", where, flags.fail_below)
+    run.warn(warnings)
 
     from vmonarch_cli.profile.model import run_model
 
-    settings = _settings(flags, clip, chosen, backends, run)
+    settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned)
     if backends and not run.on_gpu:
         raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
     run.start(_recorded(settings), "")
@@ -100,6 +105,19 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     if not failures:
         remember_profile(found, clip.entry, clip.source, chosen, str(run.device), run.dtype_name)
     run.finish([], failures, _too_slow(found, flags.fail_below), measured=any(row.step for row in found.rows))
+
+
+def _adapters(
+    flags: ModelFlags, clip: request.ModelShape, chosen: Sequence[Preset]
+) -> tuple[list[AdapterFile], list[str]]:
+    """The adapters to measure; random weights have none."""
+    if flags.random_weights:
+        if set(flags.tuned or ()) - {NONE}:
+            raise InputError("--tuned needs the weights that an adapter was tuned on: leave out --random-weights")
+        return [], []
+    defaults = clip.entry.defaults
+    guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
+    return request.adapters(flags.tuned, clip, chosen, defaults.steps, guidance)
 
 
 def _settings(
@@ -143,6 +161,7 @@ def _recorded(settings: ModelSettings) -> dict[str, object]:
         "steps": settings.steps,
         "compile": settings.compile,
         "presets": [preset.model_dump() for preset in settings.presets],
+        "tuned": [tuned.facts() for tuned in settings.tuned],
     }
 
 

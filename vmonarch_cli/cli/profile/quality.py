@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from vmonarch_cli.cli.options import ATTENTION, MODEL, SAMPLING, Debug, option, takes_request, whole_option
 from vmonarch_cli.cli.profile import request
-from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, RunFlags, ShapeFlags
+from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, RunFlags, ShapeFlags, TunedFiles
 from vmonarch_cli.cli.profile.quality_table import quality_table
 from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
@@ -17,7 +17,7 @@ from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.plot import plot_quality
 from vmonarch_cli.profile.quality_results import QualityProfile
 from vmonarch_cli.profile.results import OutputCheck
-from vmonarch_cli.profile.variants import SWEEPS, Variant, variants
+from vmonarch_cli.profile.variants import SWEEPS, Variant, variants, with_adapters
 from vmonarch_cli.text import near, shown
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class QualityFlags:
         list[str] | None,
         option("--preset", panel=ATTENTION, help="A further preset or .toml file to compare (repeatable)."),
     ] = None
+    tuned: TunedFiles = None
 
 
 @takes_request()
@@ -61,7 +62,13 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
     checks.whole("--batch", flags.batch, 1, 64)
     texts = request.prompts(clip.entry, flags.prompt, flags.prompts or 4)
     compared = _variants(flags)
+    defaults = clip.entry.defaults
+    guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
+    presets = [variant.preset for variant in compared if variant.is_preset]
+    tuned, warnings = request.adapters(flags.tuned, clip, presets, flags.steps or defaults.steps, guidance)
+    compared = with_adapters(compared, tuned)
     run = ProfileRun("quality", where)
+    run.warn(warnings)
 
     from vmonarch_cli.profile.quality import run_quality
 
@@ -128,4 +135,5 @@ def _recorded(settings: QualitySettings) -> dict[str, object]:
         "batch": settings.batch,
         "seed": settings.seed,
         "variants": {v.name: v.preset.model_dump() for v in settings.variants},
+        "tuned": {v.name: v.tuned.facts() for v in settings.variants if v.tuned is not None},
     }

@@ -14,9 +14,12 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import checks
+from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.tuned import NONE, Use, choose, read
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
 from vmonarch_cli.text import shown
+from vmonarch_cli.untrusted.files import user_path
 
 WAN = "WanPipeline"
 BACKENDS = ("cudnn", "flash", "efficient", "math")
@@ -65,6 +68,31 @@ def presets(names: Sequence[str] | None, default: Sequence[str], impl: str | Non
         found = [preset.model_copy(update={"impl": impl}) for preset in found]
     kept = {preset.name: preset for preset in found if preset.attention != "dense"}
     return tuple(kept.values())
+
+
+def adapters(
+    given: Sequence[str] | None, clip: ModelShape, chosen: Sequence[Preset], steps: int, guidance_scale: float
+) -> tuple[list[AdapterFile], list[str]]:
+    """The adapters of `--tuned`, each with the preset that it was made for, or those that the model brings for the
+    chosen presets; and what the user should know of them. InputError for one that does not belong to the model.
+    """
+    shape = (clip.height, clip.width, clip.num_frames)
+    facts = PIPELINES[clip.entry.pipeline]
+
+    def use(preset: Preset) -> Use:
+        return Use(clip.source, None, facts, preset, steps, guidance_scale, *shape)
+
+    if given and NONE in given:
+        if len(given) > 1:
+            raise InputError("--tuned none goes without adapters: leave out the others")
+        return [], []
+    if given:
+        presets = [read(user_path(text, "--tuned")).adapter.made_for for text in given]
+        choices = [choose(text, use(preset)) for text, preset in zip(given, presets, strict=True)]
+    else:
+        choices = [choose(None, use(preset)) for preset in chosen]
+    found = {choice.tuned.sha256: choice.tuned for choice in choices if choice.tuned is not None}
+    return list(found.values()), [sentence for choice in choices for sentence in choice.warnings]
 
 
 def backends(names: Sequence[str] | None) -> tuple[str, ...]:

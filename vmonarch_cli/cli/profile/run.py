@@ -89,6 +89,10 @@ class ProfileRun:
         if self._record is not None:
             self._record.save(**fields)
 
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Say what will work less well than the user may expect."""
+        self._out.warn(*sentences)
+
     def show(self, table: Callable[[int], RenderableType]) -> None:
         """Print to stdout, unless that is kept for the record; `table` gets the width of the terminal."""
         self._out.show(table)

@@ -29,8 +29,8 @@ REFERENCE = "dense"
 def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[Path, dict[str, Plan]]:
     """The folder of a comparison, and the plan of each clip by its name; the first is the dense reference.
 
-    `--set` and its like apply to every preset but dense. Dense attention is not sampled, unless asked for: here it
-    runs. OutputError when the folder has something in it already and `--overwrite` was not given.
+    `--set` and its like, and `--tuned`, apply to every preset but dense. Dense attention is not sampled, unless asked
+    for: here it runs. OutputError when the folder has something in it already and `--overwrite` was not given.
     """
     if request.num_videos not in (None, 1):
         raise InputError("compare makes one clip per preset: give --seed, not --num-videos")
@@ -42,7 +42,7 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
     for name, preset in names.items():
         given = replace(request, preset=preset, output=str(folder / f"{slug(name)}.mp4"))
         if preset == REFERENCE:
-            given = replace(given, overrides=(), dense_steps=None, dense_layers=None, impl=None)
+            given = replace(given, overrides=(), dense_steps=None, dense_layers=None, impl=None, tuned=None)
         plans[name] = resolve(given)
     return folder, plans
 
@@ -66,7 +66,8 @@ def run_comparison(
         """A plan makes its clip 0; whoever watches sees them as the clips of one run."""
         on_event(replace(event, index=len(clips), count=len(plans)) if isinstance(event, ClipStarted) else event)
 
-    maker = ClipMaker(first, machine, retry_dense=False, on_event=counted)
+    adapters = [adapter for plan in plans.values() for adapter in plan.setup.tuned]
+    maker = ClipMaker(first, machine, retry_dense=False, on_event=counted, adapters=adapters)
     lpips, note = load_lpips()
     results: list[ClipResult] = []
     for index, (name, plan) in enumerate(plans.items()):

@@ -1,0 +1,268 @@
+"""Tuned adapters: what a file says of itself, and whether it belongs to a model and a preset. No torch.
+
+An adapter is a LoRA in diffusers' format for one model and one preset: the weights have learned to undo that preset's
+error, and make another preset's worse. So its safetensors file says what it was made for, and is used for that alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.models.lora import check_shapes, lora_tensors
+from vmonarch_cli.models.weights import component_files, read_layout
+from vmonarch_cli.presets import Preset, at_steps, format_value
+from vmonarch_cli.text import printable, shown
+from vmonarch_cli.untrusted.shapes import fault_of
+from vmonarch_cli.untrusted.values import Malformed, parse_json, parse_text
+
+METADATA_KEY = "vmonarch"
+"""Under which the metadata of the safetensors file has the JSON of a `TunedAdapter`."""
+ADAPTER_SCHEMA = 1
+FOLDER = "tuned"
+"""Where a model's folder brings its adapters, as tuned/PRESET.safetensors."""
+_TRANSFORMERS = ("transformer", "transformer_2")
+_SAMPLE = 4096
+"""Bytes of each tensor that a fingerprint reads."""
+_MAX_JSON = 1 << 20
+_PIECE = 1 << 22
+_LABELS = ("name", "description", "impl")
+"""Fields of a preset that change no result, or only its rounding."""
+_EXPONENTS: dict[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+"""Type of a tensor -> integers of its width, and the bits that are all set in a number that is not finite."""
+
+
+class TunedAdapter(BaseModel):
+    """What the metadata of an adapter's file says (no conversions; unknown fields are refused)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+    )
+
+    layout: Literal[1] = Field(default=1, alias="schema")
+    model: str = Field(min_length=1, max_length=4096)
+    """The name or the folder that was asked for when it was made."""
+    fingerprint: str
+    """Of the transformers' weights, see `fingerprint`."""
+    preset_name: str = Field(min_length=1, max_length=60)
+    preset: dict[str, Any]
+    """All fields of the `Preset`."""
+    steps: int = Field(ge=1, le=1000)
+    """Denoising steps of the sampler."""
+    guidance_scale: float = Field(ge=0, le=100)
+    size: str
+    """WIDTHxHEIGHT in pixels."""
+    num_frames: int = Field(ge=1, le=1 << 20)
+    training: dict[str, Any] = {}
+    """How it was made: rank, alpha, lr, steps done, seconds, batch, seed, prompts, first and last loss, versions."""
+    evaluation: dict[str, Any] = {}
+    """Prompts, and before and after: error of the latents, PSNR and SSIM against the dense teacher."""
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _hash(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9a-f]{64}", value):
+            raise ValueError(f"takes 64 hexadecimal digits, got {shown(value)}")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value, re.ASCII):
+            raise ValueError(f"takes WIDTHxHEIGHT, got {shown(value)}")
+        return value
+
+    @field_validator("model", "preset_name")
+    @classmethod
+    def _label(cls, value: str) -> str:
+        """They stand in tables and sentences: one line, without control characters."""
+        if not value.isprintable():
+            raise ValueError("takes one printable line")
+        return value
+
+    @field_validator("preset")
+    @classmethod
+    def _preset(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            preset = Preset.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(f"is no preset of this version: {fault_of(error)}") from None
+        if preset.attention == "dense":
+            raise ValueError("is dense attention, which no adapter is for")
+        return value
+
+    @property
+    def made_for(self) -> Preset:
+        """The preset that it was tuned with."""
+        return Preset.model_validate(self.preset)
+
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """Mean latent error before and after, where the file has both."""
+        tables = [self.evaluation.get(when) for when in ("before", "after")]
+        errors = [table.get("latent_error_mean") for table in tables if isinstance(table, dict)]
+        numbers = [float(error) for error in errors if isinstance(error, float)]
+        return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
+    def to_json(self) -> str:
+        """The text for the metadata."""
+        return self.model_dump_json(by_alias=True)
+
+    def misfit(self, preset: Preset, steps: int) -> str | None:
+        """The first field in which a preset differs, in so many steps, from the one that it was made for:
+        'band is 0 there and 1 here'.
+        """
+        ours, preset = at_steps(self.made_for, steps), at_steps(preset, steps)
+        for name in Preset.model_fields:
+            there, here = getattr(ours, name), getattr(preset, name)
+            if name not in _LABELS and there != here:
+                return f"{name} is {format_value(there)} there and {format_value(here)} here"
+        return None
+
+
+def read_adapter(path: Path) -> TunedAdapter:
+    """What an adapter's file says of itself, from its header alone.
+
+    InputError, in one sentence, when it is no regular file, no whole safetensors file, no LoRA, or not made for tuning.
+    """
+    name = f"adapter {path}"
+    try:
+        layout = read_layout(path, "adapter")
+        parts = lora_tensors(layout.tensors, str(path))
+        check_shapes(parts, layout.tensors, str(path))
+    except ModelError as error:
+        raise InputError(error.message) from None
+    other = next((part for part in parts if part.part not in ("A", "B", "alpha")), None)
+    if other is not None:
+        raise InputError(
+            f"{name} changes more than pairs of matrices can ({printable(other.name)}), which could not be turned off"
+        )
+    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
+    if odd is not None:
+        raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
+    text = layout.metadata.get(METADATA_KEY)
+    if text is None:
+        raise InputError(
+            f"{name} does not say what it was tuned for: its metadata has no {METADATA_KEY}, which `vmonarch tune` "
+            "writes; a LoRA of another kind goes with --lora"
+        )
+    if len(text) > _MAX_JSON:
+        raise InputError(f"{name} has {len(text):,} characters of metadata, and {_MAX_JSON:,} are the most")
+    try:
+        table = parse_json(parse_text(text.encode("utf-8", "surrogatepass")))
+    except Malformed as wrong:
+        raise InputError(wrong.about(f"metadata of {name}")) from None
+    schema = table.get("schema") if isinstance(table, dict) else None
+    if type(schema) is int and schema > ADAPTER_SCHEMA:
+        raise InputError(
+            f"{name} was made by a later version of vmonarch (schema {schema}, this version reads {ADAPTER_SCHEMA}): "
+            "update vmonarch"
+        )
+    try:
+        return TunedAdapter.model_validate(table)
+    except ValidationError as error:
+        raise InputError(f"metadata of {name} is not as `vmonarch tune` writes it: {fault_of(error)}") from None
+
+
+def check_finite(path: Path) -> None:
+    """InputError when a weight of an adapter, that `read_adapter` has read, is not finite."""
+    import numpy as np  # slow to import, and most commands need none of it
+
+    layout = read_layout(path, "adapter")
+    with path.open("rb") as file:
+        for name, (begin, end) in sorted(layout.spans.items(), key=lambda item: item[1]):
+            kind, exponent = _EXPONENTS[layout.tensors[name].dtype]
+            file.seek(begin)
+            while begin < end:
+                piece = file.read(min(_PIECE, end - begin))
+                if not piece:
+                    raise InputError(f"adapter {path} became shorter while it was read")
+                begin += len(piece)
+                bits = np.frombuffer(piece, kind) & np.array(exponent, kind)
+                if (bits == exponent).any():
+                    raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(name)}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of an adapter's file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 that tells the transformers of a model's folder from others, whatever files hold their weights.
+
+    It is of each tensor's name, type, shape and first 4 KiB, in the order of names. ModelError when a file is missing
+    or damaged.
+    """
+    files = [
+        (name, file)
+        for name in _TRANSFORMERS
+        if name == _TRANSFORMERS[0] or (folder / name).is_dir()
+        for file in component_files(folder / name)
+    ]
+    stamps = tuple((name, file, *_stamp(file)) for name, file in files)
+    return _fingerprint(stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise ModelError(f"weights file {file} cannot be read: {error.strerror or error}") from None
+    return facts.st_size, facts.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=16)
+def _fingerprint(stamps: tuple[tuple[str, Path, int, int], ...]) -> str:
+    """Of (component, file, size, time of change): a batch asks for every line."""
+    digest = hashlib.sha256()
+    for _, piece in sorted(entry for name, file, *_ in stamps for entry in _samples(name, file)):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _samples(component: str, file: Path) -> Iterator[tuple[str, bytes]]:
+    """(name to sort by, what is hashed) of each tensor of a file."""
+    layout = read_layout(file)
+    with file.open("rb") as stream:
+        for name, (begin, end) in layout.spans.items():
+            tensor = layout.tensors[name]
+            stream.seek(begin)
+            head = f"{component}.{name} {tensor.dtype} {tensor.shape} "
+            yield f"{component}.{name}", head.encode("utf-8", "surrogatepass") + stream.read(min(_SAMPLE, end - begin))
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint for sentences."""
+    return fingerprint[:12]
+
+
+def shipped_adapter(folder: Path, preset: str) -> Path | None:
+    """The adapter that a model's folder brings for a preset of this name, if any."""
+    if not re.fullmatch(r"[\w.-]+", preset):
+        return None
+    path = folder / FOLDER / f"{preset}.safetensors"
+    return path if path.is_file() else None
+
+
+def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
+    """InputError unless the model in a folder has the weights that an adapter was tuned on."""
+    here = fingerprint(folder)
+    if here != adapter.fingerprint:
+        raise InputError(
+            f"adapter {path} was tuned on other weights: those of {adapter.model} (fingerprint "
+            f"{short(adapter.fingerprint)}), and {folder} has {short(here)}"
+        )
