@@ -5,13 +5,14 @@ frames share. It changes slowly from one denoising step to the next. So the diff
 structured attention, its residual, stays a good correction until the frame's next turn (../README.md, frame refresh).
 """
 
+import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vmonarch_kernels.api import attend, frame_attention, resolve_impl
-from vmonarch_kernels.autograd import needs_gradient
+from vmonarch_kernels.autograd import in_backward_pass, needs_gradient
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, split_frames
 from vmonarch_kernels.turns import next_turns, turns, turns_before
@@ -41,6 +42,7 @@ class Residual:
         self._order = turns(frames, first_frame)
         self._next = 0
         self._calls, self._expected_calls = 0, calls
+        self._called: int | None = None  # id(self) after a call outside of a backward pass; copies have another one
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +56,12 @@ class Residual:
     def fits(self, q: Tensor) -> bool:
         """Whether it is of a call with q's shape and device."""
         return self.values.shape == q.shape and self.values.device == q.device
+
+    def copy(self) -> "Residual":
+        """One that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin.values, twin.scale = self.values.clone(), self.scale.clone()
+        return twin
 
     def attention(
         self,
@@ -84,12 +92,17 @@ class Residual:
         Returns:
             (out, L), L being None unless ``return_l`` is set.
 
+        Raises RuntimeError inside a backward pass after calls outside of one: there a checkpoint computes its forward
+        again, with turns that are taken and a residual that has changed. Keep the call outside of
+        ``torch.utils.checkpoint``, or repeat it on a copy that was made before it.
+
         """
+        self._refuse_again("attention")
         chosen = self._take_turns(self._due(refresh, forwards) if count is None else count)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
-        out, l_new = self.attention_without_turns(inputs, options, impl=impl, return_l=return_l)
+        out, l_new = self._attend(inputs, options, impl, return_l)
         if chosen and out.requires_grad:
             out = out.clone()  # the call's own output is kept for its backward pass
         for frame in chosen:
@@ -102,13 +115,27 @@ class Residual:
     ) -> tuple[Tensor, Tensor | None]:
         """``attend`` with the residual added as it is, for the other forwards of a step.
 
-        Guidance compares their outputs with that of the forward that takes the turns. Arguments and result as in
-        ``attention``.
+        Guidance compares their outputs with that of the forward that takes the turns. Arguments, result and
+        errors as in ``attention``.
         """
+        self._refuse_again("attention_without_turns")
+        return self._attend(inputs, options, impl, return_l)
+
+    def _attend(self, inputs: Inputs, options: Options, impl: str, return_l: bool) -> tuple[Tensor, Tensor | None]:
         residual = self.values, self.scale
         if needs_gradient(inputs):
             residual = self.values.clone(), self.scale.clone()  # later calls change them before this one's backward
         return attend(replace(inputs, residual=residual), options, impl=impl, return_l=return_l)
+
+    def _refuse_again(self, name: str) -> None:
+        """RuntimeError where a checkpoint computes a call again: it would be another call."""
+        if not in_backward_pass():
+            self._called = id(self)
+        elif self._called == id(self):
+            raise RuntimeError(
+                f"Residual.{name} was called in a backward pass, as torch.utils.checkpoint computes a forward again, "
+                "but a residual changes from call to call; keep the call outside of the checkpoint."
+            )
 
     def _due(self, refresh: float, forwards: int) -> int:
         """How many frames have their turn in the next call, by the mean."""

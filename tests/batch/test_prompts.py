@@ -66,7 +66,10 @@ def test_yaml_has_a_list_of_texts_or_mappings() -> None:
 
 
 def test_every_field_can_be_set_in_every_structured_format() -> None:
-    texts = ("prompt", "negative_prompt", "size", "preset", "image", "output", "sampler", "recipe")
+    texts = (
+        *("prompt", "negative_prompt", "size", "preset", "image", "output", "sampler", "recipe", "tuned"),
+        *("transformer", "transformer_2"),
+    )
     values = {
         name: "t" if name in texts else 3
         for name in LINE_FIELDS

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.clip.events import ClipStarted, StepDone
 from vmonarch_cli.errors import NonFiniteError
-from vmonarch_cli.events import ClipStarted, StepDone
 from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.presets import shipped_names
 

@@ -103,6 +103,7 @@ def test_flags_beat_a_recipe() -> None:
         ("wan2.2-a14b", "wan2.1-lightx2v-4step", "is for wan models with 1 transformer, and wan2.2-a14b has 2"),
         ("wan2.1-vace-14b", "wan2.1-lightx2v-4step", "is for wan in a WanPipeline, and wan2.1-vace-14b is a WanVACE"),
         ("wan2.1-14b", "wan2.1-lightx2v-4steps", "there is no recipe 'wan2.1-lightx2v-4steps' (did you mean"),
+        ("demo", "wan2.1-lightx2v-4step", "the demo model was trained for itself: name a model with --model"),
         ("wan2.1-14b", "nowhere.toml", "recipe file nowhere.toml does not exist"),
     ],
 )

@@ -20,7 +20,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vmonarch_cli.untrusted",
         "vmonarch_cli.presets",
         "vmonarch_cli.timing",
-        "vmonarch_cli.events",
     ),
     ("vmonarch_cli.machine",),
     ("vmonarch_cli.models", "vmonarch_cli.media"),
@@ -29,14 +28,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmonarch_cli.families",),
     ("vmonarch_cli.pipeline",),
     ("vmonarch_cli.demo",),
-    ("vmonarch_cli.clip",),
+    ("vmonarch_cli.clip", "vmonarch_cli.tune"),
     ("vmonarch_cli.batch", "vmonarch_cli.profile", "vmonarch_cli.review"),
     ("vmonarch_cli.cli",),
     ("vmonarch_cli.library",),
     ("vmonarch_cli.__main__",),
 )
 """From the ground up. Rooms of one layer do not import each other, but for those of the ground (see `ORDER`)."""
-ORDER = ("errors", "text", "untrusted", "presets", "timing", "events")
+ORDER = ("errors", "text", "untrusted", "presets", "timing")
 """The modules of the ground, each of which may import those before it."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.attention.op import self_attention
+from vmonarch_cli.attention.op import differentiable_self_attention, self_attention
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -46,7 +46,9 @@ class MonarchProcessor:
         of several grids, one after the other, and count as one clip of that many times the frames.
         """
         if self._parallel_config is None:
-            out: torch.Tensor = self_attention(q, k, v, self.layer, text_tokens, text_first, text_mask, clips)
+            trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            run = differentiable_self_attention if trains else self_attention
+            out: torch.Tensor = run(q, k, v, self.layer, text_tokens, text_first, text_mask, clips)
             return out
         if text_tokens:
             raise NotImplementedError("joint text-video attention has no context parallelism in diffusers: turn it off")

@@ -8,6 +8,7 @@ state) is looked up from it at run time, out of the compiler's sight.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,12 +52,29 @@ def self_attention(
     q, k, v: (B, S, heads, D) of any stride; returns (B, S, heads, D), contiguous, q's dtype. The other arguments are
     those of ``MonarchProcessor.attend``. Raises RuntimeError when the ``swapped`` block of the session has ended.
     """
+    return _run(q, k, v, layer, text_tokens, text_first, text_mask, clips)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: torch.Tensor,
+    text_tokens: int,
+    text_first: bool,
+    text_mask: torch.Tensor | None,
+    clips: int,
+) -> torch.Tensor:
     session_id, transformer, index = layer.tolist()
     session = _SESSIONS.get(session_id)
     if session is None:
         raise RuntimeError("a swapped attention layer was called after its `with swapped(...)` block had ended")
     text = session.text(transformer, text_tokens, text_first, text_mask)
     return session.attend(q, k, v, transformer, index, text, clips).contiguous()
+
+
+differentiable_self_attention: Callable[..., torch.Tensor] = torch.compiler.disable(_run)
+"""The same for training: plain calls, which autograd follows and which break a compiled graph."""
 
 
 @self_attention.register_fake

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -52,6 +53,9 @@ class AttentionSession:
         """Gets each step's new latents from a watched scheduler, for pipelines without a callback."""
         self.grid: Grid | None = None
         """(T, H, W) tokens of the last forward, None before one."""
+        self.recomputes = False
+        """The backward pass runs layers again (gradient checkpointing), see ``recomputing``."""
+        self._replaying = False
         self.adapted = False
         """A tuned adapter is on in the running forward."""
         self._layers = list(layers)
@@ -93,13 +97,14 @@ class AttentionSession:
 
     # Clips, steps and forwards: from the swap's hooks, or from callers that have no pipeline
 
-    def begin_clip(self, total: int | None = None, *, watching: bool | None = None) -> None:
+    def begin_clip(self, total: int | None = None, *, watching: bool | None = None, forwards: int = 1) -> None:
         """Forget warm state, counters and timings; ``total`` is the clip's number of steps, if known.
 
         ``watching``: a watched scheduler was set up, so that steps begin by themselves from here on.
+        ``forwards``: of one transformer in the dense steps that the caller leaves out.
         """
         self._structured.warm.clear()
-        self._tracker.begin_clip(total, watching=watching)
+        self._tracker.begin_clip(total, watching=watching, forwards=forwards)
         self._meter.begin_clip()
         self.steps = []
         self.skipped_calls = self._structured_calls = 0
@@ -137,6 +142,21 @@ class AttentionSession:
             self._meter.begin_step(device)
         self.grid = grid
         self._forwards = forwards
+        if self.recomputes:
+            self._structured.remember()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Around the backward pass of the last forward, within its step: calls in it repeat those of the forward.
+
+        Gradient checkpointing runs a forward's layers again there; they start from what they had started from, and
+        nothing that they keep or take counts. ``recomputes`` must have been set before the forward.
+        """
+        self._replaying = True
+        try:
+            yield
+        finally:
+            self._replaying = False
 
     def end_step(self, sigma: float | None = None) -> StepAttention:
         """End the step; waits for the device, so that the returned figures are final."""
@@ -190,6 +210,8 @@ class AttentionSession:
         )
         dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
+        if self._replaying and (reason is not None or options_for(self.preset, call.grid[0]).exact):
+            return dense()
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
                 raise ModelError(
@@ -202,6 +224,8 @@ class AttentionSession:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
             return self._meter.dense(q, functools.partial(self._structured, call))
+        if self._replaying:
+            return self._structured.replay(call)
         self._structured_calls += 1
         if self._attention is not None:
             return self._meter.structured(functools.partial(self._attention, call))

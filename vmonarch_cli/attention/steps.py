@@ -78,10 +78,13 @@ class StepTracker:
         self._transformers: set[int] = set()
         """Those that the last step ran."""
 
-    def begin_clip(self, total: int | None, *, watching: bool | None = None) -> None:
-        """Start over; ``watching`` (False until it is given) says that steps begin by themselves from here on."""
+    def begin_clip(self, total: int | None, *, watching: bool | None = None, forwards: int = 1) -> None:
+        """Start over; ``watching`` (False until it is given) says that steps begin by themselves from here on.
+
+        ``forwards``: of one transformer in the steps before the first one that runs here.
+        """
         self.step = self._announced = None
-        self.total, self.forwards, self._done, self.stage = total, 1, 0, FIRST_STAGE
+        self.total, self.forwards, self._done, self.stage = total, forwards, 0, FIRST_STAGE
         self._transformers = set()
         self._watching = self._watching if watching is None else watching
 

@@ -65,6 +65,7 @@ class StructuredAttention:
         self.preset = preset
         self._layers = list(layers)
         self.warm = WarmState()
+        self._before: WarmState | None = None
         self.impl: str | None = None
         """The implementation of the last call, None before one."""
         self._impls: dict[tuple[torch.device, torch.dtype, int], str] = {}
@@ -76,6 +77,19 @@ class StructuredAttention:
     def rehearse(self, call: AttentionCall) -> torch.Tensor:
         """The same work without keeping anything: what it kept would make this clip differ from the next one."""
         return self._run(call, self.warm.rehearsal())
+
+    def remember(self) -> None:
+        """Keep what the calls of the forward that begins start from, for ``replay``."""
+        self._before = self.warm.copy()
+
+    def replay(self, call: AttentionCall) -> torch.Tensor:
+        """A call of the remembered forward once more: the same output, and nothing is kept.
+
+        RuntimeError where no forward was remembered.
+        """
+        if self._before is None:
+            raise RuntimeError("an attention call was replayed, and what it had started from was not kept")
+        return self._run(call, self._before)
 
     def resolve_impl(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         """Decide the implementation; ImplUnavailable (a ValueError) when the preset's own cannot run."""
@@ -127,7 +141,7 @@ class StructuredAttention:
             video = (text.split(call.q)[0], text.split(call.k)[0], text.split(call.v)[0])
         out, factor = self._attend(Inputs(*video, call.grid, start, extra), options, call, warm, keeps)
         if factor is not None:
-            warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1 or call.may_lead)
+            warm.put(call.key, call.grid, factor.detach(), start, follow=call.forwards > 1 or call.may_lead)
         return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
 
     def _attend(

@@ -113,6 +113,14 @@ class WarmState:
         copy.keeps = False
         return copy
 
+    def copy(self) -> WarmState:
+        """A copy that goes on from here by itself."""
+        twin = WarmState()
+        twin._factors, twin._starts = dict(self._factors), dict(self._starts)  # the tensors are never changed in place
+        twin._residuals = {key: (grid, kept.copy()) for key, (grid, kept) in self._residuals.items()}
+        twin._used, twin.keeps = dict(self._used), self.keeps
+        return twin
+
     def drop(self) -> None:
         """Forget everything: later calls start cold."""
         self._factors.clear()

@@ -105,7 +105,7 @@ def assign_names(
         path = folder / clip.wanted
         if names.is_taken(clip.wanted):
             faults.add(clip.line, f"{clip.wanted} is the name of another clip of {folder}: choose another")
-        elif is_taken(path) and not overwrite:
+        elif is_taken(path, with_sound=bool(clip.plan.audio)) and not overwrite:
             faults.add(clip.line, f"{path} exists already: pass --overwrite to replace it, or choose another name")
         given[clip.key] = names.take(clip.wanted)
     faults.raise_any()
@@ -118,10 +118,10 @@ def assign_names(
 def in_running_order(clips: Iterable[PlannedClip]) -> list[PlannedClip]:
     """Clips of one kind, shape and preset after each other, so that nothing loads or compiles twice; else by line."""
     groups: dict[object, list[PlannedClip]] = {}
-    for clip in sorted(clips, key=lambda clip: clip.plan.image is not None):
+    for clip in sorted(clips, key=lambda clip: loaded_as(clip.plan)):
         plan = clip.plan
         group = (
-            plan.image is not None,
+            *loaded_as(plan),
             plan.height,
             plan.width,
             plan.num_frames,
@@ -131,6 +131,15 @@ def in_running_order(clips: Iterable[PlannedClip]) -> list[PlannedClip]:
         )
         groups.setdefault(group, []).append(clip)
     return [clip for group in groups.values() for clip in group]
+
+
+def loaded_as(plan: Plan) -> tuple[str, ...]:
+    """What plans of one model must share to run on one loaded pipeline."""
+    files = plan.setup.single_files
+    return (
+        "image" if plan.image is not None else "",
+        *(files.get(name, "") for name in ("transformer", "transformer_2")),
+    )
 
 
 class _Planner:
@@ -273,6 +282,13 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
+    for name in ("transformer", "transformer_2"):
+        del content["setup"][name]
+    for name, file in plan.setup.single_files.items():  # weights that were replaced are other weights
+        about = Path(file).stat()
+        content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
+    if not plan.audio:  # clips that were planned before there was sound keep their keys
+        del content["audio"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
     for name, default in (("sampler", OWN), ("sigmas", [])):  # the same

@@ -16,7 +16,10 @@ from vmonarch_cli.text import near, shown
 PRESET_FIELD = "preset."
 """Opens the name of a field that is one of the preset's own, as in preset.band."""
 _REQUEST = {field.name for field in fields(GenerateRequest)}
-_TEXTS = ("prompt", "negative_prompt", "size", "preset", "image", "tuned", "output", "sampler", "recipe")
+_TEXTS = (
+    *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
+    *("sampler", "recipe"),
+)
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
 LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS, "sigmas") if name in _REQUEST)

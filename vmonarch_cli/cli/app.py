@@ -23,6 +23,7 @@ from vmonarch_cli.cli.presets import presets_app
 from vmonarch_cli.cli.profile.app import profile_app
 from vmonarch_cli.cli.recipes import recipes_app
 from vmonarch_cli.cli.rerun import rerun
+from vmonarch_cli.cli.tune import tune
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
 from vmonarch_cli.text import first_line
 
@@ -117,6 +118,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)
+app.command()(tune)
 app.command("decode")(batch.decode_latents)
 for command in (compare, gallery, rerun, doctor):
     app.command()(command)

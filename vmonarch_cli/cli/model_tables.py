@@ -89,6 +89,7 @@ def model_table(model: ModelEntry) -> Group:
         ("sides", f"multiples of {model.side_multiple} pixels"),
         ("frames", f"multiples of {period}{' plus one' if model.frame_offset else ''}"),
         ("first frame", f"--image is {image}"),
+        *([("sound", "made with the frames; --no-audio leaves it out")] if pipeline.sound else []),
         ("beside it", _additions(pipeline)),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
         ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {d.preset}"),

@@ -150,7 +150,19 @@ class RequestFlags(TypedDict, total=False):
     revision: Annotated[
         str | None, option("--revision", panel=MODEL, help="Branch, tag or commit of a hub repository.")
     ]
+    transformer: Annotated[
+        str | None,
+        option("--transformer", panel=MODEL, metavar="FILE", help="Its transformer's weights: .safetensors or .gguf."),
+    ]
+    transformer_2: Annotated[
+        str | None,
+        option("--transformer-2", panel=MODEL, metavar="FILE", help="The same for the second transformer."),
+    ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    audio: Annotated[
+        bool | None,
+        option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),
+    ]
     offload: Annotated[
         str | None,
         option("--offload", panel=MEMORY, help="auto, none, model, group or sequential: what waits off the GPU."),

@@ -13,6 +13,7 @@ from rich.text import Text
 from vmonarch_cli.cli.schedule_tables import schedule_words
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
+from vmonarch_cli.clip.record_model import AudioFacts
 from vmonarch_cli.models.lora_facts import is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
@@ -202,11 +203,17 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         rows.append(("error", _error_line(timing)))
     rows.append(("coverage", coverage_words(result.coverage)))
     if timing.first_call_s is not None:
-        rows.append(("first call", f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above"))
+        ahead = f"; {seconds(timing.hidden_compile_s)} more while the model loaded" if timing.hidden_compile_s else ""
+        words = f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above{ahead}"
+        rows.append(("first call", words))
     if timing.peak_memory_bytes is not None:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""
         warm = f", of it {binary_size(timing.warm_state_bytes)} kept between steps" if timing.warm_state_bytes else ""
         rows.append(("memory", f"peak {binary_size(timing.peak_memory_bytes)}{kind}{warm}"))
+    audio = result.record.get("audio")
+    if audio is not None:
+        beside = "" if audio["file"] == result.path.name else f", {result.path.with_name(audio['file'])}"
+        rows.append(("sound", f"{AudioFacts.model_validate(audio).words}{beside}"))
     rows.append(("seed", str(result.seed)))
     rows.append(("record", str(result.record_path)))
     return facts(rows)

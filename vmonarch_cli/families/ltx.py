@@ -159,6 +159,12 @@ def _decode_2(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torc
     return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
 
 
+def _decode_sound(pipeline: Any, latents: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The pipeline gives these latents unpacked and denormalised, too."""
+    spectrogram = pipeline.audio_vae.decode(latents.to(pipeline.audio_vae.dtype), return_dict=False)[0]
+    return pipeline.vocoder(spectrogram), pipeline.vocoder.config.output_sampling_rate
+
+
 def _decode_timestep(pipeline: Any, latents: torch.Tensor) -> torch.Tensor | None:
     """The pipelines' default, 0, at which a decoder that knows noise gets none."""
     return latents.new_zeros(latents.shape[0]) if pipeline.vae.config.timestep_conditioning else None
@@ -236,5 +242,6 @@ LTX2 = Family(
     at_once(_decode_2),
     grid=_grid,
     adjusted=_adjusted_2,
+    decode_sound=_decode_sound,
     parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
 )

@@ -80,6 +80,8 @@ class PipelineFacts:
     """Its noise levels fall from 1 to 0 and can be given; Mochi's count backwards."""
     lora: bool = True
     """diffusers loads LoRA weights into it."""
+    sound: bool = False
+    """It makes sound with the frames."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
     transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None

@@ -60,6 +60,8 @@ class Plan(BaseModel):
     """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
+    audio: bool | None = None
+    """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
     loras: tuple[LoraFacts, ...] = ()
     """Of the LoRA files that lie on this disk; those of the hub are looked at when they are there."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.schedule import check_sampler, check_sigmas
 from vmonarch_cli.text import near, shown
@@ -76,6 +77,8 @@ class Recipe(BaseModel):
         made_for = f"recipe {self.name} is for {self.family}"
         if model.family != self.family:
             raise InputError(f"{made_for}, and {model.alias} is of the family {model.family}")
+        if model.alias == DEMO.alias:
+            raise InputError(f"{made_for}, and the demo model was trained for itself: name a model with --model")
         if self.pipelines and model.pipeline not in self.pipelines:
             raise InputError(f"{made_for} in a {' or '.join(self.pipelines)}, and {model.alias} is a {model.pipeline}")
         if self.transformers is not None and model.transformers != self.transformers:

@@ -37,7 +37,10 @@ class GenerateRequest:
     output: str | None = None
     overwrite: bool = False
     revision: str | None = None
+    transformer: str | None = None
+    transformer_2: str | None = None
     image: str | None = None
+    audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False
     vae_dtype: str | None = None

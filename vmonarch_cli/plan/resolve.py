@@ -62,6 +62,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+    facts = PIPELINES[pipeline]
+    audio = checks.audio(model, facts, request.audio)
+    take("audio", request.audio, audio)
+    files = checks.transformer_files(model, facts, request)
+    origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
@@ -79,7 +84,12 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     )
     fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
     outputs = resolve_targets(
-        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
+        take("output", request.output, None, DEFAULT),
+        prompt,
+        seed,
+        num_videos,
+        request.overwrite,
+        with_sound=bool(audio),
     )
     check_rate(outputs, fps)
     flow_shift = take(
@@ -90,7 +100,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
     step_costs = tuple(work.step_costs(preset))
     flops = count_flops(model, grid, preset, steps, work.forwards, flow_shift)
-    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
     if choice.is_shipped:
@@ -133,13 +143,14 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         step_costs=step_costs,
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
+        audio=audio,
+        setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
         origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
-            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.of_flags(request, model, facts, guidance),
             *warnings.without_effect(request, preset),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),

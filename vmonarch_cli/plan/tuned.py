@@ -36,6 +36,8 @@ class Use:
     height: int
     width: int
     num_frames: int
+    replaced: bool = False
+    """A file of its own gives a transformer's weights (`--transformer`)."""
 
     @property
     def folder(self) -> Path | None:
@@ -95,6 +97,11 @@ def check(tuned: AdapterFile, use: Use) -> None:
         raise InputError(f"--tuned: diffusers loads no LoRA into a {use.facts.name}")
     if importlib.util.find_spec("peft") is None:
         raise InputError(f"--tuned {_PEFT}")
+    if use.replaced:
+        raise InputError(
+            f"adapter {tuned.path} was tuned on the weights of {tuned.adapter.model}, and --transformer replaces "
+            "them: leave out one of the two"
+        )
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         raise InputError(

@@ -1,0 +1,117 @@
+"""Held-out prompts, before and after: how far the preset's clips are from the teacher's, from the same noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.metrics import psnr, relative_error, ssim
+from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.pipeline.call import decode
+from vmonarch_cli.presets import load_preset
+from vmonarch_cli.tune.request import TunePlan
+from vmonarch_cli.tune.trajectories import sample
+
+_MAX_PSNR = 100.0
+"""Stands for infinity, which JSON cannot say."""
+_SMALLEST = 11
+"""Pixels of a side that SSIM needs."""
+
+
+@dataclass(frozen=True)
+class ClipFigures:
+    """One clip against the teacher's."""
+
+    latent_error: float
+    """Relative L2 error of the final latents."""
+    psnr: float
+    """dB."""
+    ssim: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All held-out clips of a model, before or after."""
+
+    latent_error_mean: float
+    latent_error_median: float
+    psnr: float
+    """Mean, dB."""
+    ssim: float | None
+    """Mean; None for frames that are too small."""
+
+    @classmethod
+    def of(cls, clips: Sequence[ClipFigures]) -> Figures:
+        errors = [clip.latent_error for clip in clips]
+        similar = [clip.ssim for clip in clips if clip.ssim is not None]
+        return cls(
+            statistics.fmean(errors),
+            statistics.median(errors),
+            statistics.fmean(clip.psnr for clip in clips),
+            statistics.fmean(similar) if similar else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    pipeline: Any, plan: TunePlan, when: str, numbers: Sequence[int], on_clip: Callable[[int], None], **swap: Any
+) -> None:
+    """Make held-out clips with the preset and compare them; each result is a file of the work folder.
+
+    when: "before" or "after". What is there already is not made again; "after" always is, because the weights are new.
+    """
+    folder = plan.work / "evaluation"
+    for number in numbers:
+        path = folder / f"{when}-{number:03d}.json"
+        if when == "after" or not path.exists():
+            figures = _compare(pipeline, plan, number, folder, swap)
+            with atomic(path, overwrite=True) as temporary:
+                temporary.write_text(json.dumps(asdict(figures)))
+        on_clip(number)
+
+
+def read_figures(plan: TunePlan, when: str) -> Figures | None:
+    """The results of all held-out clips; None where none are held out."""
+    found = []
+    for number in range(len(plan.held_out)):
+        path = plan.work / "evaluation" / f"{when}-{number:03d}.json"
+        try:
+            found.append(ClipFigures(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            raise InputError(f"{path} cannot be read: remove it, and it will be made again") from None
+    return Figures.of(found) if found else None
+
+
+def _compare(pipeline: Any, plan: TunePlan, number: int, folder: Path, swap: dict[str, Any]) -> ClipFigures:
+    clip, prompt, seed = plan.clip, plan.held_out[number], plan.clip.seed + number
+    path = folder / f"teacher-{number:03d}.safetensors"
+    if path.exists():
+        teacher = load_file(path)["latents"]
+    else:
+        teacher = sample(pipeline, clip, prompt, seed, load_preset("dense"))
+        with atomic(path, overwrite=True) as temporary:
+            save_file({"latents": teacher}, temporary)
+    latents = sample(pipeline, clip, prompt, seed, clip.preset, **swap)
+    made, expected = (_frames(pipeline, plan, x) for x in (latents, teacher))
+    ratio = psnr(made, expected)
+    similar = ssim(made, expected) if min(made.shape[-2:]) >= _SMALLEST else None
+    return ClipFigures(relative_error(latents, teacher), _MAX_PSNR if math.isinf(ratio) else ratio, similar)
+
+
+def _frames(pipeline: Any, plan: TunePlan, latents: Tensor) -> Tensor:
+    """(F, 3, H, W), float64 in [0, 1]."""
+    clip = plan.clip
+    frames = decode(pipeline, latents, (clip.height, clip.width, clip.num_frames))
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).double() / 255

@@ -1,0 +1,71 @@
+"""The processes of a torchrun that train together: torch's own DDP, and what they must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vmonarch_cli.machine.torchrun import read_rank
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process, or one of several."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | None = None
+
+    def agree(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+    def mean(self, value: float) -> float:
+        """The mean over all processes."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared)
+        return float(shared) / self.world
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, transformers: Sequence[Any]) -> tuple[list[Any], list[Callable[[], Any]]]:
+        """(what to call instead of the transformers, for each a context without exchange of gradients)."""
+        if self.world == 1:
+            return list(transformers), []
+        from torch.nn.parallel import DistributedDataParallel
+
+        wrapped = [DistributedDataParallel(transformer) for transformer in transformers]
+        return list(wrapped), [module.no_sync for module in wrapped]
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """The processes that torchrun started, connected inside the block; one process alone connects nothing."""
+    rank = read_rank()
+    if rank.world == 1:
+        yield Group(device=device)
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank.rank, world_size=rank.world)
+    try:
+        yield Group(rank.rank, rank.world, device)
+    finally:
+        dist.destroy_process_group()

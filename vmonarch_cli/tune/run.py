@@ -1,0 +1,216 @@
+"""One run of `vmonarch tune`: load, evaluate, sample the teacher, train the student, evaluate again, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmonarch_cli.errors import ModelError
+from vmonarch_cli.machine.versions import installed_versions
+from vmonarch_cli.models import hub
+from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.models.tuned import TunedAdapter, fingerprint
+from vmonarch_cli.pipeline.device import DTYPES
+from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.tuned import write_adapter
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import ADAPTER_NAME
+from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
+from vmonarch_cli.tune.group import Group, joined
+from vmonarch_cli.tune.loop import Training, TrainingSchedule, TrainStep
+from vmonarch_cli.tune.lora import add_lora, put
+from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing
+from vmonarch_cli.tune.request import TunePlan
+from vmonarch_cli.tune.student import Student
+from vmonarch_cli.tune.trajectories import sample_trajectory, trajectory_path
+from vmonarch_cli.tune.work import prepare_work, remove_work
+
+TEACHER_SHARE = 0.2
+"""Of --seconds, for the teacher's trajectories."""
+_FEWEST = 2
+"""Trajectories of a process, however short the time is."""
+
+OnPhase = Callable[[str, int, int | None], None]
+"""(what is going on, how much of it is done, how much there is)."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run came to."""
+
+    path: Path
+    adapter: TunedAdapter
+    before: Figures | None
+    after: Figures | None
+    losses: list[float]
+
+
+def tune(
+    plan: TunePlan,
+    machine: Machine,
+    *,
+    on_phase: OnPhase = lambda words, done, total: None,
+    on_step: Callable[[TrainStep], None] = lambda step: None,
+) -> TuneResult | None:
+    """Make the adapter of a plan; None in the processes of a torchrun but the first.
+
+    A run that ends early leaves the work folder, from which one with `resume` goes on.
+    """
+    device = torch.device(machine.device)
+    checkpointing = needs_checkpointing(plan, free_bytes(machine), machine.dtype)
+    with joined(device) as group:
+        if group.rank == 0:
+            prepare_work(plan)
+        group.wait()
+        on_phase("loading the model", 0, None)
+        pipeline = load_pipeline(
+            plan.clip.model_source,
+            device=device,
+            dtype=DTYPES[machine.dtype],
+            flow_shift=plan.clip.flow_shift,
+            revision=plan.clip.revision,
+        )
+        checkpointing = group.agree(float(checkpointing)) > 0
+        return _Run(plan, machine, group, pipeline, on_phase).run(on_step, checkpointing)
+
+
+class _Run:
+    def __init__(self, plan: TunePlan, machine: Machine, group: Group, pipeline: Any, on_phase: OnPhase) -> None:
+        self._plan, self._machine, self._group, self._pipeline = plan, machine, group, pipeline
+        self._on_phase = on_phase
+
+    def run(self, on_step: Callable[[TrainStep], None], checkpointing: bool) -> TuneResult | None:
+        plan, group = self._plan, self._group
+        self._evaluate("before")
+        began = time.monotonic()
+        paths = self._teacher()
+        group.wait()
+        seconds = None if plan.seconds is None else max(1.0, plan.seconds - (time.monotonic() - began))
+        parameters = add_lora(self._pipeline, plan.rank, plan.clip.preset.dense_layers, plan.seed)
+        if checkpointing:
+            for transformer in transformers_of(self._pipeline):
+                transformer.enable_gradient_checkpointing()
+        runs, no_sync = group.wrap(transformers_of(self._pipeline))
+        student = Student(
+            self._pipeline,
+            plan.clip.preset,
+            plan.clip.steps,
+            runs=runs,
+            no_sync=no_sync,
+            checkpointing=checkpointing,
+        )
+        schedule = TrainingSchedule(plan.lr, plan.steps, seconds)
+        checkpoint = plan.work / "checkpoint.safetensors"
+        training = Training(parameters, student, schedule, checkpoint, group, seed=plan.seed, batch=plan.batch)
+        self._set_training(True)
+        training.run(paths, on_step)
+        self._set_training(False)
+        put(parameters, training.averages)
+        self._evaluate("after", adapter=ADAPTER_NAME)
+        if group.rank:
+            return None
+        return self._write(training, len(paths))
+
+    def _evaluate(self, when: str, **swap: Any) -> None:
+        """Each process has every n-th of the held-out clips."""
+        plan, group = self._plan, self._group
+        numbers = range(group.rank, len(plan.held_out), group.world)
+        words = f"comparing held-out clips, {when} tuning"
+        if numbers:
+            self._on_phase(words, 0, len(numbers))
+        done = 0
+
+        def on_clip(number: int) -> None:
+            nonlocal done
+            done += 1
+            self._on_phase(words, done, len(numbers))
+
+        evaluate(self._pipeline, plan, when, numbers, on_clip, **swap)
+        group.wait()
+
+    def _teacher(self) -> list[Path]:
+        """The files of all trajectories, of which each process makes every n-th."""
+        plan, group = self._plan, self._group
+        began, words = time.monotonic(), "sampling the teacher"
+        numbers = range(group.rank, len(plan.prompts), group.world)
+        self._on_phase(words, 0, len(numbers))
+        for done, number in enumerate(numbers):
+            over = plan.seconds is not None and time.monotonic() - began > TEACHER_SHARE * plan.seconds
+            if over and done >= _FEWEST:
+                break
+            sample_trajectory(self._pipeline, plan, number)
+            self._on_phase(words, done + 1, len(numbers))
+        group.wait()
+        paths = [trajectory_path(plan, number) for number in range(len(plan.prompts))]
+        return [path for path in paths if path.exists()]
+
+    def _set_training(self, on: bool) -> None:
+        """Gradient checkpointing works in training mode only; none of the layers has dropout in it."""
+        for transformer in transformers_of(self._pipeline):
+            transformer.train(on)
+
+    def _write(self, training: Training, trajectories: int) -> TuneResult:
+        plan, clip = self._plan, self._plan.clip
+        before, after = read_figures(plan, "before"), read_figures(plan, "after")
+        progress = training.progress
+        versions = installed_versions()
+        evaluation = (
+            {}
+            if before is None or after is None
+            else {
+                "prompts": len(plan.held_out),
+                "before": before.to_json(),
+                "after": after.to_json(),
+            }
+        )
+        adapter = TunedAdapter(
+            model=_asked(clip),
+            fingerprint=fingerprint(_folder(clip)),
+            preset_name=clip.preset.name,
+            preset=clip.preset.model_dump(),
+            steps=clip.steps,
+            guidance_scale=clip.guidance_scale,
+            size=f"{clip.width}x{clip.height}",
+            num_frames=clip.num_frames,
+            training={
+                "rank": plan.rank,
+                "alpha": plan.rank,
+                "lr": plan.lr,
+                "steps": progress.step,
+                "seconds": round(progress.seconds, 1),
+                "batch": plan.batch * plan.world,
+                "seed": plan.seed,
+                "prompts": trajectories,
+                "loss_first": progress.losses[0],
+                "loss_last": progress.losses[-1],
+                "versions": {name: text for name, text in versions.items() if text},
+                "device": self._machine.device_name,
+                "dtype": self._machine.dtype,
+            },
+            evaluation=evaluation,
+        )
+        write_adapter(plan.output, training.averages, adapter, overwrite=plan.overwrite)
+        remove_work(plan)
+        return TuneResult(plan.output, adapter, before, after, progress.losses)
+
+
+def _asked(clip: Plan) -> str:
+    """The model as it was asked for: by its name, or by its folder."""
+    is_own = Path(clip.model_source).is_dir() and clip.model.alias != DEMO_ALIAS
+    return clip.model_source if is_own else clip.model.alias
+
+
+def _folder(clip: Plan) -> Path:
+    """Where the weights are, which have been loaded."""
+    folder = Path(clip.model_source)
+    found = folder if folder.is_dir() else hub.cached_folder(clip.model_source, clip.revision)
+    if found is None:
+        raise ModelError(f"the weights of {clip.model.alias} are not in the cache any more, from which they were read")
+    return found

@@ -1,0 +1,228 @@
+"""The teacher: the same model with dense attention. What every forward of its sampling took and gave goes to disk.
+
+A trajectory is one safetensors file: the transformer's inputs and outputs, forward by forward, as the pipeline called
+it. So any pipeline can be tuned whose transformer is called once for each prompt, without a sampler of our own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.errors import InputError, NonFiniteError
+from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.pipeline.call import call, encode
+from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.tune.request import TunePlan
+
+_KEY = "vmonarch_trajectory"
+_LATENTS = "hidden_states"
+_LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class TeacherForward:
+    """One forward of the teacher."""
+
+    step: int
+    """0-based denoising step."""
+    transformer: int
+    """0, or 1 for `transformer_2`."""
+    inputs: dict[str, Tensor]
+    """Arguments of the forward that are tensors, the batch in front."""
+    constants: dict[str, Any]
+    """Its other arguments that are plain values."""
+    velocity: Tensor
+    """What the transformer predicted, (B, C, F, h, w)."""
+
+
+class ForwardRecorder:
+    """Keeps every forward of a pipeline's transformers, inside the block of `recording`."""
+
+    def __init__(self) -> None:
+        self.forwards: list[TeacherForward] = []
+        self._session: AttentionSession | None = None
+        self._state: tuple[Tensor, int, Tensor] | None = None
+        """The last latents that came, their version and their copy: the forwards of a step share them."""
+
+    @contextmanager
+    def recording(self, pipeline: Any, session: AttentionSession) -> Iterator[None]:
+        """`session` tells the steps apart."""
+        self._session = session
+        with ExitStack() as undo:
+            for index, transformer in enumerate(transformers_of(pipeline)):
+                hook = functools.partial(self._keep, index)
+                undo.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _keep(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        names = inspect.signature(module.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = {name: value.detach() for name, value in given.items() if isinstance(value, Tensor)}
+        tensors[_LATENTS] = self._copied(given[_LATENTS])
+        plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
+        velocity = output[0] if isinstance(output, tuple) else output.sample
+        step = len(self._session.steps) if self._session is not None else 0
+        self.forwards.append(TeacherForward(step, index, tensors, plain, _narrow(velocity)))
+
+    def _copied(self, latents: Tensor) -> Tensor:
+        if self._state is None or self._state[0] is not latents or self._state[1] != latents._version:
+            self._state = (latents, latents._version, _narrow(latents))
+        return self._state[2]
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    clip: Plan,
+    prompt: str,
+    seed: int,
+    preset: Preset,
+    recorder: ForwardRecorder | None = None,
+    **swap: Any,
+) -> Tensor:
+    """Final latents (1, C, F, h, w), float32 on the CPU, of a clip made by the pipeline's own loop with a preset.
+
+    swap: further arguments of `swapped`. Raises NonFiniteError when they are not finite.
+    """
+    tokens = clip.model.max_sequence_length
+    embeddings = encode(pipeline, prompt, clip.negative_prompt, clip.guidance_scale, tokens)
+    with swapped(pipeline, preset, **swap) as session, ExitStack() as records:
+        if recorder is not None:
+            records.enter_context(recorder.recording(pipeline, session))
+        latents = call(
+            pipeline,
+            embeddings,
+            (clip.height, clip.width, clip.num_frames),
+            num_inference_steps=clip.steps,
+            guidance_scale=clip.guidance_scale,
+            guidance_scale_2=clip.guidance_scale_2,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            fps=clip.fps,
+        )
+    if not torch.isfinite(latents).all():
+        raise NonFiniteError(
+            f"the latents of a clip with preset {preset.name} are not finite: a wider --dtype may help"
+        )
+    return latents.float().cpu()
+
+
+def trajectory_path(plan: TunePlan, number: int) -> Path:
+    """The file of a trajectory."""
+    return plan.work / "trajectories" / f"{number:05d}.safetensors"
+
+
+def sample_trajectory(pipeline: Any, plan: TunePlan, number: int) -> Path:
+    """Let the teacher make the clip of a prompt, and keep its forwards; the file appears whole or not at all.
+
+    Forwards of steps that the preset runs dense are left out. Returns at once where the file is there.
+    """
+    path = trajectory_path(plan, number)
+    if path.exists():
+        return path
+    recorder = ForwardRecorder()
+    noise = plan.noise_seed(number)
+    sample(pipeline, plan.clip, plan.prompts[number], noise, load_preset("dense"), recorder)
+    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.clip.preset.dense_steps])
+    return path
+
+
+def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
+    """Write forwards to a file, whole or not at all: latents and velocities in float16, other inputs as they are.
+
+    What several forwards share is kept once.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    table = []
+    for number, forward in enumerate(forwards):
+        inputs = {}
+        for name, value in forward.inputs.items():
+            same = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # all are alive: no address is two
+            if same not in names:
+                names[same] = f"{number}.{name}"
+                tensors[names[same]] = value.cpu().clone(memory_format=torch.contiguous_format)
+            inputs[name] = names[same]
+        tensors[f"{number}.velocity"] = forward.velocity
+        table.append(
+            {"step": forward.step, "transformer": forward.transformer, "inputs": inputs, "constants": forward.constants}
+        )
+    with atomic(path, overwrite=True) as temporary:
+        save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps({"layout": _LAYOUT, "forwards": table})})
+
+
+def _narrow(value: Tensor) -> Tensor:
+    """A copy in float16 on the CPU; NonFiniteError for what does not fit."""
+    narrow = value.detach().to(torch.float16)
+    if not torch.isfinite(narrow).all():
+        raise NonFiniteError("a state of the teacher is not finite in float16, and its trajectory was not kept")
+    return narrow.to("cpu", copy=True).contiguous()
+
+
+class Trajectories:
+    """Some trajectories read side by side, forward by forward; all come from one sampler."""
+
+    def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
+        """Raises InputError when one cannot be read, or is of another sampler."""
+        self._device = device
+        self._files = [_open(path) for path in paths]
+        self._tables = [_table(file, path) for file, path in zip(self._files, paths, strict=True)]
+        kinds = {tuple((row["step"], row["transformer"]) for row in table) for table in self._tables}
+        if len(kinds) != 1:
+            raise InputError(f"trajectories in {paths[0].parent} are of different samplers: remove the folder")
+        self.steps: list[list[int]] = []
+        """Numbers of the forwards of every step."""
+        last = None
+        for number, row in enumerate(self._tables[0]):
+            if row["step"] != last:
+                self.steps.append([])
+            self.steps[-1].append(number)
+            last = row["step"]
+
+    def forward(self, number: int) -> TeacherForward:
+        """A forward of all the trajectories, batched."""
+        rows = [table[number] for table in self._tables]
+        first = rows[0]
+        inputs = {
+            name: self._batched([row["inputs"][name] for row in rows], name == _LATENTS) for name in first["inputs"]
+        }
+        velocity = self._batched([f"{number}.velocity"] * len(rows), True)
+        return TeacherForward(first["step"], first["transformer"], inputs, first["constants"], velocity)
+
+    def _batched(self, names: Sequence[str], wide: bool) -> Tensor:
+        parts = [file.get_tensor(name).to(self._device) for file, name in zip(self._files, names, strict=True)]
+        whole = torch.cat(parts) if len(parts) > 1 and parts[0].dim() else parts[0]
+        return whole.float() if wide else whole
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        raise InputError(f"trajectory {path} cannot be read: remove it, and it will be made again") from error
+
+
+def _table(file: Any, path: Path) -> list[dict[str, Any]]:
+    try:
+        said = json.loads((file.metadata() or {})[_KEY])
+        if said["layout"] == _LAYOUT:
+            rows: list[dict[str, Any]] = said["forwards"]
+            return rows
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InputError(f"{path} is no trajectory of this version: remove it, and it will be made again")
