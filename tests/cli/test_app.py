@@ -207,8 +207,8 @@ def test_completion_is_offered() -> None:
         (
             ("generate", *WAN, "--set", "band"),
             "error: --set: 'band' is not of the form field=value; fields are attention, "
-            "num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, dense_steps, dense_layers, "
-            "impl",
+            "num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, first_turns, step_refresh, "
+            "layer_refresh, dense_steps, dense_layers, few_steps, impl",
         ),
         (
             ("generate", *WAN, "-o", "/proc/x/y.mp4"),

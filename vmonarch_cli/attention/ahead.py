@@ -87,12 +87,13 @@ def rehearse(plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
     """The kinds of structured calls that a clip of the plan makes: the first step's and a later one's, of each guidance
     branch, on tensors of the true shape with any content.
     """
-    model, attention = plan.model, StructuredAttention(plan.preset)
+    model, dense_steps = plan.model, int(plan.preset.dense_steps)
+    attention = StructuredAttention(plan.preset, [model.layers] * model.transformers)
     tokens = plan.grid[0] * plan.grid[1] * plan.grid[2]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         q, k, v = (torch.empty(1, tokens, model.heads, model.head_dim, dtype=dtype, device=device) for _ in range(3))
         forwards = branches_of(model, plan.guidance_scale)
-        for step in range(min(2, plan.steps - plan.preset.dense_steps)):
+        for step in range(dense_steps, min(dense_steps + 2, plan.steps)):
             for forward in range(forwards):
                 attention(
                     AttentionCall(
@@ -104,6 +105,6 @@ def rehearse(plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
                         step=step,
                         key=CallKey(0, 0, forward),
                         forwards=forwards,
-                        steps_left=plan.steps - plan.preset.dense_steps - step,
+                        steps=plan.steps,
                     )
                 )

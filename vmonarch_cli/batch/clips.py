@@ -32,7 +32,7 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "schedule_forced", "loras"}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "step_costs", "schedule_forced", "loras"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -294,7 +294,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
         if content[name] == default:
             del content[name]
-    content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
+    content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed

@@ -138,6 +138,8 @@ def _value(name: str, raw: Any, as_text: bool) -> Any:
         return _sigmas(raw)
     whole = name in _WHOLES
     value = decimal(raw, whole=whole, as_text=as_text)
+    if value is None and name == "dense_steps":  # a share of the steps
+        value = decimal(raw, whole=False, as_text=as_text)
     if value is None:
         raise InputError(f"{name} takes {'a whole number' if whole else 'a number'}, got {words(raw)}")
     return value

@@ -38,6 +38,19 @@ def whole_option(*names: str, panel: str, help: str) -> Any:
     return option(*names, panel=panel, help=help, parser=parse, metavar="<int>")
 
 
+def share_option(*names: str, panel: str, help: str) -> Any:
+    """A flag that takes a count, which is a whole number, or a share, which has a point."""
+
+    def parse(text: str | float) -> int | float:
+        try:
+            return int(text) if isinstance(text, str) and text.strip().lstrip("+-").isdecimal() else float(text)
+        except ValueError:
+            valid = "a whole number, or a share from 0.0 to 1.0"
+            raise InputError(f"{names[0]} takes {valid}, got {shown(text)}") from None
+
+    return option(*names, panel=panel, help=help, parser=parse, metavar="<int|share>")
+
+
 def number_option(*names: str, panel: str, help: str) -> Any:
     """A flag that takes a number."""
 
@@ -114,7 +127,8 @@ class RequestFlags(TypedDict, total=False):
         option("--set", panel=ATTENTION, metavar="FIELD=VALUE", help="Change a preset field (repeatable)."),
     ]
     dense_steps: Annotated[
-        int | None, whole_option("--dense-steps", panel=ATTENTION, help="First denoising steps to run dense.")
+        float | None,
+        share_option("--dense-steps", panel=ATTENTION, help="First steps to run dense: a count, or a share as 0.2."),
     ]
     dense_layers: Annotated[
         int | None, whole_option("--dense-layers", panel=ATTENTION, help="First layers to run dense.")

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vmonarch_cli.cli.schedule_tables import schedule_words
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
 from vmonarch_cli.clip.record_model import AudioFacts
@@ -37,7 +38,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
-            ("attention", flops_words(plan)),
+            ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
@@ -84,7 +85,7 @@ def preset_words(plan: Plan) -> str:
     if preset.refresh:
         words.append(f"{preset.refresh:g} more frame{'' if preset.refresh == 1 else 's'} exact in turn")
     if preset.dense_steps:
-        words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
+        words.append(f"first {_counted(int(preset.dense_steps), 'step')} dense")
     if preset.dense_layers:
         words.append(f"first {_counted(preset.dense_layers, 'layer')} dense")
     return ", ".join(words)

@@ -20,7 +20,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import file_hash
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -74,6 +74,7 @@ def make_record(
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
         "flops": plan.flops.model_dump(),
+        "schedule": [row.model_dump() for row in plan.step_costs],
         "device": denoised.device,
         "dtype": denoised.dtype,
         "vae_dtype": vae_dtype,
@@ -179,14 +180,16 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     branches = branches_of(plan.model, plan.guidance_scale)
-    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
+    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
+    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift)
+    costs = {"flops": flops, "step_costs": tuple(work.step_costs(preset))}
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
-    again = {"preset": preset, "setup": setup, "flops": flops, "origins": origins, "warnings": ()}
+    again = {"preset": preset, "setup": setup, **costs, "origins": origins, "warnings": ()}
     plan = plan.model_copy(update=again)
     return plan.model_copy(update={"notes": tuple(_loads(plan))})
 

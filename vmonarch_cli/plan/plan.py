@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
-from vmonarch_cli.plan.costs import Flops
+from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.schedule import OWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
@@ -56,6 +56,8 @@ class Plan(BaseModel):
     grid: Grid
     tokens: int
     flops: Flops
+    step_costs: tuple[StepCost, ...]
+    """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
     audio: bool | None = None

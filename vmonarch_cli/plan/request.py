@@ -28,7 +28,7 @@ class GenerateRequest:
     num_videos: int | None = None
     preset: str | None = None
     overrides: tuple[str, ...] = field(default=())
-    dense_steps: int | None = None
+    dense_steps: int | float | None = None
     dense_layers: int | None = None
     impl: str | None = None
     dense_every: int | None = None

@@ -15,14 +15,14 @@ from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, 
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
-from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
+from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 RECIPE = "recipe"
@@ -78,6 +78,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
+    preset = at_steps(preset, steps)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
@@ -91,6 +92,14 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         with_sound=bool(audio),
     )
     check_rate(outputs, fps)
+    flow_shift = take(
+        "flow_shift",
+        checks.number("--flow-shift", request.flow_shift, 0.01, 100),
+        None if sigmas else defaults.flow_shift,
+    )
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
+    step_costs = tuple(work.step_costs(preset))
+    flops = count_flops(model, grid, preset, steps, work.forwards, flow_shift)
     use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
@@ -112,13 +121,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
             defaults.guidance_scale_2,
         ),
-        flow_shift=(
-            flow_shift := take(
-                "flow_shift",
-                checks.number("--flow-shift", request.flow_shift, 0.01, 100),
-                None if sigmas else defaults.flow_shift,
-            )
-        ),
+        flow_shift=flow_shift,
         recipe=take("recipe", request.recipe, None, DEFAULT),
         sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
         sigmas=take("sigmas", sigmas or None, (), DEFAULT),
@@ -136,7 +139,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         overwrite=request.overwrite,
         grid=grid,
         tokens=grid[0] * grid[1] * grid[2],
-        flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
+        flops=flops,
+        step_costs=step_costs,
         revision=revision,
         image=take("image", image, None, DEFAULT),
         audio=audio,
@@ -148,6 +152,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, facts, guidance),
             *warnings.without_effect(request, preset),
+            *warnings.of_schedule(preset, step_costs, flops),
+            *warnings.of_cache(request.cache, steps),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),

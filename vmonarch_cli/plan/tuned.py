@@ -102,7 +102,7 @@ def check(tuned: AdapterFile, use: Use) -> None:
             f"adapter {tuned.path} was tuned on the weights of {tuned.adapter.model}, and --transformer replaces "
             "them: leave out one of the two"
         )
-    misfit = tuned.adapter.misfit(use.preset)
+    misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         raise InputError(
             f"adapter {tuned.path} was tuned with preset {tuned.adapter.preset_name} and cannot run with "
@@ -115,7 +115,7 @@ def check(tuned: AdapterFile, use: Use) -> None:
 def _hint(tuned: AdapterFile) -> str:
     """The shipped preset that an adapter was tuned with, if it is one."""
     name = tuned.adapter.preset_name
-    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name)) is None
+    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name), tuned.adapter.steps) is None
     return f"; --preset {name} fits it" if fits else ""
 
 

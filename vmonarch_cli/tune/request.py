@@ -17,11 +17,11 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo_vocabulary import unknown_words, vocabulary
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
+from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.presets import options_for
 from vmonarch_cli.text import binary_size, shown
 
 DEFAULT_STEPS = 500
@@ -95,7 +95,7 @@ class TunePlan:
         p_t, p_h, p_w = model.patch
         numbers = model.latent_channels * frames * p_t * rows * p_h * columns * p_w
         text = self.forwards * model.max_sequence_length * model.text_dim * 4
-        steps = self.clip.steps - self.clip.preset.dense_steps
+        steps = self.clip.steps - int(self.clip.preset.dense_steps)
         return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
 
     @property
