@@ -53,6 +53,7 @@ _NOT_OF_A_CLIP = (
     "image",
     "offload",
     "vae_tiling",
+    "vae_dtype",
     "quantize",
     "loras",
     "cache",
@@ -114,7 +115,7 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     plan = _resolved(request, flags, rank.world)
     plot = check_plot(flags.plot, flags.replace)
     out.note(*plan.notes)
-    out.warn(*plan.clip.warnings)
+    out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.tune.memory import check_memory, free_bytes

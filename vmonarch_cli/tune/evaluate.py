@@ -17,7 +17,7 @@ from torch import Tensor
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 from vmonarch_cli.media.publish import atomic
-from vmonarch_cli.pipeline.call import decode
+from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.tune.request import TunePlan
 from vmonarch_cli.tune.trajectories import sample
@@ -113,5 +113,5 @@ def _compare(pipeline: Any, plan: TunePlan, number: int, folder: Path, swap: dic
 def _frames(pipeline: Any, plan: TunePlan, latents: Tensor) -> Tensor:
     """(F, 3, H, W), float64 in [0, 1]."""
     clip = plan.clip
-    frames = decode(pipeline, latents, (clip.height, clip.width, clip.num_frames))
+    frames = decode_whole(pipeline, latents, (clip.height, clip.width, clip.num_frames))
     return torch.from_numpy(frames).permute(0, 3, 1, 2).double() / 255

@@ -14,13 +14,14 @@ from typing import Any
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.demo_vocabulary import unknown_words, vocabulary
+from vmonarch_cli.models.demo_vocabulary import GLUE, tokens, vocabulary
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.warnings import of_demo
 from vmonarch_cli.presets import options_for
 from vmonarch_cli.text import binary_size, shown
 
@@ -77,6 +78,7 @@ class TunePlan:
     world: int = 1
     """Processes that train together."""
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     @property
     def work(self) -> Path:
@@ -163,6 +165,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         request.overwrite,
         world,
         notes=clip.notes,
+        warnings=tuple(dict.fromkeys([*clip.warnings, *_unknown(clip, prompts or ())])),
     )
     _check_disk(plan)
     return plan
@@ -247,23 +250,26 @@ def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tu
         known = set(vocabulary())
         for text in texts:
             if not known.intersection(_words(text)):
-                words = ", ".join(f"'{word}'" for word in unknown_words(text)[:8])
                 raise InputError(
-                    f"the demo model knows no word of the prompt {shown(text)}, only others than {words}: "
-                    f'as in "{checks.EXAMPLE_PROMPT}"'
+                    f"the demo model knows no word of the prompt {shown(text)}: it draws moving shapes, as in "
+                    f'"{checks.EXAMPLE_PROMPT}"'
                 )
     if len(texts) <= held_out:
         raise InputError(
-            f"{held_out} prompts are held out to evaluate, and there are only {len(texts)} different ones: give more, "
-            "or fewer with --eval-prompts"
+            f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
+            "those that are held out are not trained with"
         )
     cut = len(texts) - held_out
     return tuple(texts[:cut]), tuple(texts[cut:])
 
 
-def _words(text: str) -> set[str]:
-    from vmonarch_cli.models.demo_vocabulary import GLUE, tokens
+def _unknown(clip: Plan, prompts: Sequence[str]) -> list[str]:
+    """Of the demo model: words that it was not trained on."""
+    return of_demo(clip.model, " ".join(prompts), (clip.height, clip.width, clip.num_frames))
 
+
+def _words(text: str) -> set[str]:
+    """Words of a prompt that name something."""
     return set(tokens(text)) - set(GLUE)
 
 
