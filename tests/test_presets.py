@@ -23,8 +23,8 @@ from vmonarch_cli.presets import (
 )
 
 FIELDS = (
-    "attention, num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, dense_steps, "
-    "dense_layers, impl"
+    "attention, num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, first_turns, step_refresh, "
+    "layer_refresh, dense_steps, dense_layers, few_steps, impl"
 )
 
 

@@ -24,7 +24,7 @@ from vmonarch_cli.cli.output import Output, plain_console
 from vmonarch_cli.cli.report import coverage_words, step_legend, step_table
 from vmonarch_cli.errors import ModelError, PresetError
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.presets import DEFAULT_PRESET, Preset, apply_overrides, load_preset, read_preset
+from vmonarch_cli.presets import DEFAULT_PRESET, FewSteps, Preset, apply_overrides, load_preset, read_preset
 from vmonarch_cli.text import shown
 from vmonarch_cli.timing import Coverage, StepAttention
 from vmonarch_cli.untrusted.files import user_path
@@ -44,8 +44,12 @@ class PresetFields(TypedDict, total=False):
     band: int | None
     refresh: float
     shared_refresh: bool
-    dense_steps: int
+    first_turns: float | None
+    step_refresh: tuple[float, ...] | None
+    layer_refresh: tuple[float, ...] | None
+    dense_steps: int | float
     dense_layers: int
+    few_steps: FewSteps | None
     impl: Literal["auto", "reference", "torch", "triton"]
 
 

@@ -6,10 +6,11 @@ error message quotes, so that what is documented is what is checked.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,14 +18,34 @@ from vmonarch_cli.errors import PresetError
 from vmonarch_cli.text import near, shown
 from vmonarch_cli.untrusted.files import read_text, user_path
 from vmonarch_cli.untrusted.values import Malformed, check_value, parse_toml
-from vmonarch_kernels.cost import band_with_refresh, is_exact
-from vmonarch_kernels.spec import Options
 
 DEFAULT_PRESET = "balanced"
 """Of a model that was not tuned with Monarch attention: README, Measured, says what this rests on."""
 MAX_BAND_FRAMES = 4096
 MAX_DENSE = 1000
 MAX_FILE_BYTES = 1 << 20
+_LATER = {"first_turns", "step_refresh", "layer_refresh", "few_steps"}
+"""Fields that not every version had; None says nothing."""
+_Frames = Annotated[float, Field(ge=0, le=MAX_BAND_FRAMES)]
+
+
+class FewSteps(BaseModel):
+    """What replaces fields of a preset in clips of at most ``up_to`` denoising steps; None replaces nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    up_to: int = Field(ge=1, le=MAX_DENSE)
+    num_steps: int | None = Field(default=None, ge=1, le=8)
+    warm_start: bool | None = None
+    first_frame: bool | None = None
+    refresh: _Frames | None = None
+    shared_refresh: bool | None = None
+    first_turns: float | None = Field(default=None, ge=0, le=1)
+    dense_steps: int | None = Field(default=None, ge=0, le=MAX_DENSE)
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that it replaces."""
+        return {name: value for name, value in self.model_dump(exclude={"up_to"}).items() if value is not None}
 
 
 class Preset(BaseModel):
@@ -42,8 +63,12 @@ class Preset(BaseModel):
     band: int | None = Field(default=None, ge=0, le=MAX_BAND_FRAMES)
     refresh: float = Field(default=0, ge=0, le=MAX_BAND_FRAMES)
     shared_refresh: bool = False
-    dense_steps: int = Field(default=0, ge=0, le=MAX_DENSE)
+    first_turns: float | None = Field(default=None, ge=0, le=1)
+    step_refresh: tuple[_Frames, ...] | None = Field(default=None, min_length=1, max_length=MAX_DENSE)
+    layer_refresh: tuple[_Frames, ...] | None = Field(default=None, min_length=1, max_length=MAX_DENSE)
+    dense_steps: int | float = 0
     dense_layers: int = Field(default=0, ge=0, le=MAX_DENSE)
+    few_steps: FewSteps | None = None
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
 
     @field_validator("name", "description")
@@ -62,50 +87,26 @@ class Preset(BaseModel):
             raise ValueError("brackets")
         return value
 
-    @field_validator("band", mode="before")
+    @field_validator("band", "first_turns", "step_refresh", "layer_refresh", "few_steps", mode="before")
     @classmethod
-    def _band_none(cls, value: object) -> object:
-        """TOML has no null: the string "none" stands for "no exact band"."""
-        return None if value == "none" else value
+    def _none(cls, value: object) -> object:
+        """TOML has no null: the string "none" stands for "no exact band", and for what is left to the program."""
+        return None if value == "none" else tuple(value) if isinstance(value, list) else value
 
+    @field_validator("dense_steps")
+    @classmethod
+    def _count_or_share(cls, value: int | float) -> int | float:
+        """A whole number counts steps, any other number is a share of them."""
+        if not 0 <= value <= (MAX_DENSE if isinstance(value, int) else 1):
+            raise ValueError("neither a count nor a share")
+        return value
 
-@dataclass(frozen=True)
-class CallOptions:
-    """What one structured call computes; ``options_for`` makes it from a preset."""
-
-    kernel: Options
-    """For the kernels. With ``refresh`` the band covers every frame where every frame would be recomputed anyway."""
-    exact: bool
-    """The band covers every frame: the call is dense attention, has no L and keeps nothing."""
-    warm: bool
-    """The call starts from the L of an earlier one."""
-    keeps_l: bool
-    refresh: float
-    shared_refresh: bool
-
-    def cost(self) -> dict[str, Any]:
-        """Keyword arguments of ``monarch_flops`` and ``monarch_bytes``."""
-        return {"options": self.kernel, "warm": self.warm, "refresh": self.refresh}
-
-
-def options_for(preset: Preset, frames: int, *, warm: bool = False) -> CallOptions:
-    """What a structured call of ``frames`` latent frames computes under a preset.
-
-    ``warm``: the L of an earlier call is at hand. The session, the profile and the cost count all ask here, so that
-    what is measured and counted is what runs.
-    """
-    band = band_with_refresh(frames, preset.band, preset.refresh, first_frame=preset.first_frame)
-    exact = is_exact(frames, band)
-    keeps_l = preset.warm_start and not exact
-    warm = warm and keeps_l
-    return CallOptions(
-        kernel=Options(1 if warm else preset.num_steps, preset.c_floor, preset.first_frame, band),
-        exact=exact,
-        warm=warm,
-        keeps_l=keeps_l,
-        refresh=0 if exact else preset.refresh,
-        shared_refresh=preset.shared_refresh,
-    )
+    def computed_fields(self) -> dict[str, Any]:
+        """What tells two presets apart, as JSON has it: no labels, and no later fields that say nothing, so that clips
+        and timings of earlier versions are still known.
+        """
+        fields = self.model_dump(mode="json", exclude={"name", "description"})
+        return {name: value for name, value in fields.items() if value is not None or name not in _LATER}
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,35 @@ FIELD_DOCS: dict[str, FieldDoc] = {
         "With guidance, the first of two forwards takes the turns of both, and its corrections serve both. They are "
         "younger and need half the memory, but the second forward has none of its own.",
     ),
+    "first_turns": FieldDoc(
+        "share of the turns",
+        'a number from 0 to 1, or "none"',
+        "How many of a clip's turns the first structured step takes, at most one for every frame; the others come "
+        "evenly. None: a third of a forward's, for at most half of the frames, and then most turns early.",
+    ),
+    "step_refresh": FieldDoc(
+        "latent frames per forward, by step",
+        f'a list of numbers from 0 to {MAX_BAND_FRAMES}, one for each denoising step, or "none"',
+        "As refresh, for every step of the clip by itself. Steps that run dense have a number, too.",
+    ),
+    "layer_refresh": FieldDoc(
+        "weights, by layer",
+        f'a list of numbers from 0 to {MAX_BAND_FRAMES}, one for each layer, or "none"',
+        "What refresh is multiplied by in each layer. A layer that no query frame leans on needs no turns.",
+    ),
     "dense_steps": FieldDoc(
-        "denoising steps", f"a whole number from 0 to {MAX_DENSE}", "How many first denoising steps run dense."
+        "denoising steps",
+        f"a whole number from 0 to {MAX_DENSE}, or a share of the steps from 0.0 to 1.0",
+        "How many first denoising steps run dense. A share is rounded to the nearest whole number of steps.",
     ),
     "dense_layers": FieldDoc(
         "layers", f"a whole number from 0 to {MAX_DENSE}", "How many first layers run dense in every denoising step."
+    ),
+    "few_steps": FieldDoc(
+        "table",
+        f"a table of up_to, a whole number from 1 to {MAX_DENSE}, and of any of "
+        'num_steps, warm_start, first_frame, refresh, shared_refresh, first_turns and dense_steps, or "none"',
+        "Fields with other values in clips of at most up_to denoising steps.",
     ),
     "impl": FieldDoc(
         "choice",
@@ -170,12 +195,40 @@ FIELD_DOCS: dict[str, FieldDoc] = {
 }
 
 
+def at_steps(preset: Preset, steps: int | None) -> Preset:
+    """A preset as it is in a clip of so many denoising steps (None: not known), without shares and `few_steps`.
+
+    Raises PresetError where the preset has a share and the number of steps is not known.
+    """
+    if steps is None:
+        if isinstance(preset.dense_steps, float):
+            raise PresetError(
+                f"preset '{preset.name}' runs a share of the steps dense, and the number of steps is not known: "
+                "give `begin_clip` or `begin_step` the total"
+            )
+        return preset
+    few = preset.few_steps
+    changes = {} if few is None or steps > few.up_to else few.changes()
+    dense_steps = changes.get("dense_steps", preset.dense_steps)
+    if isinstance(dense_steps, float):
+        dense_steps = math.floor(dense_steps * steps + 0.5)
+    changes |= {"few_steps": None, "dense_steps": dense_steps}
+    if preset.step_refresh:
+        changes["refresh"] = sum(preset.step_refresh) / len(preset.step_refresh)
+    return preset.model_copy(update=changes)
+
+
 def format_value(value: object) -> str:
     """A field's value as TOML would write it (and None as "none")."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(format_value, value))}]"
+    if isinstance(value, FewSteps | dict):
+        table = {"up_to": value.up_to, **value.changes()} if isinstance(value, FewSteps) else value
+        return "{" + ", ".join(f"{name} = {format_value(entry)}" for name, entry in table.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
@@ -220,11 +273,16 @@ def parse_preset(text: str, *, source: str, stem: str) -> Preset:
 
 
 def apply_overrides(preset: Preset, overrides: dict[str, tuple[str, Any]]) -> Preset:
-    """A copy with fields replaced; `overrides` maps a field to (the flag it came from, its value)."""
+    """A copy with fields replaced; `overrides` maps a field to (the flag it came from, its value).
+
+    A replaced field holds for any number of steps: `few_steps` no longer changes it.
+    """
     for name, (flag, value) in overrides.items():
         if name in ("name", "description"):
             raise PresetError(f"{flag}: field '{name}' is a label and cannot be overridden; {_fields_sentence()}")
         preset = _validate({**preset.model_dump(exclude_unset=True), name: value}, flag)
+        if preset.few_steps is not None and name in preset.few_steps.changes():
+            preset = preset.model_copy(update={"few_steps": preset.few_steps.model_copy(update={name: None})})
     return preset
 
 
@@ -249,10 +307,10 @@ def _validate(table: dict[str, Any], source: str) -> Preset:
     try:
         return Preset.model_validate(table)
     except ValidationError as error:
-        raise PresetError(_sentence(error, source)) from None
+        raise PresetError(_sentence(error, source, table)) from None
 
 
-def _sentence(error: ValidationError, source: str) -> str:
+def _sentence(error: ValidationError, source: str, table: dict[str, Any]) -> str:
     """The first problem as one sentence: source, field, what came, what is valid (and how many more there are)."""
     first = error.errors()[0]
     field = str(first["loc"][0])
@@ -260,8 +318,9 @@ def _sentence(error: ValidationError, source: str) -> str:
     if doc is None:
         sentence = f"{source}: there is no field {shown(field)}{near(field, FIELD_DOCS)}, {_fields_sentence()}"
     else:
-        sentence = f"{source}: field '{field}' takes {doc.valid}, got {_as_toml(first['input'])}"
-    more = error.error_count() - 1
+        given = first["input"] if len(first["loc"]) == 1 or field not in table else table[field]
+        sentence = f"{source}: field '{field}' takes {doc.valid}, got {_as_toml(given)}"
+    more = len({entry["loc"][0] for entry in error.errors()}) - 1
     return f"{sentence} (and {more} more problem{'s' if more > 1 else ''})" if more else sentence
 
 

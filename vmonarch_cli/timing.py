@@ -116,6 +116,9 @@ class ClipTiming:
     hidden_write_s: float = 0.0
     """Encoding and hashing that went on beside decoding, in no other figure."""
 
+    hidden_compile_s: float = 0.0
+    """Compilation of kernels beside the loading of the model, of the first clip of a run; in no other figure."""
+
     @property
     def parts(self) -> dict[str, float]:
         """Where all seconds of the clip went, loading included: name -> seconds, in the order of time.

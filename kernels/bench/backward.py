@@ -230,7 +230,8 @@ def kernel_runner(shape: Shape, side: str, kind: str) -> tuple[Callable[[], None
     )
     run._written = {"dq", "dk", "dv"}
     if side == "l":
-        steps = run._recomputed(2)
+        first = run._first_step(with_y=False)
+        steps = [run._recomputed(first, i) for i in (0, 1)]
         gk, gv, product = run.call.like_q(), run.call.like_q(), run.call.statistic().zero_()
         if kind == "last":
             return lambda: void(run._l_step(steps[1], gk, gv, (None, None))), [gk, gv]

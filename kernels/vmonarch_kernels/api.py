@@ -216,9 +216,12 @@ def monarch_attention(
         (B, H * W, heads, T, T), indexed [b, j, head, l, k].
 
     Workspace: at most four tensors of q's size and dtype (the R-step's queries, R K, R V and the exact part), plus
-    N * heads float32 statistics. q, k, v and ``extra`` have gradients, exactly those of what is computed; ``l_prev``,
-    ``residual`` and L have none. Backwards the tensors, the output and N * heads numbers are kept, the R-steps are
-    computed again, and the workspace is at most six tensors of q's size.
+    N * heads float32 statistics.
+
+    Gradients: q, k, v and both tensors of ``extra`` have them, exactly those of what is computed, in every
+    implementation; ``l_prev``, ``residual`` and the returned L are constants. For the backward pass the arguments, the
+    output and at most N * heads numbers are kept, and the R-steps are computed again; beside the gradients it holds at
+    most six tensors of q's size ("triton"; ../README.md, the backward pass).
 
     Raises ValueError that names the argument, what came and what is valid; ImplUnavailable when a
     named implementation cannot run here.

@@ -44,6 +44,12 @@ def needs_gradient(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
 
 
+def in_backward_pass() -> bool:
+    """Whether this runs inside a backward pass, where a checkpoint computes a forward again."""
+    inside: bool = torch._C._current_graph_task_id() != -1
+    return inside
+
+
 def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if first is None or second is None else (first, second)
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from vmonarch_kernels.configs import AttendConfig, LStepConfig, power_of_2
+from vmonarch_kernels.configs import AttendConfig, Chip, LStepConfig, power_of_2
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,26 @@ _SMALLEST = AttendConfig(16, 16, 4, 1)
 
 def _row_bytes(block_d: int, dtype: torch.dtype) -> int:
     """Shared memory of a row. A float32 product is three of tf32: the tensor cores of a warp group, which tiles of 64
-    rows use, read both parts of its rows there; for smaller tiles it is a quarter more.
+    rows use, read both parts of its rows there; smaller tiles take five eighths more at a head dimension of 128, a
+    quarter above it (as Triton compiles them).
     """
     row = block_d * dtype.itemsize
     if dtype == torch.float32:
-        return row * 2 if block_d < 128 else row * 5 // 4
+        return row * 2 if block_d < 128 else row * 13 // 8 if block_d == 128 else row * 5 // 4
     return row
+
+
+def tile_memory(chip: Chip) -> int:
+    """Shared memory that tiles of rows may take. On compute capability 10 the weights of a tile go through it, too,
+    because the tensor cores take no operand from registers there.
+    """
+    return chip.shared_memory - (64 * 1024 if chip.capability[0] == 10 else 0)
+
+
+def product_precision(chip: Chip, block_d: int, parts: Parts) -> str:
+    """Of float32 products. Where even the smallest tile's parts in tf32 do not fit, they are plain multiply-adds."""
+    crowded = block_d > 128 and parts.tensors == 2 and tile_memory(chip) < 114 * 1024
+    return "ieee" if crowded else chip.float32_precision
 
 
 def _queries_memory(config: AttendConfig, row_bytes: int, parts: Parts) -> int:

@@ -1,6 +1,6 @@
 """The backward pass of impl="triton": allocation and launches; the kernels are in `_triton_backward.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,14 @@ from torch import Tensor
 from vmonarch_kernels import _triton as forward_kernels
 from vmonarch_kernels import _triton_backward as kernels
 from vmonarch_kernels.configs import AttendConfig
-from vmonarch_kernels.configs_backward import Parts, grad_keys_config, grad_queries_config, l_backward_config
+from vmonarch_kernels.configs_backward import (
+    Parts,
+    grad_keys_config,
+    grad_queries_config,
+    l_backward_config,
+    product_precision,
+    tile_memory,
+)
 from vmonarch_kernels.cost import L_ROW_ENTRIES, is_exact
 from vmonarch_kernels.launch import (
     FUSION,
@@ -34,7 +41,8 @@ _R_STEP, _LAST_R_STEP, _EXACT = Parts(k=True, v=False), Parts(k=True, v=True), P
 class _RStep:
     """An R-step of the forward, computed again: (B, T, P, H, D), c_l (B, H, T, P)."""
 
-    q_r: Tensor
+    q_r: Tensor | None
+    """None where they are computed once more when they are needed."""
     rk: Tensor
     c_l: Tensor
     y: Tensor | None
@@ -119,7 +127,7 @@ class _Backward:
         self.dq[:, frame] = total
 
     def _queries_config(self, parts: Parts) -> AttendConfig:
-        return grad_queries_config(self.call.block_d, self.call.q.dtype, self.call.chip.shared_memory, parts)
+        return grad_queries_config(self.call.block_d, self.call.q.dtype, tile_memory(self.call.chip), parts)
 
     def _launch_queries(
         self,
@@ -164,7 +172,7 @@ class _Backward:
         """Gradients of all keys, and values, from the queries that see them."""
         call, parts = self.call, rows.parts
         batch, frames, positions, heads, dim = call.sizes
-        config = grad_keys_config(call.block_d, call.q.dtype, call.chip.shared_memory, parts)
+        config = grad_keys_config(call.block_d, call.q.dtype, tile_memory(call.chip), parts)
         kernels.grad_keys_kernel[(cdiv(positions, config.block_n), frames, batch * heads)](
             *self._tensors(rows),
             rows.lse,
@@ -197,14 +205,16 @@ class _Backward:
         return (q, *strides, call.k, *call.k.stride()[:3], call.v, *call.v.stride()[:3], rows.gk, rows.gv)
 
     def _constants(self, config: AttendConfig, rows: _Queries) -> dict[str, Any]:
-        call = self.call
+        call, precision = self.call, self.call.precision
+        if call.q.dtype == torch.float32:
+            precision = product_precision(call.chip, call.block_d, rows.parts)
         return {
             "BLOCK_D": call.block_d,
             "MASK_D": call.block_d != call.sizes[4],
             "WITH_K": rows.parts.k,
             "WITH_V": rows.parts.v,
             "SHARED": rows.share is not None,
-            "PRECISION": call.precision,
+            "PRECISION": precision,
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -264,41 +274,60 @@ class _Structured(_Backward):
         self.early = self.zeroed_statistic() if several and self.exact_lse is not None else None
 
     def run(self) -> None:
-        """Sum dq, dk and dv of what is structured, and make the rows' statistics."""
-        call, options = self.call, self.options
-        gk, gv = call.like_q(), call.like_q()
-        # Two R-steps of a cold start fit the workspace; more are computed again when their turn comes.
-        held = 2 if options.num_steps == 2 and self.inputs.l_prev is None else 1
-        steps: list[_RStep] = []
-        dq_r = product = None
-        for i in reversed(range(options.num_steps)):
-            steps = steps or self._recomputed(i + 1)[-held:]
-            step = steps.pop()
-            rows = self._l_step(step, gk, gv if dq_r is None else None, (dq_r, product))
-            step = _RStep(step.q_r, step.rk, step.c_l, None)
-            cold = i == 0 and self.inputs.l_prev is None
-            # R K is not needed any more, and the first queries of a cold start are q.
-            dq_r, product = (self.dq, None) if cold else (step.rk, call.statistic() if i > 0 else None)
-            own = _Window(band=0, width=1)
-            self.grad_queries(rows, own, dq_r, cold, product)
-            self.grad_keys(rows, own)
-        if self.inputs.l_prev is not None and dq_r is not None:
-            self._warm(self.inputs.l_prev, dq_r)
+        """Sum dq, dk and dv of what is structured, and make the rows' statistics.
 
-    def _recomputed(self, count: int) -> list[_RStep]:
-        """The forward's first R-steps."""
-        call, l_prev = self.call, self.inputs.l_prev
-        steps: list[_RStep] = []
-        for i in range(count):
-            if i > 0:
-                before = steps[-1]
-                q_r = r_queries(call, rk=before.rk, c_l=before.c_l, exact_lse=self.exact_lse)
-            else:
-                q_r = call.q if l_prev is None else r_queries(call, l_prev=l_prev)
-            y = call.like_q() if i == self.options.num_steps - 1 else None
-            steps = [*steps[-1:], _RStep(q_r, call.like_q(), call.statistic(), y)]
-            r_step(call, q_r, steps[-1].rk, steps[-1].c_l, y)
-        return steps
+        No more than six tensors are held beside the sums: here the first iteration's R K, from which the others are
+        computed again when their turn comes, of one iteration the queries, R K and R V, and two gradients.
+        """
+        call, steps = self.call, self.options.num_steps
+        first = self._first_step(with_y=steps == 1)
+        gk, gv = call.like_q(), call.like_q()
+        after = self._iteration(steps - 1, self._recomputed(first, steps - 1), gk, gv, (None, None))
+        del gv
+        for i in reversed(range(steps - 1)):
+            after = self._iteration(i, self._recomputed(first, i), gk, None, after)
+        if self.inputs.l_prev is not None and after[0] is not None:
+            self._warm(self.inputs.l_prev, after[0])
+
+    def _iteration(
+        self, i: int, step: _RStep, gk: Tensor, gv: Tensor | None, after: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Back through an iteration: the gradient of its queries, and its products with them where they are needed."""
+        rows = self._l_step(step, gk, gv, after)
+        cold = i == 0 and self.inputs.l_prev is None
+        # R K is not needed any more, and the first queries of a cold start are q.
+        dq_r, product = (self.dq, None) if cold else (step.rk, self.call.statistic() if i > 0 else None)
+        own = _Window(band=0, width=1)
+        self.grad_queries(rows, own, dq_r, cold, product)
+        self.grad_keys(rows, own)
+        return dq_r, product
+
+    def _first_queries(self) -> Tensor:
+        l_prev = self.inputs.l_prev
+        return self.call.q if l_prev is None else r_queries(self.call, l_prev=l_prev)
+
+    def _first_step(self, with_y: bool) -> _RStep:
+        """The forward's first R-step; that of a warm start without its queries, unless it is the last as well."""
+        call, q_r = self.call, self._first_queries()
+        step = _RStep(q_r, call.like_q(), call.statistic(), call.like_q() if with_y else None)
+        r_step(call, q_r, step.rk, step.c_l, step.y)
+        return step if with_y or self.inputs.l_prev is None else replace(step, q_r=None)
+
+    def _recomputed(self, first: _RStep, i: int) -> _RStep:
+        """The forward's R-step of iteration ``i``, from the first one."""
+        call = self.call
+        if i == 0:
+            return first if first.q_r is not None else replace(first, q_r=self._first_queries())
+        rk, c_l = first.rk, first.c_l
+        q_r = y = None
+        for step in range(1, i + 1):
+            del q_r  # before its successor is allocated
+            q_r = r_queries(call, rk=rk, c_l=c_l, exact_lse=self.exact_lse)
+            if step == 1:
+                rk, c_l = call.like_q(), call.statistic()
+            y = call.like_q() if step == self.options.num_steps - 1 else None
+            r_step(call, q_r, rk, c_l, y)
+        return _RStep(q_r, rk, c_l, y)
 
     def _l_step(
         self, step: _RStep, gk: Tensor, gv: Tensor | None, after: tuple[Tensor | None, Tensor | None]
@@ -307,6 +336,7 @@ class _Structured(_Backward):
         call = self.call
         batch, frames, positions, heads, dim = call.sizes
         config = l_backward_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory)
+        assert step.q_r is not None  # noqa: S101  # of a step that `_recomputed` gave
         lse, delta, w = (call.statistic() for _ in range(3))
         queries = (call.q, *_token_strides(call.q))
         step_queries = (step.q_r, *_token_strides(step.q_r))

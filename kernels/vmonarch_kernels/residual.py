@@ -6,29 +6,22 @@ structured attention, its residual, stays a good correction until the frame's ne
 """
 
 import copy
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vmonarch_kernels.api import attend, frame_attention, resolve_impl
-from vmonarch_kernels.autograd import needs_gradient
+from vmonarch_kernels.autograd import in_backward_pass, needs_gradient
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, split_frames
+from vmonarch_kernels.turns import next_turns, turns, turns_before
 
 DECAY = 0.95
 """Factor of every residual in each call: it fades as it ages."""
 NEIGHBOUR_SHARE = 0.25
 """Weight of a recomputed frame's residual in those of the frames beside it, which are older."""
-FIRST_TURNS = 1 / 3
-"""Share of one forward's turns that come in the first call, where no frame has a residual yet ..."""
-FIRST_FRAMES = 0.5
-"""... but at most this share of all frames."""
-EARLY_TURNS, EARLY_CALLS = 0.8, 0.2
-"""After the first call, at most this share of the turns that are left comes in this share of a clip's calls."""
 _LARGEST = torch.finfo(L_DTYPE).max
-_GOLDEN = 0.6180339887498949
 
 
 class Residual:
@@ -49,11 +42,16 @@ class Residual:
         self._order = turns(frames, first_frame)
         self._next = 0
         self._calls, self._expected_calls = 0, calls
+        self._called: int | None = None  # id(self) after a call outside of a backward pass; copies have another one
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self.values.nbytes + self.scale.nbytes
+
+    def fade(self, calls: int) -> None:
+        """Let it age by calls that did not happen: steps in which its forward was left out."""
+        self.scale.mul_(DECAY**calls)
 
     def fits(self, q: Tensor) -> bool:
         """Whether it is of a call with q's shape and device."""
@@ -72,6 +70,7 @@ class Residual:
         refresh: float,
         *,
         forwards: int = 1,
+        count: int | None = None,
         impl: str = "auto",
         return_l: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -85,18 +84,25 @@ class Residual:
                 it is the mean over all of them.
             forwards: how many calls of this step use this residual: this one, which takes the turns of all, and those
                 of ``attention_without_turns`` that follow.
+            count: how many frames to recompute in this very call, where the caller plans them; ``refresh`` and
+                ``forwards`` then say nothing.
             impl: as in ``attend``.
             return_l: as in ``attend``.
 
         Returns:
             (out, L), L being None unless ``return_l`` is set.
 
+        Raises RuntimeError inside a backward pass after calls outside of one: there a checkpoint computes its forward
+        again, with turns that are taken and a residual that has changed. Keep the call outside of
+        ``torch.utils.checkpoint``, or repeat it on a copy that was made before it.
+
         """
-        chosen = self._take_turns(refresh, forwards)
+        self._refuse_again("attention")
+        chosen = self._take_turns(self._due(refresh, forwards) if count is None else count)
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
-        out, l_new = self.attention_without_turns(inputs, options, impl=impl, return_l=return_l)
+        out, l_new = self._attend(inputs, options, impl, return_l)
         if chosen and out.requires_grad:
             out = out.clone()  # the call's own output is kept for its backward pass
         for frame in chosen:
@@ -109,28 +115,42 @@ class Residual:
     ) -> tuple[Tensor, Tensor | None]:
         """``attend`` with the residual added as it is, for the other forwards of a step.
 
-        Guidance compares their outputs with that of the forward that takes the turns. Arguments and result as in
-        ``attention``.
+        Guidance compares their outputs with that of the forward that takes the turns. Arguments, result and
+        errors as in ``attention``.
         """
+        self._refuse_again("attention_without_turns")
+        return self._attend(inputs, options, impl, return_l)
+
+    def _attend(self, inputs: Inputs, options: Options, impl: str, return_l: bool) -> tuple[Tensor, Tensor | None]:
         residual = self.values, self.scale
         if needs_gradient(inputs):
             residual = self.values.clone(), self.scale.clone()  # later calls change them before this one's backward
         return attend(replace(inputs, residual=residual), options, impl=impl, return_l=return_l)
 
-    def _take_turns(self, refresh: float, forwards: int) -> list[int]:
-        """The frames of this call; none where the only frame is exact in every call."""
-        if not self._order:
-            return []
+    def _refuse_again(self, name: str) -> None:
+        """RuntimeError where a checkpoint computes a call again: it would be another call."""
+        if not in_backward_pass():
+            self._called = id(self)
+        elif self._called == id(self):
+            raise RuntimeError(
+                f"Residual.{name} was called in a backward pass, as torch.utils.checkpoint computes a forward again, "
+                "but a residual changes from call to call; keep the call outside of the checkpoint."
+            )
+
+    def _due(self, refresh: float, forwards: int) -> int:
+        """How many frames have their turn in the next call, by the mean."""
         frames = self.scale.shape[3]
         before, after = (
             turns_before(calls, refresh, frames, self._expected_calls, forwards)
             for calls in (self._calls, self._calls + 1)
         )
         self._calls += 1
-        count = min(after - before, len(self._order))
-        chosen = [self._order[(self._next + i) % len(self._order)] for i in range(count)]
-        self._next = (self._next + count) % len(self._order)
-        return list(dict.fromkeys(chosen))
+        return after - before
+
+    def _take_turns(self, count: int) -> list[int]:
+        """The frames of this call; none where the only frame is exact in every call."""
+        chosen, self._next = next_turns(self._order, self._next, count)
+        return chosen
 
     def _recompute(self, frame: int, beside: list[int], inputs: Inputs, scale: float, impl: str, out: Tensor) -> None:
         """Replace a frame of ``out`` by its exact attention; keep what that changed, for frames ``beside`` it too."""
@@ -155,33 +175,3 @@ class Residual:
         scale = change.abs().amax(-1).clamp_min(1e-30) / _LARGEST
         split_frames(self.values, self.scale.shape[3])[:, frame] = (change / scale[..., None]).to(L_DTYPE)
         self.scale[..., frame] = scale
-
-
-def turns_before(call: int, refresh: float, frames: int, calls: int | None, forwards: int = 1) -> int:
-    """How many turns come before a call (from 0): ``refresh`` for each forward on the mean, evenly unless ``calls`` is
-    known.
-
-    A residual serves every later call, so most turns come early: some in the first call, where structured attention
-    is farthest from dense, then one for every frame, or most of what is left where that is fewer; the rest come evenly.
-    """
-    mean = refresh * forwards
-    if calls is None or calls < 3 or call == 0:
-        return math.ceil(mean * call - 1e-9)
-    # What the first call takes does not depend on the forwards: how many a step has is known when it ends.
-    first = math.floor(min(FIRST_FRAMES * frames, FIRST_TURNS * refresh * calls) + 1e-9)
-    early_calls = max(1, round(EARLY_CALLS * calls))
-    left = mean * calls - first
-    early = max(min(frames, EARLY_TURNS * left), left * early_calls / (calls - 1))
-    late = (left - early) / (calls - 1 - early_calls)
-    return first + math.ceil(early * min(1.0, (call - 1) / early_calls) + late * max(0, call - 1 - early_calls) - 1e-9)
-
-
-def turns(frames: int, first_frame: bool) -> list[int]:
-    """The order in which frames are recomputed: by the golden ratio, so that neighbours' turns lie far apart.
-
-    Where frame 0, on which later frames lean, is not exact in every call (``first_frame``), it has every fourth turn.
-    """
-    later = sorted(range(1, frames), key=lambda frame: frame * _GOLDEN % 1)
-    if first_frame:
-        return later
-    return [frame for i in range(0, max(1, len(later)), 3) for frame in (0, *later[i : i + 3])]

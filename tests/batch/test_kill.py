@@ -31,8 +31,8 @@ from batches import SIX, batch, frames, machine_of, whole
 from vmonarch_cli.batch.events import BatchEvent
 from vmonarch_cli.batch.manifest import Manifest
 from vmonarch_cli.batch.runner import Limits, run_batch
+from vmonarch_cli.clip.events import ClipDone, ClipStarted, Decoding, StepDone
 from vmonarch_cli.clip.interrupts import Interrupts
-from vmonarch_cli.events import ClipDone, ClipStarted, Decoding, StepDone
 from vmonarch_cli.review.gallery import write_gallery
 
 pytestmark = pytest.mark.slow

@@ -26,9 +26,9 @@ from vmonarch_cli.batch.folder import Batch, Terms
 from vmonarch_cli.batch.manifest import Manifest, ManifestEntry, happened
 from vmonarch_cli.batch.runner import Limits, run_batch
 from vmonarch_cli.clip import make as run
+from vmonarch_cli.clip.events import ClipStarted, Decoding, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.errors import InputError, OutputError
-from vmonarch_cli.events import ClipStarted, Decoding, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path, record_path
 
 TWO = "red\nblue\n"

@@ -26,9 +26,9 @@ from vmonarch_cli.batch.manifest import Manifest, ManifestEntry
 from vmonarch_cli.batch.runner import Limits, run_batch
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make as run
+from vmonarch_cli.clip.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts
 from vmonarch_cli.errors import NonFiniteError, OutputError
-from vmonarch_cli.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.preflight import check_machine
 

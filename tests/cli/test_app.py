@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.clip.events import ClipStarted, StepDone
 from vmonarch_cli.errors import NonFiniteError
-from vmonarch_cli.events import ClipStarted, StepDone
 from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.presets import shipped_names
 
@@ -207,8 +207,8 @@ def test_completion_is_offered() -> None:
         (
             ("generate", *WAN, "--set", "band"),
             "error: --set: 'band' is not of the form field=value; fields are attention, "
-            "num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, dense_steps, dense_layers, "
-            "impl",
+            "num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, first_turns, step_refresh, "
+            "layer_refresh, dense_steps, dense_layers, few_steps, impl",
         ),
         (
             ("generate", *WAN, "-o", "/proc/x/y.mp4"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.progress import RunProgress
 from vmonarch_cli.cli.report import step_table
-from vmonarch_cli.events import StepDone
+from vmonarch_cli.clip.events import StepDone
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest

@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make
+from vmonarch_cli.clip.events import Decoding, Event, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import FIRST
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.events import Decoding, Event, Retrying, StepDone
 from vmonarch_cli.machine.process import Process, this_process
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.media.publish import atomic, move_exclusive

@@ -14,9 +14,7 @@ import torch
 from tiny_wan import FRAMES, GRID, HEIGHT, LAYERS, WIDTH
 
 from vmonarch_cli.clip import make as run
-from vmonarch_cli.clip.record_model import RECORD_SCHEMA
-from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
-from vmonarch_cli.events import (
+from vmonarch_cli.clip.events import (
     ClipDone,
     ClipStarted,
     Decoding,
@@ -26,6 +24,8 @@ from vmonarch_cli.events import (
     ModelLoading,
     StepDone,
 )
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA
+from vmonarch_cli.errors import DeviceError, InputError, ModelError, NonFiniteError
 from vmonarch_cli.pipeline.device import pick_device, pick_dtype
 from vmonarch_cli.pipeline.load import load_pipeline, set_flow_shift
 from vmonarch_cli.pipeline.preflight import check_machine

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_families import NEGATIVE, TINY
 
+from vmonarch_cli.clip.events import ClipWarning, Event
 from vmonarch_cli.clip.make import ClipMaker
-from vmonarch_cli.events import ClipWarning, Event
 from vmonarch_cli.families.registry import facts_of
 from vmonarch_cli.pipeline.call import encode
 from vmonarch_cli.pipeline.preflight import check_machine

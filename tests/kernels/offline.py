@@ -2,7 +2,8 @@
 
     python tests/kernels/offline.py '{"arch": 80, "dtype": "bfloat16", "dim": 128}'
 
-Runs the package's own launches on meta tensors, with a driver that knows the target alone: kernels, tiles, argument
+"calls" (of `calls`) and "kernels" restrict what is compiled, "frames" and "positions" set the shape. Runs the
+package's own launches on meta tensors, with a driver that knows the target alone: kernels, tiles, argument
 specialisation and options are those of a real call. Prints a JSON list, one entry for each compiled kernel. Needs a
 process without TRITON_INTERPRET. tests/kernels/test_other_chips.py reads it.
 """
@@ -59,13 +60,15 @@ class Driver:
 
 
 class Recorder:
-    """A kernel whose launches are compiled and kept."""
+    """A kernel whose launches are compiled and kept, or nothing at all where it is not ``asked`` for."""
 
-    def __init__(self, kernel: Any, found: dict[int, tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.found = kernel, found
+    def __init__(self, kernel: Any, found: dict[int, tuple[Any, dict[str, Any]]], *, asked: bool) -> None:
+        self.kernel, self.found, self.asked = kernel, found, asked
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_launch(*args: Any, **kwargs: Any) -> None:
+            if not self.asked:
+                return
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
             self.found[id(compiled)] = compiled, kwargs
 
@@ -161,7 +164,8 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
     for module in modules:
         for name in dir(module):
             if name.endswith("_kernel"):
-                setattr(module, name, Recorder(getattr(module, name), found))
+                asked = name in request.get("kernels", (name,))
+                setattr(module, name, Recorder(getattr(module, name), found, asked=asked))
     dtype = getattr(torch, request["dtype"])
     made = calls(dtype, request["dim"], request.get("frames", 21), request.get("positions", 1560))
     for name in request.get("calls", made):

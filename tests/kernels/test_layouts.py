@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels import Inputs, Options, Residual, attend, frame_attention
-from vmonarch_kernels.residual import turns
+from vmonarch_kernels.turns import turns
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

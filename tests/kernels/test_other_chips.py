@@ -105,12 +105,53 @@ def test_attention_compiles_for_amd(arch: str) -> None:
     assert all(entry["shared"] <= 64 * KB for entry in found)
 
 
+FORWARD = {"attend_kernel", "merge_splits_kernel", "l_output_kernel", "r_queries_kernel"}
+BACKWARD = {
+    "l_backward_kernel", "grad_queries_kernel", "grad_keys_kernel", "warm_backward_kernel", "row_delta_kernel",
+    "extra_backward_kernel",
+}  # fmt: skip
+TILED = {"l_lse_kernel", "l_sums_kernel", "l_rows_kernel", "l_columns_kernel"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1100"])
 def test_everything_compiles_for_amd(arch: str, dtype: str) -> None:
     found = compiled(arch=arch, dtype=dtype, dim=128)
-    assert {entry["kernel"] for entry in found} == {
-        "attend_kernel", "merge_splits_kernel", "l_output_kernel", "r_queries_kernel"
-    }  # fmt: skip
+    assert {entry["kernel"] for entry in found} == FORWARD | BACKWARD
     assert all(entry["shared"] <= 64 * KB for entry in found)
+
+
+# The backward pass on NVIDIA's GPUs
+
+
+def test_the_l_steps_of_long_clips_compile_backwards() -> None:
+    """In tiles, where the last iteration has other tensors than the earlier ones."""
+    found = compiled(arch=90, dtype="bfloat16", dim=128, frames=65, calls=["backward"], kernels=sorted(TILED))
+    assert {entry["kernel"] for entry in found} == TILED
+    assert all(entry["shared"] <= 227 * KB for entry in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "dim", "frames"),
+    [
+        ("bfloat16", 64, 21),
+        ("bfloat16", 128, 21),
+        ("bfloat16", 64, 65),
+        ("bfloat16", 128, 65),
+        ("float32", 128, 21),
+        ("float32", 256, 21),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_the_backward_pass_compiles_and_fits(arch: int, dtype: str, dim: int, frames: int) -> None:
+    calls = ["backward", "backward warm", "backward band", "backward frame"]
+    kernels = BACKWARD | TILED
+    found = compiled(arch=arch, dtype=dtype, dim=dim, frames=frames, calls=calls, kernels=sorted(kernels))
+    tiled = frames > 64
+    absent = {"l_backward_kernel"} if tiled else TILED
+    assert {entry["kernel"] for entry in found} == kernels - absent
+    limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * KB
+    assert all(entry["shared"] <= limit for entry in found), [e for e in found if e["shared"] > limit]

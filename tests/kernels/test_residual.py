@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vmonarch_kernels import Inputs, Options, Residual, attend, dense_attention, frame_attention, monarch_attention
-from vmonarch_kernels.residual import DECAY, NEIGHBOUR_SHARE, turns, turns_before
+from vmonarch_kernels.residual import DECAY, NEIGHBOUR_SHARE
 from vmonarch_kernels.structure import dequantised, split_frames
+from vmonarch_kernels.turns import next_turns, turns, turns_before
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -206,6 +207,40 @@ def test_a_single_frame_is_dense_and_stays_so(impl: str, first_frame: bool) -> N
     for _ in range(4):
         out, _ = residual.attention(call, options, 0.75, impl=impl)
         assert error(out, dense_attention(q, k, v)) < 1e-5
+
+
+def test_the_first_call_takes_the_share_of_all_turns_that_it_is_given() -> None:
+    before = [turns_before(call, 2, 13, 4, 2, first=0.75) for call in range(5)]
+    assert before == [0, 12, 14, 15, 16], "all forwards' turns count, and the mean stays"
+    assert turns_before(1, 4, 13, 4, 2, first=0.75) == 13, "at most one for every frame"
+    assert [turns_before(call, 1, 13, 2, first=0.9) for call in range(3)] == [0, 1, 2]
+
+
+def test_a_call_takes_every_frame_once() -> None:
+    order = turns(13, first_frame=False)
+    assert sorted(next_turns(order, 0, 13)[0]) == list(range(13))
+    assert next_turns(order, 0, 5) == ([0, 5, 10, 2, 7], 6)
+    assert next_turns([], 0, 5) == ([], 0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_caller_may_plan_the_turns_itself(impl: str) -> None:
+    q, k, v = inputs()
+    residual, dense = Residual(q, GRID[0]), split_frames(dense_attention(q, k, v), GRID[0])
+    for count in (3, 0, 1):
+        out, _ = residual.attention(Inputs(q, k, v, GRID), Options(), 99, count=count, impl=impl)
+        pairs = zip(split_frames(out, GRID[0])[0], dense[0], strict=True)
+        exact = [error(frame, truth) < 1e-5 for frame, truth in pairs]
+        assert sum(exact) == 1 + count, "the first frame is exact in every call"
+
+
+def test_a_residual_ages_by_calls_that_are_left_out() -> None:
+    q, k, v = inputs()
+    residual = Residual(q, GRID[0])
+    residual.attention(Inputs(q, k, v, GRID), Options(), 2, impl="torch")
+    kept = residual.scale.clone()
+    residual.fade(3)
+    torch.testing.assert_close(residual.scale, kept * DECAY**3)
 
 
 def test_it_fits_calls_of_its_own_shape() -> None:

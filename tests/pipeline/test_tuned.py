@@ -141,11 +141,22 @@ def test_adapters_of_several_presets_take_turns(folders: dict[str, Path], adapte
 
 
 def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str, Path], adapter: AdapterFile) -> None:
+    graphs: list[object] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     preset = FAST.model_copy(update={"dense_steps": 1})
     eager, compiled = (with_adapters(folders["wan"], adapter) for _ in range(2))
-    compiled.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    compiled.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
     torch.testing.assert_close(made(compiled, preset, adapter), made(eager, preset, adapter), **CLOSE)
+    assert len(graphs) == 2, "one for all blocks with it, one for all blocks without"
     torch.testing.assert_close(made(compiled, DENSE, adapter), made(eager, DENSE, adapter), **CLOSE)
+    torch.testing.assert_close(made(compiled, preset, adapter), made(eager, preset, adapter), **CLOSE)
+    assert len(graphs) == 2, "no clip compiles anything again"
+    torch._dynamo.reset()
 
 
 def test_calls_that_fall_back_to_dense_are_refused(folders: dict[str, Path], adapter: AdapterFile) -> None:

@@ -33,9 +33,9 @@ def test_frames_are_refreshed_per_forward_as_documented() -> None:
 
 
 def test_other_kinds_of_guidance_have_forwards_of_their_own() -> None:
-    """LTX-2's two, which its pipeline has on by default."""
+    """LTX-2's two, which its pipeline has on by default; without guidance all of it is off."""
     assert branches_of(LTX_2, 3.0) == 4
-    assert branches_of(LTX_2, 1.0) == 3
+    assert branches_of(LTX_2, 1.0) == 1
 
 
 def test_what_an_exact_call_would_keep_is_not_counted() -> None:

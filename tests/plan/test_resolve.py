@@ -45,7 +45,7 @@ def test_model_defaults_and_their_origins() -> None:
 
 def test_flags_beat_presets_and_presets_beat_defaults() -> None:
     p = plan(preset="quality", overrides=("band=3",), dense_layers=1, steps=7, negative_prompt="", size="640*352")
-    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 4, 1)
+    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 1, 1), "a fifth of 7 steps"
     assert [p.origins[f"preset.{name}"] for name in ("band", "dense_steps", "dense_layers", "impl")] == [
         "flag",
         "preset",
@@ -188,7 +188,7 @@ def test_the_second_guidance_scale_is_for_two_transformers() -> None:
 
 
 def test_a_local_folder_is_planned_with_its_own_figures(tiny_wan_folder: Path) -> None:
-    p = plan(model=str(tiny_wan_folder), size="64x64", num_frames=17)
+    p = plan(model=str(tiny_wan_folder), size="64x64", num_frames=17, preset="fast")
     assert (p.grid, p.model_source, p.warnings) == ((5, 4, 4), str(tiny_wan_folder), ())
 
 
@@ -200,3 +200,38 @@ def test_a_plan_is_frozen() -> None:
 def test_input_errors_are_a_family() -> None:
     with pytest.raises(InputError):
         plan(steps=0)
+
+
+def test_what_costs_as_much_as_dense_is_said() -> None:
+    small = {"size": "32x32", "num_frames": 17, "steps": 20}
+    (slow,) = plan(preset="balanced", **small).warnings
+    assert slow.startswith("preset balanced costs more than dense attention here, ")
+    (dense,) = plan(preset="fast", dense_steps=4, steps=4).warnings
+    assert dense == "preset fast runs nothing structured here: all 4 steps are dense, as with --preset dense"
+    for quiet in ({"preset": "dense"}, {"preset": "exact"}, {"preset": "quality", "steps": 2}):
+        assert plan(**quiet).warnings == ()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(4, 1), (8, 1), (9, 0)])
+def test_a_step_cache_in_few_steps_is_warned_of(steps: int, said: int) -> None:
+    warnings = plan(preset="fast", cache="first-block", steps=steps).warnings
+    assert len(warnings) == said
+    assert all(words.startswith(f"--cache first-block leaves out work of {steps} steps") for words in warnings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            "dense_steps=1.5",
+            "takes a whole number from 0 to 1000, or a share of the steps from 0.0",
+        ),
+        ("step_refresh=[1, 2]", "preset 'fast': field 'step_refresh' has 2 numbers, one for each step, and there are"),
+        ("layer_refresh=[1]", "preset 'fast': field 'layer_refresh' has 1 numbers, one for each layer, and there are"),
+        ("few_steps={up_to=0}", "field 'few_steps' takes a table of up_to, a whole number from 1 to 1000, and of any"),
+    ],
+)
+def test_schedules_that_do_not_fit_get_one_sentence(overrides: str, expected: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        plan(preset="fast", overrides=(overrides,))
+    assert expected in caught.value.message

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vmonarch_cli.events import ClipDone, ClipStarted, CompilingKernels, Decoding, ModelLoaded, ModelLoading, StepDone
+from vmonarch_cli.clip.events import (
+    ClipDone,
+    ClipStarted,
+    CompilingKernels,
+    Decoding,
+    ModelLoaded,
+    ModelLoading,
+    StepDone,
+)
 from vmonarch_cli.media.paths import record_path
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import ClipResult, ClipTiming, Coverage, StepAttention

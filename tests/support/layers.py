@@ -20,7 +20,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vmonarch_cli.untrusted",
         "vmonarch_cli.presets",
         "vmonarch_cli.timing",
-        "vmonarch_cli.events",
     ),
     ("vmonarch_cli.machine",),
     ("vmonarch_cli.models", "vmonarch_cli.media"),
@@ -36,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vmonarch_cli.__main__",),
 )
 """From the ground up. Rooms of one layer do not import each other, but for those of the ground (see `ORDER`)."""
-ORDER = ("errors", "text", "untrusted", "presets", "timing", "events")
+ORDER = ("errors", "text", "untrusted", "presets", "timing")
 """The modules of the ground, each of which may import those before it."""
 
 

@@ -650,15 +650,17 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
     ).eval()
     vocoder = LTX2Vocoder(
         in_channels=16,
-        hidden_channels=32,
+        hidden_channels=16,
         out_channels=2,
-        upsample_kernel_sizes=[4, 4],
-        upsample_factors=[2, 2],
+        upsample_kernel_sizes=[20, 32],
+        upsample_factors=[10, 16],  # the hop of the spectrogram
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]],
         leaky_relu_negative_slope=0.1,
         output_sampling_rate=16000,
     ).eval()
+    with torch.no_grad():  # so that the spectrogram is heard, and not only the biases
+        vocoder.conv_in.weight.mul_(30)
     return quiet(
         getattr(diffusers, kind)(
             scheduler=_euler(**_LTX_SCHEDULE),

@@ -74,7 +74,7 @@ def test_an_untrained_student_repeats_the_sampling_of_its_preset(
     assert max(own) < 1e-4  # states are kept in float16
     dense = trajectory(tiny_pipeline(two_stages=two_stages), clip, tmp_path / "dense.safetensors", load_preset("dense"))
     with student.following(Trajectories([dense], torch.device("cpu"))) as losses:
-        assert max(list(losses)[chosen.dense_steps :]) > 1e-2
+        assert max(list(losses)[chosen.dense_steps :]) > 100 * max(own)
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast", "balanced"])

@@ -20,7 +20,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.tuned import load_tuned
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.setup import ADAPTER_NAME
-from vmonarch_cli.presets import load_preset
+from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.tune import loop, run, student
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
 from vmonarch_cli.tune.trajectories import sample, trajectory_path
@@ -53,7 +53,7 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     said, adapter = json.loads(result.stdout), read_adapter(file)
     assert said["path"] == str(file)
     assert len(said["losses"]) == 4
-    assert adapter.preset == load_preset("fast").model_copy(update={"band": 1}).model_dump()
+    assert adapter.preset == at_steps(load_preset("fast"), 3).model_copy(update={"band": 1}).model_dump()
     assert (adapter.steps, adapter.guidance_scale, adapter.size, adapter.num_frames) == (3, 3.0, "48x32", 17)
     assert adapter.fingerprint == fingerprint(tiny_wan_folder)
     assert adapter.training["prompts"] == 3

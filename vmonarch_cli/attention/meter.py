@@ -106,9 +106,9 @@ class Meter:
         if variant in self._known_variants:
             return
         marks = self._running()
-        self._on_first_call()
         marks.clock.settle()
         start = marks.clock.mark()
+        self._on_first_call()
         rehearse()
         marks.clock.settle()
         span = (start, marks.clock.mark())

@@ -15,7 +15,8 @@ from vmonarch_cli.attention.steps import NO_STEP, StepTracker
 from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.presets import Preset, options_for
+from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
 
 PRESET_IS_DENSE = "preset is dense"
@@ -60,11 +61,12 @@ class AttentionSession:
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
-        self._structured = StructuredAttention(preset)
+        self._structured = StructuredAttention(preset, self._layers)
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0
         self._dense_calls: Counter[str] = Counter()
+        self._forwards = 1
 
     # What callers read
 
@@ -126,17 +128,20 @@ class AttentionSession:
         *,
         both_prompts: bool = False,
         guided: bool = False,
+        forwards: int = 1,
     ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
         ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
+        ``forwards``: at least so many forwards of this transformer make a step, as far as is known beforehand.
         """
         if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
         self.grid = grid
+        self._forwards = forwards
         if self.recomputes:
             self._structured.remember()
 
@@ -199,12 +204,13 @@ class AttentionSession:
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
             may_lead=forward.guided,
-            forwards=self._tracker.forwards,
-            steps_left=self._tracker.steps_left,
+            forwards=max(self._tracker.forwards, self._forwards),
+            steps=self._tracker.total,
+            stage=self._tracker.stage,
         )
         dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
-        if self._replaying and (reason is not None or options_for(self.preset, call.grid[0]).exact):
+        if self._replaying and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
             return dense()
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
@@ -214,7 +220,7 @@ class AttentionSession:
                 )
             self._dense_calls[reason] += 1
             return self._meter.dense(q, dense)
-        if self._attention is None and options_for(self.preset, call.grid[0]).exact:
+        if self._attention is None and options_for(self._resolved, call.grid[0]).exact:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
             return self._meter.dense(q, functools.partial(self._structured, call))
@@ -231,13 +237,18 @@ class AttentionSession:
             self._meter.sample(q, dense, out)
         return out
 
+    @property
+    def _resolved(self) -> Preset:
+        """The preset as it is in a clip of the current one's number of steps."""
+        return at_steps(self.preset, self._tracker.total)
+
     def forward_is_dense(self) -> bool:
         """Whether all self-attention of the running forward is dense; RuntimeError when none runs."""
         if self._tracker.step is None or self.grid is None:
             raise RuntimeError(NO_STEP)
-        if self.preset.attention == "dense" or self._tracker.step.index < self.preset.dense_steps:
+        if self.preset.attention == "dense" or self._tracker.step.index < self._resolved.dense_steps:
             return True
-        return self._attention is None and options_for(self.preset, self.grid[0]).exact
+        return self._attention is None and options_for(self._resolved, self.grid[0]).exact
 
     def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
@@ -246,13 +257,13 @@ class AttentionSession:
             return PRESET_IS_DENSE
         if call.video_tokens != frames * rows * columns:
             return GRID_MISFIT
-        if call.step < self.preset.dense_steps:
+        if call.step < self._resolved.dense_steps:
             return DENSE_STEPS
         return DENSE_LAYERS if call.key.layer < self.preset.dense_layers else None
 
     def _is_sampled(self, step: int, key: CallKey) -> bool:
         """Whether this is the call to sample: every n-th structured step, one layer in turn, first branch."""
-        every, since = self._sample_every, step - self.preset.dense_steps
+        every, since = self._sample_every, step - int(self._resolved.dense_steps)
         if every < 1 or key.forward or since % every or self._meter.has_sample:
             return False
         first_layer = self.preset.dense_layers

@@ -14,6 +14,7 @@ import torch
 
 from vmonarch_cli.attention.joint import Rows, Text, valid_rows
 from vmonarch_cli.attention.warm import Grid
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage
 
 NO_STEP = (
     "a swapped transformer ran outside a denoising step: give `swapped` the pipeline, whose scheduler tells the steps "
@@ -68,6 +69,8 @@ class StepTracker:
         """Steps of the clip, if known."""
         self.forwards = 1
         """Forwards of one transformer in the clip's last step."""
+        self.stage = FIRST_STAGE
+        """Where the running step stands among the clip's transformers."""
         self._done = 0
         self._announced: int | None = None
         """Index given to begin_step, until the step's first forward."""
@@ -75,18 +78,14 @@ class StepTracker:
         self._transformers: set[int] = set()
         """Those that the last step ran."""
 
-    @property
-    def steps_left(self) -> int | None:
-        """Denoising steps to come, the running one included, if the clip's number of steps is known."""
-        return None if self.total is None or self.step is None else self.total - self.step.index
-
     def begin_clip(self, total: int | None, *, watching: bool | None = None, forwards: int = 1) -> None:
         """Start over; ``watching`` (False until it is given) says that steps begin by themselves from here on.
 
         ``forwards``: of one transformer in the steps before the first one that runs here.
         """
         self.step = self._announced = None
-        self.total, self.forwards, self._done = total, forwards, 0
+        self.total, self.forwards, self._done, self.stage = total, forwards, 0, FIRST_STAGE
+        self._transformers = set()
         self._watching = self._watching if watching is None else watching
 
     def begin_step(self, index: int | None, total: int | None) -> None:
@@ -113,6 +112,8 @@ class StepTracker:
         forward = RunningForward(index, transformer, grid, number, both_prompts and number == 0, guided)
         if self.step is None:
             self.step = Step(index, forward)
+            if self._transformers and self.changes_over(transformer):
+                self.stage = Stage(self.stage.number + 1, index)
         self.step.forward = forward
         self.step.forwards[transformer] += 1
         return begins

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from vmonarch_cli.attention.joint import Text, text_entry, text_rows
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
-from vmonarch_cli.presets import CallOptions, Preset, options_for
+from vmonarch_cli.plan.call_options import CallOptions, options_for
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels import Inputs, attend, resolve_impl
 
 
@@ -33,9 +35,11 @@ class AttentionCall:
     may_lead: bool = False
     """Another forward may follow in this step although none did in the last one."""
     forwards: int = 1
-    """Forwards of one transformer in a step, as far as the last step showed."""
-    steps_left: int | None = None
-    """Denoising steps to come, this one included, if known."""
+    """Forwards of one transformer in a step, as far as it is known or the last step showed."""
+    steps: int | None = None
+    """Denoising steps of the clip, if known."""
+    stage: Stage = FIRST_STAGE
+    """Where the step stands among the transformers that take over from one another."""
 
     @property
     def video_tokens(self) -> int:
@@ -56,8 +60,10 @@ Attention = Callable[[AttentionCall], torch.Tensor]
 class StructuredAttention:
     """Attention as a preset has it, and what a clip's calls keep from step to step."""
 
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, layers: Sequence[int]) -> None:
+        """``layers``: how many self-attention layers each transformer has."""
         self.preset = preset
+        self._layers = list(layers)
         self.warm = WarmState()
         self._before: WarmState | None = None
         self.impl: str | None = None
@@ -112,7 +118,8 @@ class StructuredAttention:
     def _branches(self, call: AttentionCall) -> list[AttentionCall]:
         """The guidance branches of a call, the one that leads first; apart only where they keep something."""
         samples = call.q.shape[0]
-        keeps = self.preset.warm_start or self.preset.refresh
+        preset = at_steps(self.preset, call.steps)
+        keeps = preset.warm_start or preset.refresh
         if not (call.both_prompts and keeps):
             return [call]
         if samples % 2:
@@ -123,10 +130,11 @@ class StructuredAttention:
 
     def _branch(self, call: AttentionCall, warm: WarmState) -> torch.Tensor:
         """The structured call of one guidance branch. One that starts warm does one iteration."""
-        options, start, keeps = options_for(self.preset, call.grid[0]), None, False
+        preset = at_steps(self.preset, call.steps)
+        options, start, keeps = options_for(preset, call.grid[0]), None, False
         if options.keeps_l:
             start, keeps = warm.factor(call.key, call.grid, call.q)
-            options = options_for(self.preset, call.grid[0], warm=start is not None)
+            options = options_for(preset, call.grid[0], warm=start is not None)
         text, extra, video = call.text, None, (call.q, call.k, call.v)
         if text is not None:
             extra = text_entry(*video, text)
@@ -143,11 +151,16 @@ class StructuredAttention:
         impl = self.impl or "auto"
         if not options.refresh:
             return attend(inputs, options.kernel, impl=impl, return_l=keeps)
-        shared = options.shared_refresh
         residual, leads = warm.residual(
-            call.key, call.grid, inputs.q, options.kernel.first_frame, call.steps_left, shared=shared
+            call.key, call.grid, inputs.q, options.kernel.first_frame, call.step, shared=options.shared_refresh
         )
         if not leads:
             return residual.attention_without_turns(inputs, options.kernel, impl=impl, return_l=keeps)
-        forwards = call.forwards if shared else 1
-        return residual.attention(inputs, options.kernel, options.refresh, forwards=forwards, impl=impl, return_l=keeps)
+        count = self._due(call) if warm.keeps else 1
+        return residual.attention(inputs, options.kernel, options.refresh, count=count, impl=impl, return_l=keeps)
+
+    def _due(self, call: AttentionCall) -> int:
+        """Frames that have their turn in this call."""
+        layers = self._layers[call.key.transformer]
+        schedule = schedule_for(self.preset, call.grid[0], call.steps, layers, len(self._layers))
+        return schedule.due(call.step, call.key.layer, call.forwards, call.stage)

@@ -44,7 +44,10 @@ class WarmState:
         """What the leading calls of this step started from (None: cold), for the branches that follow; it is missing
         where none was expected."""
         self._residuals: dict[CallKey, tuple[Grid, Residual]] = {}
-        self._steps_known = True
+        self._used: dict[CallKey, int] = {}
+        """The step in which each residual was last used."""
+        self.keeps = True
+        """Later calls go on with what this one keeps; False for a rehearsal."""
         self.peak_bytes = 0
 
     def factor(self, key: CallKey, grid: Grid, q: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
@@ -77,14 +80,14 @@ class WarmState:
         grid: Grid,
         q: torch.Tensor,
         first_frame: bool,
-        steps_left: int | None,
+        step: int,
         *,
         shared: bool,
     ) -> tuple[Residual, bool]:
         """The residual of a call with q (B, N, heads, D), and whether frames have their turns in this call.
 
         ``shared``: all branches use that of the leading one, if the shape fits, and frames have their turns there.
-        ``steps_left``: denoising steps to come, this one included, if known.
+        ``step``: of the clip. A residual has aged by the steps in which its branch, or its layer, was left out.
         """
         if shared and key != key.leading:
             leading = self._fitting_residual(key.leading, grid, q)
@@ -92,8 +95,11 @@ class WarmState:
                 return leading, False
         kept = self._fitting_residual(key, grid, q)
         if kept is None:
-            kept = Residual(q, grid[0], first_frame=first_frame, calls=steps_left if self._steps_known else None)
+            kept = Residual(q, grid[0], first_frame=first_frame)
             self._residuals[key] = (grid, kept)
+        elif step > self._used[key] + 1:
+            kept.fade(step - self._used[key] - 1)
+        self._used[key] = step
         return kept, True
 
     def _fitting_residual(self, key: CallKey, grid: Grid, q: torch.Tensor) -> Residual | None:
@@ -101,10 +107,10 @@ class WarmState:
         return kept if kept is not None and kept_grid == grid and kept.fits(q) else None
 
     def rehearsal(self) -> WarmState:
-        """A copy to throw away: the same L, and fresh residuals with one frame's turn in the first call."""
+        """A copy to throw away: the same L, and fresh residuals."""
         copy = WarmState()
         copy._factors, copy._starts = dict(self._factors), dict(self._starts)
-        copy._steps_known = False
+        copy.keeps = False
         return copy
 
     def copy(self) -> WarmState:
@@ -112,7 +118,7 @@ class WarmState:
         twin = WarmState()
         twin._factors, twin._starts = dict(self._factors), dict(self._starts)  # the tensors are never changed in place
         twin._residuals = {key: (grid, kept.copy()) for key, (grid, kept) in self._residuals.items()}
-        twin._steps_known = self._steps_known
+        twin._used, twin.keeps = dict(self._used), self.keeps
         return twin
 
     def drop(self) -> None:
@@ -120,6 +126,7 @@ class WarmState:
         self._factors.clear()
         self._starts.clear()
         self._residuals.clear()
+        self._used.clear()
 
     def note_peak(self) -> None:
         """Update ``peak_bytes``; once a step is enough, because a new factor is as large as the one it replaces."""

@@ -22,6 +22,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.schedule import OWN
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import user_path
@@ -31,7 +32,7 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model"}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "step_costs", "schedule_forced", "loras"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -104,7 +105,7 @@ def assign_names(
         path = folder / clip.wanted
         if names.is_taken(clip.wanted):
             faults.add(clip.line, f"{clip.wanted} is the name of another clip of {folder}: choose another")
-        elif is_taken(path) and not overwrite:
+        elif is_taken(path, with_sound=bool(clip.plan.audio)) and not overwrite:
             faults.add(clip.line, f"{path} exists already: pass --overwrite to replace it, or choose another name")
         given[clip.key] = names.take(clip.wanted)
     faults.raise_any()
@@ -117,10 +118,10 @@ def assign_names(
 def in_running_order(clips: Iterable[PlannedClip]) -> list[PlannedClip]:
     """Clips of one kind, shape and preset after each other, so that nothing loads or compiles twice; else by line."""
     groups: dict[object, list[PlannedClip]] = {}
-    for clip in sorted(clips, key=lambda clip: clip.plan.image is not None):
+    for clip in sorted(clips, key=lambda clip: loaded_as(clip.plan)):
         plan = clip.plan
         group = (
-            plan.image is not None,
+            *loaded_as(plan),
             plan.height,
             plan.width,
             plan.num_frames,
@@ -130,6 +131,15 @@ def in_running_order(clips: Iterable[PlannedClip]) -> list[PlannedClip]:
         )
         groups.setdefault(group, []).append(clip)
     return [clip for group in groups.values() for clip in group]
+
+
+def loaded_as(plan: Plan) -> tuple[str, ...]:
+    """What plans of one model must share to run on one loaded pipeline."""
+    files = plan.setup.single_files
+    return (
+        "image" if plan.image is not None else "",
+        *(files.get(name, "") for name in ("transformer", "transformer_2")),
+    )
 
 
 class _Planner:
@@ -214,6 +224,11 @@ class _Planner:
     ) -> PlannedClip:
         seed = request.seed if not offset else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
+        if "recipe" in given and plan.setup.loras != self._request.loras:
+            raise InputError(
+                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give --recipe as "
+                "a flag"
+            )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
@@ -267,9 +282,19 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
+    for name in ("transformer", "transformer_2"):
+        del content["setup"][name]
+    for name, file in plan.setup.single_files.items():  # weights that were replaced are other weights
+        about = Path(file).stat()
+        content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
+    if not plan.audio:  # clips that were planned before there was sound keep their keys
+        del content["audio"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
-    content["preset"] = plan.preset.model_dump(mode="json", exclude={"name", "description"})
+    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+        if content[name] == default:
+            del content[name]
+    content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed

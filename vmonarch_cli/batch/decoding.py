@@ -10,11 +10,11 @@ from typing import Any
 
 from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.manifest import FILE, Manifest, happened
+from vmonarch_cli.clip.events import Event
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import SavedLatents, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.events import Event
 from vmonarch_cli.media.paths import LATENTS_ENDING, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 from vmonarch_cli.pipeline.preflight import machine_to_decode

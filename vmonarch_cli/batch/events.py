@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmonarch_cli.events import Event
+from vmonarch_cli.clip.events import Event
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,23 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vmonarch_cli.batch.values import Written, decimal, words
+from vmonarch_cli.batch.values import Pairs, Written, decimal, words
 from vmonarch_cli.errors import InputError, InputErrors
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import check_sigmas, read_sigmas
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
 
 PRESET_FIELD = "preset."
 """Opens the name of a field that is one of the preset's own, as in preset.band."""
 _REQUEST = {field.name for field in fields(GenerateRequest)}
-_TEXTS = ("prompt", "negative_prompt", "size", "preset", "image", "tuned", "output")
+_TEXTS = (
+    *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
+    *("sampler", "recipe"),
+)
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
-LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS) if name in _REQUEST)
+LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS, "sigmas") if name in _REQUEST)
 """What a line may set, by the names of the request's fields; and any preset.FIELD."""
 _PRESET_FIELDS = tuple(name for name in Preset.model_fields if name not in ("name", "description"))
 _OTHER_NAMES = {
@@ -130,11 +134,26 @@ def _value(name: str, raw: Any, as_text: bool) -> Any:
         return raw
     if name.startswith(PRESET_FIELD):
         return _preset_value(name, raw)
+    if name == "sigmas":
+        return _sigmas(raw)
     whole = name in _WHOLES
     value = decimal(raw, whole=whole, as_text=as_text)
+    if value is None and name == "dense_steps":  # a share of the steps
+        value = decimal(raw, whole=False, as_text=as_text)
     if value is None:
         raise InputError(f"{name} takes {'a whole number' if whole else 'a number'}, got {words(raw)}")
     return value
+
+
+def _sigmas(raw: Any) -> tuple[float, ...]:
+    """Noise levels: a list of numbers, or a text as `--sigmas` takes it."""
+    if isinstance(raw, str):
+        return read_sigmas(raw)
+    if isinstance(raw, list) and not isinstance(raw, Pairs):
+        levels = [decimal(value, whole=False) for value in raw]
+        if all(level is not None for level in levels):
+            return check_sigmas(tuple(float(level) for level in levels if level is not None))
+    raise InputError(f"sigmas takes a list of numbers, or a text as in 1,0.75,0.5, got {words(raw)}")
 
 
 def _preset_value(name: str, raw: Any) -> str:

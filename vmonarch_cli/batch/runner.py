@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from vmonarch_cli.batch.claims import Claim, ClaimLost, Claims
-from vmonarch_cli.batch.clips import PlannedClip
+from vmonarch_cli.batch.clips import PlannedClip, loaded_as
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
+from vmonarch_cli.clip.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import Denoised, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.clip.whole import is_clip_of
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, DeviceError, InputError, ModelError, OutputError, VmonarchError
-from vmonarch_cli.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.pipeline.decode_retry import is_out_of_memory
 from vmonarch_cli.pipeline.preflight import Machine
@@ -89,7 +89,7 @@ class _BatchRun:
         self._claims = claims
         self._on_event = on_event
         self._maker: ClipMaker | None = None
-        self._with_image = False
+        self._loaded_as: tuple[str, ...] = ()
         self._clip: PlannedClip | None = None
         self._position = {clip.key: index for index, clip in enumerate(batch.clips)}
 
@@ -232,10 +232,10 @@ class _BatchRun:
         return denoised
 
     def _loaded(self, clip: PlannedClip) -> ClipMaker:
-        with_image = clip.plan.image is not None
-        if self._maker is None or self._with_image != with_image:
+        kind = loaded_as(clip.plan)
+        if self._maker is None or self._loaded_as != kind:
             self._maker = None  # the pipeline before goes first: both may not fit
-            self._with_image = with_image
+            self._loaded_as = kind
             self._maker = ClipMaker(
                 clip.plan,
                 self._machine,

@@ -21,6 +21,7 @@ from vmonarch_cli.cli.output import Output, steady_streams
 from vmonarch_cli.cli.plan import plan
 from vmonarch_cli.cli.presets import presets_app
 from vmonarch_cli.cli.profile.app import profile_app
+from vmonarch_cli.cli.recipes import recipes_app
 from vmonarch_cli.cli.rerun import rerun
 from vmonarch_cli.cli.tune import tune
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
@@ -113,6 +114,7 @@ def root(
 
 app.add_typer(presets_app, name="presets")
 app.add_typer(models_app, name="models")
+app.add_typer(recipes_app, name="recipes")
 app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)

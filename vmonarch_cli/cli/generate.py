@@ -12,8 +12,8 @@ import typer
 from vmonarch_cli.cli import batch, plan
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.clip.events import Event, LatentsSaved
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
-from vmonarch_cli.events import Event, LatentsSaved
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest

@@ -13,7 +13,7 @@ from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
-from vmonarch_cli.presets import load_preset
+from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.text import binary_size, flops
 
 SHOWN_MODES = ("none", "model", "group")
@@ -89,6 +89,7 @@ def model_table(model: ModelEntry) -> Group:
         ("sides", f"multiples of {model.side_multiple} pixels"),
         ("frames", f"multiples of {period}{' plus one' if model.frame_offset else ''}"),
         ("first frame", f"--image is {image}"),
+        *([("sound", "made with the frames; --no-audio leaves it out")] if pipeline.sound else []),
         ("beside it", _additions(pipeline)),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
         ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {d.preset}"),
@@ -106,13 +107,13 @@ def _additions(facts: PipelineFacts) -> str:
 def _step(model: ModelEntry) -> Flops:
     d = model.defaults
     grid = model.grid(d.height, d.width, d.num_frames)
-    return count_flops(model, grid, load_preset(d.preset), 1, branches_of(model, d.guidance_scale))
+    return count_flops(model, grid, load_preset(d.preset), d.steps, branches_of(model, d.guidance_scale))
 
 
 def _peaks(model: ModelEntry) -> dict[str, int]:
     d = model.defaults
     shape = (d.height, d.width, d.num_frames)
-    kept = kept_by(model, model.grid(*shape), load_preset(d.preset), d.guidance_scale)
+    kept = kept_by(model, model.grid(*shape), at_steps(load_preset(d.preset), d.steps), d.guidance_scale)
     return memory.peaks(model, shape, "bfloat16", kept=kept)
 
 

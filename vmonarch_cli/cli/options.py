@@ -14,6 +14,7 @@ import typer
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import read_sigmas
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
@@ -35,6 +36,19 @@ def whole_option(*names: str, panel: str, help: str) -> Any:
             raise InputError(f"{names[0]} takes a whole number, got {shown(text)}") from None
 
     return option(*names, panel=panel, help=help, parser=parse, metavar="<int>")
+
+
+def share_option(*names: str, panel: str, help: str) -> Any:
+    """A flag that takes a count, which is a whole number, or a share, which has a point."""
+
+    def parse(text: str | float) -> int | float:
+        try:
+            return int(text) if isinstance(text, str) and text.strip().lstrip("+-").isdecimal() else float(text)
+        except ValueError:
+            valid = "a whole number, or a share from 0.0 to 1.0"
+            raise InputError(f"{names[0]} takes {valid}, got {shown(text)}") from None
+
+    return option(*names, panel=panel, help=help, parser=parse, metavar="<int|share>")
 
 
 def number_option(*names: str, panel: str, help: str) -> Any:
@@ -79,6 +93,28 @@ class RequestFlags(TypedDict, total=False):
         float | None,
         number_option("--flow-shift", panel=SAMPLING, help="Timestep shift; higher spends steps on noise."),
     ]
+    recipe: Annotated[
+        str | None,
+        option(
+            "--recipe",
+            panel=SAMPLING,
+            help="Settings for a distilled model: name or .toml file; `vmonarch recipes` lists them. Flags beat it.",
+        ),
+    ]
+    sampler: Annotated[
+        str | None,
+        option("--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++ or lcm. Default: the model's own."),
+    ]
+    sigmas: Annotated[
+        Any,
+        option(
+            "--sigmas",
+            panel=SAMPLING,
+            metavar="S,S,...",
+            parser=read_sigmas,
+            help="Noise level at which each step begins, falling from 1, as in 1,0.94,0.83,0.62.",
+        ),
+    ]
     seed: Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")]
     num_videos: Annotated[
         int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
@@ -91,7 +127,8 @@ class RequestFlags(TypedDict, total=False):
         option("--set", panel=ATTENTION, metavar="FIELD=VALUE", help="Change a preset field (repeatable)."),
     ]
     dense_steps: Annotated[
-        int | None, whole_option("--dense-steps", panel=ATTENTION, help="First denoising steps to run dense.")
+        float | None,
+        share_option("--dense-steps", panel=ATTENTION, help="First steps to run dense: a count, or a share as 0.2."),
     ]
     dense_layers: Annotated[
         int | None, whole_option("--dense-layers", panel=ATTENTION, help="First layers to run dense.")
@@ -113,7 +150,19 @@ class RequestFlags(TypedDict, total=False):
     revision: Annotated[
         str | None, option("--revision", panel=MODEL, help="Branch, tag or commit of a hub repository.")
     ]
+    transformer: Annotated[
+        str | None,
+        option("--transformer", panel=MODEL, metavar="FILE", help="Its transformer's weights: .safetensors or .gguf."),
+    ]
+    transformer_2: Annotated[
+        str | None,
+        option("--transformer-2", panel=MODEL, metavar="FILE", help="The same for the second transformer."),
+    ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    audio: Annotated[
+        bool | None,
+        option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),
+    ]
     offload: Annotated[
         str | None,
         option("--offload", panel=MEMORY, help="auto, none, model, group or sequential: what waits off the GPU."),

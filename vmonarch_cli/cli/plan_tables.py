@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, tuned_words
+from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
@@ -43,7 +44,7 @@ def preset_table(preset: Preset) -> Group:
         meaning = Text.assemble(doc.sentence, (f" Takes {doc.valid}.", "dim"))
         shown = Text.assemble((value, "cyan"), (f"\n{doc.unit}", "dim"))
         made.add_row(Text(name, style="bold"), shown, meaning)
-    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), made)
+    return Group(Text.assemble((preset.name, "bold"), f"  {preset.description}"), made, cost_table(preset))
 
 
 def dry_run(plan: Plan, vram: float | None = None) -> Group:
@@ -59,7 +60,9 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         ("attention", flops_words(plan)),
+        *schedule_rows(plan.step_costs),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
+        ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
         *memory_rows(memory_of([plan], vram), [plan]),
     ]
@@ -70,6 +73,16 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     if len(plan.outputs) > 10:
         rows.append(("", f"and {len(plan.outputs) - 10} more"))
     return Group(made, facts(rows))
+
+
+def _sigma_words(plan: Plan) -> str:
+    """The noise levels of the steps, the middle of a long list left out."""
+    if plan.schedule is None:
+        return "the model's own schedule, which is known when it runs"
+    shown = [f"{sigma:.3f}" for sigma in plan.schedule]
+    if len(shown) > 12:
+        shown = [*shown[:6], "...", *shown[-4:]]
+    return " ".join(shown)
 
 
 def estimates(plan: Plan, vram: float | None = None) -> dict[str, Any]:

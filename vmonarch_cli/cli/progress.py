@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from vmonarch_cli.cli.output import Output
-from vmonarch_cli.events import (
+from vmonarch_cli.clip.events import (
     ClipDone,
     ClipStarted,
     ClipWarning,

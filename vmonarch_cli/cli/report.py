@@ -10,8 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vmonarch_cli.cli.schedule_tables import schedule_words
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
+from vmonarch_cli.clip.record_model import AudioFacts
 from vmonarch_cli.models.lora_facts import is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
@@ -36,7 +38,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
-            ("attention", flops_words(plan)),
+            ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
@@ -83,7 +85,7 @@ def preset_words(plan: Plan) -> str:
     if preset.refresh:
         words.append(f"{preset.refresh:g} more frame{'' if preset.refresh == 1 else 's'} exact in turn")
     if preset.dense_steps:
-        words.append(f"first {_counted(preset.dense_steps, 'step')} dense")
+        words.append(f"first {_counted(int(preset.dense_steps), 'step')} dense")
     if preset.dense_layers:
         words.append(f"first {_counted(preset.dense_layers, 'layer')} dense")
     return ", ".join(words)
@@ -201,11 +203,17 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         rows.append(("error", _error_line(timing)))
     rows.append(("coverage", coverage_words(result.coverage)))
     if timing.first_call_s is not None:
-        rows.append(("first call", f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above"))
+        ahead = f"; {seconds(timing.hidden_compile_s)} more while the model loaded" if timing.hidden_compile_s else ""
+        words = f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above{ahead}"
+        rows.append(("first call", words))
     if timing.peak_memory_bytes is not None:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""
         warm = f", of it {binary_size(timing.warm_state_bytes)} kept between steps" if timing.warm_state_bytes else ""
         rows.append(("memory", f"peak {binary_size(timing.peak_memory_bytes)}{kind}{warm}"))
+    audio = result.record.get("audio")
+    if audio is not None:
+        beside = "" if audio["file"] == result.path.name else f", {result.path.with_name(audio['file'])}"
+        rows.append(("sound", f"{AudioFacts.model_validate(audio).words}{beside}"))
     rows.append(("seed", str(result.seed)))
     rows.append(("record", str(result.record_path)))
     return facts(rows)

@@ -59,6 +59,12 @@ _NOT_OF_A_CLIP = (
     "cache",
     "compile",
     "tuned",
+    "transformer",
+    "transformer_2",
+    "recipe",
+    "sampler",
+    "sigmas",
+    "audio",
 )
 
 

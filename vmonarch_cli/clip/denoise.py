@@ -11,7 +11,7 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.pipeline.call import Embeddings, call, takes_callback
+from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, takes_callback
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
 
@@ -24,8 +24,9 @@ def denoise(
     *,
     seed: int,
     on_step: Callable[[StepAttention], None] = lambda step: None,
-) -> torch.Tensor:
-    """Latents (1, C, F, h, w), float32, of one clip of a plan, made by the pipeline's own loop inside ``swapped``.
+) -> Latents:
+    """Latents (1, C, F, h, w), float32, of one clip of a plan, and those of its sound, made by the pipeline's own loop
+    inside ``swapped``.
 
     The noise comes from a CPU generator of this clip, so that a seed means the same on every device.
     Raises NonFiniteError, with the step's number, as soon as a latent is not finite.
@@ -47,7 +48,7 @@ def denoise(
     by_callback = takes_callback(pipeline)
     session.on_sample = None if by_callback else lambda sample: check(len(session.steps) - 1, sample)
     try:
-        return call(
+        return call_with_sound(
             pipeline,
             embeddings,
             (plan.height, plan.width, plan.num_frames),

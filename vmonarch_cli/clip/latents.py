@@ -1,8 +1,8 @@
 """Latents of a clip on disk: saved before decoding, so that no failure after denoising costs the denoising.
 
-One safetensors file holds the tensor and, as metadata, the plan and all that the record says of how the latents were
-made. Whoever has the file can decode it, in this process or in another one after a reboot. A checksum tells latents
-that changed on the disk.
+One safetensors file holds the latents of the frames, those of the sound where there is one, and, as metadata, the plan
+and all that the record says of how they were made. Whoever has the file can decode it, in this process or in another
+one after a reboot. A checksum tells latents that changed on the disk.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Denoised:
     save_s: float = 0.0
     skipped_calls: int = 0
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
+    weights: tuple[dict[str, str], ...] = ()
+    """Single files that transformers came from: "part", "file" and "sha256" of each."""
+    sound: torch.Tensor | None = None
+    """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def save_latents(
 
     Without `overwrite` a file that is there already is an OutputError, too.
     """
-    latents = denoised.latents.detach().cpu().contiguous()
-    facts = {field.name: getattr(denoised, field.name) for field in fields(Denoised) if field.name != "latents"}
+    tensors = {"latents": denoised.latents} | ({} if denoised.sound is None else {"sound": denoised.sound})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    names = {field.name for field in fields(Denoised)} - {"latents", "sound"}
+    facts = {name: getattr(denoised, name) for name in sorted(names)}
     facts |= {"coverage": asdict(denoised.coverage), "steps": [asdict(step) for step in denoised.steps]}
     metadata = {
         "vmonarch_latents": _SCHEMA,
@@ -94,9 +100,11 @@ def save_latents(
         "index": str(index),
         "plan": plan.model_dump_json(),
         "denoised": json.dumps(facts),
-        "sha256": _checksum(latents),
+        "sha256": _checksum(tensors["latents"]),
     }
-    content = save({"latents": latents}, metadata)
+    if "sound" in tensors:
+        metadata["sound_sha256"] = _checksum(tensors["sound"])
+    content = save(tensors, metadata)
     with atomic(path, overwrite=overwrite, work=work) as temporary:
         temporary.write_bytes(content)
 
@@ -118,17 +126,21 @@ def load_latents(path: Path) -> SavedLatents:
             if metadata.get("vmonarch_latents") != _SCHEMA:
                 raise InputError(f"{path} holds no latents that this version of vmonarch saved")
             latents = file.get_tensor("latents")
+            sound = file.get_tensor("sound") if "sound" in file.keys() else None  # noqa: SIM118 - it is no dict
         facts = json.loads(metadata["denoised"])
         facts["coverage"] = Coverage(**facts["coverage"])
         facts["steps"] = [StepAttention(**step) for step in facts["steps"]]
         facts["grid"] = tuple(facts["grid"])
         facts["retries"] = tuple(facts["retries"])
         facts["warnings"] = tuple(facts.get("warnings", ()))
+        facts["weights"] = tuple(facts.get("weights", ()))
         plan = Plan.model_validate_json(metadata["plan"])
-        found = SavedLatents(plan, int(metadata["index"]), Denoised(latents=latents, **facts), metadata["key"])
-        if _checksum(latents) != metadata["sha256"]:
+        denoised = Denoised(latents=latents, sound=sound, **facts)
+        found = SavedLatents(plan, int(metadata["index"]), denoised, metadata["key"])
+        whole = _checksum(latents) == metadata["sha256"]
+        if not whole or (sound is not None and _checksum(sound) != metadata["sound_sha256"]):
             raise InputError(f"latents file {path} is damaged: its checksum is another")
-        fault = misfit(latents, plan)
+        fault = misfit(latents, plan) or _sound_misfit(sound, plan)
         if fault is not None or not 0 <= found.index < len(plan.outputs):
             raise InputError(f"latents file {path} is damaged: {fault or 'it is of no clip of its plan'}")
         return found
@@ -159,6 +171,17 @@ def misfit(latents: torch.Tensor, plan: Plan) -> str | None:
     if not torch.isfinite(latents).all():
         return "it holds values that are not finite"
     return None
+
+
+def _sound_misfit(sound: torch.Tensor | None, plan: Plan) -> str | None:
+    """The same of a clip's sound, of whose size the plan does not know."""
+    if (sound is not None) != bool(plan.audio):
+        return "it holds no sound, and its clip has one" if plan.audio else "it holds a sound, and its clip has none"
+    if sound is None:
+        return None
+    if sound.dtype not in _FLOATS or sound.ndim != 4 or sound.shape[0] != 1 or not sound.numel():
+        return f"its sound is {str(sound.dtype).removeprefix('torch.')} of shape {tuple(sound.shape)}"
+    return None if torch.isfinite(sound).all() else "its sound holds values that are not finite"
 
 
 def _checksum(latents: torch.Tensor) -> str:

@@ -14,13 +14,7 @@ import torch
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.clip.denoise import denoise
-from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing
-from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
-from vmonarch_cli.clip.stream import Target, write_decoded
-from vmonarch_cli.clip.whole import file_facts
-from vmonarch_cli.errors import ModelError, NonFiniteError
-from vmonarch_cli.events import (
+from vmonarch_cli.clip.events import (
     ClipDone,
     ClipStarted,
     ClipWarning,
@@ -33,15 +27,24 @@ from vmonarch_cli.events import (
     Retrying,
     StepDone,
 )
+from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
+from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.saving import save_as_free
+from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
+from vmonarch_cli.clip.stream import Target, write_decoded
+from vmonarch_cli.clip.whole import file_facts
+from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.media.paths import is_taken, latents_path, names_like, record_path
-from vmonarch_cli.media.publish import NameTaken
+from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import Frames, write_record
+from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
-from vmonarch_cli.pipeline.load import load_decoder, load_pipeline, set_flow_shift
+from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
+from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
@@ -116,9 +119,14 @@ class ClipMaker:
         on_event(ModelLoading(plan.model_source))
         began = time.perf_counter()
         chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
-        self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
+        alone = not to_decode and not (share_clip and read_rank().world > 1)
+        self._kernels = start_kernels(plan, machine) if alone else None
+        with stopped_by_errors(self._kernels):
+            self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
+        self._waited_s = 0.0
+        self._weights = () if to_decode else weights_facts(plan.setup.single_files)
         self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
@@ -179,30 +187,11 @@ class ClipMaker:
         """Save latents under the plan's name of the clip, or under the next one that is free by now; (the plan with
         that name, the latents with the time that this took).
 
-        Another run may have planned the same name: of those that save latents under it, one succeeds, and it owns the
-        name until its clip is there.
+        See `saving.save_as_free`.
         """
-        if plan.overwrite:
-            return plan, self.save(latents_path(plan.outputs[index]), plan, index, denoised)
         watch = Stopwatch(self._device)
-        wanted = plan.outputs[index]
-        for path in names_like(wanted):
-            if is_taken(path):
-                continue
-            outputs = (*plan.outputs[:index], path, *plan.outputs[index + 1 :])
-            renamed = plan.model_copy(update={"outputs": outputs})
-            try:
-                save_latents(latents_path(path), renamed, index, denoised, overwrite=False)
-            except NameTaken:
-                continue
-            if path.exists() or record_path(path).exists():  # of a run that ended just now
-                latents_path(path).unlink(missing_ok=True)
-                continue
-            if path != wanted:
-                sentence = f"{wanted.name} is the name of another run's clip by now: this clip is {path.name}"
-                self._on_event(Retrying(index, sentence))
-            return renamed, replace(denoised, save_s=watch.total())
-        raise AssertionError("names never end")
+        plan = save_as_free(plan, index, denoised, lambda sentence: self._on_event(Retrying(index, sentence)))
+        return plan, replace(denoised, save_s=watch.total())
 
     def finish(
         self,
@@ -231,7 +220,7 @@ class ClipMaker:
 
         written, retries = write_decoded(
             decoded,
-            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work),
+            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work, denoised.sound),
             self._pipeline,
             self._device,
             on_part=None if on_frames is None else parts.append,
@@ -246,10 +235,11 @@ class ClipMaker:
             peak_memory(self._device),
             load_s=load_s,
             hidden_write_s=written.hidden_s,
+            hidden_compile_s=self._compiled_ahead(),
         )
-        vae_dtype = dtype_name(self._pipeline.vae.dtype)
+        vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
-        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype)
+        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -279,15 +269,10 @@ class ClipMaker:
             plan.negative_prompt,
             on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
         )
-        with self._swapped(plan, preset) as session, texts as left_out:
+        with self._swapped(plan, preset, seed) as session, texts as left_out:
             try:
-                embeddings = encode(
-                    self._pipeline,
-                    plan.prompt,
-                    plan.negative_prompt,
-                    plan.guidance_scale,
-                    plan.model.max_sequence_length,
-                )
+                texts_of = (plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
+                embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
                 latents = denoise(
                     self._pipeline,
@@ -303,7 +288,9 @@ class ClipMaker:
                     f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
             return Denoised(
-                latents=latents,
+                latents=latents.frames,
+                sound=latents.sound if plan.audio else None,
+                weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
                 grid=session.grid or plan.grid,
@@ -325,22 +312,36 @@ class ClipMaker:
                 warnings=tuple(part.sentence() for part in left_out),
             )
 
+    def _first_call(self) -> None:
+        """A kernel variant runs for the first time: what is being compiled in the background is waited for."""
+        self._on_event(CompilingKernels())
+        if self._kernels is not None:
+            began = time.perf_counter()
+            self._kernels.wait()
+            self._waited_s += time.perf_counter() - began
+
+    def _compiled_ahead(self) -> float:
+        """Seconds of compilation that nobody waited for, asked once."""
+        kernels, self._kernels = self._kernels, None
+        return 0.0 if kernels is None else max(0.0, kernels.seconds - self._waited_s)
+
     @contextmanager
-    def _swapped(self, plan: Plan, preset: Preset) -> Iterator[AttentionSession]:
-        """The model with the preset's attention and the plan's flow shift."""
+    def _swapped(self, plan: Plan, preset: Preset, seed: int) -> Iterator[AttentionSession]:
+        """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
-        set_flow_shift(self._pipeline, plan.flow_shift)
+        set_schedule(self._pipeline, plan, seed)
         key = (preset, plan.dense_every)
         with swapped(
             self._pipeline,
             preset,
             sample_dense_every=plan.dense_every,
-            on_first_call=lambda: self._on_event(CompilingKernels()),
+            on_first_call=self._first_call,
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
         ) as session:
             self._sessions[key] = session
             try:
-                yield session
+                with stopped_by_errors(self._kernels):
+                    yield session
             finally:
                 session.begin_clip()  # frees the warm state, which decoding may need the room of

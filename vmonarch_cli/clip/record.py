@@ -13,12 +13,14 @@ from pydantic import ConfigDict, ValidationError
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
+from vmonarch_cli.media.paths import sound_path
+from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import file_hash
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -46,6 +48,7 @@ def make_record(
     pixels: Pixels,
     written: dict[str, Any] | None,
     vae_dtype: str | None = None,
+    sound: Sound | None = None,
 ) -> dict[str, Any]:
     """What the JSON file beside a clip says: enough to repeat the clip and to trust its figures.
 
@@ -71,6 +74,7 @@ def make_record(
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
         "flops": plan.flops.model_dump(),
+        "schedule": [row.model_dump() for row in plan.step_costs],
         "device": denoised.device,
         "dtype": denoised.dtype,
         "vae_dtype": vae_dtype,
@@ -80,10 +84,27 @@ def make_record(
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
-        "setup": plan.setup.model_dump(exclude={"tuned"}),
+        # Files beside the model have hashes: "tuned" and "weights".
+        "setup": plan.setup.model_dump(exclude={"tuned", "transformer", "transformer_2"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
+        "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
+        **({"weights": list(denoised.weights)} if denoised.weights else {}),
+        **({} if sound is None else {"audio": _sound_facts(sound, clip)}),
+    }
+
+
+def _sound_facts(sound: Sound, clip: Path) -> dict[str, Any]:
+    """What the record says of a clip's sound: samples of each channel, samples a second, the file that holds them, and
+    the hash of all as they were before a lossy file.
+    """
+    return {
+        "file": sound_path(clip).name,
+        "rate": sound.rate,
+        "samples": len(sound.samples),
+        "channels": sound.channels,
+        "sha256": sound.sha256(),
     }
 
 
@@ -95,6 +116,7 @@ def make_timing(
     *,
     load_s: float | None = None,
     hidden_write_s: float = 0.0,
+    hidden_compile_s: float = 0.0,
 ) -> ClipTiming:
     """Where a clip's time went: what its latents took, and the rest, in seconds as `ClipTiming` names them. `peak`:
     bytes, and what they count.
@@ -114,6 +136,7 @@ def make_timing(
         warm_state_bytes=denoised.warm_state_bytes,
         load_s=load_s,
         hidden_write_s=hidden_write_s,
+        hidden_compile_s=hidden_compile_s,
     )
 
 
@@ -140,6 +163,7 @@ def plan_again(
         given["model"] = record.model.source  # a folder: its alias is only its name
     given |= {
         "preset": None,
+        "recipe": None,  # what it gave is among the settings
         "seed": record.seed,
         "num_videos": None,
         "dtype": record.dtype,
@@ -156,14 +180,16 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     branches = branches_of(plan.model, plan.guidance_scale)
-    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches)
+    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
+    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift)
+    costs = {"flops": flops, "step_costs": tuple(work.step_costs(preset))}
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
-    again = {"preset": preset, "setup": setup, "flops": flops, "origins": origins, "warnings": ()}
+    again = {"preset": preset, "setup": setup, **costs, "origins": origins, "warnings": ()}
     plan = plan.model_copy(update=again)
     return plan.model_copy(update={"notes": tuple(_loads(plan))})
 
@@ -205,6 +231,8 @@ def _loads(plan: Plan) -> Iterator[str]:
         yield f"the record loads the LoRA {_place(parse_lora(text).source)}"
     if plan.tuned is not None:
         yield f"the record loads the tuned adapter {plan.tuned.path}"
+    for file in plan.setup.single_files.values():
+        yield f"the record loads the transformer {_place(file)}"
     if plan.image is not None:
         yield f"the record reads the image {plan.image}"
 

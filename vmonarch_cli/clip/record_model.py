@@ -19,7 +19,7 @@ from vmonarch_cli.untrusted.shapes import fault_of, short_value
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
-_MAX_SIDE, _MAX_FRAMES, _MAX_FPS = 1 << 16, 1 << 20, 1000
+_MAX_SIDE, _MAX_FRAMES, _MAX_FPS, _MAX_RATE = 1 << 16, 1 << 20, 1000, 1 << 20
 
 
 def _simple(value: Any) -> Any:
@@ -55,6 +55,30 @@ class FileFacts(_Part):
     """The clip's file as it was written: bytes, and their hash."""
 
     bytes: int = Field(ge=0)
+    sha256: str
+
+
+class AudioFacts(_Part):
+    """The clip's sound: the file that holds it, samples a second, samples of each channel, hash of all of them."""
+
+    file: str
+    rate: int = Field(ge=1, le=_MAX_RATE)
+    samples: int = Field(ge=0)
+    channels: int = Field(ge=1, le=64)
+    sha256: str
+
+    @property
+    def words(self) -> str:
+        """'16,000 Hz, 2 channels, 1.25 s'."""
+        channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
+        return f"{self.rate:,} Hz, {channels}, {self.samples / self.rate:.2f} s"
+
+
+class WeightsFacts(_Part):
+    """A single file that one of the model's components came from, and the hash of its content."""
+
+    part: str
+    file: str
     sha256: str
 
 
@@ -177,6 +201,9 @@ class Record(_Part):
     preset: PresetFacts
     model: ModelFacts
     file: FileFacts | None = None
+    weights: list[WeightsFacts] = []
+    audio: AudioFacts | None = None
+    """None for a silent clip."""
     grid: tuple[int, int, int] | None = None
     tokens: int | None = None
     flops: FlopsFacts = FlopsFacts()

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from vmonarch_cli.clip.stopwatch import Stopwatch
+from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import Frames, Pixels, clip_writer
+from vmonarch_cli.pipeline.call import decode_sound
 from vmonarch_cli.pipeline.decode_retry import decode_with_retries
 
 
@@ -23,6 +25,8 @@ class Target:
     fps: int
     overwrite: bool
     work: Path | None
+    sound: torch.Tensor | None = None
+    """Latents of the clip's sound."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class WrittenClip:
     """What writing took beside that."""
     hidden_s: float
     """What writing took while decoding went on."""
+    sound: Sound | None
+    """As far as the last frame is shown."""
 
 
 def write_decoded(
@@ -55,13 +61,17 @@ def write_decoded(
 
     def attempt() -> WrittenClip:
         watch = Stopwatch(device)
-        with clip_writer(target.path, target.shape, target.fps, target.overwrite, target.work) as writer:
+        sound = None
+        if target.sound is not None:  # first, because an .mp4 begins with both
+            sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
+        where = (target.path, target.shape, target.fps, target.overwrite, target.work)
+        with clip_writer(*where, sound=sound) as writer:
             for part in decode():
                 writer.add(part)
                 if on_part is not None:
                     on_part(part)
             decode_s, hidden_s = watch.lap() - writer.waited_s, writer.busy_s - writer.waited_s
         write_s = watch.total() - decode_s
-        return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s))
+        return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
     return decode_with_retries(attempt, pipeline, device, on_retry)

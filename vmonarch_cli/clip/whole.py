@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import record_path
+from vmonarch_cli.media.paths import record_path, sound_path
 from vmonarch_cli.plan.plan import Plan
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -45,6 +46,8 @@ def damage(clip: Path) -> str | None:
     try:
         if not _ends_well(clip, record):
             return "is cut off"
+        if not _has_its_sound(clip, record):
+            return f"has lost its sound, which is not in {sound_path(clip).name} as it was written"
         facts = file_facts(clip) if record.file is not None else {}
     except OSError as error:
         return f"cannot be read ({error.strerror})"
@@ -81,6 +84,18 @@ def _ends_well(clip: Path, record: Record) -> bool:
         with clip.open("rb") as file:
             return file.read(4) == b"GIF8" and _end(clip, 1) == b"\x3b"
     return _boxes(clip) >= {b"ftyp", b"moov", b"mdat"}
+
+
+def _has_its_sound(clip: Path, record: Record) -> bool:
+    """Whether the .wav beside a clip is as it was written; what is in the clip's own file is checked with that."""
+    known, wav = record.audio, sound_path(clip)
+    if known is None or wav == clip:
+        return True
+    try:
+        with wave.open(str(wav), "rb") as file:
+            return hashlib.sha256(file.readframes(file.getnframes())).hexdigest() == known.sha256
+    except (OSError, EOFError, wave.Error):
+        return False
 
 
 def _end(file: Path, count: int) -> bytes:

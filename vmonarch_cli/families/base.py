@@ -19,6 +19,8 @@ WholeDecoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
 """(pipeline, its latents, shape of the clip) -> frames (1, 3, F, height, width), from -1 to 1."""
 Decoder = Callable[[Any, torch.Tensor, Shape | None], Iterator[torch.Tensor]]
 """The same in parts (1, 3, f, height, width), in order; f is all of F where the VAE makes all frames together."""
+SoundDecoder = Callable[[Any, torch.Tensor], tuple[torch.Tensor, int]]
+"""(pipeline, its latents of sound) -> samples (1, channels, N), from -1 to 1, and how many of them a second has."""
 
 
 def latent_grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
@@ -108,10 +110,14 @@ class Family:
     would do otherwise."""
     always_tiled: bool = False
     """diffusers decodes with its VAE in tiles only."""
+    plain_calls: bool = False
+    """Its self-attention calls hold one sample and no text: their shapes follow from a clip's alone."""
     parallel_plan: Callable[[Any], dict[str, Any]] = stock_plan
     """Which tensors of a transformer context parallelism splits by tokens."""
     parallel_obstacle: str | None = None
     """Why it cannot be split although diffusers has a plan for it, or None."""
+    decode_sound: SoundDecoder | None = None
+    """The end of the pipeline's own call for its sound; None for families that make none."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
 

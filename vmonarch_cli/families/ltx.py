@@ -159,6 +159,12 @@ def _decode_2(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torc
     return run_vae(pipeline, latents, _decode_timestep(pipeline, latents))
 
 
+def _decode_sound(pipeline: Any, latents: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The pipeline gives these latents unpacked and denormalised, too."""
+    spectrogram = pipeline.audio_vae.decode(latents.to(pipeline.audio_vae.dtype), return_dict=False)[0]
+    return pipeline.vocoder(spectrogram), pipeline.vocoder.config.output_sampling_rate
+
+
 def _decode_timestep(pipeline: Any, latents: torch.Tensor) -> torch.Tensor | None:
     """The pipelines' default, 0, at which a decoder that knows noise gets none."""
     return latents.new_zeros(latents.shape[0]) if pipeline.vae.config.timestep_conditioning else None
@@ -176,9 +182,22 @@ def _parallel_plan(transformer: Any) -> dict[str, Any]:
     return plan
 
 
+_WITHOUT_GUIDANCE: dict[str, float] = {
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_scale": 1.0,
+}
+
+
 @contextmanager
-def _compressing(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Compress a first frame as the pipeline would, without the PyAV that it needs for that."""
+def _adjusted_2(pipeline: Any, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compress a first frame as the pipeline would, without the PyAV that it needs for that; guidance that is off is
+    off for sound, too, and so are the other two kinds, which the pipeline has on by default.
+    """
+    if arguments.get("guidance_scale", 2) <= 1:
+        arguments = {**_WITHOUT_GUIDANCE, **arguments}
     if "image" in arguments and "image_crf" not in arguments:
         from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
 
@@ -222,6 +241,7 @@ LTX2 = Family(
     layers("transformer_blocks.N.attn1"),
     at_once(_decode_2),
     grid=_grid,
-    adjusted=_compressing,
+    adjusted=_adjusted_2,
+    decode_sound=_decode_sound,
     parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",
 )

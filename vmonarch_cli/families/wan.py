@@ -73,9 +73,24 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterat
         yield from decode_chunks(vae, latents)
 
 
-WAN = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, forward=ForwardInputs())
+WAN = Family(
+    {"WanAttnProcessor": WanMonarchProcessor},
+    layers("blocks.N.attn1"),
+    _decode,
+    plain_calls=True,
+    forward=ForwardInputs(),
+)
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
-WAN_VACE = Family({"WanAttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1", "vace_blocks.N.attn1"), _decode)
+WAN_VACE = Family(
+    {"WanAttnProcessor": WanMonarchProcessor},
+    layers("blocks.N.attn1", "vace_blocks.N.attn1"),
+    _decode,
+    plain_calls=True,
+)
 SKYREELS_V2 = Family(
-    {"SkyReelsV2AttnProcessor": WanMonarchProcessor}, layers("blocks.N.attn1"), _decode, obstacle=_causal
+    {"SkyReelsV2AttnProcessor": WanMonarchProcessor},
+    layers("blocks.N.attn1"),
+    _decode,
+    obstacle=_causal,
+    plain_calls=True,
 )

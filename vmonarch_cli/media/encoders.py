@@ -18,10 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vmonarch_cli.media.ffmpeg import CODEC
+from vmonarch_cli.media.ffmpeg import CODEC, SOUND_CODEC
+from vmonarch_cli.media.sound import Sound
 
 # Constant quality, visually lossless for small clips; the size of a 96x96 clip stays below 100 KB.
 _CRF = "14"
+_AAC = ["-b:a", "192k"]
 # Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
 _TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 _BT709 = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,setparams={_TAGS}"]
@@ -52,9 +54,11 @@ class Encoder(Protocol):
 class Mp4Encoder:
     """Frames go to ffmpeg through a pipe; it compresses in threads of its own."""
 
-    def __init__(self, path: Path, fps: int, count: int) -> None:
+    def __init__(self, path: Path, fps: int, count: int, sound: Sound | None = None) -> None:
+        """`sound`: begins with the first frame."""
         self._path = path.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
         self._fps = fps
+        self._sound = sound
         self._writer: Any = None
         self._count = 0
 
@@ -85,6 +89,11 @@ class Mp4Encoder:
     def _open(self, height: int, width: int) -> Any:
         import imageio.v2 as imageio
 
+        more: dict[str, Any] = {}
+        if self._sound is not None:
+            wav = self._path.with_name("sound.wav")  # in the folder of the draft, which goes with it
+            wav.write_bytes(self._sound.wav_bytes())
+            more = {"audio_path": str(wav), "audio_codec": SOUND_CODEC}
         return imageio.get_writer(
             self._path,
             format="FFMPEG",
@@ -95,7 +104,8 @@ class Mp4Encoder:
             pixelformat="yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p",
             macro_block_size=1,
             ffmpeg_log_level="quiet",
-            output_params=["-crf", _CRF, *_BT709, "-movflags", "+faststart"],
+            output_params=["-crf", _CRF, *_BT709, "-movflags", "+faststart", *(_AAC if more else ())],
+            **more,
         )
 
 

@@ -9,11 +9,14 @@ from vmonarch_cli.errors import DeviceError
 from vmonarch_cli.text import first_line
 
 CODEC = "libx264"
+SOUND_CODEC = "aac"
+AS_MP4 = ["-f", "mov", "-protocol_whitelist", "file"]
+"""Before an input. Without these ffmpeg takes whatever the content asks for: playlists, other files, addresses."""
 _CURE = "install imageio-ffmpeg again, or name another ffmpeg in IMAGEIO_FFMPEG_EXE"
 
 
 def require_encoder() -> None:
-    """DeviceError, with the cure, unless there is an ffmpeg that runs and has the encoder of .mp4 clips."""
+    """DeviceError, with the cure, unless there is an ffmpeg that runs and has the encoders of .mp4 clips."""
     import imageio_ffmpeg
 
     try:
@@ -32,4 +35,5 @@ def _fault(program: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 - ffmpeg
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         return f"does not run ({first_line(error)})"
-    return None if CODEC in done.stdout else f"has no {CODEC}"
+    missing = [codec for codec in (CODEC, SOUND_CODEC) if codec not in done.stdout.split()]
+    return f"has no {missing[0]}" if missing else None

@@ -42,9 +42,17 @@ def latents_path(clip: Path) -> Path:
     return clip.with_suffix(LATENTS_ENDING)
 
 
-def is_taken(clip: Path) -> bool:
-    """Whether a clip, its record or its latents are there: then the name is another clip's, or will be."""
-    return any(os.path.lexists(path) for path in (clip, record_path(clip), latents_path(clip)))
+def sound_path(clip: Path) -> Path:
+    """The file that holds a clip's sound: an .mp4 itself, and a .wav beside the others."""
+    return clip if clip.suffix.lower() == ".mp4" else clip.with_suffix(".wav")
+
+
+def is_taken(clip: Path, *, with_sound: bool = False) -> bool:
+    """Whether a clip, its record, its latents or, `with_sound`, the file of its sound are there: then the name is
+    another clip's, or will be.
+    """
+    files = (clip, record_path(clip), latents_path(clip), *((sound_path(clip),) if with_sound else ()))
+    return any(os.path.lexists(path) for path in files)
 
 
 def names_like(clip: Path) -> Iterator[Path]:
@@ -54,12 +62,14 @@ def names_like(clip: Path) -> Iterator[Path]:
         yield clip.with_stem(f"{clip.stem}-{number}")
 
 
-def resolve_targets(output: str | None, prompt: str, seed: int, count: int, overwrite: bool) -> tuple[Path, ...]:
+def resolve_targets(
+    output: str | None, prompt: str, seed: int, count: int, overwrite: bool, *, with_sound: bool = False
+) -> tuple[Path, ...]:
     """Paths of the `count` clips of seeds seed, seed + 1, ...; OutputError when one exists or cannot be written.
 
     `output` is a file (.mp4, .gif, or .png for a folder of that name with one PNG per frame) or a folder, in which
     names come from the prompt and the seed and never collide with what is there. Several clips of one file name get
-    -1, -2 and on.
+    -1, -2 and on. `with_sound`: clips may have a .wav beside them.
     """
     output = DEFAULT_FOLDER if output is None else output
     path = output_path(output)
@@ -82,7 +92,7 @@ def resolve_targets(output: str | None, prompt: str, seed: int, count: int, over
                 f"{latents_path(name)} exists already: a run that did not end saved it, and vmonarch decode makes its "
                 "clip; pass --overwrite to replace it, or another --output"
             )
-        for taken in (name, record_path(name)):
+        for taken in (name, record_path(name), *((sound_path(name),) if with_sound else ())):
             if taken.exists() and not overwrite:
                 raise OutputError(f"{taken} exists already: pass --overwrite to replace it, or another --output")
         if name.exists() and name.is_dir() != (name.suffix.lower() == ".png"):

@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.media.ffmpeg import AS_MP4
 from vmonarch_cli.media.paths import ENDINGS
 from vmonarch_cli.media.pictures import load_picture, to_rgb
 from vmonarch_cli.untrusted.files import require_regular
 
 Frames = NDArray[np.uint8]
-_AS_MP4 = ["-f", "mov", "-protocol_whitelist", "file"]
-"""Without these ffmpeg takes whatever the content asks for: playlists, other files, addresses."""
 _MAX_GIF_FPS = 50
 _MAX_GIF_FRAMES = 4096
 
@@ -95,7 +94,7 @@ def _decoded(path: Path, flags: list[str]) -> Iterator[Frames]:
     import imageio_ffmpeg
 
     # An absolute path: a name with a colon would be an address.
-    with contextlib.closing(imageio_ffmpeg.read_frames(str(path.resolve()), input_params=[*_AS_MP4, *flags])) as stream:
+    with contextlib.closing(imageio_ffmpeg.read_frames(str(path.resolve()), input_params=[*AS_MP4, *flags])) as stream:
         width, height = next(stream)["size"]
         for content in stream:
             yield np.frombuffer(content, np.uint8).reshape(height, width, 3)

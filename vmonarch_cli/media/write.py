@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import ModelError, OutputError
-from vmonarch_cli.media.encoders import ENCODERS, Encoder
+from vmonarch_cli.media.encoders import ENCODERS, Encoder, Mp4Encoder
+from vmonarch_cli.media.paths import sound_path
 from vmonarch_cli.media.publish import Draft, atomic, named
+from vmonarch_cli.media.sound import Sound
 
 Frames = NDArray[np.uint8]
 _WAITING = 4
@@ -135,20 +137,29 @@ class ClipWriter:
 
 @contextmanager
 def clip_writer(
-    path: Path, shape: tuple[int, int, int], fps: int, overwrite: bool = False, work: Path | None = None
+    path: Path,
+    shape: tuple[int, int, int],
+    fps: int,
+    overwrite: bool = False,
+    work: Path | None = None,
+    *,
+    sound: Sound | None = None,
 ) -> Iterator[ClipWriter]:
     """A writer of a clip of `shape` (frames, height, width) to `path` by its ending; the folder is made.
 
     At the end of the block the clip takes its place, whole; where the block raises, nothing is left. OutputError when
     the clip cannot be written. `work`: where the temporary file goes, a folder on the file system of `path`; beside
-    `path` by default.
+    `path` by default. `sound` begins with the first frame: in an .mp4 as AAC, otherwise exactly, in a .wav of the
+    clip's name beside it.
     """
+    inside = sound if sound_path(path) == path else None
     encoder = ENCODERS.get(path.suffix.lower())
     if encoder is None:
         raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENCODERS)}")
     draft = Draft(path, overwrite, work)
     try:
-        writer = ClipWriter(path, encoder(draft.temporary, fps, shape[0]), shape)
+        about = (draft.temporary, fps, shape[0])
+        writer = ClipWriter(path, encoder(*about) if inside is None else Mp4Encoder(*about, inside), shape)
         try:
             yield writer
             writer.end()
@@ -156,15 +167,26 @@ def clip_writer(
             writer.drop()
             raise
         draft.publish()
+        if sound is not None and inside is None:
+            with atomic(sound_path(path), overwrite, work) as temporary:
+                temporary.write_bytes(sound.wav_bytes())
     finally:
         draft.discard()
 
 
-def write_clip(frames: Frames, path: Path, fps: int, overwrite: bool = False, work: Path | None = None) -> Path:
+def write_clip(
+    frames: Frames,
+    path: Path,
+    fps: int,
+    overwrite: bool = False,
+    work: Path | None = None,
+    *,
+    sound: Sound | None = None,
+) -> Path:
     """Write uint8 frames (F, H, W, 3) to `path`; see `clip_writer`."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), at least one, got {frames.dtype} {frames.shape}")
-    with clip_writer(path, frames.shape[:3], fps, overwrite, work) as writer:
+    with clip_writer(path, frames.shape[:3], fps, overwrite, work, sound=sound) as writer:
         writer.add(frames)
     return path
 

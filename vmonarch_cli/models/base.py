@@ -76,8 +76,12 @@ class PipelineFacts:
     """Guidance is one forward of two samples, not two forwards."""
     caches: tuple[str, ...] = CACHES
     """The step caches of diffusers that run in it: each wants something of the pipeline or the transformer."""
+    takes_sigmas: bool = True
+    """Its noise levels fall from 1 to 0 and can be given; Mochi's count backwards."""
     lora: bool = True
     """diffusers loads LoRA weights into it."""
+    sound: bool = False
+    """It makes sound with the frames."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
     transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
@@ -131,6 +135,8 @@ class ModelEntry(BaseModel):
     min_frames: int = 1
     min_steps: int = 1
     """Fewest denoising steps that its noise schedule can be made of."""
+    scheduler: str | None = None
+    """Class name of the scheduler that a folder comes with; None for that of its family."""
     has_flow_shift: bool = True
     """Its noise schedule has a shift that can be set."""
     takes_image: bool = False

@@ -56,6 +56,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
         "takes_image": facts.takes_image,
         "image_pipeline": _image_pipeline(facts, index),
         **facts.figures(config, vae),
+        "scheduler": index["scheduler"][1] if _is_component(index.get("scheduler")) else None,
         "transformers": 2 if "transformer_2" in present else 1,
         "boundary_ratio": _boundary(folder, index, two="transformer_2" in present),
         "transformer_params": params["transformer"],

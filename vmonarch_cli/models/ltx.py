@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2. Of LTX-2 the picture is kept; its sound is made, because the model makes both, and dropped."""
+"""LTX-Video, and LTX-2, which makes sound with the frames."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ PIPELINES = (
         _ltx2,
         guidance_by_batch=True,
         caches=_CACHES_2,
+        sound=True,
         image_pipeline="LTX2ImageToVideoPipeline",
     ),
     PipelineFacts(
@@ -138,6 +139,7 @@ PIPELINES = (
         _ltx2,
         guidance_by_batch=True,
         caches=_CACHES_2,
+        sound=True,
         takes_image=True,
     ),
 )

@@ -54,6 +54,13 @@ _TEXT = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "ne
 
 PIPELINES = (
     PipelineFacts(
-        "MochiPipeline", "mochi", "MochiTransformer3DModel", _TEXT, _figures, guidance_by_batch=True, compiles=False
+        "MochiPipeline",
+        "mochi",
+        "MochiTransformer3DModel",
+        _TEXT,
+        _figures,
+        guidance_by_batch=True,
+        compiles=False,
+        takes_sigmas=False,
     ),
 )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import component_files, read_layout
-from vmonarch_cli.presets import Preset, format_value
+from vmonarch_cli.presets import Preset, at_steps, format_value
 from vmonarch_cli.text import printable, shown
 from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_json, parse_text
@@ -120,9 +120,11 @@ class TunedAdapter(BaseModel):
         """The text for the metadata."""
         return self.model_dump_json(by_alias=True)
 
-    def misfit(self, preset: Preset) -> str | None:
-        """The first field in which a preset differs from the one that it was made for, 'band is 0 there and 1 here'."""
-        ours = self.made_for
+    def misfit(self, preset: Preset, steps: int) -> str | None:
+        """The first field in which a preset differs, in so many steps, from the one that it was made for:
+        'band is 0 there and 1 here'.
+        """
+        ours, preset = at_steps(self.made_for, steps), at_steps(preset, steps)
         for name in Preset.model_fields:
             there, here = getattr(ours, name), getattr(preset, name)
             if name not in _LABELS and there != here:

@@ -85,12 +85,7 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
     """
     files = {path: read_header(path) for path in component_files(folder)}
     tensors = {name: tensor for found in files.values() for name, tensor in found.items()}
-    scaled = sorted(name for name in tensors if re.search(r"\.?scale_(weight|input)$|^scaled_fp8$", name))
-    if scaled:
-        raise ModelError(
-            f"{folder} holds 8-bit weights with scales ({scaled[0]}), which diffusers does not read: use the weights "
-            "in 16 bits, and --quantize fp8 to run them in 8"
-        )
+    refuse_scaled(str(folder), tensors)
     whole = sorted(name for name, tensor in tensors.items() if tensor.dtype in ("I8", "U8", "F4"))
     if whole and "quantization_config" not in _config(folder):
         raise ModelError(
@@ -98,6 +93,16 @@ def read_headers(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
             "how to read them: use the weights in 16 bits, and --quantize int8 to run them in 8"
         )
     return files
+
+
+def refuse_scaled(source: str, names: Iterable[str]) -> None:
+    """ModelError for weights of 8 bits that come with scales, by the names of their tensors."""
+    scaled = sorted(name for name in names if re.search(r"\.?scale_(weight|input)$|\.weight_scale$|scaled_fp8$", name))
+    if scaled:
+        raise ModelError(
+            f"{source} holds 8-bit weights with scales ({scaled[0]}), which diffusers does not read: use the weights "
+            "in 16 bits, and --quantize fp8 to run them in 8"
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.pipeline import step_cache
-from vmonarch_cli.pipeline.lora import load_loras
+from vmonarch_cli.pipeline.lora import ReadLora, load_loras
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.tuned import load_adapters
 from vmonarch_cli.plan.setup import Setup
@@ -33,9 +34,12 @@ def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
     )
 
 
-def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype) -> None:
-    """Everything that comes before the weights are placed; ModelError or InputError in one sentence."""
-    load_loras(pipeline, setup.loras)
+def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype, loras: Sequence[ReadLora] = ()) -> None:
+    """Everything that comes before the weights are placed; ModelError or InputError in one sentence.
+
+    loras: the setup's, read.
+    """
+    load_loras(pipeline, loras)
     load_adapters(pipeline, setup.tuned)
     if setup.quantize == "fp8":
         for transformer in transformers_of(pipeline):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.families.base import Shape
 from vmonarch_cli.families.registry import facts_of, family_of
+from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.pipeline import step_cache
 
 Frames = npt.NDArray[np.uint8]
@@ -41,7 +42,19 @@ def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: flo
     return found
 
 
+class Latents(NamedTuple):
+    """What a pipeline's denoising loop made: of the frames, and of the sound (B, C, length, mel bins) with them."""
+
+    frames: torch.Tensor
+    sound: torch.Tensor | None
+
+
 def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) -> torch.Tensor:
+    """Latents of the frames alone, see `call_with_sound`."""
+    return call_with_sound(pipeline, embeddings, shape, **options).frames
+
+
+def call_with_sound(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) -> Latents:
     """Latents of the pipeline's own denoising loop; options that its call does not know are left out.
 
     `fps` goes to the pipelines whose model wants to know it, and guidance to the guider of those that have one.
@@ -54,8 +67,8 @@ def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) ->
     step_cache.forget(pipeline)
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.
-        latents: torch.Tensor = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent").frames
-    return latents
+        made = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent")
+    return Latents(made.frames, made.audio if facts_of(pipeline).sound else None)
 
 
 def takes_callback(pipeline: Any) -> bool:
@@ -119,6 +132,23 @@ def _to_host(pipeline: Any, part: torch.Tensor) -> Callable[[], Frames]:
         return found
 
     return frames
+
+
+@torch.no_grad()
+def decode_sound(pipeline: Any, latents: torch.Tensor) -> Sound:
+    """Sound of latents of `call_with_sound`; the end of the pipeline's own call.
+
+    Raises NonFiniteError when the decoder makes a value that is not finite.
+    """
+    family, vae = family_of(pipeline), pipeline.audio_vae
+    if family.decode_sound is None:
+        raise ValueError(f"a {type(pipeline).__name__} makes no sound")
+    device = pipeline._execution_device if _is_offloaded(vae) else vae.device
+    samples, rate = family.decode_sound(pipeline, latents.to(device))
+    if not torch.isfinite(samples).all():
+        raise NonFiniteError("decoded sound is not finite, after the last step, and no clip was written")
+    pipeline.maybe_free_model_hooks()
+    return Sound.of(samples[0].float().cpu().numpy().T, rate)
 
 
 def _is_offloaded(module: Any) -> bool:

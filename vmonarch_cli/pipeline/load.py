@@ -25,7 +25,9 @@ from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
 from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
+from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.offload import place
+from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.plan.tuned import check_file
@@ -55,7 +57,7 @@ def load_pipeline(
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     quiet_libraries()
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
@@ -64,17 +66,22 @@ def load_pipeline(
     on_card = device.type == "cuda" and setup.offload == "none"
     if not (on_card and setup.quantize):
         _check_memory(source, weight_bytes(entry, dtype_name(dtype)), dtype, device if on_card else torch.device("cpu"))
+    single_files = setup.single_files
     quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
     config = quantization_config(setup, quantized)
     extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
+        loras = read_loras(setup.loras, entry.transformers)
         dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
-        encoders = load_encoders(folder, dtypes)
-        pipeline = _read(DiffusionPipeline, folder, dtypes, **encoders, **extra)
-        check_complete(pipeline, folder, without=(*encoders, *(quantized if config is not None else ())))
+        given = load_encoders(folder, dtypes)
+        for name, file in single_files.items():
+            given[name] = load_transformer(Path(file), folder, name, dtype)
+        # The base class does not know which parts may be given, and would load its own.
+        pipeline = _read(getattr(diffusers, entry.pipeline), folder, dtypes, **given, **extra)
+        check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
         if image_pipeline is not None:
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
-        prepare(pipeline, setup, dtype)
+        prepare(pipeline, setup, dtype, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)

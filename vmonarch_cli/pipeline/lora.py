@@ -8,8 +8,8 @@ matrices are peft's; what changes a parameter outright (norms, biases, modulatio
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,30 +24,43 @@ from vmonarch_cli.pipeline.lora_names import LayerNames
 from vmonarch_cli.text import innermost_line, printable
 
 
-def load_loras(pipeline: Any, texts: tuple[str, ...]) -> None:
-    """Load every LoRA ('[high:|low:]path[:scale]') with its scale; InputError or ModelError in one sentence.
+class ReadLora(NamedTuple):
+    """A LoRA file whose tensors were read and found to be whole."""
+
+    file: LoraFile
+    scale: float
+    weights: LoraWeights
+
+
+def read_loras(texts: tuple[str, ...], transformers: int) -> list[ReadLora]:
+    """Every LoRA ('[high:|low:]path[:scale]') for a model of so many transformers; InputError or ModelError.
+
+    What is wrong with a file is found here, before the model is read.
+    """
+    if texts and importlib.util.find_spec("peft") is None:
+        raise InputError('--lora needs peft: pip install "vmonarch[lora]"')
+    files = [(file, lora.scale) for lora in map(parse_lora, texts) for file in lora_files(lora, transformers)]
+    return [ReadLora(file, scale, read_weights(file)) for file, scale in files]
+
+
+def load_loras(pipeline: Any, loras: Sequence[ReadLora]) -> None:
+    """Load every LoRA with its scale; InputError or ModelError in one sentence.
 
     A LoRA of scale 0 is checked as any other and changes nothing, to the bit.
     """
-    if not texts:
-        return
-    if not hasattr(pipeline, "load_lora_weights"):
+    if loras and not hasattr(pipeline, "load_lora_weights"):
         raise InputError(f"--lora: diffusers loads no LoRA into a {type(pipeline).__name__}")
-    if importlib.util.find_spec("peft") is None:
-        raise InputError('--lora needs peft: pip install "vmonarch[lora]"')
-    transformers = 1 if getattr(pipeline, "transformer_2", None) is None else 2
-    files = [(file, lora.scale) for lora in map(parse_lora, texts) for file in lora_files(lora, transformers)]
     scales: dict[str, dict[str, float]] = {}
-    for index, (file, scale) in enumerate(files):
-        for component in load_lora(pipeline, file, scale, f"lora_{index}"):
-            scales.setdefault(component, {})[f"lora_{index}"] = scale
+    for index, lora in enumerate(loras):
+        for component in load_lora(pipeline, lora, f"lora_{index}"):
+            scales.setdefault(component, {})[f"lora_{index}"] = lora.scale
     for component, of_adapter in scales.items():
         getattr(pipeline, component).set_adapters(list(of_adapter), list(of_adapter.values()))
 
 
-def load_lora(pipeline: Any, file: LoraFile, scale: float, adapter: str) -> list[str]:
+def load_lora(pipeline: Any, lora: ReadLora, adapter: str) -> list[str]:
     """Load one file; the components of the pipeline that have an adapter of its name now."""
-    weights = read_weights(file)
+    file, scale, weights = lora
     second = getattr(pipeline, "transformer_2", None) is not None
     goes = targets(file, weights.parts, 2 if second else 1)
     names = LayerNames(pipeline)

@@ -62,8 +62,8 @@ def place(pipeline: Any, mode: str, device: torch.device) -> None:
             offload_type="block_level",
             num_blocks_per_group=1,
             use_stream=device.type == "cuda",
-            # The hooks that fetch weights fire in forward, and pipelines call the VAE's encode and decode: it stays.
-            exclude_modules="vae",
+            # The hooks that fetch weights fire in forward, and pipelines call a VAE's encode and decode: it stays.
+            exclude_modules=[name for name in ("vae", "audio_vae") if hasattr(pipeline, name)],
         )
     elif mode == "sequential":
         pipeline.enable_sequential_cpu_offload(device=device)

@@ -146,7 +146,12 @@ def _before_forward(
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
     session.begin_forward(
-        index, grid, latents.device, both_prompts=_has_both_prompts(target), guided=_has_guider(target)
+        index,
+        grid,
+        latents.device,
+        both_prompts=_has_both_prompts(target),
+        guided=_has_guider(target),
+        forwards=_forwards(target),
     )
     session.adapted = switch is not None and not session.forward_is_dense()
     if switch is not None:
@@ -161,6 +166,14 @@ def _has_both_prompts(target: Any) -> bool:
     # Not every pipeline has the property; LTX-2's knows of the guidance of sound, too.
     scale = getattr(target, "guidance_scale", 0)  # set by the pipeline's call
     return bool(getattr(target, "do_classifier_free_guidance", scale > 1))
+
+
+def _forwards(target: Any) -> int:
+    """How many forwards a step has at least: two where the pipeline compares the prompts in forwards of their own."""
+    facts = PIPELINES.get(type(target).__name__)
+    if facts is None or facts.guidance_by_batch or facts.guider:
+        return 1
+    return 2 if getattr(target, "do_classifier_free_guidance", False) else 1
 
 
 def _has_guider(target: Any) -> bool:

@@ -20,7 +20,7 @@ from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.lora_files import Expert, LoraFile
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.models.weights import read_header
-from vmonarch_cli.pipeline.lora import load_lora
+from vmonarch_cli.pipeline.lora import ReadLora, load_lora, read_weights
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
@@ -83,7 +83,7 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
         raise InputError('--tuned needs peft: pip install "vmonarch[lora]"')
     before = active_adapters(pipeline)
     file = LoraFile(path, str(path), _expert(pipeline, path))
-    load_lora(pipeline, file, 1.0, name)
+    load_lora(pipeline, ReadLora(file, 1.0, read_weights(file)), name)
     for layer in tuner_layers(transformers_of(pipeline)):
         layer.set_adapter([*before, name], inference_mode=True)
 

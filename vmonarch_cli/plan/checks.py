@@ -8,7 +8,8 @@ from dataclasses import fields
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.base import ModelEntry, PipelineFacts
+from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
@@ -118,8 +119,10 @@ def steps(model: ModelEntry, value: int) -> None:
         )
 
 
-def flow_shift(model: ModelEntry, value: float | None) -> None:
-    """InputError for a flow shift of a model whose noise schedule has none."""
+def flow_shift(model: ModelEntry, value: float | None, sigmas: tuple[float, ...] = ()) -> None:
+    """InputError for a flow shift of a model whose noise schedule has none, or beside noise levels that are given."""
+    if value is not None and sigmas:
+        raise InputError("--sigmas and --flow-shift both say what the noise levels are: give one of them")
     if value is not None and not model.has_flow_shift:
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 
@@ -141,6 +144,40 @@ def one_of(flag: str, value: str | None, valid: tuple[str, ...]) -> str | None:
         *first, last = valid
         raise InputError(f"{flag} takes {', '.join(first)} or {last}, got {shown(value)}{near(value, valid)}")
     return value
+
+
+def audio(model: ModelEntry, facts: PipelineFacts, wanted: bool | None) -> bool | None:
+    """Whether clips have sound, None where the model makes none; InputError for a choice there."""
+    if wanted is not None and not facts.sound:
+        raise InputError(
+            f"{model.alias} makes silent clips: leave out {'--audio' if wanted else '--no-audio'}, which is for models "
+            "that make sound, as ltx-2 does"
+        )
+    return wanted is not False if facts.sound else None
+
+
+def transformer_files(model: ModelEntry, facts: PipelineFacts, request: GenerateRequest) -> dict[str, str]:
+    """The single files that take the place of transformers, by component; InputError or ModelError for any that cannot.
+
+    Of the files only the headers are read.
+    """
+    given = {"transformer": request.transformer, "transformer_2": request.transformer_2}
+    found = {}
+    for name, text in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if text is None:
+            continue
+        if name == "transformer_2" and model.transformers < 2:
+            raise InputError(f"{flag} is for models with two transformers, and {model.alias} has one")
+        path = check_single_file(text, flag, model.alias, facts)
+        if path.suffix.lower() == GGUF and request.quantize is not None:
+            raise InputError(
+                f"--quantize {request.quantize}: the weights of {path} are quantised already, leave it out"
+            )
+        found[name] = str(path)
+    if found and request.quantize == "int8":
+        raise InputError("--quantize int8 reads the weights of a folder alone: with --transformer use --quantize fp8")
+    return found
 
 
 def image(model: ModelEntry, text: str | None) -> str | None:

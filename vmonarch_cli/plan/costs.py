@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
-from vmonarch_cli.presets import Preset, options_for
+from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
+from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
 
 
@@ -28,31 +33,108 @@ def branches_of(model: ModelEntry, guidance_scale: float) -> int:
     """Forwards of one denoising step (or samples of one forward): two where guidance compares two prompts, and those of
     other kinds of guidance.
     """
-    return (2 if guidance_scale > 1 and not model.embedded_guidance else 1) + model.extra_forwards
+    if guidance_scale <= 1:
+        return 1
+    return (1 if model.embedded_guidance else 2) + model.extra_forwards
 
 
-def count_flops(model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int) -> Flops:
+class StepCost(BaseModel):
+    """One denoising step of a clip as planned; means are over its forwards and layers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    """From 1."""
+    dense: bool
+    """All calls run dense."""
+    frames_exact: float
+    """Query frames of a call, on the mean, that attend exactly to all keys."""
+    units: float
+    """Mean work of a call in units of N P D operations a head: dense attention is 4 T, of T latent frames."""
+    flops: int
+    """Operations of all calls."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a clip's self-attention depends on, beside its preset."""
+
+    model: ModelEntry
+    grid: Grid
+    steps: int
+    forwards: int
+    """Forwards of one denoising step (2 with guidance)."""
+    flow_shift: float | None = None
+
+    def step_costs(self, preset: Preset) -> list[StepCost]:
+        """The resolved schedule of a clip: a row for each denoising step."""
+        model, frames = self.model, self.grid[0]
+        schedule = schedule_for(preset, frames, self.steps, model.layers, model.transformers)
+        resolved = schedule.preset
+        takes_over = changeover(model, self.steps, self.flow_shift)
+        dense_call = dense_flops(self.grid, model.heads, model.head_dim)
+        dense_layers = model.layers if preset.attention == "dense" else min(model.layers, resolved.dense_layers)
+        call = functools.cache(functools.partial(self._call, resolved))
+        rows = []
+        for step in range(self.steps):
+            stage = Stage(1, takes_over) if takes_over is not None and step >= takes_over else FIRST_STAGE
+            warm = step > max(stage.first_step, int(resolved.dense_steps))
+            dense = step < resolved.dense_steps or dense_layers == model.layers
+            calls = [(float(frames), dense_call)] * (self.forwards * (model.layers if dense else dense_layers))
+            for layer in () if dense else range(dense_layers, model.layers):
+                due = schedule.due(step, layer, self.forwards, stage)
+                calls += [call(warm, due), *[call(warm, 0 if resolved.shared_refresh else due)] * (self.forwards - 1)]
+            exact, work = (sum(values) for values in zip(*calls, strict=True))
+            unit = dense_call * len(calls) / (4 * frames)
+            rows.append(
+                StepCost(
+                    step=step + 1,
+                    dense=dense,
+                    frames_exact=round(exact / len(calls), 2),
+                    units=round(work / unit, 2),
+                    flops=round(work),
+                )
+            )
+        return rows
+
+    def _call(self, preset: Preset, warm: bool, due: int) -> tuple[float, int]:
+        """(frames exact, operations) of one structured call."""
+        options = options_for(preset, self.grid[0], warm=warm)
+        if options.exact:
+            return self.grid[0], dense_flops(self.grid, self.model.heads, self.model.head_dim)
+        cost = {**options.cost(), "refresh": due}
+        exact = due + int(preset.first_frame)
+        return exact, monarch_flops(self.grid, self.model.heads, self.model.head_dim, **cost)
+
+
+def changeover(model: ModelEntry, steps: int, flow_shift: float | None) -> int | None:
+    """The first step (from 0) of a model's second transformer, by the noise levels of a flow schedule with this shift;
+    None for a model of one.
+    """
+    if model.boundary_ratio is None:
+        return None
+    shift = 1.0 if flow_shift is None else flow_shift
+    for step in range(steps):
+        sigma = 1 - step / steps
+        if shift * sigma / (1 + (shift - 1) * sigma) < model.boundary_ratio:
+            return step
+    return steps
+
+
+def count_flops(
+    model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int, flow_shift: float | None = None
+) -> Flops:
     """Self-attention operations of a clip; `branches` is the number of forwards per step (2 with guidance)."""
+    resolved = at_steps(preset, steps)
     dense_call = dense_flops(grid, model.heads, model.head_dim)
-    dense = dense_call * model.layers * branches * steps
-    if preset.attention == "dense":
-        return Flops(dense_call=dense_call, structured_call=dense_call, dense=dense, planned=dense)
-
-    def call(warm: bool) -> int:
-        return monarch_flops(grid, model.heads, model.head_dim, **options_for(preset, grid[0], warm=warm).cost())
-
-    structured_layers = max(0, model.layers - preset.dense_layers)
-    structured_steps = max(0, steps - preset.dense_steps)
-    # Every transformer starts cold once; without warm start every step is cold.
-    cold_steps = min(model.transformers, structured_steps) if preset.warm_start else structured_steps
-    warm_steps = structured_steps - cold_steps
-    structured = structured_layers * (cold_steps * call(False) + warm_steps * call(True))
-    remaining = (model.layers * steps - structured_layers * structured_steps) * dense_call
+    usual = options_for(resolved, grid[0], warm=resolved.warm_start)
+    is_dense = preset.attention == "dense"
+    rows = Work(model, grid, steps, branches, flow_shift).step_costs(preset)
     return Flops(
         dense_call=dense_call,
-        structured_call=call(preset.warm_start),
-        dense=dense,
-        planned=(structured + remaining) * branches,
+        structured_call=dense_call if is_dense else monarch_flops(grid, model.heads, model.head_dim, **usual.cost()),
+        dense=dense_call * model.layers * branches * steps,
+        planned=sum(row.flops for row in rows),
     )
 
 

@@ -23,7 +23,6 @@ from vmonarch_cli.presets import Preset
 
 CACHE_VARIABLE = "VMONARCH_CACHE"
 _MAX_BYTES = 1 << 20
-_LABELS = {"name", "description"}
 
 
 class Measurement(BaseModel):
@@ -160,7 +159,7 @@ def computed_fields(preset: Preset) -> dict[str, Any]:
     """The fields of a preset that say what is computed; of a dense one, that it is dense."""
     if preset.attention == "dense":
         return {"attention": "dense"}
-    return preset.model_dump(exclude=_LABELS)
+    return preset.computed_fields()
 
 
 def _file() -> Path:

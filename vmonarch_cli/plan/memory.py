@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmonarch_cli.models.base import ClipShape, Grid, ModelEntry
+from vmonarch_cli.models.single_file import GGUF
 from vmonarch_cli.plan.costs import kept_by
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import apply_overrides, parse_assignment
@@ -98,7 +99,7 @@ def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
         plan.model,
         shape_of(plan),
         dtype,
-        quantize=plan.setup.quantize,
+        quantize=plan.setup.quantize or (GGUF if (plan.setup.transformer or "").lower().endswith(GGUF) else None),
         vae_tiling=plan.setup.vae_tiling,
         kept=kept_bytes(plan),
     )

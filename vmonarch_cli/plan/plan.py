@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
-from vmonarch_cli.plan.costs import Flops
+from vmonarch_cli.plan.costs import Flops, StepCost
+from vmonarch_cli.plan.schedule import OWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
@@ -35,6 +36,15 @@ class Plan(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None
     flow_shift: float | None
+    recipe: str | None = None
+    """Name of the recipe that gave what no flag did."""
+    sampler: str = OWN
+    sigmas: tuple[float, ...] = ()
+    """As given; `schedule` is what they, or sampler and shift, come to."""
+    schedule: tuple[float, ...] | None = None
+    """Noise level at which each step begins; None where the model's own scheduler decides when it runs."""
+    schedule_forced: bool = False
+    """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
     preset: Preset
@@ -46,8 +56,12 @@ class Plan(BaseModel):
     grid: Grid
     tokens: int
     flops: Flops
+    step_costs: tuple[StepCost, ...]
+    """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
+    audio: bool | None = None
+    """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
     loras: tuple[LoraFacts, ...] = ()
     """Of the LoRA files that lie on this disk; those of the hub are looked at when they are there."""

@@ -21,11 +21,14 @@ class GenerateRequest:
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
+    recipe: str | None = None
+    sampler: str | None = None
+    sigmas: tuple[float, ...] = field(default=())
     seed: int | None = None
     num_videos: int | None = None
     preset: str | None = None
     overrides: tuple[str, ...] = field(default=())
-    dense_steps: int | None = None
+    dense_steps: int | float | None = None
     dense_layers: int | None = None
     impl: str | None = None
     dense_every: int | None = None
@@ -34,7 +37,10 @@ class GenerateRequest:
     output: str | None = None
     overwrite: bool = False
     revision: str | None = None
+    transformer: str | None = None
+    transformer_2: str | None = None
     image: str | None = None
+    audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False
     vae_dtype: str | None = None

@@ -1,6 +1,6 @@
 """From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
 
-Precedence is flag > preset > model default > default of the tool.
+Precedence is flag > recipe > preset > model default > default of the tool.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, 
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of, count_flops
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
-from vmonarch_cli.presets import Preset, apply_overrides, load_preset, parse_assignment
+from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
+RECIPE = "recipe"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
 Value = TypeVar("Value")
 
@@ -44,6 +47,11 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
     defaults = model.defaults
+    recipe = None if request.recipe is None else load_recipe(request.recipe)
+    of_recipe: set[str] = set()
+    if recipe is not None:
+        recipe.check_model(model)
+        request, of_recipe = with_recipe(request, recipe)
     preset = _resolve_preset(request, defaults.preset, origins)
 
     height, width = checks.size(request.size, request.height, request.width)
@@ -54,24 +62,45 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
+    facts = PIPELINES[pipeline]
+    audio = checks.audio(model, facts, request.audio)
+    take("audio", request.audio, audio)
+    files = checks.transformer_files(model, facts, request)
+    origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
     seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
-    steps = take("steps", checks.whole("--steps", request.steps, 1, 1000), defaults.steps)
+    sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
+    given_steps = checks.whole("--steps", request.steps, 1, 1000)
+    steps = take("steps", given_steps if given_steps or not sigmas else len(sigmas), defaults.steps)
     checks.steps(model, steps)
-    checks.flow_shift(model, request.flow_shift)
+    checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
+    preset = at_steps(preset, steps)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
     fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
     outputs = resolve_targets(
-        take("output", request.output, None, DEFAULT), prompt, seed, num_videos, request.overwrite
+        take("output", request.output, None, DEFAULT),
+        prompt,
+        seed,
+        num_videos,
+        request.overwrite,
+        with_sound=bool(audio),
     )
     check_rate(outputs, fps)
-    use = Use(source, revision, PIPELINES[pipeline], preset, steps, guidance, height, width, num_frames)
+    flow_shift = take(
+        "flow_shift",
+        checks.number("--flow-shift", request.flow_shift, 0.01, 100),
+        None if sigmas else defaults.flow_shift,
+    )
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
+    step_costs = tuple(work.step_costs(preset))
+    flops = count_flops(model, grid, preset, steps, work.forwards, flow_shift)
+    use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
     if choice.is_shipped:
@@ -92,9 +121,12 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
             checks.number("--guidance-scale-2", request.guidance_scale_2, 0, 100),
             defaults.guidance_scale_2,
         ),
-        flow_shift=take(
-            "flow_shift", checks.number("--flow-shift", request.flow_shift, 0.01, 100), defaults.flow_shift
-        ),
+        flow_shift=flow_shift,
+        recipe=take("recipe", request.recipe, None, DEFAULT),
+        sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
+        sigmas=take("sigmas", sigmas or None, (), DEFAULT),
+        schedule=(schedule := resolve_schedule(model, sampler, sigmas, steps, flow_shift)).sigmas,
+        schedule_forced=schedule.forced,
         seed=seed,
         num_videos=num_videos,
         preset=preset,
@@ -107,17 +139,21 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         overwrite=request.overwrite,
         grid=grid,
         tokens=grid[0] * grid[1] * grid[2],
-        flops=count_flops(model, grid, preset, steps, branches=branches_of(model, guidance)),
+        flops=flops,
+        step_costs=step_costs,
         revision=revision,
         image=take("image", image, None, DEFAULT),
-        setup=(setup := _resolve_setup(request, PIPELINES[pipeline], origins, choice.tuned)),
+        audio=audio,
+        setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
-        origins={"prompt": DEFAULT if without else FLAG, **origins},
+        origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
-            *warnings.of_flags(request, model, PIPELINES[pipeline], guidance),
+            *warnings.of_flags(request, model, facts, guidance),
             *warnings.without_effect(request, preset),
+            *warnings.of_schedule(preset, step_costs, flops),
+            *warnings.of_cache(request.cache, steps),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),

@@ -65,6 +65,16 @@ class Setup(BaseModel):
     compile: bool = False
     tuned: tuple[AdapterFile, ...] = ()
     """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
+    transformer: str | None = None
+    """A file whose weights take the place of the model's transformer."""
+    transformer_2: str | None = None
+    """The same for the second transformer."""
+
+    @property
+    def single_files(self) -> dict[str, str]:
+        """Component -> the file that its weights come from, of those that have one of their own."""
+        files = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: file for name, file in files.items() if file is not None}
 
 
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:

@@ -36,6 +36,8 @@ class Use:
     height: int
     width: int
     num_frames: int
+    replaced: bool = False
+    """A file of its own gives a transformer's weights (`--transformer`)."""
 
     @property
     def folder(self) -> Path | None:
@@ -95,7 +97,12 @@ def check(tuned: AdapterFile, use: Use) -> None:
         raise InputError(f"--tuned: diffusers loads no LoRA into a {use.facts.name}")
     if importlib.util.find_spec("peft") is None:
         raise InputError(f"--tuned {_PEFT}")
-    misfit = tuned.adapter.misfit(use.preset)
+    if use.replaced:
+        raise InputError(
+            f"adapter {tuned.path} was tuned on the weights of {tuned.adapter.model}, and --transformer replaces "
+            "them: leave out one of the two"
+        )
+    misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         raise InputError(
             f"adapter {tuned.path} was tuned with preset {tuned.adapter.preset_name} and cannot run with "
@@ -108,7 +115,7 @@ def check(tuned: AdapterFile, use: Use) -> None:
 def _hint(tuned: AdapterFile) -> str:
     """The shipped preset that an adapter was tuned with, if it is one."""
     name = tuned.adapter.preset_name
-    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name)) is None
+    fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name), tuned.adapter.steps) is None
     return f"; --preset {name} fits it" if fits else ""
 
 

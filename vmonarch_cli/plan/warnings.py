@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
@@ -10,8 +10,14 @@ from vmonarch_cli.models.demo_vocabulary import unknown_words
 from vmonarch_cli.models.lora_facts import LoraFacts, distilled_word
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset, parse_assignment
+
+COSTLY = 1.1
+"""Times dense attention above which a preset's cost is said; below, the two are alike."""
+FEW_STEPS = 8
+"""Denoising steps up to which a step cache harms: what distilled models take."""
 
 
 def of_demo(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list[str]:
@@ -51,6 +57,31 @@ def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, 
                 "which begins above 1"
             )
     return found
+
+
+def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops) -> Iterator[str]:
+    """A preset of which nothing runs structured, though it is made for that, or which costs more than dense."""
+    if preset.attention == "dense" or flops.structured_call == flops.dense_call:  # a band over all frames asks for it
+        return
+    if all(row.dense for row in schedule):
+        yield (
+            f"preset {preset.name} runs nothing structured here: all {len(schedule)} steps are dense, "
+            "as with --preset dense"
+        )
+    elif flops.planned > COSTLY * flops.dense:
+        yield (
+            f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "
+            "much: more frames, or --preset dense, would be better"
+        )
+
+
+def of_cache(cache: str | None, steps: int) -> Iterator[str]:
+    """A step cache in a clip of few steps, where hardly one of them is like the one before."""
+    if cache is not None and steps <= FEW_STEPS:
+        yield (
+            f"--cache {cache} leaves out work of {steps} steps, which differ much from one another: with "
+            f"{FEW_STEPS} steps or fewer, as distilled models take, it harms the clip more than it saves"
+        )
 
 
 def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:

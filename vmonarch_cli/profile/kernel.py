@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vmonarch_cli.presets import Preset, options_for
+from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, wall

@@ -8,7 +8,7 @@ from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.plan.history import Measurement, computed_fields, keep
-from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.presets import Preset, at_steps, load_preset
 from vmonarch_cli.profile.results import ModelProfile
 
 
@@ -32,7 +32,7 @@ def remember_profile(
                 model=source,
                 grid=profile.grid,
                 branches=profile.forwards,
-                preset=computed_fields(preset),
+                preset=computed_fields(at_steps(preset, profile.clip_steps)),
                 dtype=dtype,
                 steps=profile.clip_steps,
                 attention_s=attention_s,

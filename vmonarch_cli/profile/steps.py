@@ -15,7 +15,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
-from vmonarch_cli.presets import load_preset
+from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.profile.contenders import Contender, contenders, structured
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
@@ -245,7 +245,7 @@ class StepsRun:
             if row.step is None or row.note == "cold" or row.kind == "skipped":
                 continue
             preset = presets.get(row.name)
-            first = min(steps, preset.dense_steps) if preset and row.kind == "structured" else 0
+            first = min(steps, int(at_steps(preset, steps).dense_steps)) if preset and row.kind == "structured" else 0
             total = first * (dense.step.median if dense and dense.step else row.step.median)
             cold = profile.row(row.name, "cold")
             if cold is not None and cold.step is not None and steps > first:

@@ -62,7 +62,9 @@ def with_adapters(found: Sequence[Variant], adapters: Sequence[AdapterFile]) -> 
         preset = tuned.adapter.made_for
         row = Variant(name, "preset", preset, is_preset=True, tuned=tuned)
         below = (
-            i for i, other in enumerate(rows) if other.tuned is None and tuned.adapter.misfit(other.preset) is None
+            i
+            for i, other in enumerate(rows)
+            if other.tuned is None and tuned.adapter.misfit(other.preset, tuned.adapter.steps) is None
         )
         rows.insert(next(below, -1) + 1, row)
     return rows
@@ -142,8 +144,7 @@ def _distinct(found: list[Variant]) -> list[Variant]:
     """The first of each setting; a dropped one hands on what the paper reports for it."""
     kept: dict[tuple[object, ...], Variant] = {}
     for variant in found:
-        fields = variant.preset.model_dump(exclude={"name", "description"})
-        key = (*fields.values(), variant.frames_per_block)
+        key = (repr(variant.preset.computed_fields()), variant.frames_per_block)
         if key not in kept:
             kept[key] = variant
         elif kept[key].paper_psnr is None and variant.paper_psnr is not None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from vmonarch_cli.clip.record_model import Record, clip_of, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import ENDINGS
+from vmonarch_cli.media.paths import ENDINGS, sound_path
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.review import webpage
 from vmonarch_cli.review.words import error_words, lost_subject
@@ -104,6 +104,8 @@ def _card(entry: GalleryClip, poster: str | None, folder: Path) -> dict[str, Any
         "name": entry.clip.name,
         "link": _link(entry.clip, folder),
         "record_link": _link(entry.record_file, folder),
+        "heard": record.audio is not None,
+        "sound": _sound_link(entry, folder),
         "poster": poster,
         "width": record.frames.width,
         "height": record.frames.height,
@@ -123,6 +125,8 @@ def _measured(record: Record) -> list[tuple[str, str]]:
         ("seed", str(record.seed)),
         ("clip", f"{frames.width}x{frames.height}, {frames.count} frames, {frames.fps} fps"),
     ]
+    if record.audio is not None:
+        rows.append(("sound", record.audio.words))
     whole = timing.whole
     if timing.attention_s is not None:
         gain = None if whole is None else whole.attention_speedup
@@ -175,6 +179,12 @@ def _poster(entry: GalleryClip) -> str | None:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     return webpage.data_uri(stream.getvalue(), "image/jpeg")
+
+
+def _sound_link(entry: GalleryClip, folder: Path) -> str | None:
+    """The .wav beside a clip, where it is there; an .mp4 plays its own sound."""
+    wav = sound_path(entry.clip)
+    return _link(wav, folder) if entry.record.audio is not None and wav != entry.clip and wav.is_file() else None
 
 
 def _link(path: Path, folder: Path) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmonarch_cli.clip.events import Event
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.events import Event
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import ClipResult
@@ -28,7 +28,8 @@ class Repetition:
     def sentence(self) -> str:
         """The verdict in one line."""
         if self.identical:
-            return "identical: every pixel of every frame is as in the record"
+            sound = ", and every sample of the sound" if "audio" in self.result.record else ""
+            return f"identical: every pixel of every frame is as in the record{sound}"
         if not self.differing:
             return "different: the frames are not as in the record, though versions and device are"
         changed = ", ".join(f"{name} was {then} and is {now}" for name, then, now in self.differing)
@@ -64,8 +65,16 @@ def repeat(
 
     (result,) = generate(plan, machine, retry_dense=False, on_event=on_event)
     now = read_record(result.record_path)
-    same = now.frames.sha256 == record.frames.sha256
+    same = now.frames.sha256 == record.frames.sha256 and _sound_hash(now) == _sound_hash(record)
     return Repetition(result, same, differing_circumstances(record, now))
+
+
+def _hash_of(record: Record, part: str) -> str | None:
+    return next((file.sha256[:12] for file in record.weights if file.part == part), None)
+
+
+def _sound_hash(record: Record) -> str | None:
+    return None if record.audio is None else record.audio.sha256
 
 
 def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, str]]:
@@ -78,5 +87,6 @@ def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, s
         *([("vae_dtype", then.vae_dtype, now.vae_dtype)] if then.vae_dtype is not None else []),
         ("impl", then.impl, now.impl),
         ("model", then.model.source, now.model.source),
+        *((file.part, file.sha256[:12], _hash_of(now, file.part)) for file in then.weights),
     ]
     return [(name, str(old), str(new)) for name, old, new in pairs if old != new]

@@ -17,12 +17,13 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo_vocabulary import GLUE, tokens, vocabulary
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
+from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.warnings import of_demo
-from vmonarch_cli.presets import options_for
+from vmonarch_cli.presets import at_steps
 from vmonarch_cli.text import binary_size, shown
 
 DEFAULT_STEPS = 500
@@ -86,6 +87,11 @@ class TunePlan:
         return self.output.with_suffix(".tune")
 
     @property
+    def dense_steps(self) -> int:
+        """First denoising steps that the preset runs dense, in which the adapter is off."""
+        return int(at_steps(self.clip.preset, self.clip.steps).dense_steps)
+
+    @property
     def forwards(self) -> int:
         """Forwards of one denoising step."""
         return branches_of(self.clip.model, self.clip.guidance_scale)
@@ -97,7 +103,7 @@ class TunePlan:
         p_t, p_h, p_w = model.patch
         numbers = model.latent_channels * frames * p_t * rows * p_h * columns * p_w
         text = self.forwards * model.max_sequence_length * model.text_dim * 4
-        steps = self.clip.steps - self.clip.preset.dense_steps
+        steps = self.clip.steps - self.dense_steps
         return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
 
     @property
@@ -214,7 +220,7 @@ def _tunable(facts: Any) -> bool:
 
 
 def _check_preset(clip: Plan) -> None:
-    preset, model = clip.preset, clip.model
+    preset, model = at_steps(clip.preset, clip.steps), clip.model
     if preset.attention == "dense":
         raise InputError(f"preset {preset.name} is dense attention, which is the teacher: name a structured preset")
     if options_for(preset, clip.grid[0]).exact:

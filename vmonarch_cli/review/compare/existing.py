@@ -10,8 +10,9 @@ import numpy as np
 
 from vmonarch_cli.clip.record_model import Record, clip_of, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.media.paths import ENDINGS, record_path, sound_path
 from vmonarch_cli.media.read import read_clip
+from vmonarch_cli.media.sound import Sound, read_sound
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
 _DEFAULT_FPS = 16  # of a side-by-side video of clips without records
@@ -54,10 +55,13 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
             measured = distance(frames, clips[0].frames, lpips)
         elif clips and len(frames) and len(clips[0].frames):
             notes.append(f"{name} has another shape than {clips[0].name}: their frames cannot be compared")
-        clips.append(ComparedClip(name, frames, changes(frames), flicker(frames), measured, record, file))
+        sound = read_sound_of(file, record)
+        clips.append(ComparedClip(name, frames, changes(frames), flicker(frames), measured, record, file, sound))
     if any(clip.distance for clip in clips):
         notes.append("distances are between the files, whose lossy coding is part of them")
     reference, *others = clips
+    if reference.sound is not None:
+        notes.append(whose_sound(reference.name))
     changed = [name for name, _ in differing(clips) if name in _TIME_DEPENDS_ON]
     if changed:
         notes.append(f"times are not compared: {', '.join(changed)} differ")
@@ -72,6 +76,18 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
         notes=notes,
         times_comparable=not changed,
     )
+
+
+def read_sound_of(clip: Path, record: Record | None) -> Sound | None:
+    """The sound that a record says a clip has, from its file; None for a silent one, or where the file is not there."""
+    if record is None or record.audio is None:
+        return None
+    return read_sound(sound_path(clip), record.audio.rate, record.audio.channels)
+
+
+def whose_sound(name: str) -> str:
+    """A note: of several clips one is heard."""
+    return f"the side-by-side video has the sound of {name}"
 
 
 def shared_facts(clips: Sequence[ComparedClip]) -> list[tuple[str, str]]:

@@ -21,7 +21,8 @@ def write_comparison(comparison: Comparison, folder: Path, overwrite: bool = Fal
     written = []
     film = sheet = None
     if all(len(clip.frames) for clip in comparison.clips):
-        path = write_clip(side_by_side(comparison), folder / FILM, comparison.fps, overwrite)
+        film_frames, sound = side_by_side(comparison), comparison.reference.sound
+        path = write_clip(film_frames, folder / FILM, comparison.fps, overwrite, sound=sound)
         film = path.read_bytes()
         stream = io.BytesIO()
         contact_sheet(comparison).save(stream, "PNG", optimize=True)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.clip.record_model import Record
+from vmonarch_cli.media.sound import Sound
 
 Frames = NDArray[np.uint8]
 _LEAST_VARIATION = 0.03
@@ -56,6 +57,8 @@ class ComparedClip:
     """From the reference; None for the reference itself, and where the shapes differ."""
     record: Record | None = None
     path: Path | None = None
+    sound: Sound | None = None
+    """As its file has it."""
 
     @property
     def attention_s(self) -> float | None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmonarch_cli.clip.events import ClipStarted, Event
 from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import InputError, OutputError
-from vmonarch_cli.events import ClipStarted, Event
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, output_path, slug
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
@@ -17,7 +17,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.review.compare.existing import differing, shared_facts
+from vmonarch_cli.review.compare.existing import differing, read_sound_of, shared_facts, whose_sound
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run_comparison(
         result = maker.finish(plan, 0, maker.denoise(plan, 0), on_frames=kept.append)
         results.append(replace(result, index=index))
         (frames,) = kept
-        shown = read_clip(result.path)
+        shown, record = read_clip(result.path), read_record(result.record_path)
         clips.append(
             ComparedClip(
                 name=name,
@@ -83,8 +83,9 @@ def run_comparison(
                 change_frames=changes(shown),
                 flicker=flicker(shown),
                 distance=distance(frames, clips[0].frames, lpips) if clips else None,
-                record=read_record(result.record_path),
+                record=record,
                 path=result.path,
+                sound=read_sound_of(result.path, record),
             )
         )
     comparison = Comparison(
@@ -95,7 +96,7 @@ def run_comparison(
         others=clips[1:],
         facts=shared_facts(clips),
         differing=differing(clips),
-        notes=[note] if note else [],
+        notes=[*([note] if note else []), *([whose_sound(REFERENCE)] if clips[0].sound is not None else [])],
     )
     return comparison, results
 

@@ -1,0 +1,121 @@
+"""Noise levels (sigmas) of a clip's denoising steps: which sampler takes them, and what they are. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.text import near, shown
+
+OWN = "own"
+SAMPLERS = (OWN, "unipc", "euler", "dpm++", "lcm")
+"""What `--sampler` takes; "own" is the scheduler that the model comes with, as it is set there."""
+_KINDS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+_OF_FAMILY = {
+    "wan": "unipc",
+    "skyreels-v2": "unipc",
+    "hunyuan-video": "euler",
+    "hunyuan-video-1.5": "euler",
+    "ltx-video": "euler",
+    "ltx-2": "euler",
+    "kandinsky-5": "euler",
+    "motif-video": "euler",
+}
+_KNOWN_LEVELS = ("wan", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5")
+"""Families whose own schedule follows from the steps and the shift alone."""
+_MAX_SIGMAS = 1000
+
+
+class NoiseLevels(NamedTuple):
+    """The noise levels of a clip."""
+
+    sampler: str
+    sigmas: tuple[float, ...] | None
+    """Noise level at which each step begins, falling, within (0, 1]; None where the scheduler decides when it runs."""
+    forced: bool
+    """The scheduler is replaced, or set to these levels; otherwise they are what it does by itself."""
+
+
+def read_sigmas(text: str) -> tuple[float, ...]:
+    """'1,0.75,0.5' as numbers; InputError when they are not, not falling, or not within 0 to 1."""
+    values = []
+    for part in text.replace(" ", ",").split(","):
+        if part:
+            try:
+                values.append(float(part))
+            except ValueError:
+                raise InputError(
+                    f"--sigmas takes numbers with commas between them, as in 1,0.75,0.5, got {shown(part)}"
+                ) from None
+    return check_sigmas(tuple(values))
+
+
+def check_sigmas(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The list as it came; InputError when it is empty, too long, not falling, or not within 0 to 1."""
+    if not 1 <= len(values) <= _MAX_SIGMAS:
+        raise InputError(f"--sigmas takes 1 to {_MAX_SIGMAS} noise levels, got {len(values)}")
+    for value in values:
+        if not (math.isfinite(value) and 0 < value <= 1):
+            last = ": the 0 at the end is added" if value == 0 and value is values[-1] else ""
+            raise InputError(f"--sigmas takes noise levels above 0 and up to 1, got {value:g}{last}")
+    for before, after in itertools.pairwise(values):
+        if after >= before:
+            raise InputError(f"--sigmas takes noise levels that fall, got {after:g} after {before:g}")
+    return values
+
+
+def check_sampler(value: str | None) -> str | None:
+    """A known sampler, or None; InputError that names them."""
+    if value is not None and value not in SAMPLERS:
+        raise InputError(f"--sampler takes {', '.join(SAMPLERS)}, got {shown(value)}{near(value, SAMPLERS)}")
+    return value
+
+
+def own_sampler(model: ModelEntry) -> str | None:
+    """What the scheduler that a model comes with does; None for those that are no flow-matching samplers known here."""
+    if not model.has_flow_shift or not PIPELINES[model.pipeline].takes_sigmas:
+        return None
+    return _OF_FAMILY.get(model.family) if model.scheduler is None else _KINDS.get(model.scheduler)
+
+
+def resolve_schedule(
+    model: ModelEntry, sampler: str, sigmas: tuple[float, ...], steps: int, flow_shift: float | None
+) -> NoiseLevels:
+    """The noise levels of a clip; InputError for what a model cannot have.
+
+    sigmas: as given, empty for none. flow_shift: what is resolved so far, None for the scheduler's own.
+    """
+    own = own_sampler(model)
+    changes = sampler not in (OWN, own) or bool(sigmas)
+    if changes and own is None:
+        flag = "--sigmas" if sigmas else "--sampler"
+        raise InputError(
+            f"{flag} cannot be set: the noise schedule of {model.alias} is not a flow from noise level 1 to 0"
+        )
+    if sigmas:
+        if len(sigmas) != steps:
+            raise InputError(f"--sigmas has {len(sigmas)} noise levels and --steps is {steps}: give one for each step")
+        return NoiseLevels(sampler, sigmas, forced=True)
+    if changes:
+        if flow_shift is None:
+            raise InputError(
+                f"--sampler {sampler} needs --flow-shift or --sigmas: the own schedule of {model.alias} follows its "
+                "number of tokens"
+            )
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
+    if flow_shift is None or own is None or model.family not in _KNOWN_LEVELS:
+        return NoiseLevels(sampler, None, forced=False)
+    if own == "unipc":  # diffusers' levels begin at 0.999, before they are shifted
+        return NoiseLevels(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
+    if model.family.startswith("hunyuan"):
+        return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
+    return NoiseLevels(sampler, None, forced=False)
+
+
+def _shifted(levels: list[float], shift: float) -> tuple[float, ...]:
+    """The flow shift: s -> shift s / (1 + (shift - 1) s)."""
+    return tuple(round(shift * level / (1 + (shift - 1) * level), 6) for level in levels)
