@@ -53,7 +53,7 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     said, adapter = json.loads(result.stdout), read_adapter(file)
     assert said["path"] == str(file)
     assert len(said["losses"]) == 4
-    assert adapter.preset == at_steps(load_preset("fast"), 3).model_copy(update={"band": 1}).model_dump()
+    assert adapter.preset == at_steps(load_preset("fast").model_copy(update={"band": 1}), 3).model_dump()
     assert (adapter.steps, adapter.guidance_scale, adapter.size, adapter.num_frames) == (3, 3.0, "48x32", 17)
     assert adapter.fingerprint == fingerprint(tiny_wan_folder)
     assert adapter.training["prompts"] == 3
