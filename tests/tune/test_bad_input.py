@@ -58,7 +58,7 @@ def test_a_flag_that_cannot_be_honoured(
         (
             "a red circle\na red circle\n",
             "--eval-prompts 1",
-            "1 prompts are held out to evaluate, and there are",
+            "leaves no prompt to train with: there are 1 diff",
         ),
     ],
 )

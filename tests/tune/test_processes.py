@@ -79,17 +79,14 @@ def test_killed_in_both_phases_a_run_comes_to_the_same_adapter(tiny_wan_folder: 
 def test_two_processes_train_as_one_with_twice_the_batch(tiny_wan_folder: Path, tmp_path: Path) -> None:
     """Each has its own trajectories, DDP adds up the gradients, and the first one writes the adapter."""
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    finished(start(tiny_wan_folder, one, "--batch", "2"))
+    finished(start(tiny_wan_folder, one, "--batch", "2", "--steps", "8"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
-        start(
-            tiny_wan_folder, two, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        start(tiny_wan_folder, two, "--steps", "8", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
+    ]
     for process in ranks:
         finished(process)
     first, second = load_file(one), load_file(two)
@@ -98,5 +95,5 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny_wan_folder: Path, 
         torch.testing.assert_close(second[name], value, rtol=2e-2, atol=2e-4, msg=name)
     made, twice = read_adapter(one).training, read_adapter(two).training
     assert (made["batch"], twice["batch"]) == (2, 2)
-    assert made["loss_first"] == pytest.approx(twice["loss_first"], rel=1e-5)
+    assert made["loss_first"] == pytest.approx(twice["loss_first"], rel=1e-4)
     assert made["loss_last"] == pytest.approx(twice["loss_last"], rel=1e-3)

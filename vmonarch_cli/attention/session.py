@@ -210,7 +210,7 @@ class AttentionSession:
         )
         dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
-        if self._replaying and (reason is not None or options_for(self.preset, call.grid[0]).exact):
+        if self._replaying and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
             return dense()
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:

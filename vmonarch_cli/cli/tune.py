@@ -53,11 +53,18 @@ _NOT_OF_A_CLIP = (
     "image",
     "offload",
     "vae_tiling",
+    "vae_dtype",
     "quantize",
     "loras",
     "cache",
     "compile",
     "tuned",
+    "transformer",
+    "transformer_2",
+    "recipe",
+    "sampler",
+    "sigmas",
+    "audio",
 )
 
 
@@ -114,7 +121,7 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     plan = _resolved(request, flags, rank.world)
     plot = check_plot(flags.plot, flags.replace)
     out.note(*plan.notes)
-    out.warn(*plan.clip.warnings)
+    out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.tune.memory import check_memory, free_bytes

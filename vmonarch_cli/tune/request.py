@@ -14,7 +14,7 @@ from typing import Any
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.demo_vocabulary import unknown_words, vocabulary
+from vmonarch_cli.models.demo_vocabulary import GLUE, tokens, vocabulary
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.call_options import options_for
@@ -22,6 +22,8 @@ from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.warnings import of_demo
+from vmonarch_cli.presets import at_steps
 from vmonarch_cli.text import binary_size, shown
 
 DEFAULT_STEPS = 500
@@ -77,11 +79,17 @@ class TunePlan:
     world: int = 1
     """Processes that train together."""
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     @property
     def work(self) -> Path:
         """The folder of trajectories, results and checkpoints, which is removed when the adapter is written."""
         return self.output.with_suffix(".tune")
+
+    @property
+    def dense_steps(self) -> int:
+        """First denoising steps that the preset runs dense, in which the adapter is off."""
+        return int(at_steps(self.clip.preset, self.clip.steps).dense_steps)
 
     @property
     def forwards(self) -> int:
@@ -95,7 +103,7 @@ class TunePlan:
         p_t, p_h, p_w = model.patch
         numbers = model.latent_channels * frames * p_t * rows * p_h * columns * p_w
         text = self.forwards * model.max_sequence_length * model.text_dim * 4
-        steps = self.clip.steps - int(self.clip.preset.dense_steps)
+        steps = self.clip.steps - self.dense_steps
         return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
 
     @property
@@ -163,6 +171,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         request.overwrite,
         world,
         notes=clip.notes,
+        warnings=tuple(dict.fromkeys([*clip.warnings, *_unknown(clip, prompts or ())])),
     )
     _check_disk(plan)
     return plan
@@ -211,7 +220,7 @@ def _tunable(facts: Any) -> bool:
 
 
 def _check_preset(clip: Plan) -> None:
-    preset, model = clip.preset, clip.model
+    preset, model = at_steps(clip.preset, clip.steps), clip.model
     if preset.attention == "dense":
         raise InputError(f"preset {preset.name} is dense attention, which is the teacher: name a structured preset")
     if options_for(preset, clip.grid[0]).exact:
@@ -247,23 +256,26 @@ def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tu
         known = set(vocabulary())
         for text in texts:
             if not known.intersection(_words(text)):
-                words = ", ".join(f"'{word}'" for word in unknown_words(text)[:8])
                 raise InputError(
-                    f"the demo model knows no word of the prompt {shown(text)}, only others than {words}: "
-                    f'as in "{checks.EXAMPLE_PROMPT}"'
+                    f"the demo model knows no word of the prompt {shown(text)}: it draws moving shapes, as in "
+                    f'"{checks.EXAMPLE_PROMPT}"'
                 )
     if len(texts) <= held_out:
         raise InputError(
-            f"{held_out} prompts are held out to evaluate, and there are only {len(texts)} different ones: give more, "
-            "or fewer with --eval-prompts"
+            f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
+            "those that are held out are not trained with"
         )
     cut = len(texts) - held_out
     return tuple(texts[:cut]), tuple(texts[cut:])
 
 
-def _words(text: str) -> set[str]:
-    from vmonarch_cli.models.demo_vocabulary import GLUE, tokens
+def _unknown(clip: Plan, prompts: Sequence[str]) -> list[str]:
+    """Of the demo model: words that it was not trained on."""
+    return of_demo(clip.model, " ".join(prompts), (clip.height, clip.width, clip.num_frames))
 
+
+def _words(text: str) -> set[str]:
+    """Words of a prompt that name something."""
     return set(tokens(text)) - set(GLUE)
 
 

@@ -138,7 +138,7 @@ def sample_trajectory(pipeline: Any, plan: TunePlan, number: int) -> Path:
     recorder = ForwardRecorder()
     noise = plan.noise_seed(number)
     sample(pipeline, plan.clip, plan.prompts[number], noise, load_preset("dense"), recorder)
-    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.clip.preset.dense_steps])
+    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.dense_steps])
     return path
 
 
