@@ -90,7 +90,7 @@ def test_the_help_of_generate_lists_its_flags() -> None:
         "cli.progress",
         "media.paths",
         "timing",
-        "events",
+        "clip.events",
         "media.write",
         "models.registry",
     ],

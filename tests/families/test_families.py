@@ -210,7 +210,7 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 output=str(tmp_path / "x.mp4"),
             )
             plan = resolve(asked).model_copy(update={"guidance_scale_2": None})
-            latents = run.denoise(pipeline, session, embeddings, plan, seed=0)
+            latents = run.denoise(pipeline, session, embeddings, plan, seed=0).frames
     frames = decode_whole(pipeline, latents, shape)
     expected = latents_of(pipeline, tiny, steps=STEPS, output_type="np")[0]
     assert frames.shape == expected.shape

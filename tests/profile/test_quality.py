@@ -48,7 +48,7 @@ def call(*arguments: str, code: int = 0) -> Result:
 def test_variants_are_distinct_and_end_with_the_check(sweep: str) -> None:
     found = variants(sweep)
     assert len({v.name for v in found}) == len(found)
-    settings = {(*v.preset.model_dump(exclude={"name", "description"}).values(), v.frames_per_block) for v in found}
+    settings = {(v.preset.model_dump_json(exclude={"name", "description"}), v.frames_per_block) for v in found}
     assert len(settings) == len(found)
     assert found[-1].name == "exact"
     groups = [v.group for v in found[:-1]]
