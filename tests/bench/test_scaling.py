@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,6 +40,7 @@ def test_two_processes_predict_what_one_does(tmp_path: Path) -> None:
     assert clip["exchange_s"] > 0
 
 
+@pytest.mark.slow
 def test_heads_that_cannot_be_shared_are_said_once() -> None:
     done = scaling(3)
     assert done.returncode != 0

@@ -235,7 +235,11 @@ def test_refreshed_frames_have_the_gradients_of_what_they_show(impl: str) -> Non
 
 # Triton
 
-SMALL: list[tuple[tuple[int, int, int], int]] = [((2, 3, 5), 16), ((7, 1, 5), 24), ((5, 1, 40), 64), ((70, 1, 2), 16)]
+SMALL: list[tuple[tuple[int, int, int], int]] = [((2, 3, 5), 16), ((7, 1, 5), 24)]
+SLOW = [
+    pytest.param(grid, dim, marks=() if CUDA else pytest.mark.slow)  # for the interpreter
+    for grid, dim in (((5, 1, 40), 64), ((70, 1, 2), 16))
+]
 LARGE = [
     ((frames, 1, positions), dim)
     for frames, positions, dim in [
@@ -254,7 +258,7 @@ VARIANTS: list[tuple[Options, dict[str, bool]]] = [
 
 
 @pytest.mark.parametrize(("options", "parts"), VARIANTS, ids=str)
-@pytest.mark.parametrize(("grid", "dim"), SMALL + (LARGE if CUDA else []), ids=str)
+@pytest.mark.parametrize(("grid", "dim"), [*SMALL, *SLOW, *(LARGE if CUDA else [])], ids=str)
 def test_triton_matches_float64_in_float32(
     grid: tuple[int, int, int], dim: int, options: Options, parts: dict[str, bool]
 ) -> None:
@@ -267,7 +271,7 @@ def test_triton_matches_float64_in_float32(
 
 
 @pytest.mark.parametrize(("options", "parts"), VARIANTS, ids=str)
-@pytest.mark.parametrize(("grid", "dim"), LARGE if CUDA else SMALL[:3], ids=str)
+@pytest.mark.parametrize(("grid", "dim"), LARGE if CUDA else [*SMALL, *SLOW[:1]], ids=str)
 def test_triton_stays_within_the_error_of_eager_autograd(
     grid: tuple[int, int, int], dim: int, options: Options, parts: dict[str, bool]
 ) -> None:

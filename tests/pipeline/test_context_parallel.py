@@ -73,7 +73,13 @@ if read_rank().is_main:
 """
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-two-stage", "wan-i2v", "ltx-video", "ltx-video-i2v"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("wan", "wan-two-stage", "ltx-video"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan-i2v", "ltx-video-i2v")),
+    ],
+)
 def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     tiny = TINY[name]
     made = by_two_processes(tmp_path, _WORKER, name=name, folder=str(folders[name]))

@@ -74,7 +74,8 @@ def test_kernels_are_compiled_anew_and_the_users_cache_is_left_alone(
 
 
 def test_clips_that_do_not_fit_the_budget_are_left_out(tiny_wan_folder: Path) -> None:
-    result = call("-m", str(tiny_wan_folder), *TINY, "--repeats", "5", "--seconds", "0.05", "--json", "-", code=1)
+    budget = ("--steps", "100", "--repeats", "5", "--seconds", "1")
+    result = call("-m", str(tiny_wan_folder), *TINY, *budget, "--json", "-", code=1)
     data = json.loads(result.stdout)
     assert data["clip"]["notes"] == ["--seconds left time for 0 of 5 warm clips of each kind"]
     assert data["problems"] == ["nothing was measured"]
