@@ -22,6 +22,7 @@ def scaling(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_predict_what_one_does(tmp_path: Path) -> None:
     done = scaling(2, "--json", str(tmp_path / "two.json"))
     assert done.returncode == 0, done.stderr

@@ -76,8 +76,8 @@ if read_rank().is_main:
 @pytest.mark.parametrize(
     "name",
     [
-        *("wan", "wan-two-stage", "ltx-video"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan-i2v", "ltx-video-i2v")),
+        *("wan", "ltx-video"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan-two-stage", "wan-i2v", "ltx-video-i2v")),
     ],
 )
 def test_two_processes_equal_one(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
