@@ -48,19 +48,20 @@ def binary_size(count: float) -> str:
 def flops(count: float) -> str:
     """Floating-point operations as '35.6 TFLOP' (T 1e12, G 1e9, P 1e15)."""
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            value = f"{count / size:#.3g}".rstrip(".") if count < 1000 * size else f"{count / size:.0f}"
+        if count >= 0.9995 * size:
+            value = f"{count / size:#.3g}".rstrip(".") if count < 999.5 * size else f"{count / size:.0f}"
             return f"{value} {unit}FLOP"
     return f"{count:.0f} FLOP"
 
 
 def seconds(value: float) -> str:
     """A duration for people: '850 µs', '12.3 ms', '4.21 s', '3 min 12 s'."""
-    if value < 1e-3:
+    # The bounds are those of the rounded figure: 999.6 ms have three digits as 1 s, and as 1e+03 ms else.
+    if value < 0.9995e-3:
         return f"{value * 1e6:.0f} µs"
-    if value < 1:
+    if value < 0.9995:
         return f"{value * 1e3:.3g} ms"
-    if value < 100:
+    if value < 99.95:
         return f"{value:.3g} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s"
