@@ -133,8 +133,8 @@ def test_the_l_steps_of_long_clips_compile_backwards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "dim", "frames"), [("bfloat16", 128, 65), ("float32", 128, 21)], ids=str)
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("dtype", "dim", "frames"), [("bfloat16", 128, 65)], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_the_backward_pass_compiles_and_fits(arch: int, dtype: str, dim: int, frames: int) -> None:
     calls = ["backward", "backward warm", "backward band", "backward frame"]
     kernels = BACKWARD | TILED
