@@ -14,6 +14,14 @@ EARLY_TURNS, EARLY_CALLS = 0.8, 0.2
 _GOLDEN = 0.6180339887498949
 
 
+def first_call_turns(refresh: float, frames: int, calls: float, forwards: int, first: float | None) -> float:
+    """Turns that the first call takes, not rounded, as ``turns_before`` describes them."""
+    if first is None:
+        # What the first call takes does not depend on the forwards: how many a step has is known when it ends.
+        return min(FIRST_FRAMES * frames, FIRST_TURNS * refresh * calls)
+    return min(frames, first * refresh * forwards * calls)
+
+
 def turns_before(
     call: int, refresh: float, frames: int, calls: int | None, forwards: int = 1, *, first: float | None = None
 ) -> int:
@@ -28,11 +36,8 @@ def turns_before(
     mean = refresh * forwards
     if calls is None or call == 0 or (calls < 3 if first is None else calls < 2):
         return math.ceil(mean * call - 1e-9)
-    if first is None:
-        # What the first call takes does not depend on the forwards: how many a step has is known when it ends.
-        taken = math.floor(min(FIRST_FRAMES * frames, FIRST_TURNS * refresh * calls) + 1e-9)
-    else:
-        taken = math.floor(min(frames, first * mean * calls) + 1e-9)
+    taken = math.floor(first_call_turns(refresh, frames, calls, forwards, first) + 1e-9)
+    if first is not None:
         return taken + math.ceil((mean * calls - taken) * (call - 1) / (calls - 1) - 1e-9)
     early_calls = max(1, round(EARLY_CALLS * calls))
     left, late_calls = mean * calls - taken, calls - 1 - early_calls

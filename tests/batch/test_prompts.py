@@ -73,7 +73,7 @@ def test_every_field_can_be_set_in_every_structured_format() -> None:
     values = {
         name: "t" if name in texts else 3
         for name in LINE_FIELDS
-        if name != "sigmas"  # a list, see tests/plan/test_schedule.py
+        if name != "sigmas"  # a list, see tests/plan/test_noise_levels.py
     }
     table = io.StringIO()
     writer = csv.DictWriter(table, list(values))

@@ -16,10 +16,10 @@ from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.pipeline.call import call, encode
 from vmonarch_cli.pipeline.preflight import check_machine
 from vmonarch_cli.pipeline.samplers import set_schedule
+from vmonarch_cli.plan.noise_levels import SAMPLERS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.schedule import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = (1.0, 0.9, 0.7, 0.4)
@@ -52,10 +52,10 @@ def test_the_levels_of_the_plan_are_those_that_run(folders: dict[str, Path], nam
 @pytest.mark.parametrize("name", ["wan", "wan-two-stage", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5"])
 def test_a_models_own_levels_are_known_before_it_is_loaded(folders: dict[str, Path], name: str) -> None:
     plan, pipeline = planned(folders[name], name, steps=4, flow_shift=5.0), load(folders[name])
-    assert plan.schedule is not None
+    assert plan.noise_levels is not None
     set_schedule(pipeline, plan, 0)
     latents_of(pipeline, TINY[name], steps=4)
-    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*plan.schedule, 0.0], abs=2e-3)
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*plan.noise_levels, 0.0], abs=2e-3)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -98,7 +98,7 @@ def test_a_recipe_runs(folders: dict[str, Path], tmp_path: Path, name: str, reci
     plan = planned(folders[name], name, recipe=recipe, output=str(tmp_path / "clip.png"))
     maker = ClipMaker(plan, check_machine(plan))
     denoised = maker.denoise(plan, 0)
-    assert [step.sigma for step in denoised.steps] == pytest.approx(list(plan.schedule or ()), abs=1e-5)
+    assert [step.sigma for step in denoised.steps] == pytest.approx(list(plan.noise_levels or ()), abs=1e-5)
     assert len(denoised.steps) == steps
     assert {step.calls for step in denoised.steps} == {TINY[name].layers}  # one forward a step
 

@@ -20,11 +20,12 @@ from wan_original import original_weights, write_gguf, write_original
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
-from vmonarch_cli.models.single_file import READABLE, check_single_file, file_sha256
+from vmonarch_cli.models.single_file import READABLE, check_single_file
 from vmonarch_cli.models.wan import PIPELINES as WAN
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.untrusted.files import file_sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = "--size 48x32 --num-frames 9 --steps 2 --device cpu --dtype float32"

@@ -73,7 +73,7 @@ def test_a_recipe_comes_to_the_numbers_of_its_source(name: str, picture: str) ->
     plan = planned(model, name, picture)
     assert (plan.sampler, plan.guidance_scale, len(plan.setup.loras)) == (sampler, guidance, loras)
     if levels is not None:
-        assert plan.schedule == pytest.approx(levels, abs=1e-4)
+        assert plan.noise_levels == pytest.approx(levels, abs=1e-4)
         assert plan.steps == len(levels)
     else:
         assert (plan.steps, plan.flow_shift) == OWN_STEPS[name]
@@ -89,9 +89,9 @@ def test_flags_beat_a_recipe() -> None:
     assert (plan.steps, plan.guidance_scale, plan.preset.name, plan.sampler) == (6, 2.0, "fast", "own")
     assert plan.settings()["steps"]["origin"] == "flag"
     assert plan.settings()["flow_shift"] == {"value": 5.0, "origin": "recipe"}
-    assert planned("wan2.1-14b", name, sigmas=(1.0, 0.5)).schedule == (1.0, 0.5)
+    assert planned("wan2.1-14b", name, sigmas=(1.0, 0.5)).noise_levels == (1.0, 0.5)
     assert planned("wan2.1-1.3b", "fastwan2.1-3step", steps=5).steps == 5
-    assert planned("wan2.1-1.3b", "fastwan2.1-3step", flow_shift=8.0, steps=3).schedule == pytest.approx(
+    assert planned("wan2.1-1.3b", "fastwan2.1-3step", flow_shift=8.0, steps=3).noise_levels == pytest.approx(
         (1.0, 0.9412, 0.8), abs=1e-4
     )
 
@@ -151,7 +151,7 @@ def test_a_line_may_name_a_recipe_without_a_lora(tmp_path: Path) -> None:
     request = GenerateRequest(model="wan2.1-1.3b", output=str(tmp_path / "out"))
     file.write_text('{"prompt": "a", "recipe": "fastwan2.1-3step"}\n{"prompt": "b"}\n')
     first, second = plan_batch(request, BatchFlags(str(file)), Rank()).clips
-    assert (first.plan.schedule, first.plan.sampler, second.plan.sampler) == ((1.0, 0.757, 0.522), "lcm", "own")
+    assert (first.plan.noise_levels, first.plan.sampler, second.plan.sampler) == ((1.0, 0.757, 0.522), "lcm", "own")
     file.write_text('{"prompt": "a", "recipe": "wan2.1-causvid-8step"}\n')
     with pytest.raises(InputErrors, match="loads a LoRA, which is the same for all clips of a batch"):
         plan_batch(request, BatchFlags(str(file)), Rank())

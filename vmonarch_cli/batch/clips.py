@@ -19,20 +19,30 @@ from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.schedule import OWN
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
-from vmonarch_cli.untrusted.files import user_path
+from vmonarch_cli.untrusted.files import file_sha256, user_path
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "schedule", "step_costs", "schedule_forced", "loras"}
+_NOT_IDENTITY |= {
+    "grid",
+    "tokens",
+    "flops",
+    "model",
+    "recipe",
+    "noise_levels",
+    "step_costs",
+    "noise_levels_forced",
+    "loras",
+}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -296,7 +306,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
             del content[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
-        content["image"] = hashlib.sha256(Path(plan.image).read_bytes()).hexdigest()
+        content["image"] = file_sha256(Path(plan.image))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs

@@ -8,8 +8,8 @@ from typing import Any
 
 from vmonarch_cli.batch.values import Pairs, Written, decimal, words
 from vmonarch_cli.errors import InputError, InputErrors
+from vmonarch_cli.plan.noise_levels import check_sigmas, read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.schedule import check_sigmas, read_sigmas
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
 

@@ -13,8 +13,8 @@ import typer
 
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.noise_levels import read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.schedule import read_sigmas
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"

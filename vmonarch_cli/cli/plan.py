@@ -73,7 +73,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),
         "schedule": [row.model_dump() for row in resolved.step_costs],
-        "sigmas": None if resolved.schedule is None else list(resolved.schedule),
+        "sigmas": None if resolved.noise_levels is None else list(resolved.noise_levels),
         "loras": [facts.model_dump() for facts in resolved.loras],
         "outputs": [str(path) for path in resolved.outputs],
         "warnings": list(resolved.warnings),

@@ -77,9 +77,9 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
 
 def _sigma_words(plan: Plan) -> str:
     """The noise levels of the steps, the middle of a long list left out."""
-    if plan.schedule is None:
+    if plan.noise_levels is None:
         return "the model's own schedule, which is known when it runs"
-    shown = [f"{sigma:.3f}" for sigma in plan.schedule]
+    shown = [f"{sigma:.3f}" for sigma in plan.noise_levels]
     if len(shown) > 12:
         shown = [*shown[:6], "...", *shown[-4:]]
     return " ".join(shown)

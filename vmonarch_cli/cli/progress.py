@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -42,7 +43,37 @@ class _BarUnderTable(Progress):
         yield from super().get_renderables()
 
 
-class RunProgress:
+class OnTerminal:
+    """A context manager: while it runs, its bar is drawn, where there is one."""
+
+    def __init__(self, out: Output, make: Callable[..., Progress], *more: ProgressColumn) -> None:
+        """`make` gets the columns of the bar, the last of which are `more`. Without a terminal there is no bar."""
+        self._out = out
+        self._bar: Progress | None = None
+        if out.stderr.is_terminal and not out.silent:
+            self._bar = make(
+                SpinnerColumn("line" if out.stderr.options.ascii_only else "dots"),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[count]}", markup=False),
+                *more,
+                console=out.stderr,
+                transient=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class RunProgress(OnTerminal):
     """A context manager to hand to a run as `on_event`.
 
     On a terminal it draws a bar that vanishes at the end, and with `live` the table of the steps so far above it;
@@ -58,36 +89,13 @@ class RunProgress:
     ) -> None:
         self.steps: list[StepAttention] = []
         """Steps of the clip that is being made; none once it is finished."""
-        self._out = out
         self._live = live
         self._on_clip = on_clip
-        self._bar: Progress | None = None
-        if out.stderr.is_terminal and not out.silent:
-            self._bar = _BarUnderTable(
-                self._table,
-                SpinnerColumn("line" if out.stderr.options.ascii_only else "dots"),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[count]}", markup=False),
-                TimeElapsedColumn(),
-                console=out.stderr,
-                transient=True,
-            )
+        super().__init__(out, functools.partial(_BarUnderTable, self._table), TimeElapsedColumn())
         self._task: TaskID | None = None
         self._total: int | None = None
         self._clip = ""
         self._load_s: float | None = None
-
-    def __enter__(self) -> RunProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         match event:

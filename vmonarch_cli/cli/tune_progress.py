@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress, TaskID
 
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.cli.progress import OnTerminal
 
 if TYPE_CHECKING:
     from vmonarch_cli.tune.loop import TrainStep
@@ -17,40 +17,19 @@ _SMOOTH = 0.9
 _EVERY_S = 30.0
 
 
-class TuneProgress:
+class TuneProgress(OnTerminal):
     """A context manager. On a terminal a bar that vanishes at the end; elsewhere a line per phase and now and then one
     of training.
     """
 
     def __init__(self, out: Output) -> None:
-        self._out = out
-        self._bar: Progress | None = None
+        super().__init__(out, Progress)
         self._task: TaskID | None = None
         self._words = ""
         self._loss: float | None = None
         self._told = float("-inf")
         self._began: tuple[float, float] | None = None
         """Time and share of the training at its first step here."""
-        if out.stderr.is_terminal and not out.silent:
-            self._bar = Progress(
-                SpinnerColumn("line" if out.stderr.options.ascii_only else "dots"),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[count]}", markup=False),
-                console=out.stderr,
-                transient=True,
-            )
-
-    def __enter__(self) -> TuneProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def phase(self, words: str, done: int, total: int | None) -> None:
         """What is going on, and how much of it is done."""

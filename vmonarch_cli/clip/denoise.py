@@ -11,7 +11,7 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, takes_callback
+from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, sampling_of, takes_callback
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
 
@@ -52,11 +52,7 @@ def denoise(
             pipeline,
             embeddings,
             (plan.height, plan.width, plan.num_frames),
-            num_inference_steps=plan.steps,
-            guidance_scale=plan.guidance_scale,
-            guidance_scale_2=plan.guidance_scale_2,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            fps=plan.fps,
+            **sampling_of(plan, seed),
             image=None if plan.image is None else conditioning_image(plan.image, plan.height, plan.width),
             callback_on_step_end=after_step if by_callback else None,
         )

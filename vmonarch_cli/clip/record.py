@@ -19,8 +19,7 @@ from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.models.tuned import file_hash
-from vmonarch_cli.plan.costs import Work, branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -28,6 +27,7 @@ from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
+from vmonarch_cli.untrusted.files import file_sha256
 from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
@@ -179,11 +179,10 @@ def plan_again(
     except ValidationError as error:
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
-    branches = branches_of(plan.model, plan.guidance_scale)
-    flops = count_flops(plan.model, plan.grid, preset, plan.steps, branches, plan.flow_shift)
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift)
-    costs = {"flops": flops, "step_costs": tuple(work.step_costs(preset))}
+    work = Work(plan.model, plan.grid, plan.steps, branches_of(plan.model, plan.guidance_scale), plan.flow_shift)
+    step_costs = tuple(work.step_costs(preset))
+    costs = {"flops": work.flops(preset, step_costs), "step_costs": step_costs}
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
@@ -201,7 +200,7 @@ def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Adapter
     use = Use(plan.model_source, plan.revision, facts, preset, plan.steps, plan.guidance_scale, *shape)
     path = Path(then.path)
     if not path.is_file():
-        path = next((own for own in use.shipped() if file_hash(own) == then.sha256), path)
+        path = next((own for own in use.shipped() if file_sha256(own) == then.sha256), path)
     tuned = read(path)
     if tuned.sha256 != then.sha256:
         raise InputError(

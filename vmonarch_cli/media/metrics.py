@@ -27,6 +27,10 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
     return math.inf if mse == 0 else 10 * math.log10(peak * peak / mse)
 
 
+SSIM_WINDOW = 11
+"""Pixels of a side that `ssim` needs."""
+
+
 def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
     """Structural similarity (Wang et al. 2004), mean over frames, channels and valid windows; 1 if equal.
 

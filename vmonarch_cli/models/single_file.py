@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
@@ -13,13 +12,12 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.weights import read_header, refuse_scaled
 from vmonarch_cli.text import printable
-from vmonarch_cli.untrusted.files import require_regular, user_path
+from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 GGUF = ".gguf"
 ENDINGS = (".safetensors", GGUF)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _GGUF_MAGIC = b"GGUF"
-_PIECE = 1 << 24
 _WAN = r"(blocks\.0\.self_attn\.q\.weight|condition_embedder\.time_proj\.weight)"
 READABLE = frozenset(
     {
@@ -99,19 +97,15 @@ def _kind_of(names: Iterable[str], wanted: str) -> str | None:
 
 def weights_facts(files: Mapping[str, str]) -> tuple[dict[str, str], ...]:
     """What a record says of files, by component: "part", "file" and "sha256" of each."""
-    return tuple({"part": part, "file": file, "sha256": file_sha256(Path(file))} for part, file in files.items())
+    return tuple({"part": part, "file": file, "sha256": _sha256(Path(file))} for part, file in files.items())
 
 
-def file_sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """SHA-256 of a file's content; computed once while its size and time stay."""
     about = path.stat()
-    return _sha256(path, about.st_size, about.st_mtime_ns)
+    return _sha256_of(path, about.st_size, about.st_mtime_ns)
 
 
 @cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)

@@ -195,12 +195,6 @@ def check_finite(path: Path) -> None:
                     raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(name)}")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of an adapter's file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(folder: Path) -> str:
     """SHA-256 that tells the transformers of a model's folder from others, whatever files hold their weights.
 

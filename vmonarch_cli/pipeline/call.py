@@ -16,6 +16,7 @@ from vmonarch_cli.families.base import Shape
 from vmonarch_cli.families.registry import facts_of, family_of
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.pipeline import step_cache
+from vmonarch_cli.plan.plan import Plan
 
 Frames = npt.NDArray[np.uint8]
 Embeddings = dict[str, Any]
@@ -47,6 +48,17 @@ class Latents(NamedTuple):
 
     frames: torch.Tensor
     sound: torch.Tensor | None
+
+
+def sampling_of(plan: Plan, seed: int) -> dict[str, Any]:
+    """How a plan's clip is sampled, as options of `call`; `seed`: of the clip."""
+    return {
+        "num_inference_steps": plan.steps,
+        "guidance_scale": plan.guidance_scale,
+        "guidance_scale_2": plan.guidance_scale_2,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        "fps": plan.fps,
+    }
 
 
 def call(pipeline: Any, embeddings: Embeddings, shape: Shape, **options: Any) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.pipeline.load import set_flow_shift
+from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
-from vmonarch_cli.plan.schedule import OWN
 
 _NOISELESS = 1e-6
 """How far below 1 the first level is for samplers that divide by 1 - sigma."""
@@ -20,10 +20,10 @@ _NOISE_SEED = 0x6C636D
 
 def set_schedule(pipeline: Any, plan: Plan, seed: int) -> None:
     """Give a pipeline, whose scheduler is the model's own, what a plan asks for; `seed`: of the clip."""
-    if not plan.schedule_forced or plan.schedule is None:
+    if not plan.noise_levels_forced or plan.noise_levels is None:
         set_flow_shift(pipeline, plan.flow_shift)
         return
-    pipeline.scheduler = held_to(_scheduler(pipeline.scheduler, plan.sampler), plan.schedule, seed)
+    pipeline.scheduler = held_to(_scheduler(pipeline.scheduler, plan.sampler), plan.noise_levels, seed)
 
 
 def _scheduler(own: Any, sampler: str) -> Any:

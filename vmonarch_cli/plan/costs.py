@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -97,6 +98,21 @@ class Work:
             )
         return rows
 
+    def flops(self, preset: Preset, rows: Sequence[StepCost]) -> Flops:
+        """Operations of a clip whose steps are `rows`, as `step_costs` counts them."""
+        model, resolved = self.model, at_steps(preset, self.steps)
+        dense_call = dense_flops(self.grid, model.heads, model.head_dim)
+        structured_call = dense_call
+        if preset.attention != "dense":
+            usual = options_for(resolved, self.grid[0], warm=resolved.warm_start)
+            structured_call = monarch_flops(self.grid, model.heads, model.head_dim, **usual.cost())
+        return Flops(
+            dense_call=dense_call,
+            structured_call=structured_call,
+            dense=dense_call * model.layers * self.forwards * self.steps,
+            planned=sum(row.flops for row in rows),
+        )
+
     def _call(self, preset: Preset, warm: bool, due: int) -> tuple[float, int]:
         """(frames exact, operations) of one structured call."""
         options = options_for(preset, self.grid[0], warm=warm)
@@ -125,17 +141,8 @@ def count_flops(
     model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int, flow_shift: float | None = None
 ) -> Flops:
     """Self-attention operations of a clip; `branches` is the number of forwards per step (2 with guidance)."""
-    resolved = at_steps(preset, steps)
-    dense_call = dense_flops(grid, model.heads, model.head_dim)
-    usual = options_for(resolved, grid[0], warm=resolved.warm_start)
-    is_dense = preset.attention == "dense"
-    rows = Work(model, grid, steps, branches, flow_shift).step_costs(preset)
-    return Flops(
-        dense_call=dense_call,
-        structured_call=dense_call if is_dense else monarch_flops(grid, model.heads, model.head_dim, **usual.cost()),
-        dense=dense_call * model.layers * branches * steps,
-        planned=sum(row.flops for row in rows),
-    )
+    work = Work(model, grid, steps, branches, flow_shift)
+    return work.flops(preset, work.step_costs(preset))
 
 
 def kept_by(model: ModelEntry, grid: Grid, preset: Preset, guidance_scale: float) -> int:

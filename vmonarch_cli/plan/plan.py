@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost
-from vmonarch_cli.plan.schedule import OWN
+from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
@@ -40,10 +40,10 @@ class Plan(BaseModel):
     """Name of the recipe that gave what no flag did."""
     sampler: str = OWN
     sigmas: tuple[float, ...] = ()
-    """As given; `schedule` is what they, or sampler and shift, come to."""
-    schedule: tuple[float, ...] | None = None
+    """As given; `noise_levels` is what they, or sampler and shift, come to."""
+    noise_levels: tuple[float, ...] | None = None
     """Noise level at which each step begins; None where the model's own scheduler decides when it runs."""
-    schedule_forced: bool = False
+    noise_levels_forced: bool = False
     """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int

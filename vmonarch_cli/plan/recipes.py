@@ -13,8 +13,8 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo import DEMO
+from vmonarch_cli.plan.noise_levels import check_sampler, check_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.schedule import check_sampler, check_sigmas
 from vmonarch_cli.text import near, shown
 from vmonarch_cli.untrusted.files import read_text, user_path
 from vmonarch_cli.untrusted.shapes import fault_of

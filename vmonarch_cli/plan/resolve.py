@@ -15,11 +15,11 @@ from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, 
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
-from vmonarch_cli.plan.costs import Work, branches_of, count_flops
+from vmonarch_cli.plan.costs import Work, branches_of
+from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.schedule import OWN, check_sampler, check_sigmas, resolve_schedule
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
@@ -99,7 +99,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     )
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
     step_costs = tuple(work.step_costs(preset))
-    flops = count_flops(model, grid, preset, steps, work.forwards, flow_shift)
+    flops = work.flops(preset, step_costs)
     use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
@@ -125,8 +125,8 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         recipe=take("recipe", request.recipe, None, DEFAULT),
         sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
         sigmas=take("sigmas", sigmas or None, (), DEFAULT),
-        schedule=(schedule := resolve_schedule(model, sampler, sigmas, steps, flow_shift)).sigmas,
-        schedule_forced=schedule.forced,
+        noise_levels=(levels := resolve_noise_levels(model, sampler, sigmas, steps, flow_shift)).sigmas,
+        noise_levels_forced=levels.forced,
         seed=seed,
         num_videos=num_videos,
         preset=preset,

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.presets import Preset, at_steps
-from vmonarch_kernels.turns import FIRST_FRAMES, FIRST_TURNS, turns_before
+from vmonarch_kernels.turns import first_call_turns, turns_before
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ class ClipSchedule:
         preset, dense = self.preset, int(self.preset.dense_steps)
         calls = (self.steps or 0) - dense
         mean = weight * preset.refresh
-        if preset.first_turns is None:
-            first = min(FIRST_FRAMES * self.frames, FIRST_TURNS * mean * calls / self.stages)
-        else:
-            first = min(self.frames, preset.first_turns * mean * lead * calls / self.stages)
+        first = first_call_turns(mean, self.frames, calls / self.stages, lead, preset.first_turns)
         rest = calls - self.stages
         if rest < 1:
             first = mean * lead

@@ -12,10 +12,10 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
-from vmonarch_cli.models.tuned import check_base, check_finite, file_hash, read_adapter, shipped_adapter
+from vmonarch_cli.models.tuned import check_base, check_finite, read_adapter, shipped_adapter
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
-from vmonarch_cli.untrusted.files import require_regular, user_path
+from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 NONE = "none"
 """What `--tuned` takes for no adapter."""
@@ -88,7 +88,7 @@ def _read(path: Path, *stamp: int) -> AdapterFile:
     """As `read`; `stamp` is other for a file that changed. Each line of a batch asks."""
     adapter = read_adapter(path)
     check_finite(path)
-    return AdapterFile(path=str(path), sha256=file_hash(path), adapter=adapter)
+    return AdapterFile(path=str(path), sha256=file_sha256(path), adapter=adapter)
 
 
 def check(tuned: AdapterFile, use: Use) -> None:
@@ -123,7 +123,7 @@ def check_file(tuned: AdapterFile, folder: Path) -> None:
     """InputError when an adapter's file, or the model in a folder, is another one than the run was planned with."""
     path = Path(tuned.path)
     require_regular(path, f"adapter {path}")
-    if file_hash(path) != tuned.sha256:
+    if file_sha256(path) != tuned.sha256:
         raise InputError(f"adapter {path} changed since the run was planned: start it again")
     check_base(tuned.adapter, tuned.path, folder)
 

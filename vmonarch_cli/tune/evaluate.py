@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.metrics import psnr, relative_error, ssim
+from vmonarch_cli.media.metrics import SSIM_WINDOW, psnr, relative_error, ssim
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.presets import load_preset
@@ -24,8 +24,6 @@ from vmonarch_cli.tune.trajectories import sample
 
 _MAX_PSNR = 100.0
 """Stands for infinity, which JSON cannot say."""
-_SMALLEST = 11
-"""Pixels of a side that SSIM needs."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def _compare(pipeline: Any, plan: TunePlan, number: int, folder: Path, swap: dic
     latents = sample(pipeline, clip, prompt, seed, clip.preset, **swap)
     made, expected = (_frames(pipeline, plan, x) for x in (latents, teacher))
     ratio = psnr(made, expected)
-    similar = ssim(made, expected) if min(made.shape[-2:]) >= _SMALLEST else None
+    similar = ssim(made, expected) if min(made.shape[-2:]) >= SSIM_WINDOW else None
     return ClipFigures(relative_error(latents, teacher), _MAX_PSNR if math.isinf(ratio) else ratio, similar)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError, NonFiniteError
 from vmonarch_cli.media.publish import atomic
-from vmonarch_cli.pipeline.call import call, encode
+from vmonarch_cli.pipeline.call import call, encode, sampling_of
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
@@ -109,11 +109,7 @@ def sample(
             pipeline,
             embeddings,
             (clip.height, clip.width, clip.num_frames),
-            num_inference_steps=clip.steps,
-            guidance_scale=clip.guidance_scale,
-            guidance_scale_2=clip.guidance_scale_2,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            fps=clip.fps,
+            **sampling_of(clip, seed),
         )
     if not torch.isfinite(latents).all():
         raise NonFiniteError(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import stat
@@ -29,6 +30,12 @@ _KINDS = (
     (stat.S_ISBLK, "is a device, not a file"),
 )
 _SHELL_PIPES = re.compile(r"/(?:dev/fd|proc/(?:self|\d+)/fd)/\d+")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def user_path(text: str, name: str, error: type[VmonarchError] = InputError) -> Path:

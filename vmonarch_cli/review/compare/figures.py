@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vmonarch_cli.media.metrics import psnr, ssim
+from vmonarch_cli.media.metrics import SSIM_WINDOW, psnr, ssim
 from vmonarch_cli.review.compare.results import Distance, Frames
 from vmonarch_cli.text import first_line
-
-_SSIM_WINDOW = 11
 
 
 def distance(frames: Frames, reference: Frames, lpips: Any = None) -> Distance:
     """How far `frames` (F, H, W, 3) are from a reference of the same shape; `lpips` as `load_lpips` gives it."""
     per_frame = [(_unit(a), _unit(b)) for a, b in zip(frames, reference, strict=True)]
-    ssims = [ssim(a, b) for a, b in per_frame] if min(frames.shape[1:3]) >= _SSIM_WINDOW else []
+    ssims = [ssim(a, b) for a, b in per_frame] if min(frames.shape[1:3]) >= SSIM_WINDOW else []
     lpipses: list[float] = []
     if lpips is not None:
         with torch.no_grad():

@@ -82,7 +82,7 @@ def own_sampler(model: ModelEntry) -> str | None:
     return _OF_FAMILY.get(model.family) if model.scheduler is None else _KINDS.get(model.scheduler)
 
 
-def resolve_schedule(
+def resolve_noise_levels(
     model: ModelEntry, sampler: str, sigmas: tuple[float, ...], steps: int, flow_shift: float | None
 ) -> NoiseLevels:
     """The noise levels of a clip; InputError for what a model cannot have.

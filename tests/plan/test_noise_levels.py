@@ -8,10 +8,10 @@ import pytest
 
 from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.noise_levels import read_sigmas
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.schedule import read_sigmas
 
 
 def planned(model: str = "wan2.1-1.3b", **flags: Any) -> Plan:
@@ -20,24 +20,24 @@ def planned(model: str = "wan2.1-1.3b", **flags: Any) -> Plan:
 
 def test_a_list_is_the_schedule_and_the_number_of_steps() -> None:
     plan = planned(sigmas=(1.0, 0.9, 0.5))
-    assert plan.schedule == (1.0, 0.9, 0.5)
-    assert plan.schedule_forced
+    assert plan.noise_levels == (1.0, 0.9, 0.5)
+    assert plan.noise_levels_forced
     assert (plan.steps, plan.flow_shift) == (3, None)
     assert plan.settings()["sigmas"] == {"value": (1.0, 0.9, 0.5), "origin": "flag"}
 
 
 def test_a_sampler_spaces_its_steps_evenly_before_the_shift() -> None:
     plan = planned(sampler="euler", steps=4, flow_shift=5.0)
-    assert plan.schedule == pytest.approx((1.0, 0.9375, 0.833333, 0.625), abs=1e-6)
+    assert plan.noise_levels == pytest.approx((1.0, 0.9375, 0.833333, 0.625), abs=1e-6)
     assert plan.settings()["sampler"]["value"] == "euler"
 
 
 def test_the_own_sampler_by_name_changes_nothing() -> None:
     own, named = planned(steps=4), planned(steps=4, sampler="unipc")
-    assert own.schedule == named.schedule
-    assert not own.schedule_forced
-    assert not named.schedule_forced
-    assert planned("ltx-video").schedule is None
+    assert own.noise_levels == named.noise_levels
+    assert not own.noise_levels_forced
+    assert not named.noise_levels_forced
+    assert planned("ltx-video").noise_levels is None
 
 
 @pytest.mark.parametrize(
