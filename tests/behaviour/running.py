@@ -2,7 +2,8 @@
 
 A process that has imported torch and the diffusers classes, and has run `vmonarch --version`, forks for every command;
 the fork enters the program through `runpy`, as `python -m` does. What a command does to the process is gone with its
-fork. `spawn=True` starts an interpreter for each command instead: seconds longer, and the same record.
+fork. `spawn=True` starts an interpreter for each command instead: seconds longer, and the same record. A command with
+variables of its own always gets one, as libraries read variables when they are imported.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def run_all(commands: list[Command], work: Path, jobs: int, spawn: bool) -> Iter
                 key, chain = waiting.pop(0)
                 folder = work / key
                 shutil.copytree(INPUTS, folder / "here")
-                active[key] = (chain[1:], _Running(chain[0], folder, spawn))
+                active[key] = (chain[1:], _Running(chain[0], folder, spawn or bool(chain[0].env)))
             for key, (rest, running) in list(active.items()):
                 left = running.ended()
                 if left is None:
@@ -149,7 +150,7 @@ def run_all(commands: list[Command], work: Path, jobs: int, spawn: bool) -> Iter
                 yield running.command, left
                 del active[key]
                 if rest:
-                    active[key] = (rest[1:], _Running(rest[0], work / key, spawn))
+                    active[key] = (rest[1:], _Running(rest[0], work / key, spawn or bool(rest[0].env)))
             time.sleep(0.003)
     finally:
         for _, running in active.values():
