@@ -14,9 +14,11 @@ What is public; all else may change between versions:
 - ``dense_attention``, ``attention_lse``, ``dense_backends``: dense attention, also with its log-sum-exp.
 - ``frame_attention``: exact attention within frames, with its log-sum-exp.
 - ``monarch_factors``, ``Factors``: the factors L and R themselves, from the reference.
-- ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``, ``gelu_tanh_``,
-  ``gated_activation``: the operations between a block's products, each in one pass; ``HeadNorm``, ``Rotation``,
-  ``Norm`` and ``Term`` are what they take, ``resolve_fused_impl`` says what runs.
+- ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
+  block's products, each in one pass.
+- ``gelu_tanh_``, ``gated_activation``: activations, in place, or of half the channels.
+- ``HeadNorm``, ``Rotation``, ``Norm``, ``Term``: what these take beside their tensors.
+- ``resolve_fused_impl``: the implementation of these that a device and dtype get.
 """
 
 from importlib import import_module

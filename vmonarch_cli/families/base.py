@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
+from vmonarch_cli.families.fusing import FusedBlock
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -120,6 +121,8 @@ class Family:
     """The end of the pipeline's own call for its sound; None for families that make none."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
+    fused: Mapping[str, FusedBlock] = field(default_factory=dict)
+    """Class name of a block -> its fused form; empty for families that have none."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""
