@@ -99,7 +99,7 @@ def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> 
     shown = " ".join(result.stdout.split())
     assert re.search(r"paper, fused in torch: .*?; with stock blocks it takes \d\.\d\d times as long", shown)
     assert (
-        "of CogVideoXTransformer3DModel have no fused form"
+        "--fuse: the blocks of a CogVideoXPipeline have no fused form"
         in call("-m", "cogvideox-2b", "--random-weights", "--fuse", code=2).stderr
     )
 

@@ -80,8 +80,8 @@ def _blocks(transformer: Any) -> list[tuple[Any, FusedBlock]]:
     known = FAMILIES[name].fused if name in FAMILIES else {}
     found = [(m, known[type(m).__name__]) for m in transformer.modules() if type(m).__name__ in known]
     if not found:
-        able = ", ".join(sorted(name for name, family in FAMILIES.items() if family.fused))
-        raise InputError(f"the blocks of a {name} have no fused form; those of {able} do")
+        classes = ", ".join(sorted({kind for family in FAMILIES.values() for kind in family.fused}))
+        raise InputError(f"this {name} has no blocks with a fused form, which are {classes}")
     return found
 
 

@@ -91,7 +91,7 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
     if setup.fuse and not facts.fuses:
-        raise InputError(f"--fuse: the blocks of {facts.transformer} have no fused form; leave it out")
+        raise InputError(f"--fuse: the blocks of a {facts.name} have no fused form: leave it out")
     if setup.vae_dtype != "auto" and facts.vae_in_dtype:
         raise InputError(
             f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"
