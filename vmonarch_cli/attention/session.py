@@ -129,14 +129,16 @@ class AttentionSession:
         both_prompts: bool = False,
         guided: bool = False,
         forwards: int = 1,
+        packed: Text | None = None,
     ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
         ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
         ``forwards``: at least so many forwards of this transformer make a step, as far as is known beforehand.
+        ``packed``: the tokens that its sequence has beside those of the grid, where its calls do not say so.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
+        if self._tracker.begin_forward(transformer, grid, both_prompts, guided, packed):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
@@ -176,7 +178,8 @@ class AttentionSession:
 
     def text(self, transformer: int, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
         """The text side of a call of the running forward; None for a call without text."""
-        return self._tracker.forward(transformer).text(tokens, first, mask) if tokens else None
+        forward = self._tracker.forward(transformer)
+        return forward.text(tokens, first, mask) if tokens else forward.packed
 
     def attend(
         self,

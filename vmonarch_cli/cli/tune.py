@@ -51,6 +51,7 @@ _NOT_OF_A_CLIP = (
     "output",
     "overwrite",
     "image",
+    "last_image",
     "offload",
     "vae_tiling",
     "vae_dtype",

@@ -12,6 +12,7 @@ import torch
 
 from vmonarch_cli.attention import op
 from vmonarch_cli.attention.base import MonarchProcessor
+from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
@@ -144,14 +145,20 @@ def _before_forward(
     if scheduler is not None and target.scheduler is not scheduler:
         raise RuntimeError("the pipeline's scheduler was replaced while its attention was swapped: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
+    family = FAMILIES[_class_name(transformer)]
+    packed = (
+        Packed(family.grid(transformer, args, kwargs))
+        if family.packed is None
+        else family.packed(transformer, args, kwargs)
+    )
     session.begin_forward(
         index,
-        grid,
+        packed.grid,
         latents.device,
         both_prompts=_has_both_prompts(target),
         guided=_has_guider(target),
         forwards=_forwards(target),
+        packed=packed.text,
     )
     session.adapted = switch is not None and not session.forward_is_dense()
     if switch is not None:
