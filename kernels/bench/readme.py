@@ -103,7 +103,7 @@ def closeness(records: dict[str, Record]) -> list[str]:
             tomllib.loads((ROOT / "presets" / f"{name}.toml").read_text(encoding="utf-8"))["description"],
             f"{100 * by_name[name]['flops_share']:.0f} %",
             f"{by_name[name]['latent_error']:.3f}",
-            f"{by_name[name]['psnr']:.1f} dB",
+            f"{by_name[name]['psnr']:.1f}\u00a0dB",
         ]
         for name in PRESETS
     ]
@@ -188,7 +188,7 @@ def _origin(record: Record) -> str:
 
 def _ms(seconds: float) -> str:
     value = 1e3 * seconds
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    return f"{value:,.0f}\u00a0ms" if value >= 100 else f"{value:#.3g}\u00a0ms"
 
 
 def _times(value: float) -> str:
