@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from loading import PAPER, load
-from tiny_families import PROMPT, TINY, image, latents_of
+from tiny_families import PROMPT, TINY, image, latents_of, sharpen
 from typer.testing import CliRunner, Result
 
+from vmonarch_cli import monarch
 from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make
 from vmonarch_cli.clip.latents import load_latents
 from vmonarch_cli.errors import ModelError, NonFiniteError
 from vmonarch_cli.families.minimax import find_video
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.media.sound import Sound, read_sound
 from vmonarch_cli.models.minimax import MINIMAX_H3
@@ -205,6 +208,31 @@ def test_what_stands_beside_the_video_is_exact(pipeline: Any) -> None:
         result = forward(pipeline.transformer, rows)
         session.end_step()
     torch.testing.assert_close(result, stock, **CLOSE)
+
+
+def test_a_script_swaps_both_partitions_and_references_run_structured() -> None:
+    """A picture and a sound: their rows are in the sequence of the partition that takes references."""
+    import diffusers
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3AudioReference, MiniMaxH3ImageReference
+
+    pipeline = TINY["minimax-h3"].build()
+    torch.manual_seed(7)
+    other = diffusers.MiniMaxH3Transformer3DModel.from_config(pipeline.transformer.config)
+    pipeline.update_components(transformer_ref=sharpen(other), reference_image_short_edge=64)
+    sound = torch.randn(2, 8000, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    references = [MiniMaxH3ImageReference(image=image(64, 64)), MiniMaxH3AudioReference(audio=sound, sample_rate=RATE)]
+    made = []
+    for preset in (None, "exact", "balanced"):
+        with monarch(pipeline, preset) if preset else nullcontext() as session:
+            made.append(latents_of(pipeline, TINY["minimax-h3"], steps=3, references=references))
+            assert session is None or session.coverage.calls == 2 * 3
+    assert session is not None
+    assert session.coverage == Coverage(structured=6)
+    torch.testing.assert_close(made[1], made[0], **CLOSE)
+    assert relative_error(made[2], made[0]) > 1e-3
+    with monarch(pipeline, "balanced") as session:
+        latents_of(pipeline, TINY["minimax-h3"], steps=3)
+    assert session.coverage == Coverage(structured=6), "and so does the first partition"
 
 
 def invoke(*words: str) -> Result:

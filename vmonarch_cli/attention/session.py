@@ -35,12 +35,14 @@ class AttentionSession:
         preset: Preset,
         layers: Sequence[int],
         *,
+        stages: int | None = None,
         attention: Attention | None = None,
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
+        stages: how many of the transformers take over from one another in a clip; all of them by default.
         attention: computes the calls that do not run dense, in the place of the preset's structured attention. The
             other arguments are those of ``swapped``.
         """
@@ -61,7 +63,7 @@ class AttentionSession:
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
-        self._structured = StructuredAttention(preset, self._layers)
+        self._structured = StructuredAttention(preset, self._layers, stages)
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0

@@ -20,6 +20,11 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.tuned import AdapterSwitch
 from vmonarch_cli.presets import Preset
 
+_STAGES = ("transformer", "transformer_2")
+"""A pipeline's transformers that take over from one another within a clip."""
+_PARTITIONS = ("transformer_ref",)
+"""Those that make clips of another kind in its first one's place: MiniMax-H3's, from references."""
+
 
 @contextmanager
 def swapped(
@@ -33,8 +38,8 @@ def swapped(
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
-    target: a diffusers pipeline (its ``transformer`` and ``transformer_2`` are swapped and its scheduler tells clips
-        and steps apart, see AttentionSession), or a transformer or a sequence of them (then the caller must call
+    target: a diffusers pipeline (all of its transformers are swapped and its scheduler tells clips and steps apart,
+        see AttentionSession), or a transformer or a sequence of them (then the caller must call
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
@@ -51,6 +56,7 @@ def swapped(
         session = AttentionSession(
             preset,
             [len(found) for found in layers],
+            stages=1 if any(getattr(target, name, None) is not None for name in _PARTITIONS) else None,
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
         )
@@ -85,7 +91,7 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
         return [target], None
     if isinstance(target, Sequence):
         return list(target), None
-    found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
+    found = [getattr(target, name, None) for name in (*_STAGES, *_PARTITIONS)]
     transformers = [transformer for transformer in found if transformer is not None]
     if not transformers or getattr(target, "scheduler", None) is None:
         raise ModelError(f"{type(target).__name__} has no transformer and scheduler to work with")
