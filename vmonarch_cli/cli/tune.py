@@ -44,7 +44,6 @@ _NOT_OF_A_CLIP = (
     "negative_prompt",
     "height",
     "width",
-    "fps",
     "steps",
     "num_videos",
     "dense_every",
@@ -75,6 +74,14 @@ class TuneFlags:
     prompts_file: Annotated[
         str | None,
         option("--prompts-file", panel=MODEL, help="One prompt per line. Default: the demo model's own prompts."),
+    ] = None
+    videos: Annotated[
+        str | None,
+        option(
+            "--videos",
+            panel=TRAINING,
+            help="Learn from clips instead: a folder of NAME.mp4, each with its caption in NAME.txt.",
+        ),
     ] = None
     sampler_steps: Annotated[
         int | None,
@@ -124,8 +131,10 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
+    from vmonarch_cli.tune.flow_matching import check_encoder
     from vmonarch_cli.tune.memory import check_memory, free_bytes
 
+    check_encoder(plan)
     machine = check_machine(plan.clip)
     check_memory(plan, free_bytes(machine), machine)
     out.say(_header(plan))
@@ -159,6 +168,7 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
         batch=flags.batch,
         seconds=flags.seconds,
         eval_prompts=flags.eval_prompts,
+        videos=flags.videos,
         resume=flags.resume,
         overwrite=flags.replace,
     )
@@ -176,14 +186,14 @@ def _prompt_of(line: Line, source: str) -> str:
 
 
 def _header(plan: TunePlan) -> str:
-    clip, count = plan.clip, len(plan.prompts)
+    clip = plan.clip
     limits = [f"{plan.steps} steps" if plan.steps else "", f"{plan.seconds:g} s" if plan.seconds else ""]
     some = "up to " if plan.seconds else ""
     return (
         f"tuning {clip.model.alias} to {clip.preset.name}: {clip.width}x{clip.height}, {clip.num_frames} frames, "
         f"{clip.steps} sampler steps, guidance {clip.guidance_scale:g}; rank {plan.rank}, lr {plan.lr:g}, "
-        f"{' or '.join(part for part in limits if part)}; the teacher's {some}{count} trajectories take "
-        f"{some}{binary_size(plan.trajectory_bytes * count)} in {plan.work}"
+        f"{' or '.join(part for part in limits if part)}; {plan.kept_words} take "
+        f"{some}{binary_size(plan.trajectory_bytes * len(plan.prompts))} in {plan.work}"
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.tune.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from vmonarch_cli.tune.group import Group
+from vmonarch_cli.tune.request import TRAINING_NOISE
 from vmonarch_cli.tune.student import Student
 from vmonarch_cli.tune.trajectories import Trajectories
 
@@ -107,7 +108,8 @@ class Training:
         while self._group.agree(self._over()) < 1:
             first = self.progress.rounds * each + self._group.rank * self._batch
             chosen = order(self._seed, len(paths), first, self._batch)
-            with self._student.following(Trajectories([paths[i] for i in chosen], device)) as losses:
+            seeds = [self._seed + TRAINING_NOISE + first + i for i in range(self._batch)]
+            with self._student.following(Trajectories([paths[i] for i in chosen], device, seeds)) as losses:
                 for loss in losses:
                     self._update(loss, on_step)
                     self.progress.seconds = time.monotonic() - began

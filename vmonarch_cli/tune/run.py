@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.registry import DEMO_ALIAS
@@ -22,7 +24,9 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.tuned import write_adapter
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import ADAPTER_NAME
+from vmonarch_cli.tune.clips import check_clips
 from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
+from vmonarch_cli.tune.flow_matching import encode_clip
 from vmonarch_cli.tune.group import Group, joined
 from vmonarch_cli.tune.loop import Training, TrainingSchedule, TrainStep
 from vmonarch_cli.tune.lora import add_lora, put
@@ -63,7 +67,8 @@ def tune(
 
     A run that ends early leaves the work folder, from which one with `resume` goes on.
     """
-    device = torch.device(machine.device)
+    device, rank = torch.device(machine.device), read_rank()
+    check_clips(plan.videos[rank.rank :: rank.world], plan.clip, functools.partial(on_phase, "checking the clips"))
     checkpointing = needs_checkpointing(plan, free_bytes(machine), machine.dtype)
     with joined(device) as group:
         if group.rank == 0:
@@ -136,16 +141,17 @@ class _Run:
         group.wait()
 
     def _teacher(self) -> list[Path]:
-        """The files of all trajectories, of which each process makes every n-th."""
+        """The files of all trajectories, or clips, of which each process makes every n-th."""
         plan, group = self._plan, self._group
-        began, words = time.monotonic(), "sampling the teacher"
+        began, words = time.monotonic(), "encoding the clips" if plan.videos else "sampling the teacher"
+        keep = encode_clip if plan.videos else sample_trajectory
         numbers = range(group.rank, len(plan.prompts), group.world)
         self._on_phase(words, 0, len(numbers))
         for done, number in enumerate(numbers):
             over = plan.seconds is not None and time.monotonic() - began > TEACHER_SHARE * plan.seconds
             if over and done >= _FEWEST:
                 break
-            sample_trajectory(self._pipeline, plan, number)
+            keep(self._pipeline, plan, number)
             self._on_phase(words, done + 1, len(numbers))
         group.wait()
         paths = [trajectory_path(plan, number) for number in range(len(plan.prompts))]
@@ -187,7 +193,7 @@ class _Run:
                 "seconds": round(progress.seconds, 1),
                 "batch": plan.batch * plan.world,
                 "seed": plan.seed,
-                "prompts": trajectories,
+                ("clips" if plan.videos else "prompts"): trajectories,
                 "loss_first": progress.losses[0],
                 "loss_last": progress.losses[-1],
                 "versions": {name: text for name, text in versions.items() if text},

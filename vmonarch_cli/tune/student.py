@@ -57,7 +57,8 @@ class Student:
             yield self._steps(session, trajectories)
 
     def _steps(self, session: AttentionSession, trajectories: Trajectories) -> Iterator[float]:
-        session.begin_clip(self._total, watching=False, forwards=max(map(len, trajectories.steps)))
+        session.begin_clip(self._total, watching=False, forwards=trajectories.most_forwards)
+        session.least_forwards = trajectories.most_forwards
         for numbers in trajectories.steps:
             losses = []
             for place, number in enumerate(numbers):
