@@ -23,7 +23,7 @@ from vmonarch_cli.presets import Preset, load_preset
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = Preset(name="fast", band=0, warm_start=True)
 DENSE = load_preset("dense")
-WARM = ("warm_start=true", "band=0", "first_frame=false")
+WARM = ("warm_start=true", "band=0")
 """Makes `paper` the preset above."""
 
 

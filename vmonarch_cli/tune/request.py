@@ -28,9 +28,13 @@ from vmonarch_cli.tune.prompts import DEFAULT_EVAL, split_clips, split_prompts, 
 DEFAULT_STEPS = 500
 """Of training, where neither --steps nor --seconds says when it ends."""
 DEFAULT_RANK, DEFAULT_LR = 16, 1e-3
+DEFAULT_FULL_LR = 1e-5
+"""Learning rate of all weights, which a LoRA's would destroy."""
 ENDING = ".safetensors"
 _STATE_BYTES = 2
 """States are kept in float16."""
+_COPIED_BYTES = 2 * 4 * 4 + 2 * 4
+"""Of each weight: two checkpoints of value, average and the optimiser's two; the tuned weights twice."""
 TRAINING_NOISE = 1_000_000
 """Seeds of the trajectories begin so far above those of the held-out clips."""
 
@@ -50,6 +54,8 @@ class TuneRequest:
     eval_prompts: int | None = None
     videos: str | None = None
     """A folder of clips to learn from, in the place of the teacher's trajectories."""
+    full: bool = False
+    """All weights are trained, in the place of a LoRA."""
     resume: bool = False
     overwrite: bool = False
 
@@ -75,6 +81,8 @@ class TunePlan:
     """For trajectories and training; the evaluation comes on top."""
     videos: tuple[CaptionedClip, ...] = ()
     """Clips to learn from, in the place of the teacher's trajectories."""
+    full: bool = False
+    """All weights are trained, and `rank` means nothing."""
     resume: bool = False
     overwrite: bool = False
     world: int = 1
@@ -112,10 +120,27 @@ class TunePlan:
         return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
 
     @property
+    def trained_words(self) -> str:
+        """What is trained, for a sentence."""
+        return "all weights" if self.full else f"rank {self.rank}"
+
+    @property
     def kept_words(self) -> str:
         """What the work folder keeps, at most, for a sentence."""
         count = len(self.prompts)
-        return f"the latents of {count} clips" if self.videos else f"the teacher's {count} trajectories"
+        found = f"the latents of {count} clips" if self.videos else f"the teacher's {count} trajectories"
+        return f"{found} and the checkpoints of all weights" if self.full else found
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes on the disk of what the work folder keeps, at most, but for small files."""
+        return self.trajectory_bytes * len(self.prompts) + self.weight_copies_bytes
+
+    @property
+    def weight_copies_bytes(self) -> int:
+        """Bytes on the disk of checkpoints, while one replaces another, and of the tuned weights: 0 for a LoRA."""
+        model = self.clip.model
+        return model.transformer_params * model.transformers * _COPIED_BYTES if self.full else 0
 
     @property
     def seed(self) -> int:
@@ -142,7 +167,7 @@ class TunePlan:
             "held-out prompts": _digest(self.held_out),
             "clips": _digest([clip.stamp() for clip in self.videos]),
             "steps": self.steps,
-            "rank": self.rank,
+            "rank": "all weights" if self.full else self.rank,
             "learning rate": self.lr,
             "batch of all processes": self.batch * self.world,
         }
@@ -157,12 +182,14 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.whole("--sampler-steps", request.clip.steps, 1, 1000)
     checks.whole("--steps", request.steps, 1, 1_000_000)
     checks.whole("--rank", request.rank, 1, 1024)
+    if request.full and request.rank is not None:
+        raise InputError(f"--rank {request.rank} is of a LoRA, and --full trains all weights: leave out one of the two")
     checks.number("--lr", request.lr, 1e-8, 1)
     checks.whole("--batch", request.batch, 1, 1024)
     checks.number("--seconds", request.seconds, 1, 1e7)
     checks.whole("--eval-prompts", request.eval_prompts, 0, 1000)
     clip = resolve(request.clip, needs_prompt=False)
-    _check_model(clip)
+    _check_model(clip, request.full)
     _check_preset(clip)
     videos: tuple[CaptionedClip, ...] = ()
     if request.videos is None:
@@ -181,10 +208,11 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         output,
         steps,
         request.rank or DEFAULT_RANK,
-        request.lr or DEFAULT_LR,
+        request.lr or (DEFAULT_FULL_LR if request.full else DEFAULT_LR),
         request.batch or 1,
         request.seconds,
         videos,
+        request.full,
         request.resume,
         request.overwrite,
         world,
@@ -216,9 +244,9 @@ def _output(request: TuneRequest) -> Path:
     return path
 
 
-def _check_model(clip: Plan) -> None:
+def _check_model(clip: Plan, full: bool) -> None:
     model, facts = clip.model, PIPELINES[clip.model.pipeline]
-    if not facts.lora:
+    if not (facts.lora or full):
         raise InputError(f"{model.alias} cannot be tuned: diffusers loads no LoRA into a {facts.name}")
     if facts.takes_image:
         raise InputError(f"{model.alias} cannot be tuned: it needs a first frame, and trajectories come from prompts")
@@ -228,7 +256,7 @@ def _check_model(clip: Plan) -> None:
             f"{model.alias} cannot be tuned: only pipelines with a forward for each prompt can "
             f"({', '.join(able)}), and it is a {facts.name}"
         )
-    if find_spec("peft") is None:
+    if not full and find_spec("peft") is None:
         raise InputError('tuning needs peft: pip install "vmonarch[lora]"')
 
 
@@ -264,12 +292,12 @@ def _unknown(clip: Plan, prompts: Sequence[str] | None, videos: Sequence[Caption
 
 def _check_disk(plan: TunePlan) -> None:
     """OutputError when the trajectories do not fit the disk."""
-    need = plan.trajectory_bytes * len(plan.prompts)
+    need = plan.work_bytes
     folder = next(parent for parent in plan.work.absolute().parents if parent.is_dir())
-    done = sum(file.stat().st_size for file in plan.work.glob("trajectories/*")) if plan.resume else 0
+    done = sum(file.stat().st_size for file in plan.work.rglob("*") if file.is_file()) if plan.resume else 0
     free = shutil.disk_usage(folder).free + done
     if need > free:
-        fitting = free // plan.trajectory_bytes
+        fitting = max(0, free - plan.weight_copies_bytes) // plan.trajectory_bytes
         raise OutputError(
             f"{plan.kept_words} take {binary_size(need)} and {folder} has {binary_size(free)} free: {fitting} "
             f"{'clips' if plan.videos else 'prompts'} would fit"
