@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,32 @@ def test_steps_dense_structured_and_skipped(tiny_wan_folder: Path) -> None:
     shown = " ".join(result.stdout.split())
     assert all(sentence in shown for sentence in data["verdicts"])
     assert "2 forwards" in shown
+
+
+def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> None:
+    presets = ("--preset", "paper", "--preset", "fast")
+    result = call("-m", str(tiny_wan_folder), *TINY, *presets, "--fuse", "--json", "out.json")
+    data = json.loads(Path("out.json").read_text())
+    rows = by_name(data)
+    fused = {"paper, fused in torch": "paper", "fast, fused in torch cold": "fast", "fast, fused in torch warm": "fast"}
+    assert list(rows) == ["sdpa", "paper", "fast cold", "fast warm", *fused, "skipped"]
+    assert {name: row["stock"] for name, row in rows.items() if row["stock"]} == fused
+    for name, row in rows.items():
+        assert row["failure"] is None
+        if name in fused:
+            stock = rows[name.replace(", fused in torch", "")]
+            assert (row["error"] is None) == (stock["error"] is None) == ("cold" in name)
+            assert (row["clip_s"] is None) == (stock["clip_s"] is None)
+            assert row["error"] is None or row["error"] == pytest.approx(stock["error"], rel=1e-3)
+    assert data["settings"]["fused"] == "torch"
+    assert any("preset exact with fused blocks against dense" in check["against"] for check in data["checks"])
+    assert data["checks_passed"]
+    shown = " ".join(result.stdout.split())
+    assert re.search(r"paper, fused in torch: .*?; with stock blocks it takes \d\.\d\d times as long", shown)
+    assert (
+        "--fuse: the blocks of a CogVideoXPipeline have no fused form"
+        in call("-m", "cogvideox-2b", "--random-weights", "--fuse", code=2).stderr
+    )
 
 
 def test_random_weights_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,10 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
 def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
-    content["setup"].pop("offload", None)
+    for decided in ("offload", "fused_impl"):  # by the machine
+        content["setup"].pop(decided, None)
+    if not plan.setup.fuse:  # batches of earlier versions go on
+        del content["setup"]["fuse"]
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]

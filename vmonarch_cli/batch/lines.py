@@ -32,7 +32,9 @@ _OTHER_NAMES = {
     "name": "output",
     "negative": "negative_prompt",
 }
-_FOR_ALL = {"model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "quantize"}
+_FOR_ALL = {
+    *("model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "fuse", "quantize"),
+}
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ def _frames(model: ModelEntry) -> str:
 def _additions(facts: PipelineFacts) -> str:
     """The flags that diffusers has an answer to in this pipeline, beside the attention."""
     flags = ["--quantize", "--offload"] + ["--lora", "--tuned"] * facts.lora + ["--compile"] * facts.compiles
+    flags += ["--fuse"] * facts.fuses
     return ", ".join(flags + [f"--cache ({', '.join(facts.caches)})"] * bool(facts.caches))
 
 

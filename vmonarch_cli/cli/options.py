@@ -192,6 +192,14 @@ class RequestFlags(TypedDict, total=False):
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")
     ]
     compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
+    fuse: Annotated[
+        bool | None,
+        option(
+            "--fuse/--no-fuse",
+            panel=SPEED,
+            help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
+        ),
+    ]
 
 
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]

@@ -58,6 +58,7 @@ _NOT_OF_A_CLIP = (
     "loras",
     "cache",
     "compile",
+    "fuse",
     "tuned",
     "transformer",
     "transformer_2",

@@ -145,7 +145,8 @@ class ClipMaker:
 
     def _setup(self, plan: Plan) -> Setup:
         """The plan's setup with what this machine decided."""
-        return plan.setup.model_copy(update={"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype})
+        decided = {name: getattr(self._machine, name) for name in ("offload", "vae_dtype", "fused_impl")}
+        return plan.setup.model_copy(update=decided)
 
     def _load_decoder(self, plan: Plan) -> Any:
         return load_decoder(
@@ -293,6 +294,7 @@ class ClipMaker:
                 weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
+                fused=self._machine.fused_impl,
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,

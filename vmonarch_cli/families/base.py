@@ -13,6 +13,7 @@ import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.joint import Packed
+from vmonarch_cli.families.fusing import FusedBlock
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -136,6 +137,8 @@ class Family:
     """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
+    fused: Mapping[str, FusedBlock] = field(default_factory=dict)
+    """Class name of a block -> its fused form; empty for families that have none."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""

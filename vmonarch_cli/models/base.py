@@ -90,6 +90,8 @@ class PipelineFacts:
     """Guidance is in its weights: it takes neither a scale nor a second text."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
+    fuses: bool = False
+    """The blocks of its transformer have a fused form."""
     transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
     """Arguments of the transformer's class that build it for an entry, without its weights; None for the families whose
     whole models are not profiled."""

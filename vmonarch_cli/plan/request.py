@@ -49,4 +49,5 @@ class GenerateRequest:
     loras: tuple[str, ...] = field(default=())
     cache: str | None = None
     compile: bool = False
+    fuse: bool | None = None
     tuned: str | None = None

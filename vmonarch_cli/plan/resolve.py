@@ -176,6 +176,7 @@ def _resolve_setup(
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
+        "fuse": request.fuse,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
