@@ -310,6 +310,10 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = file_sha256(Path(plan.image))
+    if plan.last_image is None:  # as before there was one
+        del content["last_image"]
+    else:
+        content["last_image"] = file_sha256(Path(plan.last_image))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs

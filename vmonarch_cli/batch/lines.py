@@ -18,7 +18,7 @@ PRESET_FIELD = "preset."
 _REQUEST = {field.name for field in fields(GenerateRequest)}
 _TEXTS = (
     *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
-    *("sampler", "recipe"),
+    *("last_image", "sampler", "recipe"),
 )
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")

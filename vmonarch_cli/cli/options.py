@@ -159,6 +159,7 @@ class RequestFlags(TypedDict, total=False):
         option("--transformer-2", panel=MODEL, metavar="FILE", help="The same for the second transformer."),
     ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    last_image: Annotated[str | None, option("--last-image", panel=MODEL, help="Last frame, for models that take one.")]
     audio: Annotated[
         bool | None,
         option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),

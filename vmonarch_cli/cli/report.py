@@ -34,7 +34,7 @@ def header(plan: Plan, machine: Machine) -> Table:
         [
             ("model", Text.assemble((plan.model.title, "bold"), f"  {_layers(plan)}")),
             ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
-            ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns)"),
+            ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, {_runs_by(plan, machine)}"),
@@ -43,6 +43,10 @@ def header(plan: Plan, machine: Machine) -> Table:
             *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
+
+
+def _others(plan: Plan) -> str:
+    return f", beside {plan.other_tokens:,} of sound and given frames" if plan.other_tokens else ""
 
 
 def _runs_by(plan: Plan, machine: Machine) -> str:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
-from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae, start_offloaded
+from vmonarch_cli.families.base import (
+    Family,
+    ForwardInputs,
+    Shape,
+    encoded,
+    layers,
+    mean_and_std,
+    run_vae,
+    start_offloaded,
+)
 from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
 from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
@@ -79,11 +88,18 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterat
         yield from decode_chunks(vae, latents)
 
 
+def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    latents = encoded(pipeline, frames)
+    mean, std = mean_and_std(pipeline, latents)
+    return (latents - mean) / std
+
+
 WAN = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
     forward=ForwardInputs(),
     fused=WAN_BLOCKS,
 )
@@ -93,6 +109,7 @@ WAN_VACE = Family(
     layers("blocks.N.attn1", "vace_blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
     fused=WAN_VACE_BLOCKS,
 )
 SKYREELS_V2 = Family(
@@ -101,5 +118,6 @@ SKYREELS_V2 = Family(
     _decode,
     obstacle=_causal,
     plain_calls=True,
+    encode=_encode,
     fused=SKYREELS_BLOCKS,
 )

@@ -40,6 +40,7 @@ class GenerateRequest:
     transformer: str | None = None
     transformer_2: str | None = None
     image: str | None = None
+    last_image: str | None = None
     audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False

@@ -63,6 +63,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
     facts = PIPELINES[pipeline]
+    last_image = checks.last_image(model, facts, request.last_image)
     audio = checks.audio(model, facts, request.audio)
     take("audio", request.audio, audio)
     files = checks.transformer_files(model, facts, request)
@@ -82,7 +83,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
-    fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
+    fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
     outputs = resolve_targets(
         take("output", request.output, None, DEFAULT),
         prompt,
@@ -97,7 +98,9 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         checks.number("--flow-shift", request.flow_shift, 0.01, 100),
         None if sigmas else defaults.flow_shift,
     )
-    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
+    given = sum(path is not None for path in (image, last_image))
+    others = model.other_tokens(height, width, num_frames, given)
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others)
     step_costs = tuple(work.step_costs(preset))
     flops = work.flops(preset, step_costs)
     use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
@@ -143,6 +146,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         step_costs=step_costs,
         revision=revision,
         image=take("image", image, None, DEFAULT),
+        last_image=take("last_image", last_image, None, DEFAULT),
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),

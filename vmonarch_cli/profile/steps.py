@@ -24,8 +24,6 @@ from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, Step
 from vmonarch_cli.profile.variants import adapter_names
 
 COLD_REPEATS = 3
-TIMESTEPS = 1000
-"""Transformers take sigma times this."""
 # A model in which self-attention is exact may differ from the dense one by what rounding adds up to over its layers.
 _EXACT_BUDGET = {torch.bfloat16: 8e-2, torch.float16: 2e-2, torch.float32: 1e-3}
 
@@ -48,7 +46,7 @@ def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepT
     forward = forward_inputs(entry)
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
-    start = _timestep(1.0, settings.device)
+    start = _timestep(settings, 1.0)
     return StepTensors(noise.to(settings.device), start, contexts, settings.guidance_scale, others)
 
 
@@ -182,12 +180,13 @@ class StepsRun:
                 self.profile.notes.append(f"--seconds ended the measurement after {index} of {chosen.steps} steps")
                 break
             self.on_work(f"step {index + 1} of {chosen.steps}")
-            inputs = replace(inputs, timestep=_timestep(sigmas[index], chosen.device))
+            inputs = replace(inputs, timestep=_timestep(chosen, sigmas[index]))
             round_s, velocity = wall(lambda: self._round(ready, inputs, index), chosen.device)  # noqa: B023
             self._update(kinds)
             self.on_result()
             if velocity is not None:  # Euler's method along dense attention's prediction
                 step = (sigmas[index + 1] - sigmas[index]) * velocity.float()
+                step = -step if forward_inputs(chosen.entry).towards_clip else step
                 inputs = replace(inputs, latents=inputs.latents + step)
         return inputs
 
@@ -290,5 +289,5 @@ def _sigmas(settings: ModelSettings) -> list[float]:
     return [shift * s / (1 + (shift - 1) * s) for s in even]
 
 
-def _timestep(sigma: float, device: torch.device) -> Tensor:
-    return torch.tensor([TIMESTEPS * sigma], device=device)
+def _timestep(settings: ModelSettings, sigma: float) -> Tensor:
+    return torch.tensor([forward_inputs(settings.entry).timestep(sigma)], device=settings.device)
