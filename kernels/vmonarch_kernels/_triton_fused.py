@@ -211,8 +211,8 @@ def gelu_tanh_kernel(p_x, elements, BLOCK: tl.constexpr):
 @triton.jit
 def gated_activation_kernel(p_x, s_x, p_o, channels, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """o (rows, C) = x[:, :C] * activation(x[:, C:]) of x (rows, 2 C)."""
-    row = tl.program_id(1).to(tl.int64)
-    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < channels
     value = tl.load(p_x + row * s_x + o_c, m_c, other=0.0).to(tl.float32)
     gate = tl.load(p_x + row * s_x + channels + o_c, m_c, other=0.0).to(tl.float32)

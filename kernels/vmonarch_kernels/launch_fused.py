@@ -121,7 +121,7 @@ def gated_activation(x: Tensor, kind: Activation) -> Tensor:
     channels = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], channels)
     block = min(_FLAT_BLOCK // 2, power_of_2(channels))
-    kernels.gated_activation_kernel[(cdiv(channels, block), flat.shape[0])](
+    kernels.gated_activation_kernel[(flat.shape[0], cdiv(channels, block))](
         flat, flat.stride(0), out, channels, BLOCK=block, KIND=_KINDS[kind], num_warps=warps(block)
     )
     return out

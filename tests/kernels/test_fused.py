@@ -211,6 +211,26 @@ def test_a_video_of_no_samples_is_no_error() -> None:
     assert qk_norm_rope(empty, None, 2, impl="triton")[0].shape == (0, 4, 2, 4)
 
 
+def test_long_videos_are_within_the_limits_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes 2^31 - 1 programs on a grid's first axis and 65,535 on each other one."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    for name in ("qk_norm_rope_kernel", "residual_norm_kernel", "gelu_tanh_kernel", "gated_activation_kernel"):
+        monkeypatch.setattr(launch_fused.kernels, name, Launched())
+    x = torch.empty(2, 600_000, 256, device="meta")
+    launch_fused.qk_norm_rope(x, x, 2, None, None)
+    launch_fused.residual_norm(x, x, None, Norm(1e-6), None, None)
+    launch_fused.gelu_tanh_(x)
+    launch_fused.gated_activation(x, "silu")
+    assert len(grids) == 4
+    assert all(first < 2**31 and max(others, default=1) <= 65_535 for first, *others in grids)
+
+
 # What runs
 
 
