@@ -30,6 +30,7 @@ PUBLIC = {
         "monarch",
     },
     "vmonarch_kernels": {
+        "DenseUnavailable",
         "Factors",
         "ImplUnavailable",
         "Inputs",
@@ -39,6 +40,8 @@ PUBLIC = {
         "attention_lse",
         "dense_attention",
         "dense_backends",
+        "dense_choices",
+        "dense_obstacle",
         "frame_attention",
         "monarch_attention",
         "monarch_factors",

@@ -19,6 +19,7 @@ from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, l
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
+from vmonarch_kernels.dense_facts import PACKAGES, installed
 
 
 def presets_table(presets: Sequence[Preset]) -> Table:
@@ -61,6 +62,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
+        *dense_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -73,6 +75,30 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     if len(plan.outputs) > 10:
         rows.append(("", f"and {len(plan.outputs) - 10} more"))
     return Group(made, facts(rows))
+
+
+def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What will compute the calls that run dense: one row where there is a choice, on a GPU or by name."""
+    wanted = plan.setup.dense_attention
+    if wanted == "auto" and not will_use_gpu(plan):
+        return []
+    found = {name: package for name, package in PACKAGES.items() if installed(name)}
+    if wanted == "auto":
+        best = next((name for name, package in found.items() if package.recommended), None)
+        words = "sdpa" if best is None else f"{_package_words(best)} where it takes this GPU, otherwise sdpa"
+    else:
+        missing = wanted in PACKAGES and wanted not in found
+        words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
+    return [("dense calls", f"by {words}")]
+
+
+def _package_words(name: str) -> str:
+    """'fa4 (flash-attn-4 4.0.0)'; a backend of torch by its name alone."""
+    package = PACKAGES.get(name)
+    if package is None:
+        return name
+    quantised = ", quantised" if package.quantised else ""
+    return f"{name} ({package.distribution} {package.version}{quantised})"
 
 
 def _sigma_words(plan: Plan) -> str:

@@ -59,6 +59,8 @@ class Denoised:
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
+    dense_attention: str | None = None
+    """What computed the calls that ran dense."""
     sound: torch.Tensor | None = None
     """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
 

@@ -40,6 +40,7 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.dense import dense_ready
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
@@ -121,7 +122,7 @@ class ClipMaker:
         chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
-        with stopped_by_errors(self._kernels):
+        with stopped_by_errors(self._kernels), dense_ready(plan, machine):
             self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
@@ -293,6 +294,7 @@ class ClipMaker:
                 weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
+                dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,
@@ -338,6 +340,7 @@ class ClipMaker:
             on_first_call=self._first_call,
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
+            dense=self._machine.dense,
         ) as session:
             self._sessions[key] = session
             try:

@@ -134,6 +134,7 @@ class StepFacts(_Part):
     calls: int | None = None
     structured_calls: int | None = None
     dense_call_s: float | None = None
+    dense_call_by: str | None = None
     dense_s: float | None = None
     sampled_attention_s: float | None = None
     error: float | None = None
@@ -188,6 +189,9 @@ class TunedFacts(_Part):
     preset: str
 
 
+DenseName = Literal["sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage"]
+
+
 class Record(_Part):
     """A record that can be trusted to have these fields, of these types."""
 
@@ -212,6 +216,8 @@ class Record(_Part):
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the frames were decoded in; None in records of earlier versions."""
     impl: str | None = None
+    dense_attention: DenseName | None = None
+    """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
     versions: dict[str, str | None] = {}
@@ -248,6 +254,7 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
+        values["dense_attention"] = self.dense_attention
         return values
 
 

@@ -32,6 +32,8 @@ class Machine:
     """One line on the offload mode and what it is expected to take; empty on a CPU."""
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
+    dense: tuple[str, ...] = ("sdpa",)
+    """Dense attention, see `vmonarch_kernels.dense_choices`: what runs it, and what else samples compare with."""
 
     @property
     def on_gpu(self) -> bool:
@@ -69,6 +71,7 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     else:
         for plan in kinds.values():
             check_cpu_memory(plan, machine.dtype)
+    machine = replace(machine, dense=_dense(plans[0], machine))
     for preset in {plan.preset for plan in plans if plan.preset.attention != "dense"}:
         _check_impl(preset.impl, machine, plans[0])
     return machine
@@ -94,6 +97,20 @@ def _machine(plan: Plan) -> Machine:
     impl = resolve_impl("auto", device, dtype, plan.model.head_dim)
     vae_dtype = dtype_name(pick_vae_dtype(plan, dtype))
     return Machine(str(device), device_name(device), dtype_name(dtype), impl, vae_dtype=vae_dtype)
+
+
+def _dense(plan: Plan, machine: Machine) -> tuple[str, ...]:
+    import torch
+
+    from vmonarch_cli.pipeline.device import DTYPES
+    from vmonarch_kernels import DenseUnavailable, dense_choices
+
+    try:
+        return dense_choices(
+            plan.setup.dense_attention, torch.device(machine.device), DTYPES[machine.dtype], plan.model.head_dim
+        )
+    except DenseUnavailable as error:
+        raise DeviceError(str(error)) from None
 
 
 def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:

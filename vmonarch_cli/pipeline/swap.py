@@ -18,6 +18,7 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.tuned import AdapterSwitch
 from vmonarch_cli.presets import Preset
+from vmonarch_kernels.dense import SDPA
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def swapped(
     on_first_call: Callable[[], None] | None = None,
     session: AttentionSession | None = None,
     adapter: str | None = None,
+    dense: Sequence[str] = (SDPA,),
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -37,8 +39,10 @@ def swapped(
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
-    session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
-        own. This is how several presets take turns on one model.
+    session: one to go on with, warm state and counters included, instead of a new one; the arguments above, and
+        `dense`, are then its own. This is how several presets take turns on one model.
+    dense: names of `vmonarch_kernels.dense_attention`: what runs the calls that are dense, and what else a sample
+        times; ("auto",) is what suits the first such call.
     adapter: name of a tuned adapter that the transformers have (see `tuned.AdapterSwitch`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
@@ -52,6 +56,7 @@ def swapped(
             [len(found) for found in layers],
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
+            dense=dense,
         )
     session_id = op.register(session)
     with ExitStack() as undo:
