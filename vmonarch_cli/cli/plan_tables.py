@@ -159,6 +159,7 @@ def _memory_json(memory: Footprint) -> dict[str, Any]:
     return {
         "on": "gpu" if memory.on_gpu else "cpu",
         "peak_bytes": memory.peaks,
+        **({"full_frames_peak_bytes": memory.whole} if memory.on_gpu else {}),
         "dtype": memory.dtype,
         **card,
     }
@@ -179,8 +180,15 @@ def memory_rows(memory: Footprint, plans: Sequence[Plan]) -> list[tuple[str, Ren
         return [("memory", f"about {binary_size(memory.peaks['none'])} of this machine in {memory.dtype}")]
     rows: list[tuple[str, RenderableType]] = []
     for mode, peak in memory.peaks.items():
-        fits = "" if memory.free is None else ", fits" if mode in memory.fitting else ", does not fit"
-        rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{fits}"))
+        whole, free = memory.whole[mode], memory.free
+        if free is None:
+            tiles = f", {binary_size(whole)} where frames are not decoded in tiles" if whole > peak else ""
+            rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{tiles}"))
+            continue
+        in_tiles = peak <= free < whole
+        fits = "does not fit" if peak > free else "fits, decoding in tiles" if in_tiles else "fits"
+        size = binary_size(whole if whole <= free else peak)
+        rows.append((f"offload {mode}", f"about {size} of the card in {memory.dtype}, {fits}"))
     if memory.free is not None:
         rows.append(("a card", f"of {binary_size(memory.free)}: {_advice(memory, plans)}"))
     return rows
@@ -191,7 +199,7 @@ def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
     lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
-    other = "a smaller size, fewer frames, --vae-tiling or --quantize fp8"
+    other = "a smaller size, fewer frames or --quantize fp8"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
 
 

@@ -49,7 +49,7 @@ from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
-from vmonarch_cli.plan.setup import AdapterFile, Setup
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -139,14 +139,10 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=self._setup(plan).model_copy(update={"tuned": adapters}),
+            setup=self._machine.decided(plan.setup).model_copy(update={"tuned": adapters}),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
-
-    def _setup(self, plan: Plan) -> Setup:
-        """The plan's setup with what this machine decided."""
-        return plan.setup.model_copy(update={"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype})
 
     def _load_decoder(self, plan: Plan) -> Any:
         return load_decoder(
@@ -154,7 +150,7 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=self._setup(plan),
+            setup=self._machine.decided(plan.setup),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
         )
 
@@ -241,6 +237,7 @@ class ClipMaker:
         vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
         record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
+        record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))

@@ -187,6 +187,8 @@ def plan_again(
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
+    if record.decoded_in_tiles:
+        setup = setup.model_copy(update={"vae_tiling": True})
     if record.dense_attention is not None and record.coverage.dense:
         setup = setup.model_copy(update={"dense_attention": record.dense_attention})
     if record.tuned is not None:

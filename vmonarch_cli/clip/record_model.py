@@ -215,6 +215,8 @@ class Record(_Part):
     dtype: str | None = None
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the frames were decoded in; None in records of earlier versions."""
+    decoded_in_tiles: bool = False
+    """Tiles were chosen, because full frames did not fit the memory."""
     impl: str | None = None
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""

@@ -13,6 +13,7 @@ from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.media.ffmpeg import require_encoder
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -30,6 +31,8 @@ class Machine:
     """Where the weights are: "none", "model", "group" or "sequential"."""
     memory: str = ""
     """One line on the offload mode and what it is expected to take; empty on a CPU."""
+    tiles: bool = False
+    """Frames are decoded in tiles, because full ones would not fit the memory."""
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
     dense: tuple[str, ...] = ("sdpa",)
@@ -39,6 +42,11 @@ class Machine:
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.startswith("cuda")
+
+    def decided(self, setup: Setup) -> Setup:
+        """A plan's setup with what this machine decided."""
+        tiling = setup.vae_tiling or self.tiles
+        return setup.model_copy(update={"offload": self.offload, "vae_dtype": self.vae_dtype, "vae_tiling": tiling})
 
     def impl_of(self, preset: Preset) -> str:
         """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""
@@ -66,8 +74,8 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     # Of thousands of prompts most differ in nothing that counts here.
     kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
     if machine.on_gpu:
-        mode, words = mode_for(list(kinds.values()), machine.device, machine.dtype)
-        machine = replace(machine, offload=mode, memory=words)
+        mode, words, tiles = mode_for(list(kinds.values()), machine.device, machine.dtype)
+        machine = replace(machine, offload=mode, memory=words, tiles=tiles)
     else:
         for plan in kinds.values():
             check_cpu_memory(plan, machine.dtype)
@@ -79,8 +87,11 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
 
 def machine_to_decode(plan: Plan) -> Machine:
     """Where saved latents of a plan are decoded: a decoder alone fits wherever any mode of the whole model does."""
+    from vmonarch_cli.pipeline.offload import tiles_to_decode
+
     _check_encoder([plan])
-    return _machine(plan)
+    machine = _machine(plan)
+    return replace(machine, tiles=machine.on_gpu and tiles_to_decode(plan, machine.device, machine.dtype))
 
 
 def _check_encoder(plans: Sequence[Plan]) -> None:
