@@ -30,6 +30,7 @@ PUBLIC = {
         "monarch",
     },
     "vmonarch_kernels": {
+        "DenseUnavailable",
         "Factors",
         "HeadNorm",
         "ImplUnavailable",
@@ -43,6 +44,8 @@ PUBLIC = {
         "attention_lse",
         "dense_attention",
         "dense_backends",
+        "dense_choices",
+        "dense_obstacle",
         "frame_attention",
         "gated_activation",
         "gated_residual",

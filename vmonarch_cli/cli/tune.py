@@ -47,6 +47,7 @@ _NOT_OF_A_CLIP = (
     "steps",
     "num_videos",
     "dense_every",
+    "dense_attention",
     "output",
     "overwrite",
     "image",

@@ -40,6 +40,7 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.dense import dense_ready
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
@@ -48,7 +49,7 @@ from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
-from vmonarch_cli.plan.setup import AdapterFile, Setup
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -121,7 +122,7 @@ class ClipMaker:
         chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
-        with stopped_by_errors(self._kernels):
+        with stopped_by_errors(self._kernels), dense_ready(plan, machine):
             self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
@@ -138,15 +139,10 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=self._setup(plan).model_copy(update={"tuned": adapters}),
+            setup=self._machine.decided(plan.setup).model_copy(update={"tuned": adapters}),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
             share_clip=share_clip,
         )
-
-    def _setup(self, plan: Plan) -> Setup:
-        """The plan's setup with what this machine decided."""
-        decided = {name: getattr(self._machine, name) for name in ("offload", "vae_dtype", "fused_impl")}
-        return plan.setup.model_copy(update=decided)
 
     def _load_decoder(self, plan: Plan) -> Any:
         return load_decoder(
@@ -154,7 +150,7 @@ class ClipMaker:
             device=self._device,
             dtype=DTYPES[self._machine.dtype],
             revision=plan.revision,
-            setup=self._setup(plan),
+            setup=self._machine.decided(plan.setup),
             image_pipeline=plan.model.image_pipeline if plan.image else None,
         )
 
@@ -241,6 +237,7 @@ class ClipMaker:
         vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
         record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
+        record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -295,6 +292,7 @@ class ClipMaker:
                 seed=seed,
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
+                dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,
@@ -340,6 +338,7 @@ class ClipMaker:
             on_first_call=self._first_call,
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
+            dense=self._machine.dense,
         ) as session:
             self._sessions[key] = session
             try:

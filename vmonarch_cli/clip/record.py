@@ -80,6 +80,7 @@ def make_record(
         "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "fused": denoised.fused,
+        "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
         "timing": timing.to_json(),
         "versions": installed_versions(),
@@ -188,6 +189,10 @@ def plan_again(
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
+    if record.decoded_in_tiles:
+        setup = setup.model_copy(update={"vae_tiling": True})
+    if record.dense_attention is not None and record.coverage.dense:
+        setup = setup.model_copy(update={"dense_attention": record.dense_attention})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
     again = {"preset": preset, "setup": setup, **costs, "origins": origins, "warnings": ()}

@@ -20,7 +20,7 @@ from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, res
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
 
@@ -177,6 +177,7 @@ def _resolve_setup(
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
         "fuse": request.fuse,
+        "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
