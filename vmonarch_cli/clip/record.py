@@ -69,7 +69,7 @@ def make_record(
         },
         "file": written,
         "settings": plan.settings(),
-        "preset": plan.preset.model_dump(),
+        "preset": plan.preset.model_dump(exclude={"evidence"}),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
         "grid": list(denoised.grid),
         "tokens": plan.tokens,

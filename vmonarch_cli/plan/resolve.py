@@ -22,7 +22,7 @@ from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
-from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
+from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 RECIPE = "recipe"
@@ -211,7 +211,7 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             overrides[name] = (f"--{name.replace('_', '-')}", value)
     resolved = apply_overrides(preset, overrides)
     for name in Preset.model_fields:
-        if name not in ("name", "description"):
+        if name not in LABELS:
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved

@@ -120,7 +120,7 @@ class TunePlan:
         clip = self.clip
         return {
             "model": clip.model_source,
-            "preset": clip.preset.model_dump(),
+            "preset": clip.preset.model_dump(exclude={"evidence"}),
             "sampler steps": clip.steps,
             "guidance scale": clip.guidance_scale,
             "size": f"{clip.width}x{clip.height}",
@@ -242,24 +242,13 @@ def _check_preset(clip: Plan) -> None:
 
 def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(prompts of the trajectories, held-out prompts), which have none in common."""
-    is_demo = clip.model.alias == DEMO_ALIAS
     if given is None:
-        if not is_demo:
+        if clip.model.alias != DEMO_ALIAS:
             raise InputError(
                 f"no prompts to tune {clip.model.alias} with: --prompts-file takes a file with one prompt per line"
             )
         return _demo_prompts(held_out)
-    texts = list(dict.fromkeys(checks.prompt(text) for text in given))
-    if not texts:
-        raise InputError("no prompts: --prompts-file takes a file with one prompt per line")
-    if is_demo:
-        known = set(vocabulary())
-        for text in texts:
-            if not known.intersection(_words(text)):
-                raise InputError(
-                    f"the demo model knows no word of the prompt {shown(text)}: it draws moving shapes, as in "
-                    f'"{checks.EXAMPLE_PROMPT}"'
-                )
+    texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
             f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
@@ -267,6 +256,22 @@ def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tu
         )
     cut = len(texts) - held_out
     return tuple(texts[:cut]), tuple(texts[cut:])
+
+
+def checked_prompts(clip: Plan, given: Sequence[str]) -> list[str]:
+    """Different prompts of a file; InputError when there is none, or one of which the demo model knows no word."""
+    texts = list(dict.fromkeys(checks.prompt(text) for text in given))
+    if not texts:
+        raise InputError("no prompts: --prompts-file takes a file with one prompt per line")
+    if clip.model.alias == DEMO_ALIAS:
+        known = set(vocabulary())
+        for text in texts:
+            if not known.intersection(_words(text)):
+                raise InputError(
+                    f"the demo model knows no word of the prompt {shown(text)}: it draws moving shapes, as in "
+                    f'"{checks.EXAMPLE_PROMPT}"'
+                )
+    return texts
 
 
 def _unknown(clip: Plan, prompts: Sequence[str]) -> list[str]:
