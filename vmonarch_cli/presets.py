@@ -29,6 +29,7 @@ _LATER = {"first_turns", "step_refresh", "layer_refresh", "few_steps"}
 LABELS = ("name", "description", "evidence")
 """Fields that change nothing of what is computed."""
 _Line = Annotated[str, Field(max_length=500), AfterValidator(one_line)]
+"""Text that stands in tables, pages and records."""
 _Frames = Annotated[float, Field(ge=0, le=MAX_BAND_FRAMES)]
 
 
@@ -56,8 +57,8 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(min_length=1, max_length=60)
-    description: str = Field(default="", max_length=500)
+    name: _Line = Field(min_length=1, max_length=60)
+    description: _Line = ""
     attention: Literal["monarch", "dense"] = "monarch"
     num_steps: int = Field(default=2, ge=1, le=8)
     warm_start: bool = False
@@ -74,8 +75,6 @@ class Preset(BaseModel):
     few_steps: FewSteps | None = None
     evidence: tuple[_Line, ...] | None = Field(default=None, max_length=50)
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
-
-    _label = field_validator("name", "description")(one_line)
 
     @field_validator("name")
     @classmethod
@@ -198,6 +197,12 @@ FIELD_DOCS: dict[str, FieldDoc] = {
 }
 
 
+def few_steps_of(preset: Preset, steps: int) -> dict[str, Any]:
+    """The fields that `few_steps` replaces in a clip of so many denoising steps, with their values there."""
+    few = preset.few_steps
+    return {} if few is None or steps > few.up_to else few.changes()
+
+
 def at_steps(preset: Preset, steps: int | None) -> Preset:
     """A preset as it is in a clip of so many denoising steps (None: not known), without shares and `few_steps`.
 
@@ -210,8 +215,7 @@ def at_steps(preset: Preset, steps: int | None) -> Preset:
                 "give `begin_clip` or `begin_step` the total"
             )
         return preset
-    few = preset.few_steps
-    changes = {} if few is None or steps > few.up_to else few.changes()
+    changes = few_steps_of(preset, steps)
     dense_steps = changes.get("dense_steps", preset.dense_steps)
     if isinstance(dense_steps, float):
         dense_steps = math.floor(dense_steps * steps + 0.5)

@@ -19,7 +19,6 @@ from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -180,7 +179,7 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    work = Work(plan.model, plan.grid, plan.steps, branches_of(plan.model, plan.guidance_scale), plan.flow_shift)
+    work = plan.work
     step_costs = tuple(work.step_costs(preset))
     costs = {"flops": work.flops(preset, step_costs), "step_costs": step_costs}
     setup = plan.setup

@@ -12,7 +12,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.call_options import options_for
-from vmonarch_cli.plan.costs import Work, branches_of
+from vmonarch_cli.plan.costs import Work
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -60,16 +60,11 @@ class CalibratePlan:
     @property
     def work(self) -> Work:
         """What the clip's attention depends on."""
-        return work_of(self.clip)
+        return self.clip.work
 
     def noise_seed(self, number: int) -> int:
         """Of a measured clip's noise; a held-out one has the clip's own seed and its number."""
         return self.clip.seed + _NOISE_APART + number
-
-
-def work_of(clip: Plan) -> Work:
-    """What a clip's attention depends on, beside its preset."""
-    return Work(clip.model, clip.grid, clip.steps, branches_of(clip.model, clip.guidance_scale), clip.flow_shift)
 
 
 def resolve_calibrate(request: CalibrateRequest, prompts: Sequence[str] | None) -> CalibratePlan:
@@ -123,7 +118,7 @@ def _check_clip(clip: Plan) -> None:
 
 def _budget(request: CalibrateRequest, clip: Plan) -> float:
     """The units to stay within, those of the starting preset where no flag asks."""
-    work, dense = work_of(clip), 4 * clip.grid[0]
+    work, dense = clip.work, 4 * clip.grid[0]
     if request.error is not None:
         return dense
     if request.budget is None:
