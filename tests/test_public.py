@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 
 from vmonarch_cli import Preset, PresetFields
+from vmonarch_cli.presets import LABELS
 
 PUBLIC = {
     "vmonarch_cli": {
@@ -94,6 +95,6 @@ def test_importing_it_loads_nothing_but_itself(package: str) -> None:
 
 
 def test_the_fields_that_a_call_takes_are_those_of_a_preset() -> None:
-    assert set(get_type_hints(PresetFields)) == set(Preset.model_fields) - {"name", "description"}
+    assert set(get_type_hints(PresetFields)) == set(Preset.model_fields) - set(LABELS)
     own = get_type_hints(Preset)
     assert {name: own[name] for name in get_type_hints(PresetFields)} == get_type_hints(PresetFields)

@@ -19,7 +19,6 @@ from vmonarch_cli.media.write import Pixels
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -69,7 +68,7 @@ def make_record(
         },
         "file": written,
         "settings": plan.settings(),
-        "preset": plan.preset.model_dump(),
+        "preset": plan.preset.model_dump(exclude={"evidence"}),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
@@ -182,8 +181,7 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    branches = branches_of(plan.model, plan.guidance_scale)
-    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift, plan.other_tokens)
+    work = plan.work
     step_costs = tuple(work.step_costs(preset))
     costs = {"flops": work.flops(preset, step_costs), "step_costs": step_costs}
     setup = plan.setup

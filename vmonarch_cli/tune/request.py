@@ -156,7 +156,7 @@ class TunePlan:
         clip = self.clip
         return {
             "model": clip.model_source,
-            "preset": clip.preset.model_dump(),
+            "preset": clip.preset.model_dump(exclude={"evidence"}),
             "sampler steps": clip.steps,
             "guidance scale": clip.guidance_scale,
             "size": f"{clip.width}x{clip.height}",
