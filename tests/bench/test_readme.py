@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-GUIDE = ROOT / "vmonarch_cli" / "README.md"
+GUIDE = ROOT / "vmonarch_cli" / "cli" / "README.md"
 FIGURE = re.compile(r"\d[\d.,]*\s?(?:x|ms|s|GiB|GB|MB|dB|%|seconds|minutes)\b|\d+ %")
 GENERATED = re.compile(r"<!-- measured: .*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)

@@ -60,6 +60,8 @@ class AttentionSession:
         self._replaying = False
         self.adapted = False
         """A tuned adapter is on in the running forward."""
+        self.least_forwards = 1
+        """As many forwards of a transformer make a step in sampling, where the caller runs fewer of them."""
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
@@ -209,7 +211,7 @@ class AttentionSession:
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
             may_lead=forward.guided,
-            forwards=max(self._tracker.forwards, self._forwards),
+            forwards=max(self._tracker.forwards, self._forwards, self.least_forwards),
             steps=self._tracker.total,
             stage=self._tracker.stage,
         )

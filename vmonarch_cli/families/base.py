@@ -21,6 +21,9 @@ WholeDecoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
 """(pipeline, its latents, shape of the clip) -> frames (1, 3, F, height, width), from -1 to 1."""
 Decoder = Callable[[Any, torch.Tensor, Shape | None], Iterator[torch.Tensor]]
 """The same in parts (1, 3, f, height, width), in order; f is all of F where the VAE makes all frames together."""
+Encoder = Callable[[Any, torch.Tensor], torch.Tensor]
+"""(pipeline, frames (1, 3, F, height, width) from -1 to 1, in the VAE's dtype) -> latents as its transformer takes
+them, without noise."""
 SoundDecoder = Callable[[Any, torch.Tensor], tuple[torch.Tensor, int]]
 """(pipeline, its latents of sound) -> samples (1, channels, N), from -1 to 1, and how many of them a second has."""
 
@@ -129,6 +132,8 @@ class Family:
     readers: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
     """Of a modular pipeline the components that `from_pretrained` of their class does not read everywhere; each takes
     the component's folder."""
+    encode: Encoder | None = None
+    """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
 
@@ -179,6 +184,18 @@ def start_offloaded(module: Any) -> None:
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
+
+
+def encoded(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Latents of frames as the VAE gives them: the mode of its distribution, without chance."""
+    latents: torch.Tensor = pipeline.vae.encode(frames, return_dict=False)[0].mode()
+    return latents
+
+
+def encode_scaled(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    """The encoder of the families whose VAE has a scaling factor and no statistics."""
+    factor: float = pipeline.vae.config.scaling_factor
+    return encoded(pipeline, frames) * factor
 
 
 def decode_scaled(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:

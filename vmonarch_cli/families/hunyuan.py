@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, added_qkv, heads_of, split_out
-from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, at_once, decode_scaled, layers
+from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, at_once, decode_scaled, encode_scaled, layers
 from vmonarch_cli.models.base import ModelEntry
 
 _POOLED_DIM = 768  # of CLIP-L, HunyuanVideo's second text encoder
@@ -111,6 +111,7 @@ HUNYUAN_VIDEO = Family(
     {"HunyuanVideoAttnProcessor2_0": HunyuanMonarchProcessor},
     layers("transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
     at_once(decode_scaled),
+    encode=encode_scaled,
     forward=ForwardInputs(others=_inputs),
 )
 HUNYUAN_VIDEO_15 = Family(

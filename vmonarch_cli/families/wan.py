@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
-from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae, start_offloaded
+from vmonarch_cli.families.base import (
+    Family,
+    ForwardInputs,
+    Shape,
+    encoded,
+    layers,
+    mean_and_std,
+    run_vae,
+    start_offloaded,
+)
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
 _WHOLE_PIXELS = 1 << 20
@@ -73,11 +82,18 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterat
         yield from decode_chunks(vae, latents)
 
 
+def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    latents = encoded(pipeline, frames)
+    mean, std = mean_and_std(pipeline, latents)
+    return (latents - mean) / std
+
+
 WAN = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
     forward=ForwardInputs(),
 )
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
@@ -86,6 +102,7 @@ WAN_VACE = Family(
     layers("blocks.N.attn1", "vace_blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
 )
 SKYREELS_V2 = Family(
     {"SkyReelsV2AttnProcessor": WanMonarchProcessor},
@@ -93,4 +110,5 @@ SKYREELS_V2 = Family(
     _decode,
     obstacle=_causal,
     plain_calls=True,
+    encode=_encode,
 )

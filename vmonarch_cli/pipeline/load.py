@@ -29,7 +29,7 @@ from vmonarch_cli.pipeline.modular import hide_progress, is_modular, read_modula
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import Setup, check_tuned_weights
 from vmonarch_cli.plan.tuned import check_file
 from vmonarch_cli.text import innermost_line
 
@@ -56,6 +56,7 @@ def load_pipeline(
     from the model runs.
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
+    check_tuned_weights(setup)
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)

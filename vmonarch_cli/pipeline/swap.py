@@ -17,7 +17,8 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.pipeline.tuned import AdapterSwitch
+from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
+from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.presets import Preset
 
 _STAGES = ("transformer", "transformer_2")
@@ -45,7 +46,7 @@ def swapped(
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
     session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
         own. This is how several presets take turns on one model.
-    adapter: name of a tuned adapter that the transformers have (see `tuned.AdapterSwitch`). It is on in the forwards
+    adapter: name of a tuned adapter that the transformers have (see `tuned.switch_of`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
     Raises ModelError for a transformer of an unknown family, and for one that is swapped already.
@@ -69,7 +70,7 @@ def swapped(
                 _dense_blocks(transformer, found, session.preset.dense_layers)
                 for transformer, found in zip(transformers, layers, strict=True)
             ]
-            switch = AdapterSwitch(transformers, adapter, blocks)
+            switch = switch_of(transformers, adapter, blocks)
             undo.callback(switch.off)
         for index, transformer in enumerate(transformers):
             hook = functools.partial(_before_forward, session, index, target, scheduler, switch)
@@ -99,7 +100,9 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
 
 
 def _class_name(transformer: Any) -> str:
-    return type(getattr(transformer, "_orig_mod", transformer)).__name__
+    """The class of diffusers: FSDP gives a module a class of its own, below that."""
+    kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    return next((name for name in kinds if name in FAMILIES), kinds[0])
 
 
 def _self_attentions(transformer: Any) -> dict[int, Any]:
@@ -142,7 +145,7 @@ def _before_forward(
     index: int,
     target: Any,
     scheduler: Any,
-    switch: AdapterSwitch | None,
+    switch: AdapterSwitch | WeightSwitch | None,
     transformer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
