@@ -121,6 +121,8 @@ class Family:
     """Why it cannot be split although diffusers has a plan for it, or None."""
     decode_sound: SoundDecoder | None = None
     """The end of the pipeline's own call for its sound; None for families that make none."""
+    batches: bool = False
+    """Each tensor that a forward takes has the samples in front, so that clips can be put side by side."""
     encode: Encoder | None = None
     """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None

@@ -94,6 +94,7 @@ WAN = Family(
     _decode,
     plain_calls=True,
     encode=_encode,
+    batches=True,
     forward=ForwardInputs(),
 )
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
@@ -111,4 +112,5 @@ SKYREELS_V2 = Family(
     obstacle=_causal,
     plain_calls=True,
     encode=_encode,
+    batches=True,
 )
