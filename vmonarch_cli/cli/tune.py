@@ -107,7 +107,7 @@ class TuneFlags:
         number_option("--lr", panel=TRAINING, help="Learning rate. Default: 0.001, with --full 0.00001."),
     ] = None
     batch: Annotated[
-        int | None, whole_option("--batch", panel=TRAINING, help="Clips in a step, of each process. Default: 1.")
+        int | None, whole_option("--batch", panel=TRAINING, help="Clips at once, of each process. Default: 1.")
     ] = None
     eval_prompts: Annotated[
         int | None,
@@ -139,10 +139,10 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
-    from vmonarch_cli.tune.flow_matching import check_encoder
+    from vmonarch_cli.tune.flow_matching import check_family
     from vmonarch_cli.tune.memory import check_memory, free_bytes
 
-    check_encoder(plan)
+    check_family(plan)
     machine = check_machine(plan.clip)
     check_memory(plan, free_bytes(machine), machine)
     out.say(_header(plan))

@@ -188,7 +188,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.whole("--batch", request.batch, 1, 1024)
     checks.number("--seconds", request.seconds, 1, 1e7)
     checks.whole("--eval-prompts", request.eval_prompts, 0, 1000)
-    clip = resolve(request.clip, needs_prompt=False)
+    clip = resolve(request.clip, needs_prompt=False).model_copy(update={"outputs": ()})  # no clip is written
     _check_model(clip, request.full)
     _check_preset(clip)
     videos: tuple[CaptionedClip, ...] = ()
