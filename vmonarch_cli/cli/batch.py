@@ -139,15 +139,18 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
         remember(result.record)
         out.tell(report.clip_line(result, len(batch.clips)))
 
-    with stoppable(out.insist) as interrupts, RunProgress(out, on_clip) as progress:
+    due = sum(report.to_do(clip, batch.before[clip.key]) in ("make", "decode") for clip in batch.clips)
+    with stoppable(out.insist) as interrupts, RunProgress(out, on_clip, clips=due) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
                 case ClipFailed(line=line, path=path, sentence=sentence, trace=trace):
+                    progress.drop_clip()
                     out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
                         out.insist(trace)
                 case ClipTakenOver(line=line, path=path, owner=owner):
+                    progress.drop_clip()
                     out.warn(f"line {line}: {path.name} was taken over by {owner or 'another process'}")
                 case WaitingForOthers(count=count, owners=owners):
                     words = f" ({', '.join(owners)})" if owners else ""
@@ -253,7 +256,7 @@ def decode_latents(
     made: list[Path] = []
     with (
         stoppable(out.insist) as interrupts,
-        RunProgress(out, lambda result, load_s: made.append(result.path)) as progress,
+        RunProgress(out, lambda result, load_s: made.append(result.path), clips=len(found)) as progress,
     ):
         try:
             outcomes = decode_files(

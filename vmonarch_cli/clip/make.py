@@ -21,6 +21,7 @@ from vmonarch_cli.clip.events import (
     CompilingKernels,
     Decoding,
     Event,
+    FramesDecoded,
     LatentsSaved,
     ModelLoaded,
     ModelLoading,
@@ -225,6 +226,7 @@ class ClipMaker:
             self._device,
             on_part=None if on_frames is None else parts.append,
             on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
+            on_count=lambda done: self._on_event(FramesDecoded(index, done, plan.num_frames)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
         load_s, self._load_s = self._load_s, None  # the first clip paid for it

@@ -52,16 +52,18 @@ def write_decoded(
     *,
     on_part: Callable[[Frames], None] | None,
     on_retry: Callable[[str], None],
+    on_count: Callable[[int], None] = lambda done: None,
 ) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
     """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
 
-    `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on.
+    `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on, and
+    `on_count` how many frames there are so far.
     Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
     """
 
     def attempt() -> WrittenClip:
         watch = Stopwatch(device)
-        sound = None
+        sound, done = None, 0
         if target.sound is not None:  # first, because an .mp4 begins with both
             sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
         where = (target.path, target.shape, target.fps, target.overwrite, target.work)
@@ -70,6 +72,8 @@ def write_decoded(
                 writer.add(part)
                 if on_part is not None:
                     on_part(part)
+                done += len(part)
+                on_count(done)
             decode_s, hidden_s = watch.lap() - writer.waited_s, writer.busy_s - writer.waited_s
         write_s = watch.total() - decode_s
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
