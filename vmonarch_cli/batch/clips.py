@@ -23,6 +23,7 @@ from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import file_sha256, user_path
@@ -232,7 +233,7 @@ class _Planner:
     def _clip(
         self, request: GenerateRequest, given: Mapping[str, Any], line: Line, wanted: str | None, offset: int
     ) -> PlannedClip:
-        seed = request.seed if not offset else (request.seed or 0) + offset
+        seed = request.seed if not offset or request.seed == RANDOM else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
         if "recipe" in given and plan.setup.loras != self._request.loras:
             raise InputError(
@@ -240,6 +241,8 @@ class _Planner:
                 "a flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
+        if plan.seed_was_drawn and not origins["seed"].endswith(DRAWN):
+            origins["seed"] += DRAWN
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
         if wanted is not None and offset:
@@ -288,6 +291,8 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
 def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
+    if plan.seed_was_drawn:  # the manifest keeps it
+        content["seed"] = RANDOM
     content["setup"].pop("offload", None)
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read

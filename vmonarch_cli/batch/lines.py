@@ -10,6 +10,7 @@ from vmonarch_cli.batch.values import Pairs, Written, decimal, words
 from vmonarch_cli.errors import InputError, InputErrors
 from vmonarch_cli.plan.noise_levels import check_sigmas, read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import RANDOM, is_random
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
 
@@ -134,6 +135,8 @@ def _value(name: str, raw: Any, as_text: bool) -> Any:
         return raw
     if name.startswith(PRESET_FIELD):
         return _preset_value(name, raw)
+    if name == "seed" and is_random(raw):
+        return RANDOM
     if name == "sigmas":
         return _sigmas(raw)
     whole = name in _WHOLES

@@ -15,6 +15,7 @@ from vmonarch_cli.cli.tables import table
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.untrusted.files import user_path
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
     folder, plans = plan_comparison(request, presets)
     first = next(iter(plans.values()))
     out.note(*first.notes)
+    if request.seed == RANDOM:
+        out.note(f"seed {first.seed} was drawn: --seed {first.seed} makes the same clips")
     out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))
     with RunProgress(out, lambda result, load_s: remember(result.record)) as progress:

@@ -14,10 +14,12 @@ from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.events import Event, LatentsSaved
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve, with_hub_loras
+from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.timing import ClipResult
 
 
@@ -38,6 +40,8 @@ def generate(
         batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
         return
     out = shown.output(main=read_rank().is_main)
+    if request.seed == RANDOM and read_rank().world > 1:
+        raise InputError("--seed -1 would draw another seed in each process of a torchrun: give a seed")
     resolved = resolve(request)
     plan.tell_notes(resolved, out)
     if dry_run:

@@ -15,6 +15,7 @@ from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.noise_levels import read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import read_seed
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
@@ -115,7 +116,16 @@ class RequestFlags(TypedDict, total=False):
             help="Noise level at which each step begins, falling from 1, as in 1,0.94,0.83,0.62.",
         ),
     ]
-    seed: Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")]
+    seed: Annotated[
+        int | None,
+        option(
+            "--seed",
+            panel=SAMPLING,
+            parser=read_seed,
+            metavar="<int|random>",
+            help="Seed of the first clip; random (or -1) draws one. Default: 0.",
+        ),
+    ]
     num_videos: Annotated[
         int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
     ]

@@ -47,6 +47,9 @@ def plan(
 def tell_notes(resolved: Plan, out: Output) -> None:
     """What the user should know before the work begins."""
     out.note(*resolved.notes)
+    if resolved.seed_was_drawn:
+        seed, count = resolved.seed, resolved.num_videos
+        out.note(f"seed {seed} was drawn: --seed {seed} makes the same clip{'s' if count > 1 else ''}")
     out.warn(*resolved.warnings)
 
 

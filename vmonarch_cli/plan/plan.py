@@ -11,6 +11,7 @@ from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.noise_levels import OWN
+from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
@@ -18,7 +19,8 @@ from vmonarch_cli.presets import Preset
 class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
-    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default" or "default".
+    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default" or "default"; a
+    seed's ends in ", drawn" where it is random.
     Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
     """
 
@@ -73,6 +75,11 @@ class Plan(BaseModel):
     def tuned(self) -> AdapterFile | None:
         """The tuned adapter that it runs with, if any."""
         return self.setup.tuned[0] if self.setup.tuned else None
+
+    @property
+    def seed_was_drawn(self) -> bool:
+        """Whether nobody chose the seed."""
+        return self.origins.get("seed", "").endswith(DRAWN)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""

@@ -20,6 +20,7 @@ from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, res
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
 from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
@@ -69,7 +70,9 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
-    seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
+    seed = take("seed", check_seed(request.seed), 0, DEFAULT)
+    if seed == RANDOM:
+        seed, origins["seed"] = draw_seed(), origins["seed"] + DRAWN
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
     sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
     given_steps = checks.whole("--steps", request.steps, 1, 1000)

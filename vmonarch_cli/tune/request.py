@@ -150,6 +150,8 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.number("--seconds", request.seconds, 1, 1e7)
     checks.whole("--eval-prompts", request.eval_prompts, 0, 1000)
     clip = resolve(request.clip, needs_prompt=False)
+    if clip.seed_was_drawn:
+        raise InputError("--seed -1 draws another seed each time, so that --resume could not go on: give a seed")
     _check_model(clip)
     _check_preset(clip)
     count = DEFAULT_EVAL if request.eval_prompts is None else request.eval_prompts

@@ -46,7 +46,7 @@ def clip(request: GenerateRequest, flags: ClipFlags, debug: Debug = False) -> No
     plan = resolve(replace(request, prompt=prompt, output=f"clip{ending}", overwrite=True))
     if plan.preset.attention == "dense":
         raise InputError("--preset dense is measured anyway: name a structured preset")
-    where = RunFlags(request.seed, request.device, request.dtype, flags.seconds, flags.as_json, None, request.overwrite)
+    where = RunFlags(plan.seed, request.device, request.dtype, flags.seconds, flags.as_json, None, request.overwrite)
     run = ProfileRun("clip", where)
 
     from vmonarch_cli.profile.clip import ClipSettings, run_clips

@@ -17,6 +17,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.seeds import RANDOM, draw_seed
 from vmonarch_cli.review.compare.existing import differing, read_sound_of, shared_facts, whose_sound
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
@@ -35,6 +36,8 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
     if request.num_videos not in (None, 1):
         raise InputError("compare makes one clip per preset: give --seed, not --num-videos")
     names = _names(presets or (_default_preset(request),))
+    if request.seed == RANDOM:  # one for all of them
+        request = replace(request, seed=draw_seed())
     seed = 0 if request.seed is None else request.seed
     folder = _folder(request, f"{slug(request.prompt or '')}-s{seed}-compare")
     request = replace(request, num_videos=None, dense_every=request.dense_every or 0)
