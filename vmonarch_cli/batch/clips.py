@@ -306,7 +306,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         del content["audio"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
-    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", None)):  # the same
         if content[name] == default:
             del content[name]
     content["preset"] = plan.preset.computed_fields()

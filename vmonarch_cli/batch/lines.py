@@ -21,7 +21,7 @@ _TEXTS = (
     *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
     *("sampler", "recipe"),
 )
-_WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
+_WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers", "quality")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
 LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS, "sigmas") if name in _REQUEST)
 """What a line may set, by the names of the request's fields; and any preset.FIELD."""

@@ -154,7 +154,16 @@ class RequestFlags(TypedDict, total=False):
     dtype: Annotated[str | None, option("--dtype", panel=OUTPUT, help="auto, float32, bfloat16 or float16.")]
     output: Annotated[
         str | None,
-        option("--output", "-o", panel=OUTPUT, help="File (.mp4, .gif, .png for a folder of frames) or folder."),
+        option(
+            "--output",
+            "-o",
+            panel=OUTPUT,
+            help="File (.mp4, .webm, .gif, .webp, .png for a folder of frames) or folder.",
+        ),
+    ]
+    quality: Annotated[
+        int | None,
+        whole_option("--quality", panel=OUTPUT, help="Of the clip's file: 1 (small) to 10 (large). Default: 8."),
     ]
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")]
     revision: Annotated[

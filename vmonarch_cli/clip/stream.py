@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ class Target:
     work: Path | None
     sound: torch.Tensor | None = None
     """Latents of the clip's sound."""
+    quality: int | None = None
+    tags: Callable[[Pixels, Sound | None], dict[str, str]] | None = None
+    """What the clip's file says of itself."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def write_decoded(
         if target.sound is not None:  # first, because an .mp4 begins with both
             sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
         where = (target.path, target.shape, target.fps, target.overwrite, target.work)
-        with clip_writer(*where, sound=sound) as writer:
+        tags = None if target.tags is None else functools.partial(_with_sound, target.tags, sound)
+        with clip_writer(*where, sound=sound, quality=target.quality, tags=tags) as writer:
             for part in decode():
                 writer.add(part)
                 if on_part is not None:
@@ -79,3 +84,9 @@ def write_decoded(
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
     return decode_with_retries(attempt, pipeline, device, on_retry)
+
+
+def _with_sound(
+    tags: Callable[[Pixels, Sound | None], dict[str, str]], sound: Sound | None, pixels: Pixels
+) -> dict[str, str]:
+    return tags(pixels, sound)

@@ -49,6 +49,8 @@ class Plan(BaseModel):
     """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
+    quality: int | None = None
+    """Of the clip's file, 1 to 10; None is the format's default. See `media/encoders.py`."""
     preset: Preset
     device: str
     dtype: str

@@ -35,6 +35,7 @@ class GenerateRequest:
     device: str | None = None
     dtype: str | None = None
     output: str | None = None
+    quality: int | None = None
     overwrite: bool = False
     revision: str | None = None
     transformer: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.media.paths import check_rate, resolve_targets
+from vmonarch_cli.media.paths import check_format, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
@@ -94,7 +94,10 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         request.overwrite,
         with_sound=bool(audio),
     )
-    check_rate(outputs, fps)
+    check_format(outputs, fps, height, width)
+    quality = checks.whole("--quality", request.quality, 1, 10)
+    if quality is not None:  # else each format has its own
+        origins["quality"] = FLAG
     flow_shift = take(
         "flow_shift",
         checks.number("--flow-shift", request.flow_shift, 0.01, 100),
@@ -132,6 +135,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         noise_levels_forced=levels.forced,
         seed=seed,
         num_videos=num_videos,
+        quality=quality,
         preset=preset,
         device=take("device", checks.device(request.device), "auto", DEFAULT),
         dtype=take("dtype", checks.dtype(request.dtype), "auto", DEFAULT),
@@ -154,7 +158,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, facts, guidance),
-            *warnings.without_effect(request, preset),
+            *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),
             *warnings.of_loras(setup.loras, loras, model, guidance),

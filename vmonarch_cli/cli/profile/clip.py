@@ -26,7 +26,8 @@ class ClipFlags:
         int | None, whole_option("--repeats", panel=OUTPUT, help="Warm clips of each kind. Default: 3, on a CPU 1.")
     ] = None
     ending: Annotated[
-        str | None, option("--ending", panel=OUTPUT, help=".mp4, .gif or .png: what the clips are written as.")
+        str | None,
+        option("--ending", panel=OUTPUT, help="What the clips are written as: .mp4, .webm, .gif, .webp or .png."),
     ] = None
     seconds: Seconds = None
     as_json: Json = None
