@@ -105,7 +105,7 @@ def test_quality_is_recorded_and_checked() -> None:
     call(*SMALL, "--quality", "1", "-o", "low.mp4")
     call(*SMALL, "-o", "plain.mp4")
     assert json.loads(Path("low.json").read_text())["settings"]["quality"] == {"value": 1, "origin": "flag"}
-    assert "quality" not in json.loads(Path("plain.json").read_text())["settings"]
+    assert json.loads(Path("plain.json").read_text())["settings"]["quality"] == {"value": 8, "origin": "default"}
     stderr = call(*SMALL, "--quality", "11", code=2).stderr
     assert stderr == "error: --quality takes a whole number from 1 to 10, got 11\n"
     shown = call("plan", "-p", "x", "--quality", "5", "-o", "x.png")

@@ -66,7 +66,7 @@ def test_settings_are_json_and_complete() -> None:
     assert settings["preset.band"] == {"value": 0, "origin": "preset"}
     assert settings["model"] == {"value": "wan2.1-1.3b", "origin": "flag"}
     assert settings["output"] == {"value": ["outputs/a-cat-s5.mp4"], "origin": "default"}
-    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps"}
+    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps", "defaults"}
     assert flags - {"dense_layers", "impl"} <= set(settings)
 
 

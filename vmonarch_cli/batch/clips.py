@@ -17,7 +17,7 @@ from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
@@ -221,6 +221,7 @@ class _Planner:
                 model=self._request.model,
                 revision=self._request.revision,
                 image=self._request.image,
+                defaults=self._request.defaults,
                 prompt=STAND_IN,
             )
             self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
@@ -306,7 +307,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         del content["audio"]
     if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
         del content["setup"]["vae_dtype"]
-    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", None)):  # the same
+    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", DEFAULT_QUALITY)):  # the same
         if content[name] == default:
             del content[name]
     content["preset"] = plan.preset.computed_fields()

@@ -9,11 +9,12 @@ import typer
 from rich.text import Text
 
 from vmonarch_cli import __version__
-from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, option, takes_request
+from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, configured, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.tables import table
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import output_path
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.untrusted.files import user_path
@@ -44,6 +45,7 @@ def compare(
     from vmonarch_cli.review.compare.existing import compare_files
     from vmonarch_cli.review.compare.files import check_folder, write_comparison
 
+    request = configured(request)
     out = shown.output()
     if files:
         if len(files) < 2:
@@ -72,7 +74,7 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
     folder, plans = plan_comparison(request, presets)
     first = next(iter(plans.values()))
     out.note(*first.notes)
-    if request.seed == RANDOM:
+    if default_of(request, "seed") == RANDOM:
         out.note(f"seed {first.seed} was drawn: --seed {first.seed} makes the same clips")
     out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))

@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from vmonarch_cli.cli import batch, plan
-from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.events import Event, LatentsSaved
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve, with_hub_loras
@@ -36,11 +37,12 @@ def generate(
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
     refuse_stray(words)
+    request = configured(request)
     if options.prompts_file is not None:
         batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
         return
     out = shown.output(main=read_rank().is_main)
-    if request.seed == RANDOM and read_rank().world > 1:
+    if default_of(request, "seed") == RANDOM and read_rank().world > 1:
         raise InputError("--seed -1 would draw another seed in each process of a torchrun: give a seed")
     resolved = resolve(request)
     plan.tell_notes(resolved, out)

@@ -6,13 +6,14 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 import typer
 
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.defaults import read_defaults
 from vmonarch_cli.plan.noise_levels import read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import read_seed
@@ -122,7 +123,7 @@ class RequestFlags(TypedDict, total=False):
             "--seed",
             panel=SAMPLING,
             parser=read_seed,
-            metavar="<int|random>",
+            metavar="<int>",
             help="Seed of the first clip; random (or -1) draws one. Default: 0.",
         ),
     ]
@@ -228,6 +229,11 @@ def refuse_stray(words: Sequence[str] | None) -> None:
             f"words without a flag are not taken, got {shown(' '.join(words))}: a prompt goes after --prompt, as in "
             f"--prompt {shlex.quote(' '.join(words)[:60])}"
         )
+
+
+def configured(request: GenerateRequest) -> GenerateRequest:
+    """The request with the user's own defaults, of variables and files, for what no flag gives."""
+    return replace(request, defaults=read_defaults())
 
 
 @dataclass(frozen=True)

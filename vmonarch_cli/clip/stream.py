@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.clip.stopwatch import Stopwatch
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import Frames, Pixels, clip_writer
 from vmonarch_cli.pipeline.call import decode_sound
@@ -28,7 +29,7 @@ class Target:
     work: Path | None
     sound: torch.Tensor | None = None
     """Latents of the clip's sound."""
-    quality: int | None = None
+    quality: int = DEFAULT_QUALITY
     tags: Callable[[Pixels, Sound | None], dict[str, str]] | None = None
     """What the clip's file says of itself."""
 

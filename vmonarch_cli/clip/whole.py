@@ -10,7 +10,7 @@ from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import record_path, sound_path
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, record_path, sound_path
 from vmonarch_cli.plan.plan import Plan
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -69,7 +69,11 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
         return False
-    then = {"vae_dtype": "auto", **{name: entry.value for name, entry in record.settings.items()}}
+    then = {
+        "vae_dtype": "auto",
+        "quality": DEFAULT_QUALITY,
+        **{name: entry.value for name, entry in record.settings.items()},
+    }
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}

@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.media.ffmpeg import CODECS
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
 
-DEFAULT_QUALITY = 8
-"""Visually lossless for small clips; the size of a 96x96 clip as .mp4 stays below 100 KB."""
 _SOUND_RATE = ["-b:a", "192k"]
 # Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
 _TAGS = "colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"

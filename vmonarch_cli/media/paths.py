@@ -17,6 +17,8 @@ DEFAULT_FOLDER = "outputs"
 ENDINGS = (".mp4", ".webm", ".gif", ".webp", ".png")
 WITH_SOUND = (".mp4", ".webm")
 """Endings of clips that hold their sound themselves."""
+DEFAULT_QUALITY = 8
+"""Of a clip's file, from 1 to 10; see `encoders.py`. Visually lossless; a 96x96 clip as .mp4 is below 100 KB."""
 LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
 _WEBP_SIDE = 16383

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import ModelError, OutputError
-from vmonarch_cli.media.encoders import DEFAULT_QUALITY, ENCODERS, WITH_SOUND, Encoder
-from vmonarch_cli.media.paths import sound_path
+from vmonarch_cli.media.encoders import ENCODERS, WITH_SOUND, Encoder
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, sound_path
 from vmonarch_cli.media.publish import Draft, atomic, named
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.tags import TAGGED, write_tags
@@ -145,7 +145,7 @@ def clip_writer(
     work: Path | None = None,
     *,
     sound: Sound | None = None,
-    quality: int | None = None,
+    quality: int = DEFAULT_QUALITY,
     tags: Callable[[Pixels], Mapping[str, str]] | None = None,
 ) -> Iterator[ClipWriter]:
     """A writer of a clip of `shape` (frames, height, width) to `path` by its ending; the folder is made.
@@ -162,7 +162,7 @@ def clip_writer(
         raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENCODERS)}")
     draft = Draft(path, overwrite, work)
     try:
-        about = (draft.temporary, fps, shape[0], DEFAULT_QUALITY if quality is None else quality)
+        about = (draft.temporary, fps, shape[0], quality)
         inside = None if sound is None or ending not in WITH_SOUND else WITH_SOUND[ending](*about, sound)
         writer = ClipWriter(path, inside or encoder(*about), shape)
         try:
@@ -190,7 +190,7 @@ def write_clip(
     work: Path | None = None,
     *,
     sound: Sound | None = None,
-    quality: int | None = None,
+    quality: int = DEFAULT_QUALITY,
 ) -> Path:
     """Write uint8 frames (F, H, W, 3) to `path`; see `clip_writer`."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:

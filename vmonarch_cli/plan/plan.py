@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost
@@ -19,7 +20,8 @@ from vmonarch_cli.presets import Preset
 class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
-    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default" or "default"; a
+    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default", "default" or a
+    place of the user's own defaults (see `defaults.py`); a
     seed's ends in ", drawn" where it is random.
     Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
     """
@@ -49,8 +51,8 @@ class Plan(BaseModel):
     """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
-    quality: int | None = None
-    """Of the clip's file, 1 to 10; None is the format's default. See `media/encoders.py`."""
+    quality: int = DEFAULT_QUALITY
+    """Of the clip's file, 1 to 10; see `media/encoders.py`."""
     preset: Preset
     device: str
     dtype: str

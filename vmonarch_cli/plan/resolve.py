@@ -1,6 +1,6 @@
 """From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
 
-Precedence is flag > recipe > preset > model default > default of the tool.
+Precedence is flag > recipe > the user's own defaults > preset > model default > default of the tool.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.media.paths import check_format, resolve_targets
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, check_format, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
@@ -16,6 +16,7 @@ from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.costs import Work, branches_of
+from vmonarch_cli.plan.defaults import fill
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
@@ -36,6 +37,21 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     needs_prompt: a plan that nothing runs can do without, and has an empty one.
     """
+    filled = fill(request)
+    with filled.blamed():
+        plan = _resolve(filled.request, needs_prompt)
+    return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
+
+
+def _with_origins(origins: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """The origins with those of the user's own defaults; a recipe's stay."""
+    changed = {name: origin for name, origin in own.items() if origins.get(name, "").startswith(FLAG)}
+    if origins["seed"].endswith(DRAWN) and "seed" in changed:
+        changed["seed"] += DRAWN
+    return {**origins, **changed}
+
+
+def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     checks.texts(request)
     without = request.prompt is None and not needs_prompt
     prompt = "" if without else checks.prompt(request.prompt)
@@ -95,9 +111,6 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         with_sound=bool(audio),
     )
     check_format(outputs, fps, height, width)
-    quality = checks.whole("--quality", request.quality, 1, 10)
-    if quality is not None:  # else each format has its own
-        origins["quality"] = FLAG
     flow_shift = take(
         "flow_shift",
         checks.number("--flow-shift", request.flow_shift, 0.01, 100),
@@ -135,7 +148,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         noise_levels_forced=levels.forced,
         seed=seed,
         num_videos=num_videos,
-        quality=quality,
+        quality=take("quality", checks.whole("--quality", request.quality, 1, 10), DEFAULT_QUALITY, DEFAULT),
         preset=preset,
         device=take("device", checks.device(request.device), "auto", DEFAULT),
         dtype=take("dtype", checks.dtype(request.dtype), "auto", DEFAULT),
