@@ -19,6 +19,7 @@ from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.auto import MARK
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -33,17 +34,8 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {
-    "grid",
-    "tokens",
-    "flops",
-    "model",
-    "recipe",
-    "noise_levels",
-    "step_costs",
-    "noise_levels_forced",
-    "loras",
-}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
+_NOT_IDENTITY |= {"loras", "preset_reason"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -242,8 +234,9 @@ class _Planner:
                 "a flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
-        if plan.seed_was_drawn and not origins["seed"].endswith(DRAWN):
-            origins["seed"] += DRAWN
+        for name, mark in (("seed", DRAWN), ("preset", MARK)):
+            if plan.origins[name].endswith(mark) and not origins[name].endswith(mark):
+                origins[name] += mark
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
         if wanted is not None and offset:

@@ -131,7 +131,12 @@ class RequestFlags(TypedDict, total=False):
         int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
     ]
     preset: Annotated[
-        str | None, option("--preset", panel=ATTENTION, help="Name or .toml file; `vmonarch presets` lists them.")
+        str | None,
+        option(
+            "--preset",
+            panel=ATTENTION,
+            help="Name, .toml file, or auto: by tokens, steps and card. `vmonarch presets` lists them.",
+        ),
     ]
     overrides: Annotated[
         list[str] | None,

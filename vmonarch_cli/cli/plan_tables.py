@@ -59,6 +59,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     shape = " x ".join(str(n) for n in plan.grid)
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
+        *([] if plan.preset_reason is None else [("preset auto", plan.preset_reason)]),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),

@@ -74,6 +74,7 @@ def make_record(
         "file": written,
         "settings": plan.settings(),
         "preset": plan.preset.model_dump(),
+        **({} if plan.preset_reason is None else {"preset_reason": plan.preset_reason}),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
         "grid": list(denoised.grid),
         "tokens": plan.tokens,

@@ -54,6 +54,8 @@ class Plan(BaseModel):
     quality: int = DEFAULT_QUALITY
     """Of the clip's file, 1 to 10; see `media/encoders.py`."""
     preset: Preset
+    preset_reason: str | None = None
+    """Why `--preset auto` chose it; None for a preset that was named."""
     device: str
     dtype: str
     dense_every: int

@@ -5,6 +5,7 @@ Precedence is flag > recipe > the user's own defaults > preset > model default >
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
@@ -15,6 +16,7 @@ from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, 
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
+from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
@@ -39,15 +41,28 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     """
     filled = fill(request)
     with filled.blamed():
-        plan = _resolve(filled.request, needs_prompt)
+        plan = _with_preset(filled.request, needs_prompt)
     return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
+
+
+def _with_preset(request: GenerateRequest, needs_prompt: bool) -> Plan:
+    """The plan of a request, whose preset may be "auto"."""
+    if request.preset != AUTO:
+        return _resolve(request, needs_prompt)
+    changes = ("dense_steps", "dense_layers", "impl", "tuned")
+    plain: dict[str, Any] = {"preset": "dense", "overrides": (), **dict.fromkeys(changes)}
+    name, why = choose_preset(_resolve(replace(request, **plain), needs_prompt))
+    plan = _resolve(replace(request, preset=name), needs_prompt)
+    origins = {**plan.origins, "preset": plan.origins["preset"] + MARK}
+    return plan.model_copy(update={"preset_reason": why, "origins": origins})
 
 
 def _with_origins(origins: dict[str, str], own: dict[str, str]) -> dict[str, str]:
     """The origins with those of the user's own defaults; a recipe's stay."""
     changed = {name: origin for name, origin in own.items() if origins.get(name, "").startswith(FLAG)}
-    if origins["seed"].endswith(DRAWN) and "seed" in changed:
-        changed["seed"] += DRAWN
+    for name, mark in (("seed", DRAWN), ("preset", MARK)):
+        if origins[name].endswith(mark) and name in changed:
+            changed[name] += mark
     return {**origins, **changed}
 
 
