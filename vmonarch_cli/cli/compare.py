@@ -9,6 +9,8 @@ import typer
 from rich.text import Text
 
 from vmonarch_cli import __version__
+from vmonarch_cli.cli.completion import preset_names
+from vmonarch_cli.cli.opening import Open, open_file
 from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, configured, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.tables import table
@@ -33,8 +35,14 @@ def compare(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        option("--preset", panel=ATTENTION, help="What to hold against dense (repeatable). Default: the model's own."),
+        option(
+            "--preset",
+            panel=ATTENTION,
+            autocompletion=preset_names,
+            help="What to hold against dense (repeatable). Default: the model's own.",
+        ),
     ] = None,
+    open_page: Open = False,
     debug: Debug = False,
 ) -> None:
     """Make one clip dense and with presets, with one seed, and measure how far apart they are and what each cost.
@@ -63,6 +71,9 @@ def compare(
         out.json({"version": __version__, **comparison.to_json(), "files": [str(path) for path in written]})
     _show(comparison, out)
     out.paths(*written)
+    page = next((path for path in written if path.suffix == ".html"), None)
+    if open_page and page is not None:
+        open_file(page, out)
 
 
 def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Path, Comparison]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vmonarch_cli.cli import batch, plan
+from vmonarch_cli.cli.opening import Open, open_file
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.events import Event, LatentsSaved
@@ -32,6 +33,7 @@ def generate(
     dry_run: Annotated[
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
+    open_result: Open = False,
     debug: Debug = False,
     words: Stray = None,
 ) -> None:
@@ -39,7 +41,7 @@ def generate(
     refuse_stray(words)
     request = configured(request)
     if options.prompts_file is not None:
-        batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
+        batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug, open_page=open_result)
         return
     out = shown.output(main=read_rank().is_main)
     if default_of(request, "seed") == RANDOM and read_rank().world > 1:
@@ -49,11 +51,13 @@ def generate(
     if dry_run:
         plan.show_plan(resolved, out)
     else:
-        _run(resolved, out, options.retry_dense)
+        paths = _run(resolved, out, options.retry_dense)
+        if open_result and paths:
+            open_file(paths[0], out)
 
 
-def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
-    """Run a plan: the header first, a report per clip, the paths last."""
+def _run(resolved: Plan, out: Output, retry_dense: bool) -> list[Path]:
+    """Run a plan: the header first, a report per clip, the paths last; returns these."""
     from vmonarch_cli.cli import report
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.pipeline.preflight import check_machine
@@ -98,6 +102,7 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
         clips = [{"path": str(result.path), **result.record} for result in results]
         out.json({**plan.plan_json(resolved), "clips": clips})
     out.paths(*(result.path for result in results))
+    return [result.path for result in results]
 
 
 def _name_saved_latents(saved: Sequence[Path], out: Output) -> None:

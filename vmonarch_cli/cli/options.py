@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 import typer
 
+from vmonarch_cli.cli.completion import model_names, preset_names, recipe_names
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.defaults import read_defaults
@@ -74,7 +75,13 @@ class RequestFlags(TypedDict, total=False):
     ]
     model: Annotated[
         str | None,
-        option("--model", "-m", panel=MODEL, help="Alias, hub id or local diffusers folder. Default: the demo model."),
+        option(
+            "--model",
+            "-m",
+            panel=MODEL,
+            autocompletion=model_names,
+            help="Alias, hub id or local diffusers folder. Default: the demo model.",
+        ),
     ]
     size: Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]
     height: Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")]
@@ -100,6 +107,7 @@ class RequestFlags(TypedDict, total=False):
         option(
             "--recipe",
             panel=SAMPLING,
+            autocompletion=recipe_names,
             help="Settings for a distilled model: name or .toml file; `vmonarch recipes` lists them. Flags beat it.",
         ),
     ]
@@ -135,6 +143,7 @@ class RequestFlags(TypedDict, total=False):
         option(
             "--preset",
             panel=ATTENTION,
+            autocompletion=preset_names,
             help="Name, .toml file, or auto: by tokens, steps and card. `vmonarch presets` lists them.",
         ),
     ]
