@@ -257,6 +257,41 @@ def merge_splits_kernel(
 
 
 @triton.jit
+def merge_extra_kernel(
+    p_o, s_ob, s_ot, s_op, s_oh,  # out (B, T, P, H, D) of the band, and of both afterwards
+    p_lse,  # its log-sum-exp (B, H, T, P) float32, and that of both afterwards
+    p_extra, s_eb, s_et, s_ep, s_eh,  # out (B, T, P, H, D) over the extra keys
+    p_extra_lse,  # (B, H, T, P) float32
+    frames, positions, heads, head_dim,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Join the exact band with the attention over further keys, in place, by their log-sum-exps.
+
+    Every query sees keys of the band, so that the sum is above zero where the extra part is empty.
+    """
+    o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    frame = tl.program_id(1).to(tl.int64)
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    m_j = o_j < positions
+    m_tile = m_j[:, None] & (o_d < head_dim)[None, :]
+    row = (bh * frames + frame) * positions + o_j
+    lse = tl.load(p_lse + row, mask=m_j, other=0.0)
+    extra_lse = tl.load(p_extra_lse + row, mask=m_j, other=0.0)
+    top = tl.maximum(lse, extra_lse)
+    weight, extra_weight = tl.math.exp2((lse - top) * LOG2E), tl.math.exp2((extra_lse - top) * LOG2E)
+    total = weight + extra_weight
+    p_tile = p_o + b * s_ob + frame * s_ot + h * s_oh + o_j[:, None].to(tl.int64) * s_op + o_d[None, :]
+    p_extra += b * s_eb + frame * s_et + h * s_eh
+    o = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    extra = tl.load(p_extra + o_j[:, None].to(tl.int64) * s_ep + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    o = o * (weight / total)[:, None] + extra * (extra_weight / total)[:, None]
+    tl.store(p_tile, o.to(p_o.dtype.element_ty), mask=m_tile)
+    tl.store(p_lse + row, top + tl.math.log2(total) * LN2, mask=m_j)
+
+
+@triton.jit
 def _exact_mask(o_l, o_k, frames, band, width, FIRST_FRAME: tl.constexpr):
     """[l, k] bool: key frames that a query frame sees exactly (structure.exact_pairs)."""
     start = tl.minimum(tl.maximum(o_l - band, 0), frames - width)

@@ -26,7 +26,7 @@ from vmonarch_kernels.configs import (
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, L_SCALE, Forward, empty_l, merge_exact, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_DTYPE, L_SCALE, Forward, empty_l, split_frames, with_padded_rows
 
 MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
@@ -135,9 +135,12 @@ def monarch_triton(inputs: Inputs, options: Options, return_l: bool) -> tuple[Te
 def structured_triton(inputs: Inputs, options: Options, return_l: bool, keep_lse: bool) -> Forward:
     """``monarch_triton`` with what its backward pass keeps, which is one more statistic with ``keep_lse``."""
     call = Call.of(inputs, options)
-    exact = _extra_part(inputs)
-    if options.band is not None:
-        exact = _merge(_attend_band(call), exact)
+    if options.band is None:
+        exact = _extra_part(inputs)
+    else:
+        exact = _attend_band(call)
+        if inputs.extra is not None:
+            _merge_extra(call, exact, inputs.extra)
 
     q_r = call.q if inputs.l_prev is None else r_queries(call, l_prev=inputs.l_prev)
     rk, c_l = call.like_q(), call.statistic()
@@ -215,13 +218,28 @@ def _extra_part(inputs: Inputs) -> _Part | None:
     return out.contiguous(), lse.permute(0, 3, 1, 2).float().contiguous()
 
 
-def _merge(part: _Part, other: _Part | None) -> _Part:
-    """``merge_exact`` of two parts; the first alone without another."""
-    if other is None:
-        return part
-    (out_a, lse_a), (out_b, lse_b) = part, other
-    merged, lse = merge_exact(out_a, lse_a.permute(0, 2, 3, 1), out_b, lse_b.permute(0, 2, 3, 1))
-    return merged.contiguous(), lse.permute(0, 3, 1, 2).contiguous()
+def _merge_extra(call: Call, part: _Part, other: tuple[Tensor, Tensor]) -> None:
+    """``merge_exact`` of a part and an extra one, (B, N, H, D) and (B, N, H), into the part."""
+    batch, frames, positions, heads, dim = call.sizes
+    extra, extra_lse = (split_frames(x, frames) for x in other)
+    extra = extra if extra.stride(-1) == 1 else extra.contiguous()
+    out, lse = part
+    block_m = 32
+    kernels.merge_extra_kernel[(cdiv(positions, block_m), frames, batch * heads)](
+        out,
+        *out.stride()[:4],
+        lse,
+        extra,
+        *extra.stride()[:4],
+        extra_lse.permute(0, 3, 1, 2).float().contiguous(),
+        frames,
+        positions,
+        heads,
+        dim,
+        BLOCK_M=block_m,
+        BLOCK_D=call.block_d,
+        **FUSION,
+    )
 
 
 @dataclass(frozen=True)

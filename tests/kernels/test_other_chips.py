@@ -105,7 +105,7 @@ def test_attention_compiles_for_amd(arch: str) -> None:
     assert all(entry["shared"] <= 64 * KB for entry in found)
 
 
-FORWARD = {"attend_kernel", "merge_splits_kernel", "l_output_kernel", "r_queries_kernel"}
+FORWARD = {"attend_kernel", "merge_extra_kernel", "merge_splits_kernel", "l_output_kernel", "r_queries_kernel"}
 BACKWARD = {
     "l_backward_kernel", "grad_queries_kernel", "grad_keys_kernel", "warm_backward_kernel", "row_delta_kernel",
     "extra_backward_kernel",

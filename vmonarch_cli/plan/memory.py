@@ -50,14 +50,14 @@ def decode_bytes(shape: ClipShape) -> int:
 def decoding_bytes(model: ModelEntry, shape: ClipShape, dtype: str, vae_dtype: str = "auto") -> tuple[int, int]:
     """Estimated peak bytes of decoding a clip: of full frames, and of tiles.
 
-    Of a VAE that was not measured both are 40 channels of one group of frames at full size, a sixth of it in tiles,
-    beside the frames.
+    Of a VAE that was not measured both are 40 channels of one group of frames at full size beside the frames: whether
+    it has tiles is not known.
     """
     width = _BYTES[dtype if not model.vae_float32 else "float32"] if vae_dtype == "auto" else _BYTES[vae_dtype]
     frames, peak = decode_bytes(shape), decoder_of(model, PIPELINES[model.pipeline].family)
     if peak is None:
         group = model.vae_temporal * shape[0] * shape[1] * 40 * width
-        return frames + group, frames + group // 6
+        return frames + group, frames + group
     whole, tiles = peak.bytes(model, shape, width)
     return max(whole, frames), max(tiles, frames)
 
