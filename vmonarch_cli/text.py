@@ -28,6 +28,16 @@ def printable(text: str) -> str:
     return "".join(sign if _is_plain(sign) else ascii(sign)[1:-1] for sign in text)
 
 
+def one_line(value: str) -> str:
+    """The text as it came; ValueError for one that could break a line of a table, a page or a record.
+
+    For validators of pydantic, which take the error's words after the name of the field.
+    """
+    if not value.isprintable():
+        raise ValueError(f"takes one printable line, got {shown(printable(value))}")
+    return value
+
+
 def _is_plain(sign: str) -> bool:
     return sign in "\n\t" or (unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _STEERING)
 
@@ -65,6 +75,13 @@ def seconds(value: float) -> str:
         return f"{value:.3g} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s"
+
+
+def clock(value: float) -> str:
+    """Seconds as a clock shows them, rounded to whole ones: '0:08', '12:30', '1:02:03'."""
+    minutes, rest = divmod(round(max(0.0, value)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def as_fast(ratio: float) -> str:

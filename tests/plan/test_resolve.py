@@ -55,6 +55,24 @@ def test_flags_beat_presets_and_presets_beat_defaults() -> None:
     assert (p.width, p.height, p.negative_prompt, p.origins["negative_prompt"]) == (640, 352, "", "flag")
 
 
+def test_a_field_that_few_steps_set_says_so() -> None:
+    few = plan(preset="balanced", steps=8, overrides=("first_frame=true",))
+    assert few.preset.shared_refresh
+    fields = ("shared_refresh", "refresh", "first_turns", "first_frame", "band", "num_steps")
+    words = "few steps of the preset"
+    assert [few.origins[f"preset.{name}"] for name in fields] == [words, words, words, "flag", "preset", "preset"]
+    assert plan(preset="balanced", steps=20).origins["preset.shared_refresh"] == "default"
+
+
+def test_given_noise_levels_say_when_the_second_transformer_takes_over() -> None:
+    """It begins cold: its first step has an iteration and many turns more than the steps beside it."""
+    flags = {"model": "wan2.2-a14b", "steps": 6, "preset": "balanced", "guidance_scale": 1.0}
+    for takes_over in (1, 4):
+        sigmas = tuple([0.99 - 0.01 * i for i in range(takes_over)] + [0.5 - 0.05 * i for i in range(6 - takes_over)])
+        units = [row.units for row in plan(**flags, sigmas=sigmas).step_costs]
+        assert units[takes_over] == max(units[1:])
+
+
 def test_one_side_is_enough() -> None:
     p = plan(height=496)
     assert (p.height, p.width, p.origins["height"], p.origins["width"]) == (496, 832, "flag", "model default")
@@ -66,7 +84,7 @@ def test_settings_are_json_and_complete() -> None:
     assert settings["preset.band"] == {"value": 0, "origin": "preset"}
     assert settings["model"] == {"value": "wan2.1-1.3b", "origin": "flag"}
     assert settings["output"] == {"value": ["outputs/a-cat-s5.mp4"], "origin": "default"}
-    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps"}
+    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps", "defaults"}
     assert flags - {"dense_layers", "impl"} <= set(settings)
 
 
@@ -127,7 +145,7 @@ def test_memory_kept_between_steps() -> None:
         ({"height": 0}, "--height takes a whole number from 1 to 16384, got 0"),
         ({"steps": 0}, "--steps takes a whole number from 1 to 1000, got 0"),
         ({"fps": -3}, "--fps takes a whole number from 1 to 240, got -3"),
-        ({"seed": -1}, "--seed takes a whole number from 0 to 9223372036854775807, got -1"),
+        ({"seed": -2}, "--seed takes a whole number from 0 to 9223372036854775807, or -1 for a random one, got -2"),
         ({"num_videos": 0}, "--num-videos takes a whole number from 1 to 1000, got 0"),
         ({"guidance_scale": float("nan")}, "--guidance-scale takes a number from 0 to 100, got nan"),
         ({"flow_shift": 0.0}, "--flow-shift takes a number from 0.01 to 100, got 0"),

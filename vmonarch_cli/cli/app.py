@@ -12,7 +12,9 @@ from typer.core import TyperGroup
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch, signals
+from vmonarch_cli.cli.calibrate import calibrate
 from vmonarch_cli.cli.compare import compare
+from vmonarch_cli.cli.config import config_app
 from vmonarch_cli.cli.doctor import doctor
 from vmonarch_cli.cli.gallery import gallery
 from vmonarch_cli.cli.generate import generate
@@ -115,10 +117,12 @@ def root(
 app.add_typer(presets_app, name="presets")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)
 app.command()(tune)
+app.command()(calibrate)
 app.command("decode")(batch.decode_latents)
 for command in (compare, gallery, rerun, doctor):
     app.command()(command)
