@@ -33,6 +33,7 @@ def refused(*arguments: str) -> str:
         ("-o a.safetensors --model wan2.1-1.3b", "no prompts to tune wan2.1-1.3b with"),
         ("-o a.safetensors --model allegro", "diffusers loads no LoRA into a AllegroPipeline"),
         ("-o a.safetensors --model ltx-2", "it makes sound in the same forward"),
+        ("-o a.safetensors --full --model minimax-h3", "minimax-h3 cannot be tuned: "),
         ("-o a.safetensors --full --model hunyuan-video-1.5", "its guider decides in every step which forwards run"),
         ("-o a.safetensors --resume", "--resume: there is no"),
         ("-o a.safetensors --rank 0", "--rank takes a whole number from 1 to 1024, got 0"),

@@ -264,6 +264,8 @@ def _obstacle(facts: PipelineFacts) -> str | None:
     """Why a pipeline's forwards cannot be repeated from a file, or None."""
     if facts.takes_image or facts.text_with_image:
         return "it continues a first frame, and trajectories come from prompts"
+    if not facts.text:
+        return "its pipeline is modular, and takes no text that was encoded before"
     if facts.guider:
         return "its guider decides in every step which forwards run, and a trajectory has the same in each"
     if facts.sound:
