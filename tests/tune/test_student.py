@@ -15,8 +15,9 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.tune.lora import add_lora
+from vmonarch_cli.tune.recorder import ForwardRecorder
 from vmonarch_cli.tune.student import Student
-from vmonarch_cli.tune.trajectories import ForwardRecorder, Trajectories, sample, save_trajectory
+from vmonarch_cli.tune.trajectories import Trajectories, sample, save_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
@@ -32,7 +33,9 @@ def trajectory(pipeline: Any, clip: Plan, path: Path, preset: Preset, seed: int 
     """What a preset's own sampling took and gave, dense steps left out."""
     recorder = ForwardRecorder()
     sample(pipeline, clip, ["a red circle moving left"], [seed], preset, recorder)
-    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= preset.dense_steps])
+    save_trajectory(
+        path, [forward for forward in recorder.forwards if forward.step >= preset.dense_steps], recorder.guidance
+    )
     return path
 
 

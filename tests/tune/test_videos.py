@@ -21,8 +21,9 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.tune import run
 from vmonarch_cli.tune.clips import pixels
 from vmonarch_cli.tune.flow_matching import encode_clip
+from vmonarch_cli.tune.recorder import ForwardRecorder
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
-from vmonarch_cli.tune.trajectories import ForwardRecorder, Trajectories, sample
+from vmonarch_cli.tune.trajectories import Trajectories, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = Machine("cpu", "CPU", "float32", "torch")
@@ -111,7 +112,7 @@ def test_states_are_between_clip_and_noise_at_the_levels_of_the_sampler(
     path = encode_clip(pipeline, plan, 0)
     made, other = (Trajectories([path], torch.device("cpu"), [seed]) for seed in (5, 6))
     assert [len(step) for step in made.steps] == [forwards] * 3
-    assert made.most_forwards == 2
+    assert made.guidance.forwards == 2
     recorder = ForwardRecorder()
     sample(pipeline, plan.clip, CAPTIONS[:1], [0], plan.clip.preset, recorder)
     noise = torch.randn(made.forward(0).velocity.shape[1:], generator=torch.Generator().manual_seed(5))

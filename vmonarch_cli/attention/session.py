@@ -66,6 +66,10 @@ class AttentionSession:
         self._replaying = False
         self.adapted = False
         """A tuned adapter is on in the running forward."""
+        self.both_prompts = False
+        """The last forward had the samples of the negative prompts and then those of the prompts."""
+        self.always_both_prompts = False
+        """So has every forward, of a caller whose pipeline does not say."""
         self.least_forwards = 1
         """As many forwards of a transformer make a step in sampling, where the caller runs fewer of them."""
         self._layers = list(layers)
@@ -76,7 +80,8 @@ class AttentionSession:
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0
         self._dense_calls: Counter[str] = Counter()
-        self._forwards = 1
+        self.known_forwards = 1
+        """Forwards that make a step at least, as far as was known before the last one."""
 
     # What callers read
 
@@ -148,12 +153,13 @@ class AttentionSession:
         ``forwards``: at least so many forwards of this transformer make a step, as far as is known beforehand.
         ``packed``: the tokens that its sequence has beside those of the grid, where its calls do not say so.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts, guided, packed):
+        self.both_prompts = both_prompts or self.always_both_prompts
+        if self._tracker.begin_forward(transformer, grid, self.both_prompts, guided, packed):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
         self.grid = grid
-        self._forwards = forwards
+        self.known_forwards = forwards
         if self.recomputes:
             self._structured.remember()
 
@@ -217,7 +223,7 @@ class AttentionSession:
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
             may_lead=forward.guided,
-            forwards=max(self._tracker.forwards, self._forwards, self.least_forwards),
+            forwards=max(self._tracker.forwards, self.known_forwards, self.least_forwards),
             steps=self._tracker.total,
             stage=self._tracker.stage,
         )

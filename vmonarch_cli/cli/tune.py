@@ -59,6 +59,7 @@ _NOT_OF_A_CLIP = (
     "cache",
     "compile",
     "fuse",
+    "quality",
     "tuned",
     "transformer",
     "transformer_2",

@@ -22,8 +22,9 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.tune.clips import pixels
+from vmonarch_cli.tune.recorder import ForwardRecorder
 from vmonarch_cli.tune.request import TunePlan
-from vmonarch_cli.tune.trajectories import ForwardRecorder, sample, save_clip, trajectory_path
+from vmonarch_cli.tune.trajectories import sample, save_clip, trajectory_path
 
 
 def check_family(plan: TunePlan) -> None:
@@ -71,7 +72,7 @@ def encode_clip(pipeline: Any, plan: TunePlan, number: int) -> Path:
     kept = [forward for forward in recorder.forwards if forward.step >= plan.dense_steps]
     if plan.clip.negative_prompt.strip():
         kept = [forward for i, forward in enumerate(kept) if not i or kept[i - 1].step != forward.step]
-    save_clip(path, kept, latents, recorder.sigmas, recorder.most_forwards)
+    save_clip(path, kept, latents, recorder.sigmas, recorder.guidance)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.media.paths import output_path
+from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.call_options import options_for
@@ -117,7 +118,8 @@ class TunePlan:
         if self.videos:
             return numbers * _STATE_BYTES + text
         steps = self.clip.steps - self.dense_steps
-        return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
+        states = self.forwards if PIPELINES[model.pipeline].guidance_by_batch else 1
+        return steps * (states + self.forwards) * numbers * _STATE_BYTES + text
 
     @property
     def trained_words(self) -> str:
@@ -250,21 +252,25 @@ def _check_model(clip: Plan, full: bool) -> None:
     model, facts = clip.model, PIPELINES[clip.model.pipeline]
     if not (facts.lora or full):
         raise InputError(f"{model.alias} cannot be tuned: diffusers loads no LoRA into a {facts.name}")
-    if facts.takes_image:
-        raise InputError(f"{model.alias} cannot be tuned: it needs a first frame, and trajectories come from prompts")
-    if facts.guidance_by_batch or facts.guider or facts.text_with_image:
-        able = [name for name, other in PIPELINES.items() if _tunable(other)]
-        raise InputError(
-            f"{model.alias} cannot be tuned: only pipelines with a forward for each prompt can "
-            f"({', '.join(able)}), and it is a {facts.name}"
-        )
+    reason = _obstacle(facts)
+    if reason is not None:
+        able = [name for name, other in PIPELINES.items() if (other.lora or full) and _obstacle(other) is None]
+        raise InputError(f"{model.alias} cannot be tuned: {reason}; {', '.join(able)} can")
     if not full and find_spec("peft") is None:
         raise InputError('tuning needs peft: pip install "vmonarch[lora]"')
 
 
-def _tunable(facts: Any) -> bool:
-    parts = (facts.takes_image, facts.guidance_by_batch, facts.guider, facts.text_with_image)
-    return bool(facts.lora) and not any(parts)
+def _obstacle(facts: PipelineFacts) -> str | None:
+    """Why a pipeline's forwards cannot be repeated from a file, or None."""
+    if facts.takes_image or facts.text_with_image:
+        return "it continues a first frame, and trajectories come from prompts"
+    if not facts.text:
+        return "its pipeline is modular, and takes no text that was encoded before"
+    if facts.guider:
+        return "its guider decides in every step which forwards run, and a trajectory has the same in each"
+    if facts.sound:
+        return "it makes sound in the same forward, which would be changed and not compared"
+    return None
 
 
 def _check_preset(clip: Plan) -> None:

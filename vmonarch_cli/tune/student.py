@@ -16,7 +16,8 @@ from torch import Tensor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.presets import Preset
-from vmonarch_cli.tune.trajectories import TeacherForward, Trajectories
+from vmonarch_cli.tune.recorder import TeacherForward
+from vmonarch_cli.tune.trajectories import Trajectories
 
 Run = Callable[..., Any]
 NoSync = Callable[[], AbstractContextManager[Any]]
@@ -60,8 +61,11 @@ class Student:
             yield self._steps(session, trajectories)
 
     def _steps(self, session: AttentionSession, trajectories: Trajectories) -> Iterator[float]:
-        session.begin_clip(self._total, watching=False, forwards=trajectories.most_forwards)
-        session.least_forwards = trajectories.most_forwards
+        guidance = trajectories.guidance
+        before = guidance.forwards if trajectories.first_step else 1  # of dense steps that are left out
+        session.begin_clip(self._total, watching=False, forwards=before)
+        session.least_forwards = guidance.known_forwards
+        session.always_both_prompts = guidance.both_prompts
         for numbers in trajectories.steps:
             losses = []
             for place, number in enumerate(numbers):
@@ -77,7 +81,7 @@ class Student:
         """The loss of a forward, without gradient; its gradients are added."""
         index = forward.transformer
         apart = self._no_sync[index]() if self._no_sync and not last else nullcontext()
-        arguments = {**forward.inputs, **forward.constants, "return_dict": False}
+        arguments = {**forward.arguments(), "return_dict": False}
         arguments["hidden_states"] = arguments["hidden_states"].to(self._dtype)
         with torch.enable_grad(), apart:
             loss = velocity_loss(self._runs[index](**arguments)[0], forward.velocity)

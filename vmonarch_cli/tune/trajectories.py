@@ -7,13 +7,10 @@ user's clip the file has the latents and each step's noise level instead (see `f
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +19,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError, ModelError, NonFiniteError
 from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import call, encode, sampling_of
-from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.tune.recorder import LATENTS, ForwardRecorder, Guidance, TeacherForward, narrow
 from vmonarch_cli.tune.request import TunePlan
 
 _KEY = "vmonarch_trajectory"
-_LATENTS = "hidden_states"
 _CLEAN = "clean"
 _LAYOUT = 2
-
-
-@dataclass(frozen=True)
-class TeacherForward:
-    """One forward of the teacher."""
-
-    step: int
-    """0-based denoising step."""
-    transformer: int
-    """0, or 1 for `transformer_2`."""
-    inputs: dict[str, Tensor]
-    """Arguments of the forward that are tensors, the batch in front."""
-    constants: dict[str, Any]
-    """Its other arguments that are plain values."""
-    velocity: Tensor
-    """What the transformer predicted, (B, C, F, h, w)."""
-
-
-class ForwardRecorder:
-    """Keeps every forward of a pipeline's transformers, inside the block of `recording`."""
-
-    def __init__(self) -> None:
-        self.forwards: list[TeacherForward] = []
-        self.sigmas: list[float | None] = []
-        """Noise level of each step, complete when the pipeline's call is over; None where its scheduler has none."""
-        self._session: AttentionSession | None = None
-        self._state: tuple[Tensor, int, Tensor] | None = None
-        """The last latents that came, their version and their copy: the forwards of a step share them."""
-
-    @contextmanager
-    def recording(self, pipeline: Any, session: AttentionSession) -> Iterator[None]:
-        """`session` tells the steps apart."""
-        self._session = session
-        with ExitStack() as undo:
-            for index, transformer in enumerate(transformers_of(pipeline)):
-                hook = functools.partial(self._keep, index)
-                undo.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
-            yield
-        self.sigmas = [step.sigma for step in session.steps]
-
-    @property
-    def most_forwards(self) -> int:
-        """Forwards of a step."""
-        return max(Counter(forward.step for forward in self.forwards).values())
-
-    def _keep(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        names = inspect.signature(module.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tensors = {name: value.detach() for name, value in given.items() if isinstance(value, Tensor)}
-        tensors[_LATENTS] = self._copied(given[_LATENTS])
-        plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
-        velocity = output[0] if isinstance(output, tuple) else output.sample
-        step = len(self._session.steps) if self._session is not None else 0
-        self.forwards.append(TeacherForward(step, index, tensors, plain, _narrow(velocity)))
-
-    def _copied(self, latents: Tensor) -> Tensor:
-        if self._state is None or self._state[0] is not latents or self._state[1] != latents._version:
-            self._state = (latents, latents._version, _narrow(latents))
-        return self._state[2]
 
 
 @torch.no_grad()
@@ -157,7 +93,7 @@ def sample_trajectories(pipeline: Any, plan: TunePlan, numbers: Sequence[int]) -
     kept = [forward for forward in recorder.forwards if forward.step >= plan.dense_steps]
     for place, number in enumerate(missing):
         own = kept if len(missing) == 1 else _of_sample(kept, place, len(missing))
-        save_trajectory(trajectory_path(plan, number), own)
+        save_trajectory(trajectory_path(plan, number), own, recorder.guidance)
 
 
 def _of_sample(forwards: Sequence[TeacherForward], place: int, count: int) -> list[TeacherForward]:
@@ -180,7 +116,7 @@ def _of_sample(forwards: Sequence[TeacherForward], place: int, count: int) -> li
     ]
 
 
-def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
+def save_trajectory(path: Path, forwards: Sequence[TeacherForward], guidance: Guidance) -> None:
     """Write forwards to a file, whole or not at all: latents and velocities in float16, other inputs as they are.
 
     What several forwards share is kept once.
@@ -188,23 +124,22 @@ def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
     tensors, table = _table_of(forwards, keep_latents=True)
     for number, forward in enumerate(forwards):
         tensors[f"{number}.velocity"] = forward.velocity
-    _save(path, tensors, table, max(Counter(forward.step for forward in forwards).values()))
+    _save(path, tensors, table, guidance)
 
 
 def save_clip(
-    path: Path, forwards: Sequence[TeacherForward], latents: Tensor, sigmas: Sequence[float | None], most: int
+    path: Path, forwards: Sequence[TeacherForward], latents: Tensor, sigmas: Sequence[float | None], guidance: Guidance
 ) -> None:
     """Write a clip's latents (1, C, F, h, w), in float16, and what forwards take beside latents, whole or not at all.
 
-    sigmas: noise level of each step of the sampler, its dense ones included; ModelError where it has none. most:
-    forwards of a step in sampling.
+    sigmas: noise level of each step of the sampler, its dense ones included; ModelError where it has none.
     """
     tensors, table = _table_of(forwards, keep_latents=False)
     for row in table:
         row["sigma"] = sigmas[row["step"]]
         if row["sigma"] is None:
             raise ModelError("the sampler of this model has no noise levels between clip and noise")
-    _save(path, {**tensors, _CLEAN: _narrow(latents)}, table, most)
+    _save(path, {**tensors, _CLEAN: narrow(latents)}, table, guidance)
 
 
 def _table_of(
@@ -217,7 +152,7 @@ def _table_of(
     for number, forward in enumerate(forwards):
         inputs = {}
         for name, value in forward.inputs.items():
-            if name == _LATENTS and not keep_latents:
+            if name == LATENTS and not keep_latents:
                 continue
             same = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # all are alive: no address is two
             if same not in names:
@@ -230,18 +165,10 @@ def _table_of(
     return tensors, table
 
 
-def _save(path: Path, tensors: dict[str, Tensor], table: list[dict[str, Any]], most_forwards: int) -> None:
-    said = {"layout": _LAYOUT, "most_forwards": most_forwards, "forwards": table}
+def _save(path: Path, tensors: dict[str, Tensor], table: list[dict[str, Any]], guidance: Guidance) -> None:
+    said = {"layout": _LAYOUT, "guidance": asdict(guidance), "forwards": table}
     with atomic(path, overwrite=True) as temporary:
         save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(said)})
-
-
-def _narrow(value: Tensor) -> Tensor:
-    """A copy in float16 on the CPU; NonFiniteError for what does not fit."""
-    narrow = value.detach().to(torch.float16)
-    if not torch.isfinite(narrow).all():
-        raise NonFiniteError("a state of the teacher is not finite in float16, and its trajectory was not kept")
-    return narrow.to("cpu", copy=True).contiguous()
 
 
 class Trajectories:
@@ -256,8 +183,8 @@ class Trajectories:
         self._files = [_open(path) for path in paths]
         said = [_said(file, path) for file, path in zip(self._files, paths, strict=True)]
         self._tables: list[list[dict[str, Any]]] = [one["forwards"] for one in said]
-        self.most_forwards: int = max(one["most_forwards"] for one in said)
-        """Forwards of a step in sampling; a clip's file may have fewer."""
+        self.guidance = Guidance(**said[0]["guidance"])
+        """Of sampling; a clip's file may have fewer forwards."""
         kinds = {tuple((row["step"], row["transformer"], row.get("sigma")) for row in rows) for rows in self._tables}
         if len(kinds) != 1:
             raise InputError(f"trajectories in {paths[0].parent} are of different samplers: remove the folder")
@@ -265,6 +192,8 @@ class Trajectories:
         if "sigma" in self._tables[0][0]:
             self._clean = self._batched([_CLEAN] * len(paths), True)
             self._target = _noise(self._clean, seeds) - self._clean
+        self.first_step: int = self._tables[0][0]["step"]
+        """Of the sampler; those before it are dense."""
         self.steps: list[list[int]] = []
         """Numbers of the forwards of every step."""
         last = None
@@ -279,10 +208,10 @@ class Trajectories:
         rows = [table[number] for table in self._tables]
         first = rows[0]
         inputs = {
-            name: self._batched([row["inputs"][name] for row in rows], name == _LATENTS) for name in first["inputs"]
+            name: self._batched([row["inputs"][name] for row in rows], name == LATENTS) for name in first["inputs"]
         }
         if self._clean is not None:
-            inputs[_LATENTS] = self._clean + first["sigma"] * self._target
+            inputs[LATENTS] = self._clean + first["sigma"] * self._target
             velocity = self._target
         else:
             velocity = self._batched([f"{number}.velocity"] * len(rows), True)
