@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dense_packages import install
 from rich.console import Console
 from tiny_wan import tiny_transformer
 from typer.testing import CliRunner, Result
@@ -16,11 +19,13 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.cli.profile import model_table as tables
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
+from vmonarch_cli.models.minimax import MINIMAX_H3
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import contenders, model, steps
@@ -77,6 +82,32 @@ def test_steps_dense_structured_and_skipped(tiny_wan_folder: Path) -> None:
     assert "2 forwards" in shown
 
 
+def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> None:
+    presets = ("--preset", "paper", "--preset", "fast")
+    result = call("-m", str(tiny_wan_folder), *TINY, *presets, "--fuse", "--json", "out.json")
+    data = json.loads(Path("out.json").read_text())
+    rows = by_name(data)
+    fused = {"paper, fused in torch": "paper", "fast, fused in torch cold": "fast", "fast, fused in torch warm": "fast"}
+    assert list(rows) == ["sdpa", "paper", "fast cold", "fast warm", *fused, "skipped"]
+    assert {name: row["stock"] for name, row in rows.items() if row["stock"]} == fused
+    for name, row in rows.items():
+        assert row["failure"] is None
+        if name in fused:
+            stock = rows[name.replace(", fused in torch", "")]
+            assert (row["error"] is None) == (stock["error"] is None) == ("cold" in name)
+            assert (row["clip_s"] is None) == (stock["clip_s"] is None)
+            assert row["error"] is None or row["error"] == pytest.approx(stock["error"], rel=1e-3)
+    assert data["settings"]["fused"] == "torch"
+    assert any("preset exact with fused blocks against dense" in check["against"] for check in data["checks"])
+    assert data["checks_passed"]
+    shown = " ".join(result.stdout.split())
+    assert re.search(r"paper, fused in torch: .*?; with stock blocks it takes \d\.\d\d times as long", shown)
+    assert (
+        "--fuse: the blocks of a CogVideoXPipeline have no fused form"
+        in call("-m", "cogvideox-2b", "--random-weights", "--fuse", code=2).stderr
+    )
+
+
 def test_random_weights_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     arguments = ("-m", "demo", "--random-weights", "--size", "32x32", "--num-frames", "9", "--guidance-scale", "1")
@@ -103,7 +134,7 @@ def test_the_random_transformer_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO],
+    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3],
     ids=lambda entry: entry.alias,
 )
 def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
@@ -117,13 +148,17 @@ def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None
 
 
 @pytest.mark.parametrize(
-    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO], ids=lambda entry: entry.alias
+    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3], ids=lambda entry: entry.alias
 )
 def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"layers": 3, "heads": 2, "head_dim": 128 if entry is HUNYUAN_VIDEO else 32, "text_dim": 32}
+    wide = entry in (HUNYUAN_VIDEO, MINIMAX_H3)
+    sizes = {"layers": 3, "heads": 2, "head_dim": 128 if wide else 32, "text_dim": 32}
+    if entry is MINIMAX_H3:
+        sizes["ffn_dim"] = 64
     small = entry.model_copy(update={**sizes, "max_sequence_length": 16})
     monkeypatch.setattr("vmonarch_cli.cli.profile.request.find_model", lambda name: (small, ""))
-    shape = ("--size", "64x48", "--num-frames", "17", "--steps", "1", "--device", "cpu")
+    size, frames = ("96x64", "124") if entry is MINIMAX_H3 else ("64x48", "17")
+    shape = ("--size", size, "--num-frames", frames, "--steps", "1", "--device", "cpu")
     data = json.loads(call("-m", entry.alias, "--random-weights", "--preset", "paper", *shape, "--json", "-").stdout)
     assert data["checks_passed"], data["checks"]
     assert any("exact against dense" in check["against"] for check in data["checks"])
@@ -283,3 +318,22 @@ def test_tables_fit_the_terminal(width: int) -> None:
     figures = ("54",) if width > 60 else ("no room for",)
     for words in ("32,760 tokens", "fast cold", "fast warm", "1.67x", "2.23x", "H100", *figures):
         assert words in text
+
+
+def test_a_package_of_dense_attention_runs_in_the_model_like_torch_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "fa4", "sage")
+    transformer, cpu = tiny_transformer().to(torch.bfloat16), torch.device("cpu")
+    kinds = contenders.contenders(transformer, [], cpu, torch.bfloat16, backends=("flash", "fa4", "sage"))
+    assert [(c.row.name, c.row.kind, c.row.note) for c in kinds[:3]] == [
+        ("flash", "dense", ""),
+        ("fa4", "dense", ""),
+        ("sage", "dense", "quantised"),
+    ]
+    tensors = torch.randn(1, 4, 5, 4, 6, dtype=torch.bfloat16), torch.tensor([900.0])
+    inputs = steps.StepTensors(*tensors, (torch.randn(1, 8, 32, dtype=torch.bfloat16),), 1.0)
+    with torch.no_grad():
+        flash, fa4, _ = (steps.predict(contender, transformer, inputs) for contender in kinds[:3])
+    assert relative_error(fa4.float(), flash.float()) < 0.02
+    assert len(importlib.import_module("flash_attn.cute").calls) == 1 + 3, "a check, and a call in each layer"

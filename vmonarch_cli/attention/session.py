@@ -18,6 +18,8 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
+from vmonarch_kernels import dense_choices
+from vmonarch_kernels.dense import AUTO, SDPA, is_quantised
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
@@ -35,16 +37,22 @@ class AttentionSession:
         preset: Preset,
         layers: Sequence[int],
         *,
+        stages: int | None = None,
         attention: Attention | None = None,
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
+        dense: Sequence[str] = (SDPA,),
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
+        stages: how many of the transformers take over from one another in a clip; all of them by default.
         attention: computes the calls that do not run dense, in the place of the preset's structured attention. The
             other arguments are those of ``swapped``.
         """
         self.preset = preset
+        self.dense = tuple(dense)
+        """The dense attention of calls that run dense, and those beside it that samples compare with; "auto" until the
+        first of such calls."""
         self.steps: list[StepAttention] = []
         """The finished steps of the current clip."""
         self.skipped_calls = 0
@@ -58,10 +66,12 @@ class AttentionSession:
         self._replaying = False
         self.adapted = False
         """A tuned adapter is on in the running forward."""
+        self.least_forwards = 1
+        """As many forwards of a transformer make a step in sampling, where the caller runs fewer of them."""
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
-        self._structured = StructuredAttention(preset, self._layers)
+        self._structured = StructuredAttention(preset, self._layers, stages)
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0
@@ -129,14 +139,16 @@ class AttentionSession:
         both_prompts: bool = False,
         guided: bool = False,
         forwards: int = 1,
+        packed: Text | None = None,
     ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
         ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
         ``forwards``: at least so many forwards of this transformer make a step, as far as is known beforehand.
+        ``packed``: the tokens that its sequence has beside those of the grid, where its calls do not say so.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
+        if self._tracker.begin_forward(transformer, grid, both_prompts, guided, packed):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
@@ -176,7 +188,8 @@ class AttentionSession:
 
     def text(self, transformer: int, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
         """The text side of a call of the running forward; None for a call without text."""
-        return self._tracker.forward(transformer).text(tokens, first, mask) if tokens else None
+        forward = self._tracker.forward(transformer)
+        return forward.text(tokens, first, mask) if tokens else forward.packed
 
     def attend(
         self,
@@ -204,14 +217,14 @@ class AttentionSession:
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
             may_lead=forward.guided,
-            forwards=max(self._tracker.forwards, self._forwards),
+            forwards=max(self._tracker.forwards, self._forwards, self.least_forwards),
             steps=self._tracker.total,
             stage=self._tracker.stage,
         )
-        dense = functools.partial(dense_joint, q, k, v, text)
+        run_dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
         if self._replaying and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
-            return dense()
+            return run_dense(self._dense_names(q)[0])
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
                 raise ModelError(
@@ -219,7 +232,7 @@ class AttentionSession:
                     "choose --tuned none"
                 )
             self._dense_calls[reason] += 1
-            return self._meter.dense(q, dense)
+            return self._meter.dense(q, functools.partial(run_dense, self._dense_names(q)[0]))
         if self._attention is None and options_for(self._resolved, call.grid[0]).exact:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
@@ -234,8 +247,15 @@ class AttentionSession:
             self._meter.first_call(variant, functools.partial(self._structured.rehearse, call))
         out = self._meter.structured(functools.partial(self._structured, call))
         if self._is_sampled(call.step, call.key):
-            self._meter.sample(q, dense, out)
+            compared = [name for name in self._dense_names(q) if not is_quantised(name)]
+            self._meter.sample(q, {name: functools.partial(run_dense, name) for name in compared}, out)
         return out
+
+    def _dense_names(self, q: torch.Tensor) -> tuple[str, ...]:
+        """What runs a dense call on (B, S, heads, D), and what else samples compare with."""
+        if self.dense == (AUTO,):
+            self.dense = dense_choices(AUTO, q.device, q.dtype, q.shape[-1])
+        return self.dense
 
     @property
     def _resolved(self) -> Preset:

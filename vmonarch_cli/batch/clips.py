@@ -17,12 +17,14 @@ from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.auto import MARK
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import file_sha256, user_path
@@ -32,17 +34,8 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {
-    "grid",
-    "tokens",
-    "flops",
-    "model",
-    "recipe",
-    "noise_levels",
-    "step_costs",
-    "noise_levels_forced",
-    "loras",
-}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
+_NOT_IDENTITY |= {"loras", "preset_reason"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -220,6 +213,7 @@ class _Planner:
                 model=self._request.model,
                 revision=self._request.revision,
                 image=self._request.image,
+                defaults=self._request.defaults,
                 prompt=STAND_IN,
             )
             self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
@@ -232,7 +226,7 @@ class _Planner:
     def _clip(
         self, request: GenerateRequest, given: Mapping[str, Any], line: Line, wanted: str | None, offset: int
     ) -> PlannedClip:
-        seed = request.seed if not offset else (request.seed or 0) + offset
+        seed = request.seed if not offset or request.seed == RANDOM else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
         if "recipe" in given and plan.setup.loras != self._request.loras:
             raise InputError(
@@ -240,6 +234,9 @@ class _Planner:
                 "a flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
+        for name, mark in (("seed", DRAWN), ("preset", MARK)):
+            if plan.origins[name].endswith(mark) and not origins[name].endswith(mark):
+                origins[name] += mark
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
         if wanted is not None and offset:
@@ -288,7 +285,12 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
 def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
-    content["setup"].pop("offload", None)
+    if plan.seed_was_drawn:  # the manifest keeps it
+        content["seed"] = RANDOM
+    for decided in ("offload", "fused_impl"):  # by the machine
+        content["setup"].pop(decided, None)
+    if not plan.setup.fuse:  # batches of earlier versions go on
+        del content["setup"]["fuse"]
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
@@ -299,14 +301,19 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
     if not plan.audio:  # clips that were planned before there was sound keep their keys
         del content["audio"]
-    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
-        del content["setup"]["vae_dtype"]
-    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+    for name in ("vae_dtype", "dense_attention"):
+        if content["setup"][name] == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+            del content["setup"][name]
+    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", DEFAULT_QUALITY)):  # the same
         if content[name] == default:
             del content[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = file_sha256(Path(plan.image))
+    if plan.last_image is None:  # as before there was one
+        del content["last_image"]
+    else:
+        content["last_image"] = file_sha256(Path(plan.last_image))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs

@@ -21,6 +21,7 @@ from vmonarch_cli.clip.events import (
     CompilingKernels,
     Decoding,
     Event,
+    FramesDecoded,
     LatentsSaved,
     ModelLoaded,
     ModelLoading,
@@ -28,7 +29,7 @@ from vmonarch_cli.clip.events import (
     StepDone,
 )
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.record import make_record, make_timing, tags_of
 from vmonarch_cli.clip.saving import save_as_free
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.stream import Target, write_decoded
@@ -40,6 +41,7 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.dense import dense_ready
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
@@ -48,7 +50,7 @@ from vmonarch_cli.pipeline.samplers import set_schedule
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
-from vmonarch_cli.plan.setup import AdapterFile, Setup
+from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -121,8 +123,8 @@ class ClipMaker:
         chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
-        with stopped_by_errors(self._kernels):
-            self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
+        with stopped_by_errors(self._kernels), dense_ready(plan, machine):
+            self._pipeline = self._load(plan, None if to_decode else chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._waited_s = 0.0
@@ -132,30 +134,19 @@ class ClipMaker:
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
-    def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...], share_clip: bool) -> Any:
-        return load_pipeline(
-            plan.model_source,
-            device=self._device,
-            dtype=DTYPES[self._machine.dtype],
-            revision=plan.revision,
-            setup=self._setup(plan).model_copy(update={"tuned": adapters}),
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-            share_clip=share_clip,
-        )
-
-    def _setup(self, plan: Plan) -> Setup:
-        """The plan's setup with what this machine decided."""
-        return plan.setup.model_copy(update={"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype})
-
-    def _load_decoder(self, plan: Plan) -> Any:
-        return load_decoder(
-            plan.model_source,
-            device=self._device,
-            dtype=DTYPES[self._machine.dtype],
-            revision=plan.revision,
-            setup=self._setup(plan),
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-        )
+    def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
+        """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
+        setup = self._machine.decided(plan.setup)
+        where: dict[str, Any] = {
+            "device": self._device,
+            "dtype": DTYPES[self._machine.dtype],
+            "revision": plan.revision,
+            "image_pipeline": plan.model.image_pipeline if plan.image else None,
+        }
+        if adapters is None:
+            return load_decoder(plan.model_source, setup=setup, **where)
+        setup = setup.model_copy(update={"tuned": adapters})
+        return load_pipeline(plan.model_source, setup=setup, share_clip=share_clip, **where)
 
     def denoise(self, plan: Plan, index: int) -> Denoised:
         """Latents of clip `index` of the plan.
@@ -218,13 +209,17 @@ class ClipMaker:
             parts.clear()
             return decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames))
 
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        vae_dtype, shape = dtype_name(self._pipeline.vae.dtype), (plan.num_frames, plan.height, plan.width)
+        tags = tags_of(loaded, denoised, path, vae_dtype)
         written, retries = write_decoded(
             decoded,
-            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work, denoised.sound),
+            Target(path, shape, plan.fps, replaces, work, denoised.sound, plan.quality, tags),
             self._pipeline,
             self._device,
             on_part=None if on_frames is None else parts.append,
             on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
+            on_count=lambda done: self._on_event(FramesDecoded(index, done, plan.num_frames)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
         load_s, self._load_s = self._load_s, None  # the first clip paid for it
@@ -237,9 +232,10 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
             hidden_compile_s=self._compiled_ahead(),
         )
-        vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
-        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
+        about = (path, written.pixels, file_facts(path), dtype_name(self._pipeline.vae.dtype), written.sound)
+        record = make_record(loaded, denoised, timing, *about)
+        record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -293,6 +289,8 @@ class ClipMaker:
                 weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
+                fused=self._machine.fused_impl,
+                dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,
@@ -338,6 +336,7 @@ class ClipMaker:
             on_first_call=self._first_call,
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
+            dense=self._machine.dense,
         ) as session:
             self._sessions[key] = session
             try:

@@ -13,9 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.media.tags import TAGGED, read_tag
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
+from vmonarch_cli.untrusted.values import Malformed, parse_json
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
@@ -134,6 +136,7 @@ class StepFacts(_Part):
     calls: int | None = None
     structured_calls: int | None = None
     dense_call_s: float | None = None
+    dense_call_by: str | None = None
     dense_s: float | None = None
     sampled_attention_s: float | None = None
     error: float | None = None
@@ -188,6 +191,9 @@ class TunedFacts(_Part):
     preset: str
 
 
+DenseName = Literal["sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage"]
+
+
 class Record(_Part):
     """A record that can be trusted to have these fields, of these types."""
 
@@ -211,7 +217,13 @@ class Record(_Part):
     dtype: str | None = None
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the frames were decoded in; None in records of earlier versions."""
+    decoded_in_tiles: bool = False
+    """Tiles were chosen, because full frames did not fit the memory."""
     impl: str | None = None
+    fused: str | None = None
+    """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
+    dense_attention: DenseName | None = None
+    """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
     versions: dict[str, str | None] = {}
@@ -248,6 +260,9 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
+        if self.fused is not None:
+            values["fused"] = self.fused
+        values["dense_attention"] = self.dense_attention
         return values
 
 
@@ -265,10 +280,30 @@ def parse_record(table: Any, name: str) -> Record:
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file, or beside a clip; InputError when it is none."""
-    file = record_path(path) if path.suffix.lower() in ENDINGS else path
+    """The record in a file, or beside a clip, or in the clip's own file; InputError when it is none."""
+    file = record_file(path)
+    if file.suffix.lower() in TAGGED:
+        inside = read_tag(file)
+        if inside is None:
+            raise InputError(f"there is no record {record_path(file)}, and {file} does not say how it was made")
+        return parse_record(_json_inside(inside, file), f"the record in {file}")
     missing = f"there is no record {file}: vmonarch writes one beside each clip, as in clip.json"
     return parse_record(read_json(file, f"record {file}", missing=missing), str(file))
+
+
+def record_file(path: Path) -> Path:
+    """Where the record is that a path stands for: the file beside a clip, or the clip's own where that is not there."""
+    if path.suffix.lower() not in ENDINGS:
+        return path
+    beside = record_path(path)
+    return path if path.suffix.lower() in TAGGED and path.is_file() and not beside.exists() else beside
+
+
+def _json_inside(text: str, path: Path) -> Any:
+    try:
+        return parse_json(text)
+    except Malformed:
+        raise InputError(f"{path} has no record beside it, and what it says of itself is no record") from None
 
 
 def clip_of(record: Record, file: Path) -> Path:

@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
+from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
@@ -19,7 +21,8 @@ class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
     `origins` maps a field (a preset's as `preset.band`) to "flag", "recipe", "preset", "few steps of the
-    preset", "model default" or "default".
+    preset", "model default", "default" or a place of the user's own defaults (see `defaults.py`); a seed's ends in
+    ", drawn" where it is random.
     Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
     """
 
@@ -48,7 +51,11 @@ class Plan(BaseModel):
     """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
+    quality: int = DEFAULT_QUALITY
+    """Of the clip's file, 1 to 10; see `media/encoders.py`."""
     preset: Preset
+    preset_reason: str | None = None
+    """Why `--preset auto` chose it; None for a preset that was named."""
     device: str
     dtype: str
     dense_every: int
@@ -61,6 +68,7 @@ class Plan(BaseModel):
     """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
+    last_image: str | None = None
     audio: bool | None = None
     """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
@@ -71,15 +79,30 @@ class Plan(BaseModel):
     warnings: tuple[str, ...] = ()
 
     @property
+    def given_frames(self) -> tuple[str, ...]:
+        """Files of the frames that the clip is made around."""
+        return tuple(path for path in (self.image, self.last_image) if path is not None)
+
+    @property
+    def other_tokens(self) -> int:
+        """Tokens that the self-attention of a packed sequence has beside those of the grid, the prompt's aside."""
+        return self.model.other_tokens(self.height, self.width, self.num_frames, len(self.given_frames))
+
+    @property
     def work(self) -> Work:
         """What the clip's attention depends on, beside its preset."""
         forwards = branches_of(self.model, self.guidance_scale)
-        return Work(self.model, self.grid, self.steps, forwards, self.flow_shift, self.noise_levels)
+        return Work(self.model, self.grid, self.steps, forwards, self.flow_shift, self.other_tokens, self.noise_levels)
 
     @property
     def tuned(self) -> AdapterFile | None:
         """The tuned adapter that it runs with, if any."""
         return self.setup.tuned[0] if self.setup.tuned else None
+
+    @property
+    def seed_was_drawn(self) -> bool:
+        """Whether nobody chose the seed."""
+        return self.origins.get("seed", "").endswith(DRAWN)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
@@ -46,8 +47,12 @@ def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, 
             f"--guidance-scale-2 {request.guidance_scale_2:g} has no effect: with --guidance-scale {guidance_scale:g} "
             "the pipeline runs without guidance in both stages, and 1.01 would give its first stage next to none"
         )
+    if facts.distilled and request.guidance_scale is not None:
+        found.append(f"--guidance-scale has no effect: guidance is in the weights of {model.alias}")
     if request.negative_prompt:
-        if facts.negative == "never":
+        if facts.distilled:
+            found.append(f"--negative-prompt has no effect: guidance is in the weights of {model.alias}")
+        elif facts.negative == "never":
             found.append(
                 f"--negative-prompt has no effect: guidance of {model.alias} is a number without a second text"
             )
@@ -84,8 +89,10 @@ def of_cache(cache: str | None, steps: int) -> Iterator[str]:
         )
 
 
-def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
-    """Flags that this preset or this machine makes meaningless."""
+def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path]) -> Iterator[str]:
+    """Flags that this preset, this machine or the format of the clips makes meaningless."""
+    if request.quality is not None and all(path.suffix.lower() == ".png" for path in outputs):
+        yield f"--quality {request.quality} changes nothing: PNGs are lossless"
     if preset.attention == "dense":
         assigned = [parse_assignment(text)[0] for text in request.overrides]
         given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ import torch
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.clip_results import Circumstances, ClipProfile, ClipRow
-from vmonarch_cli.profile.repeat import Budget, OnWork
+from vmonarch_cli.profile.repeat import Budget, OnWork, unheard
+from vmonarch_cli.timing import Pace
 
 DENSE = "dense"
 _KERNEL_CACHE = "TRITON_CACHE_DIR"
@@ -36,7 +39,7 @@ def run_clips(
     settings: ClipSettings,
     budget: Budget,
     on_result: Callable[[ClipProfile], None],
-    on_work: OnWork = lambda words: None,
+    on_work: OnWork = unheard,
 ) -> ClipProfile:
     """Clips of the plan's seed, into a folder that is removed: structured and dense, one cold and then warm in turn.
 
@@ -48,11 +51,13 @@ def run_clips(
             name: settings.plan.model_copy(update={**changed, "outputs": (_clip(settings.plan, Path(folder), name),)})
             for name, changed in _kinds(settings.plan).items()
         }
-        machine = check_machine_for(list(plans.values()))
+        machine = fastest_first(settings.plan, check_machine_for(list(plans.values())))
         profile = _empty(settings.plan, machine)
+        if machine.on_gpu:
+            profile.notes.append(f"dense attention by {dense_words(machine)}")
         on_work("loading the model")
         maker = ClipMaker(settings.plan, machine, retry_dense=False)
-        run = _Run(maker, plans, profile, on_result, on_work)
+        run = _Run(maker, plans, profile, on_result, _paced(on_work, 2 * (1 + settings.repeats)))
         for row in profile.rows:
             run.cold(row)
         run.compare()
@@ -64,6 +69,12 @@ def run_clips(
             for row in profile.rows:
                 run.warm(row)
     return profile
+
+
+def _paced(on_work: OnWork, clips: int) -> OnWork:
+    """Tells of one clip after the other, with the time that all have left."""
+    pace, begun = Pace(clips), itertools.count()
+    return lambda words, left=None: on_work(words, pace.left(next(begun)))
 
 
 class _Run:

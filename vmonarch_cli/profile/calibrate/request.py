@@ -19,7 +19,7 @@ from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import parse_preset
 from vmonarch_cli.profile.calibrate.limits import cheapest, units_of
 from vmonarch_cli.text import shown
-from vmonarch_cli.tune.request import checked_prompts
+from vmonarch_cli.tune.prompts import checked_prompts
 
 DEFAULT_MEASURED, DEFAULT_EVAL = 4, 4
 """Prompts of the demo model to measure with, and to verify with, where no flag says how many."""

@@ -178,7 +178,7 @@ class _Run:
         """Final latents of a clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, self._clip, seed)
-        return sample(self._pipeline, self._clip, prompt, seed, preset, **swap)
+        return sample(self._pipeline, self._clip, [prompt], [seed], preset, **swap)
 
     # Allocating and verifying
 
