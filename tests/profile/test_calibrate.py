@@ -234,7 +234,8 @@ def test_a_replay_is_what_frame_refresh_does(first_frame: bool, shared: bool) ->
 
 
 def test_exact_frames_go_where_they_lower_the_error(tiny_wan_folder: Path) -> None:
-    """One layer and one step that matter a hundred times as much as the others get more than their part."""
+    """A step that matters a hundred times as much as the others gets more than its part."""
+    by_step, by_layer = (0.01, 0.01, 1, 0.01), (1, 1, 1)
     model = resolve(
         GenerateRequest(
             model=str(tiny_wan_folder), prompt="x", size="48x32", num_frames=17, steps=STEPS, guidance_scale=1.0
@@ -246,17 +247,14 @@ def test_exact_frames_go_where_they_lower_the_error(tiny_wan_folder: Path) -> No
     calls.through(bare(preset), recorder)
     replay = Replay([recorder.lacks()], 1.0)
     work = Work(model, GRID, STEPS, 1)
-    by_step, by_layer = np.array([0.01, 0.01, 1, 0.01]), np.array([0.01, 0.01, 1])
-    weights = Weights(replay, step_groups(STEPS), layer_groups(LAYERS), (by_step, by_layer))
+    weights = Weights(replay, step_groups(STEPS), layer_groups(LAYERS), (np.array(by_step), np.array(by_layer)))
     allocator = Allocator(work, preset, replay, weights)
-    found = allocator.best(17.8)
-    assert found.units <= 17.8
+    found = min(allocator.candidates(17), key=lambda found: found.error)
+    assert found.units <= 17
     even = found.preset.model_copy(update={"step_refresh": None, "layer_refresh": None, "dense_layers": 0})
     for refresh in np.arange(0, 3, 0.01):
         tried = even.model_copy(update={"refresh": float(refresh), "first_turns": 0.0})
-        if units_of(work, tried) > 17.8:
+        if units_of(work, tried) > 17:
             break
         even_within = tried
     assert found.error < 0.9 * allocator.forecast(even_within)
-    assert found.preset.layer_refresh is not None
-    assert found.preset.layer_refresh[2] > max(found.preset.layer_refresh[:2])

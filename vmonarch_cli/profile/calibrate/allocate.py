@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,13 +63,39 @@ class Allocator:
         self._layers: Groups = layer_groups(work.model.layers)
 
     def best(self, budget: float) -> Found:
-        """The preset of the lowest forecast error at no more than `budget` units."""
-        drafts = [self._filled(self._empty(choice, dense), budget) for choice, dense in self._kinds(budget)]
-        few = sorted(drafts, key=self.error)[:2]
-        polished = [self._polished(draft, budget) for draft in few]
-        draft = min(polished, key=self.error)
+        """The preset of the lowest forecast error at no more than `budget` units, before any polish."""
+        return min((self._found(draft) for draft in self._drafts(budget)), key=lambda found: found.error)
+
+    def candidates(self, budget: float) -> list[Found]:
+        """Presets within a budget that are worth a trial, each as good as its kind gets: the forecast takes a clip's
+        calls for independent, which they are not.
+
+        Of each way to correct (sharing, the first frame): the forecast's choice, and turns as early as can be.
+        """
+        kinds = [kind for kind, dense_layers in self._kinds(budget) if not dense_layers and not kind.dense_steps]
+        early = [self._early(self._empty(kind, 0), whole, budget) for kind in kinds for whole in (1, 2)]
+        ways: dict[tuple[bool, bool], _Draft] = {}
+        for draft in sorted([*self._drafts(budget), *early], key=self.error, reverse=True):
+            ways[draft.choice.first_frame, draft.choice.shared] = draft
+        drafts = [self._polished(draft, budget) for draft in ways.values()] + early
+        return [self._found(draft) for draft in dict.fromkeys(drafts)]
+
+    def _drafts(self, budget: float) -> list[_Draft]:
+        return [self._filled(self._empty(choice, dense), budget) for choice, dense in self._kinds(budget)]
+
+    def _found(self, draft: _Draft) -> Found:
         preset = self._preset(draft)
         return Found(preset, units_of(self._work, preset), self.error(draft))
+
+    def _early(self, draft: _Draft, whole: int, budget: float) -> _Draft:
+        """Every frame has its turn in the first `whole` steps, as far as the budget goes; what is left comes evenly."""
+        most = float(self._work.grid[0] - int(draft.choice.first_frame))
+        for group in range(min(whole, len(draft.turns))):
+            steps = [self._moved(draft, [(group, count / 4)]) for count in range(int(4 * most), -1, -1)]
+            draft = next(other for other in steps if self._fits(other, budget))
+        later = range(whole, len(draft.turns))
+        even = [self._moved(draft, [(group, count / 8) for group in later]) for count in range(int(8 * most), -1, -1)]
+        return next(other for other in even if self._fits(other, budget))
 
     def forecast(self, preset: Preset) -> float:
         """Forecast error of any preset of the same kind of call."""
@@ -154,12 +180,26 @@ class Allocator:
     def _polished(self, draft: _Draft, budget: float) -> _Draft:
         """Turns moved between steps and weights between layers as long as that lowers the error."""
         for _ in range(_ROUNDS):
-            fitting = (other for other in self._neighbours(draft) if self._fits(other, budget))
-            better = min(fitting, key=self.error, default=draft)
-            if self.error(better) >= self.error(draft) * (1 - 1e-4):
+            better = self._better(draft, (other for other in self._neighbours(draft) if self._fits(other, budget)))
+            if better is draft:
+                better = self._better(draft, (self._filled(other, budget) for other in self._lighter(draft)))
+            if better is draft:
                 break
             draft = better
         return self._filled(draft, budget)
+
+    def _better(self, draft: _Draft, others: Iterable[_Draft]) -> _Draft:
+        """The best of the others, or the draft where none is better by more than nothing."""
+        best = min(others, key=self.error, default=draft)
+        return best if self.error(best) < self.error(draft) * (1 - 1e-4) else draft
+
+    @staticmethod
+    def _lighter(draft: _Draft) -> list[_Draft]:
+        """One group of layers with fewer turns, which leaves room for others."""
+        return [
+            replace(draft, weights=tuple(w * (0.6 if other == group else 1) for other, w in enumerate(draft.weights)))
+            for group in range(len(draft.weights))
+        ]
 
     def _neighbours(self, draft: _Draft) -> list[_Draft]:
         found = []

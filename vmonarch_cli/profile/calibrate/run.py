@@ -122,6 +122,8 @@ class _Run:
         self._layers = [plan.clip.model.layers] * plan.clip.model.transformers
         self._scheduler = pipeline.scheduler
         self._teachers: list[Tensor] = []
+        """Final latents of the held-out prompts' dense clips."""
+        self._dense: dict[int, Tensor] = {}
 
     def run(self) -> CalibrateResult:
         plan, clip = self._plan, self._clip
@@ -148,7 +150,7 @@ class _Run:
         for number, prompt in enumerate(self._plan.prompts):
             self._on_phase("measuring calls of dense clips", number, len(self._plan.prompts))
             recorder = LackRecorder(self._bare, self._layers, self._clip.steps)
-            self._sampled(prompt, self._plan.noise_seed(number), recorder)
+            self._dense[number] = self._sampled(prompt, self._plan.noise_seed(number), recorder)
             found.append(recorder.lacks())
         return found
 
@@ -160,7 +162,7 @@ class _Run:
         for number, prompt in enumerate(prompts):
             seed = self._plan.noise_seed(number)
             self._on_phase(words, done, total)
-            dense = self._sample(prompt, seed, load_preset("dense"))
+            dense = self._measured_dense(number)
             for place, group in enumerate(groups):
                 self._on_phase(words, done, total)
                 probe = Probe(self._bare, self._layers, partial(where, group))
@@ -183,40 +185,66 @@ class _Run:
     def _searched(self, allocator: Allocator) -> tuple[Found, PresetFigures]:
         plan = self._plan
         if plan.error is None:
-            found = self._allocated(allocator, plan.budget)
+            found = self._tried(allocator, plan.budget)
             return found, self._verified(found.preset)
         tried: list[PresetFigures] = []
         wanted = plan.error
         for _ in range(_TRIES):
-            found = self._reaching(allocator, wanted)
+            found = self._tried(allocator, self._reaching(allocator, wanted).units)
             tried.append(self._verified(found.preset))
             if tried[-1].error_mean <= plan.error:
                 return found, tried[-1]
-            wanted = min(wanted, found.error * plan.error / tried[-1].error_mean) * 0.95
+            wanted = wanted * min(1.0, plan.error / tried[-1].error_mean) * 0.95
         best = min(tried, key=lambda figures: figures.error_mean)
         raise InputError(
             f"--error {plan.error:g} was not reached: the best of {len(tried)} presets came to {best.error_mean:.3f} "
             f"at {best.units:.1f} units, and dense attention costs {4 * self._clip.grid[0]}"
         )
 
+    def _tried(self, allocator: Allocator, budget: float) -> Found:
+        """The best of an allocator's candidates by whole clips of the measured prompts; the better half of them after
+        the first prompts goes on to the others.
+        """
+        self._on_phase("allocating exact frames", 0, None)
+        left = allocator.candidates(budget)
+        errors: dict[Preset, list[float]] = {found.preset: [] for found in left}
+        prompts = self._plan.prompts
+        for rows in (range(len(prompts))[:PROBED], range(len(prompts))[PROBED:]):
+            total, done = len(left) * len(rows), 0
+            for number in rows:
+                seed = self._plan.noise_seed(number)
+                dense = self._measured_dense(number)
+                for found in left:
+                    self._on_phase(f"trying {len(left)} presets on {len(rows)} prompts", done, total)
+                    made = self._sample(prompts[number], seed, found.preset)
+                    errors[found.preset].append(relative_error(made, dense))
+                    done += 1
+            left = sorted(left, key=lambda found: statistics.fmean(errors[found.preset]))
+            left = left[: max(1, (len(left) + 1) // 2)]
+        return left[0]
+
+    def _measured_dense(self, number: int) -> Tensor:
+        """Final latents of a measured prompt's dense clip, made once."""
+        if number not in self._dense:
+            seed = self._plan.noise_seed(number)
+            self._dense[number] = self._sample(self._plan.prompts[number], seed, load_preset("dense"))
+        return self._dense[number]
+
     def _reaching(self, allocator: Allocator, wanted: float) -> Found:
         """About the least work whose forecast is within an error."""
+        self._on_phase("allocating exact frames", 0, None)
         low, high = cheapest(self._work, self._clip.preset), 4.0 * self._clip.grid[0]
-        found = self._allocated(allocator, low)
+        found = allocator.best(low)
         if found.error <= wanted:
             return found
-        found = self._allocated(allocator, high - 0.1)
+        found = allocator.best(high - 0.1)
         for _ in range(_HALVINGS if found.error <= wanted else 0):
-            middle = self._allocated(allocator, (low + high) / 2)
+            middle = allocator.best((low + high) / 2)
             if middle.error <= wanted:
                 found, high = middle, (low + high) / 2
             else:
                 low = (low + high) / 2
         return found
-
-    def _allocated(self, allocator: Allocator, budget: float) -> Found:
-        self._on_phase("allocating exact frames", 0, None)
-        return allocator.best(budget)
 
     def _verified(self, preset: Preset) -> PresetFigures:
         clips = self._clips(f"{preset.name} on held-out prompts", preset)
