@@ -23,6 +23,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Nor may one write to the user's cache.
 os.environ["VMONARCH_CACHE"] = tempfile.mkdtemp(prefix="vmonarch-tests-")
+# Nor may the user's own defaults change what a test does.
+os.environ["VMONARCH_CONFIG"] = ""
 # Rich and typer size their output by these; a test that cares sets its own.
 for name in ("COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)

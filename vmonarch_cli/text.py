@@ -77,6 +77,13 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def clock(value: float) -> str:
+    """Seconds as a clock shows them, rounded to whole ones: '0:08', '12:30', '1:02:03'."""
+    minutes, rest = divmod(round(max(0.0, value)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def as_fast(ratio: float) -> str:
     """A ratio of times (the other's over ours) in words that read one way: '1.44x as fast', before 'as dense'."""
     return f"{ratio:.2f}x as fast"

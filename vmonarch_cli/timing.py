@@ -6,6 +6,8 @@ All times are seconds, all sizes bytes. A value that was not measured is None, n
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,23 @@ LOST_SUBJECT = (
     "the first step differs far more from dense attention than all others, so the clip may lack its subject: try "
     "--dense-steps 1, or more --steps"
 )
+
+
+class Pace:
+    """How long work of a known amount will go on, when it goes on as it went so far."""
+
+    def __init__(self, total: float, done: float = 0.0, now: Callable[[], float] = time.monotonic) -> None:
+        """The work begins now; `done` of `total`, in any unit, was done before. `now`: a clock in seconds."""
+        self.total = total
+        self._done = done
+        self._now = now
+        self._began = now()
+
+    def left(self, done: float) -> float | None:
+        """Seconds that the rest takes once `done` of the total is done; None before anything is."""
+        if done <= self._done:
+            return None
+        return (self._now() - self._began) / (done - self._done) * max(0.0, self.total - done)
 
 
 @dataclass(frozen=True)
@@ -152,17 +171,12 @@ class ClipTiming:
         A sum over all steps: of a sampled step and of a dense one what was measured, of the others the calls times
         the mean of the sampled dense calls.
         """
-        sampled = [step.dense_call_s for step in self.steps if step.dense_call_s is not None]
-        if not sampled or not any(step.structured_calls for step in self.steps):
-            return None
-        per_call = statistics.fmean(sampled)
-        return sum(per_call * step.calls if step.dense_s is None else step.dense_s for step in self.steps)
+        return _dense_attention_s(self.steps)
 
     @property
     def attention_speedup(self) -> float | None:
         """Dense attention of the whole clip over attention as measured: dense steps and recomputed frames included."""
-        dense = self.dense_attention_s
-        return None if dense is None or self.attention_s <= 0 else dense / self.attention_s
+        return attention_speedup(self.steps)
 
     @property
     def estimated_dense_denoise_s(self) -> float | None:
@@ -233,6 +247,20 @@ class ClipResult:
     coverage: Coverage
     timing: ClipTiming
     record: dict[str, Any]
+
+
+def attention_speedup(steps: Sequence[StepAttention]) -> float | None:
+    """Dense attention of these steps over their attention as measured; None where no structured call was sampled."""
+    dense, measured = _dense_attention_s(steps), sum(step.attention_s for step in steps)
+    return None if dense is None or measured <= 0 else dense / measured
+
+
+def _dense_attention_s(steps: Sequence[StepAttention]) -> float | None:
+    sampled = [step.dense_call_s for step in steps if step.dense_call_s is not None]
+    if not sampled or not any(step.structured_calls for step in steps):
+        return None
+    per_call = statistics.fmean(sampled)
+    return sum(per_call * step.calls if step.dense_s is None else step.dense_s for step in steps)
 
 
 def _median(values: list[float | None]) -> float | None:

@@ -75,7 +75,7 @@ def test_all_bad_lines_are_said_together(tiny_wan_folder: Path, tmp_path: Path) 
         Line(2, {"prompt": " "}),
         Line(3, {"prompt": "x", "preset": "papre"}),
         Line(4, {"prompt": "x"}),
-        Line(5, {"prompt": "x", "seed": -1}),
+        Line(5, {"prompt": "x", "seed": -2}),
         Line(6, {"prompt": "x", "output": "../x"}),
         Line(7, {"prompt": "x", "output": "Same.mp4"}),
         Line(8, {"prompt": "y", "output": "same.gif"}),
@@ -92,7 +92,10 @@ def test_all_bad_lines_are_said_together(tiny_wan_folder: Path, tmp_path: Path) 
         "p lines 7, 8",
     ]
     assert "did you mean paper?" in sentences[1]
-    assert sentences[2] == "p line 5: seed takes a whole number from 0 to 9223372036854775807, got -1"
+    assert (
+        sentences[2]
+        == "p line 5: seed takes a whole number from 0 to 9223372036854775807, or -1 for a random one, got -2"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -56,7 +56,7 @@ def test_a_bad_line_hides_no_other(tiny_wan_folder: Path, tmp_path: Path) -> Non
 
 
 def test_every_fault_of_one_line_is_said(tiny_wan_folder: Path, tmp_path: Path) -> None:
-    line = {"prompt": " ", "output": "a/b", "fps": -3, "seed": -1, "preset": "papre", "preset.band": "wide"}
+    line = {"prompt": " ", "output": "a/b", "fps": -3, "seed": -2, "preset": "papre", "preset.band": "wide"}
     found = faults(tiny_wan_folder, tmp_path, rows(line, {"prompt": "fine"}))
     assert all(sentence.startswith("line 1: ") for sentence in found)
     for words in ("the prompt is empty", "output takes", "fps takes", "seed takes", "no preset 'papre'", "preset.band"):

@@ -163,7 +163,7 @@ def errors() -> Iterator[Command]:
         "frames that are no number": "plan -p a --num-frames many",
         "steps": "plan -p a --steps 0",
         "fps": "plan -p a --fps 0",
-        "seed": "plan -p a --seed -1",
+        "seed": "plan -p a --seed -2",
         "guidance": "plan -p a --guidance-scale 1000",
         "guidance that is no number": "plan -p a --guidance-scale nan",
         "second guidance": "plan -p a --guidance-scale-2 3",

@@ -104,6 +104,9 @@ class _Tidy:
         """Paths, machine facts and, where the command is measured, numbers replaced by their names."""
         text = self._known(text)
         if self._measured:
+            # How fast this machine is decides how often a long phase says where it stands, and what is left of it.
+            text = re.sub(r"(?m)^.*; \d+:\d\d, [\d:]+ left\n", "", text)
+            text = re.sub(r"(?m), about [\d:]+ left$", "", text)
             text = _MEASURE.sub(lambda match: "<n>x" if match[2] else _UNITS.get(match[1], "<size>"), text)
             text = _DECIMAL.sub("<n>", text)
             text = re.sub(r"(?m)^( *step +sigma +)m?s( +)m?s( +share +)m?s", r"\1<unit>\2<unit>\3<unit>", text)

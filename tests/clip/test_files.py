@@ -199,7 +199,7 @@ def test_a_reader_that_leaves_costs_no_clip(tiny_wan_folder: Path, tmp_path: Pat
 # Paths
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".gif", ".png"])
+@pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".png"])
 def test_a_colon_in_a_relative_path_is_no_protocol(
     tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:

@@ -19,6 +19,7 @@ from vmonarch_cli.clip.events import (
     ClipStarted,
     Decoding,
     Event,
+    FramesDecoded,
     LatentsSaved,
     ModelLoaded,
     ModelLoading,
@@ -100,7 +101,16 @@ def test_a_clip_and_its_record(folder: Path, tmp_path: Path, capfd: pytest.Captu
 
     assert result.path == tmp_path / "clip.mp4"
     assert imageio.imread(result.path).shape == (FRAMES, HEIGHT, WIDTH, 3)
-    kinds = [ModelLoading, ModelLoaded, ClipStarted, *[StepDone] * STEPS, LatentsSaved, Decoding, ClipDone]
+    kinds = [
+        ModelLoading,
+        ModelLoaded,
+        ClipStarted,
+        *[StepDone] * STEPS,
+        LatentsSaved,
+        Decoding,
+        FramesDecoded,
+        ClipDone,
+    ]
     assert [type(event) for event in events] == kinds
 
     record = json.loads(result.record_path.read_text())

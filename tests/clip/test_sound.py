@@ -108,6 +108,23 @@ def test_an_mp4_has_the_pipelines_own_samples(clip: Path, samples: Any) -> None:
     assert min(range(-64, 65), key=distance) == 0, "and it begins with the first frame"
 
 
+def test_a_webm_holds_its_sound_and_a_webp_has_it_beside(folder: Path, tmp_path: Path, samples: Any) -> None:
+    expected = Sound.of(samples, RATE)
+    for name, file in (("x.webm", "x.webm"), ("y.webp", "y.wav")):
+        assert generate(folder, tmp_path / name).exit_code == 0
+        record = record_of(tmp_path / name)
+        assert (record["audio"]["file"], record["audio"]["sha256"]) == (file, expected.sha256())
+        heard = read_sound(tmp_path / file, RATE, 2)
+        assert heard is not None
+        assert abs(len(heard.samples) - 17440) < 100
+        own = as_heard(expected.samples[800:16000].astype(float))
+        moved = {shift: as_heard(np.roll(heard.samples, shift, 0)[800:16000].astype(float)) for shift in range(-64, 65)}
+        distances = {shift: float(np.linalg.norm(found - own) / np.linalg.norm(own)) for shift, found in moved.items()}
+        assert distances[0] == min(distances.values()), "it begins with the first frame"
+        assert distances[0] < 0.4, "noise, of which Opus keeps what is heard"
+    assert not (tmp_path / "x.wav").exists()
+
+
 def test_the_record_says_what_there_is_to_hear(clip: Path, gif: Path, samples: Any) -> None:
     for path, file in ((clip, "clip.mp4"), (gif, "clip.wav")):
         record = record_of(path)

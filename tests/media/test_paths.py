@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmonarch_cli.errors import OutputError
-from vmonarch_cli.media.paths import check_rate, record_path, resolve_targets, slug
+from vmonarch_cli.media.paths import check_format, record_path, resolve_targets, slug
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_endings(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         resolve_targets(str(tmp_path / "x.avi"), "p", 0, 1, False)
     assert caught.value.message == (
-        f"output {tmp_path / 'x.avi'} ends in '.avi': valid endings are .mp4, .gif, .png (.png makes a folder of "
-        "PNGs), and a folder for the clips ends in '/'"
+        f"output {tmp_path / 'x.avi'} ends in '.avi': valid endings are .mp4, .webm, .gif, .webp, .png (.png makes "
+        "a folder of PNGs), and a folder for the clips ends in '/'"
     )
     with pytest.raises(OutputError, match="--output is empty"):
         resolve_targets(" ", "p", 0, 1, False)
     with pytest.raises(OutputError, match=r"a \.gif cannot show 60 frames per second: valid are 1 to 50"):
-        check_rate((Path("x.gif"),), 60)
+        check_format((Path("x.gif"),), 60, 32, 32)
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_gif_of_hours_does_not_fill_the_memory(tmp_path: Path) -> None:
         read_clip(tmp_path / "x.gif", 50)
 
 
-@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+@pytest.mark.parametrize("ending", ["mp4", "webm", "gif", "webp", "png"])
 def test_the_frame_in_the_middle(tmp_path: Path, ending: str) -> None:
     frames = still(9)
     path = write_clip(frames, tmp_path / f"x.{ending}", 8)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.errors import ModelError, OutputError
 from vmonarch_cli.media.encoders import ENCODERS
+from vmonarch_cli.media.read import one_frame, read_clip
 from vmonarch_cli.media.write import clip_writer, pixels_of, write_clip, write_record
 
 
@@ -43,6 +44,38 @@ def test_mp4_has_the_exact_size_rate_and_content(tmp_path: Path, height: int, wi
     assert np.abs(read[4, 20, 30].astype(int) - clip[4, 20, 30]).max() < 12
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (47, 63)])
+@pytest.mark.parametrize(("ending", "fps"), [(".webm", 13), (".webp", 13), (".webp", 60)])
+def test_the_other_formats_have_the_exact_size_rate_and_content(
+    tmp_path: Path, ending: str, fps: int, height: int, width: int
+) -> None:
+    clip = frames(9, height, width)
+    clip[5] = clip[4]  # Pillow merges frames that are equal
+    path = write_clip(clip, tmp_path / f"x{ending}", fps)
+    read = read_clip(path, fps)
+    assert read.shape == clip.shape
+    assert np.abs(read.astype(int) - clip).mean() < 4
+    assert np.array_equal(read_clip(path), read)
+    assert np.abs(one_frame(path, 4.5 / fps).astype(int) - clip[4]).mean() < 5
+    if ending == ".webm":
+        assert imageio.immeta(path)["codec"] == "vp9"
+        assert imageio.immeta(path)["fps"] == pytest.approx(fps)
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".webp"])
+def test_more_quality_is_more_bytes_and_less_error(tmp_path: Path, ending: str) -> None:
+    clip = frames(5) + np.random.default_rng(0).integers(0, 24, (5, 48, 64, 3), np.uint8)
+    sizes, errors = [], []
+    for quality in (1, 8, 10):
+        path = write_clip(clip, tmp_path / f"{quality}{ending}", fps=8, quality=quality)
+        sizes.append(path.stat().st_size)
+        errors.append(float(np.abs(read_clip(path, 8).astype(int) - clip).mean()))
+    assert sizes[0] < sizes[1] <= sizes[2]
+    assert errors[0] > errors[1] >= errors[2]
+    plain = write_clip(clip, tmp_path / f"plain{ending}", fps=8)
+    assert plain.read_bytes() == (tmp_path / f"8{ending}").read_bytes()
+
+
 def test_one_frame(tmp_path: Path) -> None:
     assert imageio.imread(write_clip(frames(1), tmp_path / "x.mp4", fps=16)).shape[0] == 1
 
@@ -64,7 +97,7 @@ def test_png_folder_is_lossless_and_replaced_whole(tmp_path: Path) -> None:
     assert len(list(path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x.webp", "x.png"])
 def test_an_existing_clip_is_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match=r"exists already: pass --overwrite"):
@@ -73,7 +106,7 @@ def test_an_existing_clip_is_kept(tmp_path: Path, name: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x.webp", "x.png"])
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -102,7 +135,7 @@ def test_an_encoder_that_stops_early_is_noticed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_endings_and_shapes(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"ends in '\.avi': valid endings are \.mp4, \.gif, \.png"):
+    with pytest.raises(OutputError, match=r"ends in '\.avi': valid endings are \.mp4, \.webm, \.gif, \.webp, \.png"):
         write_clip(frames(2), tmp_path / "x.avi", fps=16)
     with pytest.raises(ValueError, match="frames must be uint8"):
         write_clip(frames(2).astype(np.float32), tmp_path / "x.mp4", fps=16)  # type: ignore[arg-type]
@@ -119,7 +152,7 @@ def test_records_are_valid_json(tmp_path: Path) -> None:
 # Frames that come in parts
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x.webp", "x.png"])
 def test_parts_make_the_same_file_as_a_whole_clip(tmp_path: Path, name: str) -> None:
     clip = frames(11)
     whole, parted = write_clip(clip, tmp_path / "whole" / name, fps=8), tmp_path / "parts" / name
@@ -140,7 +173,7 @@ def test_parts_are_encoded_while_later_ones_are_made_and_few_wait(
     go_on = threading.Event()
 
     class Slow:
-        def __init__(self, path: Path, fps: int, count: int) -> None:
+        def __init__(self, path: Path, fps: int, count: int, quality: int) -> None:
             path.touch()
 
         def add(self, part: NDArray[np.uint8]) -> None:
@@ -197,7 +230,7 @@ def test_an_error_of_the_encoder_reaches_whoever_makes_frames(
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x.webp", "x.png"])
 @pytest.mark.parametrize("error", [OSError(5, "of the decoder"), KeyboardInterrupt(), ValueError("no")])
 def test_an_error_between_parts_is_raised_as_it_came_and_leaves_nothing(
     tmp_path: Path, name: str, error: BaseException
@@ -229,7 +262,7 @@ def test_parts_that_are_no_whole_clip_are_refused(tmp_path: Path) -> None:
 
 
 def test_pngs_are_numbered_by_the_length_of_the_clip(tmp_path: Path) -> None:
-    encoder = ENCODERS[".png"](tmp_path / "x.png", 8, 10001)
+    encoder = ENCODERS[".png"](tmp_path / "x.png", 8, 10001, 8)
     encoder.add(frames(2))
     encoder.end()
     assert sorted(file.name for file in (tmp_path / "x.png").iterdir()) == ["frame-00000.png", "frame-00001.png"]

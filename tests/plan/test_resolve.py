@@ -84,7 +84,7 @@ def test_settings_are_json_and_complete() -> None:
     assert settings["preset.band"] == {"value": 0, "origin": "preset"}
     assert settings["model"] == {"value": "wan2.1-1.3b", "origin": "flag"}
     assert settings["output"] == {"value": ["outputs/a-cat-s5.mp4"], "origin": "default"}
-    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps"}
+    flags = set(GenerateRequest.__dataclass_fields__) - {"overrides", "size", "overwrite", "dense_steps", "defaults"}
     assert flags - {"dense_layers", "impl"} <= set(settings)
 
 
@@ -145,7 +145,7 @@ def test_memory_kept_between_steps() -> None:
         ({"height": 0}, "--height takes a whole number from 1 to 16384, got 0"),
         ({"steps": 0}, "--steps takes a whole number from 1 to 1000, got 0"),
         ({"fps": -3}, "--fps takes a whole number from 1 to 240, got -3"),
-        ({"seed": -1}, "--seed takes a whole number from 0 to 9223372036854775807, got -1"),
+        ({"seed": -2}, "--seed takes a whole number from 0 to 9223372036854775807, or -1 for a random one, got -2"),
         ({"num_videos": 0}, "--num-videos takes a whole number from 1 to 1000, got 0"),
         ({"guidance_scale": float("nan")}, "--guidance-scale takes a number from 0 to 100, got nan"),
         ({"flow_shift": 0.0}, "--flow-shift takes a number from 0.01 to 100, got 0"),

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_every_preset_stands_against_every_backend_and_the_record_says_where(tmp_path: Path) -> None:
     result = call("kernel", *SMALL, "--shape", "2x24", "--json", "deep/out.json")
+    assert re.search(r"2x24: timing, about \d+:\d\d left\n", result.stderr)
     for words in ("5 x 24 = 120 tokens", "2 x 24 = 48 tokens", "flash", "fast warm", "balanced warm", "CPU (", "torch"):
         assert words in result.stdout
     data = json.loads((tmp_path / "deep" / "out.json").read_text())

@@ -157,7 +157,7 @@ def test_records_that_do_not_parse(base: Path, tmp_path: Path, kind: str) -> Non
         (lambda r: r["frames"].update(count=True), "frames.count takes a whole number, got true"),
         (lambda r: r["frames"].update(width=0), "frames.width takes at least 1, got 0"),
         (lambda r: r.update(preset=[1]), "preset takes a table, got a list"),
-        (lambda r: r.update(clip="x"), "clip takes the name of a clip (.mp4, .gif, .png), got 'x'"),
+        (lambda r: r.update(clip="x"), "clip takes the name of a clip (.mp4, .webm, .gif, .webp, .png), got 'x'"),
         (lambda r: r["timing"].update(attention_s="1"), "timing.attention_s takes a number, got '1'"),
         (lambda r: r["versions"].update(torch=2), "versions.torch takes a text, got 2"),
         (

@@ -17,12 +17,14 @@ from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan.auto import MARK
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import file_sha256, user_path
@@ -32,17 +34,8 @@ LINE = "prompts file"
 _SIZE = {"size", "height", "width"}
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {
-    "grid",
-    "tokens",
-    "flops",
-    "model",
-    "recipe",
-    "noise_levels",
-    "step_costs",
-    "noise_levels_forced",
-    "loras",
-}
+_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
+_NOT_IDENTITY |= {"loras", "preset_reason"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -220,6 +213,7 @@ class _Planner:
                 model=self._request.model,
                 revision=self._request.revision,
                 image=self._request.image,
+                defaults=self._request.defaults,
                 prompt=STAND_IN,
             )
             self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
@@ -232,7 +226,7 @@ class _Planner:
     def _clip(
         self, request: GenerateRequest, given: Mapping[str, Any], line: Line, wanted: str | None, offset: int
     ) -> PlannedClip:
-        seed = request.seed if not offset else (request.seed or 0) + offset
+        seed = request.seed if not offset or request.seed == RANDOM else (request.seed or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
         if "recipe" in given and plan.setup.loras != self._request.loras:
             raise InputError(
@@ -240,6 +234,9 @@ class _Planner:
                 "a flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
+        for name, mark in (("seed", DRAWN), ("preset", MARK)):
+            if plan.origins[name].endswith(mark) and not origins[name].endswith(mark):
+                origins[name] += mark
         origins["output"] = LINE if wanted else "default"
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
         if wanted is not None and offset:
@@ -288,6 +285,8 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
 def _identity(plan: Plan, wanted: str | None) -> str:
     """Sixteen hexadecimal digits of everything that the clip's content depends on."""
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
+    if plan.seed_was_drawn:  # the manifest keeps it
+        content["seed"] = RANDOM
     for decided in ("offload", "fused_impl"):  # by the machine
         content["setup"].pop(decided, None)
     if not plan.setup.fuse:  # batches of earlier versions go on
@@ -305,7 +304,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     for name in ("vae_dtype", "dense_attention"):
         if content["setup"][name] == "auto":  # as it was before anybody could choose: batches of earlier versions go on
             del content["setup"][name]
-    for name, default in (("sampler", OWN), ("sigmas", [])):  # the same
+    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", DEFAULT_QUALITY)):  # the same
         if content[name] == default:
             del content[name]
     content["preset"] = plan.preset.computed_fields()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def _opened(
         events += [happened("forgotten", key) for key in mine]
         for key in mine:
             del entries[key]  # its file, where there is one, keeps the name taken
+    clips = [_with_its_seed(clip, entries) for clip in clips]
     named = assign_names(clips, folder, entries, source, overwrite=terms.overwrite)
     notes: list[str] = []
     for clip in named:
@@ -113,6 +114,13 @@ def _opened(
             entry.status, entry.error = "planned", None
     before = {clip.key: entries[clip.key] for clip in named}
     return Batch(folder, manifest, named, before, tuple(notes)), events
+
+
+def _with_its_seed(clip: PlannedClip, entries: Mapping[str, ManifestEntry]) -> PlannedClip:
+    """The clip with the seed that an earlier run drew for it."""
+    if not clip.plan.seed_was_drawn or clip.key not in entries:
+        return clip
+    return replace(clip, plan=clip.plan.model_copy(update={"seed": entries[clip.key].seed}))
 
 
 def _reset(entry: ManifestEntry, terms: Terms) -> str | None:

@@ -10,6 +10,7 @@ from vmonarch_cli.batch.values import Pairs, Written, decimal, words
 from vmonarch_cli.errors import InputError, InputErrors
 from vmonarch_cli.plan.noise_levels import check_sigmas, read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import RANDOM, is_random
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
 
@@ -20,7 +21,7 @@ _TEXTS = (
     *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
     *("last_image", "sampler", "recipe"),
 )
-_WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers")
+_WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers", "quality")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
 LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS, "sigmas") if name in _REQUEST)
 """What a line may set, by the names of the request's fields; and any preset.FIELD."""
@@ -136,6 +137,8 @@ def _value(name: str, raw: Any, as_text: bool) -> Any:
         return raw
     if name.startswith(PRESET_FIELD):
         return _preset_value(name, raw)
+    if name == "seed" and is_random(raw):
+        return RANDOM
     if name == "sigmas":
         return _sigmas(raw)
     whole = name in _WHOLES

@@ -22,6 +22,7 @@ from typing import Any
 
 from vmonarch_cli.batch.names import plain_name
 from vmonarch_cli.errors import InputError, OutputError
+from vmonarch_cli.plan.seeds import MAX_SEED
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import regular_bytes
 from vmonarch_cli.untrusted.values import Malformed
@@ -236,6 +237,8 @@ def _planned_entry(key: str, event: dict[str, Any]) -> ManifestEntry:
         value = event.get(field_name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{field_name} takes {words}, got {'nothing' if value is None else shown(value)}")
+    if not 0 <= event["seed"] <= MAX_SEED:
+        raise ValueError(f"seed takes a whole number from 0 to {MAX_SEED}, got {shown(event['seed'])}")
     try:
         is_plain = plain_name(event["name"]) == event["name"]
     except InputError:

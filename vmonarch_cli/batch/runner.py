@@ -21,7 +21,16 @@ from vmonarch_cli.batch.clips import PlannedClip, loaded_as
 from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.manifest import DENOISING, DONE, FAILED, ManifestEntry, happened
-from vmonarch_cli.clip.events import ClipDone, ClipStarted, ClipWarning, Decoding, Event, Retrying, StepDone
+from vmonarch_cli.clip.events import (
+    ClipDone,
+    ClipStarted,
+    ClipWarning,
+    Decoding,
+    Event,
+    FramesDecoded,
+    Retrying,
+    StepDone,
+)
 from vmonarch_cli.clip.interrupts import Interrupts
 from vmonarch_cli.clip.latents import Denoised, load_latents, remove_latents
 from vmonarch_cli.clip.make import ClipMaker
@@ -270,7 +279,7 @@ class _BatchRun:
         match event:
             case ClipStarted():
                 event = replace(event, index=position, count=len(self._batch.clips))
-            case StepDone() | Decoding() | ClipWarning() | Retrying():
+            case StepDone() | Decoding() | FramesDecoded() | ClipWarning() | Retrying():
                 event = replace(event, clip=position)
             case ClipDone(result=result):
                 event = ClipDone(replace(result, index=position))

@@ -14,6 +14,7 @@ from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch, signals
 from vmonarch_cli.cli.calibrate import calibrate
 from vmonarch_cli.cli.compare import compare
+from vmonarch_cli.cli.config import config_app
 from vmonarch_cli.cli.doctor import doctor
 from vmonarch_cli.cli.gallery import gallery
 from vmonarch_cli.cli.generate import generate
@@ -116,6 +117,7 @@ def root(
 app.add_typer(presets_app, name="presets")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)

@@ -16,6 +16,7 @@ from vmonarch_cli.batch.prompts import FORMATS
 from vmonarch_cli.batch.request import BatchFlags, BatchPlan, plan_batch
 from vmonarch_cli.batch.worker import leave_group
 from vmonarch_cli.cli import batch_tables as report
+from vmonarch_cli.cli.opening import open_file
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.plan_tables import totals_json, totals_rows
@@ -109,8 +110,9 @@ def run_prompts_file(
     dry_run: bool,
     debug: bool,
     vram: float | None = None,
+    open_page: bool = False,
 ) -> None:
-    """Plan a batch and make it, or with `dry_run` show it, also for a card of `vram` GiB.
+    """Plan a batch and make it, or with `dry_run` show it, also for a card of `vram` GiB; `open_page` opens its page.
 
     Exits with 1 when a clip failed or was left unmade.
     """
@@ -127,10 +129,10 @@ def run_prompts_file(
     opened = planned.open(on_wait=out.insist)
     if out.main:
         out.warn(*opened.notes)
-    _run(opened, machine, flags, out, debug=debug)
+    _run(opened, machine, flags, out, debug=debug, open_page=open_page)
 
 
-def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool) -> None:
+def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool, open_page: bool) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.plan.history import remember
@@ -139,15 +141,18 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
         remember(result.record)
         out.tell(report.clip_line(result, len(batch.clips)))
 
-    with stoppable(out.insist) as interrupts, RunProgress(out, on_clip) as progress:
+    due = sum(report.to_do(clip, batch.before[clip.key]) in ("make", "decode") for clip in batch.clips)
+    with stoppable(out.insist) as interrupts, RunProgress(out, on_clip, clips=due) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
                 case ClipFailed(line=line, path=path, sentence=sentence, trace=trace):
+                    progress.drop_clip()
                     out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
                         out.insist(trace)
                 case ClipTakenOver(line=line, path=path, owner=owner):
+                    progress.drop_clip()
                     out.warn(f"line {line}: {path.name} was taken over by {owner or 'another process'}")
                 case WaitingForOthers(count=count, owners=owners):
                     words = f" ({', '.join(owners)})" if owners else ""
@@ -165,24 +170,27 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
                 out.tell(f"the same command{without} goes on from here")
             raise typer.Exit(stop.exit_code) from None
     if out.main:
-        _write_page(batch, entries, out)
+        page = _write_page(batch, entries, out)
         _show_end(batch, entries, out)
+        if open_page and page is not None:
+            open_file(page, out)
     if any(entry.status != "done" for entry in entries.values()):
         raise typer.Exit(EXIT_CLIP_FAILED)
 
 
-def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> None:
+def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> Path | None:
     """The folder's index.html; the clips are what the user asked for, so a page that fails is a warning."""
     if not any(entry.status == "done" for entry in entries.values()):
-        return
+        return None
     from vmonarch_cli.review.gallery import write_gallery
 
     try:
         gallery = write_gallery(batch.folder)
     except VmonarchError as error:
         out.warn(f"the gallery was not written: {error}")
-    else:
-        _warn_of([f"a clip is left out of the gallery: {sentence}" for sentence in gallery.left_out], out)
+        return None
+    _warn_of([f"a clip is left out of the gallery: {sentence}" for sentence in gallery.left_out], out)
+    return gallery.path
 
 
 def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
@@ -253,7 +261,7 @@ def decode_latents(
     made: list[Path] = []
     with (
         stoppable(out.insist) as interrupts,
-        RunProgress(out, lambda result, load_s: made.append(result.path)) as progress,
+        RunProgress(out, lambda result, load_s: made.append(result.path), clips=len(found)) as progress,
     ):
         try:
             outcomes = decode_files(

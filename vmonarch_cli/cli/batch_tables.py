@@ -19,12 +19,14 @@ from vmonarch_cli.timing import ClipResult
 def batch_table(batch: Batch) -> Table:
     """A row per clip: where it comes from, what it is, and what is to be done about it."""
     made = table("line", "file", "seed", "clip", "steps", "preset", "to do")
+    known = batch.manifest.read()
     for clip in batch.clips:
         plan = clip.plan
+        drawn_later = plan.seed_was_drawn and clip.key not in known
         made.add_row(
             str(clip.line),
             Text(clip.path.name, overflow="fold"),
-            str(plan.seed),
+            "random" if drawn_later else str(plan.seed),
             f"{plan.width}x{plan.height}x{plan.num_frames}",
             str(plan.steps),
             plan.preset.name,

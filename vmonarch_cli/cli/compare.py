@@ -9,12 +9,16 @@ import typer
 from rich.text import Text
 
 from vmonarch_cli import __version__
-from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, option, takes_request
+from vmonarch_cli.cli.completion import preset_names
+from vmonarch_cli.cli.opening import Open, open_file
+from vmonarch_cli.cli.options import ATTENTION, Debug, Shown, configured, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.tables import table
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import output_path
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.untrusted.files import user_path
 
 if TYPE_CHECKING:
@@ -31,8 +35,14 @@ def compare(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        option("--preset", panel=ATTENTION, help="What to hold against dense (repeatable). Default: the model's own."),
+        option(
+            "--preset",
+            panel=ATTENTION,
+            autocompletion=preset_names,
+            help="What to hold against dense (repeatable). Default: the model's own.",
+        ),
     ] = None,
+    open_page: Open = False,
     debug: Debug = False,
 ) -> None:
     """Make one clip dense and with presets, with one seed, and measure how far apart they are and what each cost.
@@ -43,6 +53,7 @@ def compare(
     from vmonarch_cli.review.compare.existing import compare_files
     from vmonarch_cli.review.compare.files import check_folder, write_comparison
 
+    request = configured(request)
     out = shown.output()
     if files:
         if len(files) < 2:
@@ -60,6 +71,9 @@ def compare(
         out.json({"version": __version__, **comparison.to_json(), "files": [str(path) for path in written]})
     _show(comparison, out)
     out.paths(*written)
+    page = next((path for path in written if path.suffix == ".html"), None)
+    if open_page and page is not None:
+        open_file(page, out)
 
 
 def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Path, Comparison]:
@@ -71,6 +85,8 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
     folder, plans = plan_comparison(request, presets)
     first = next(iter(plans.values()))
     out.note(*first.notes)
+    if default_of(request, "seed") == RANDOM:
+        out.note(f"seed {first.seed} was drawn: --seed {first.seed} makes the same clips")
     out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))
     with RunProgress(out, lambda result, load_s: remember(result.record)) as progress:

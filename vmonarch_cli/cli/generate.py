@@ -10,14 +10,18 @@ from typing import Annotated
 import typer
 
 from vmonarch_cli.cli import batch, plan
-from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, option, refuse_stray, takes_request
+from vmonarch_cli.cli.opening import Open, open_file
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.clip.events import Event, LatentsSaved
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve, with_hub_loras
+from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.timing import ClipResult
 
 
@@ -29,25 +33,31 @@ def generate(
     dry_run: Annotated[
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
+    open_result: Open = False,
     debug: Debug = False,
     words: Stray = None,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
     refuse_stray(words)
+    request = configured(request)
     if options.prompts_file is not None:
-        batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug)
+        batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug, open_page=open_result)
         return
     out = shown.output(main=read_rank().is_main)
+    if default_of(request, "seed") == RANDOM and read_rank().world > 1:
+        raise InputError("--seed -1 would draw another seed in each process of a torchrun: give a seed")
     resolved = resolve(request)
     plan.tell_notes(resolved, out)
     if dry_run:
         plan.show_plan(resolved, out)
     else:
-        _run(resolved, out, options.retry_dense)
+        paths = _run(resolved, out, options.retry_dense)
+        if open_result and paths:
+            open_file(paths[0], out)
 
 
-def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
-    """Run a plan: the header first, a report per clip, the paths last."""
+def _run(resolved: Plan, out: Output, retry_dense: bool) -> list[Path]:
+    """Run a plan: the header first, a report per clip, the paths last; returns these."""
     from vmonarch_cli.cli import report
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.pipeline.preflight import check_machine
@@ -92,6 +102,7 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> None:
         clips = [{"path": str(result.path), **result.record} for result in results]
         out.json({**plan.plan_json(resolved), "clips": clips})
     out.paths(*(result.path for result in results))
+    return [result.path for result in results]
 
 
 def _name_saved_latents(saved: Sequence[Path], out: Output) -> None:

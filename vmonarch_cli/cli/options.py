@@ -6,15 +6,18 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 import typer
 
+from vmonarch_cli.cli.completion import model_names, preset_names, recipe_names
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.defaults import read_defaults
 from vmonarch_cli.plan.noise_levels import read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import read_seed
 from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
@@ -72,7 +75,13 @@ class RequestFlags(TypedDict, total=False):
     ]
     model: Annotated[
         str | None,
-        option("--model", "-m", panel=MODEL, help="Alias, hub id or local diffusers folder. Default: the demo model."),
+        option(
+            "--model",
+            "-m",
+            panel=MODEL,
+            autocompletion=model_names,
+            help="Alias, hub id or local diffusers folder. Default: the demo model.",
+        ),
     ]
     size: Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]
     height: Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")]
@@ -98,6 +107,7 @@ class RequestFlags(TypedDict, total=False):
         option(
             "--recipe",
             panel=SAMPLING,
+            autocompletion=recipe_names,
             help="Settings for a distilled model: name or .toml file; `vmonarch recipes` lists them. Flags beat it.",
         ),
     ]
@@ -115,12 +125,27 @@ class RequestFlags(TypedDict, total=False):
             help="Noise level at which each step begins, falling from 1, as in 1,0.94,0.83,0.62.",
         ),
     ]
-    seed: Annotated[int | None, whole_option("--seed", panel=SAMPLING, help="Seed of the first clip. Default: 0.")]
+    seed: Annotated[
+        int | None,
+        option(
+            "--seed",
+            panel=SAMPLING,
+            parser=read_seed,
+            metavar="<int>",
+            help="Seed of the first clip; random (or -1) draws one. Default: 0.",
+        ),
+    ]
     num_videos: Annotated[
         int | None, whole_option("--num-videos", panel=SAMPLING, help="Clips to make, of seeds seed, seed + 1, ...")
     ]
     preset: Annotated[
-        str | None, option("--preset", panel=ATTENTION, help="Name or .toml file; `vmonarch presets` lists them.")
+        str | None,
+        option(
+            "--preset",
+            panel=ATTENTION,
+            autocompletion=preset_names,
+            help="Name, .toml file, or auto: by tokens, steps and card. `vmonarch presets` lists them.",
+        ),
     ]
     overrides: Annotated[
         list[str] | None,
@@ -152,7 +177,16 @@ class RequestFlags(TypedDict, total=False):
     dtype: Annotated[str | None, option("--dtype", panel=OUTPUT, help="auto, float32, bfloat16 or float16.")]
     output: Annotated[
         str | None,
-        option("--output", "-o", panel=OUTPUT, help="File (.mp4, .gif, .png for a folder of frames) or folder."),
+        option(
+            "--output",
+            "-o",
+            panel=OUTPUT,
+            help="File (.mp4, .webm, .gif, .webp, .png for a folder of frames) or folder.",
+        ),
+    ]
+    quality: Annotated[
+        int | None,
+        whole_option("--quality", panel=OUTPUT, help="Of the clip's file: 1 (small) to 10 (large). Default: 8."),
     ]
     overwrite: Annotated[bool, option("--overwrite", panel=OUTPUT, help="Replace files that exist.")]
     revision: Annotated[
@@ -226,6 +260,11 @@ def refuse_stray(words: Sequence[str] | None) -> None:
             f"words without a flag are not taken, got {shown(' '.join(words))}: a prompt goes after --prompt, as in "
             f"--prompt {shlex.quote(' '.join(words)[:60])}"
         )
+
+
+def configured(request: GenerateRequest) -> GenerateRequest:
+    """The request with the user's own defaults, of variables and files, for what no flag gives."""
+    return replace(request, defaults=read_defaults())
 
 
 @dataclass(frozen=True)

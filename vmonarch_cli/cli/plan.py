@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch
-from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, number_option, refuse_stray, takes_request
+from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, configured, number_option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.checks import number
@@ -32,6 +32,7 @@ def plan(
     No weight is loaded and nothing is written.
     """
     refuse_stray(words)
+    request = configured(request)
     number("--vram", vram, 0.5, 10_000)
     if options.prompts_file is not None:
         batch.run_prompts_file(
@@ -47,6 +48,9 @@ def plan(
 def tell_notes(resolved: Plan, out: Output) -> None:
     """What the user should know before the work begins."""
     out.note(*resolved.notes)
+    if resolved.seed_was_drawn:
+        seed, count = resolved.seed, resolved.num_videos
+        out.note(f"seed {seed} was drawn: --seed {seed} makes the same clip{'s' if count > 1 else ''}")
     out.warn(*resolved.warnings)
 
 
@@ -69,6 +73,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "settings": resolved.settings(),
         "model_source": resolved.model_source,
         "tuned": None if resolved.tuned is None else resolved.tuned.facts(),
+        **({} if resolved.preset_reason is None else {"preset_reason": resolved.preset_reason}),
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,
         "flops": resolved.flops.model_dump(),

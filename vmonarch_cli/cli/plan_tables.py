@@ -61,6 +61,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         *others_row(plan),
+        *([] if plan.preset_reason is None else [("preset auto", plan.preset_reason)]),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),

@@ -36,6 +36,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
+            *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),

@@ -33,13 +33,12 @@ def rerun(
     """
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.clip.record import plan_again
-    from vmonarch_cli.media.paths import ENDINGS, record_path
+    from vmonarch_cli.clip.record_model import record_file
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.review.rerun import check_record, repeat
 
     out = shown.output()
-    given = user_path(str(record), "record")
-    file = record_path(given) if given.suffix.lower() in ENDINGS else given
+    file = record_file(user_path(str(record), "record"))
     before = check_record(file)
     plan = plan_again(file, output, overwrite, device, vae_dtype)
     out.note(*plan.notes)

@@ -58,6 +58,17 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class FramesDecoded:
+    """Some more frames of a clip are decoded; it begins anew where decoding does, with less memory."""
+
+    clip: int
+    done: int
+    """Frames decoded so far."""
+    total: int
+    """Frames of the clip."""
+
+
+@dataclass(frozen=True)
 class ClipWarning:
     """A clip will not be all that was asked for."""
 
@@ -86,6 +97,7 @@ Event = (
     | StepDone
     | LatentsSaved
     | Decoding
+    | FramesDecoded
     | ClipWarning
     | Retrying
     | ClipDone

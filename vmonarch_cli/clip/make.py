@@ -21,6 +21,7 @@ from vmonarch_cli.clip.events import (
     CompilingKernels,
     Decoding,
     Event,
+    FramesDecoded,
     LatentsSaved,
     ModelLoaded,
     ModelLoading,
@@ -28,7 +29,7 @@ from vmonarch_cli.clip.events import (
     StepDone,
 )
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing
+from vmonarch_cli.clip.record import make_record, make_timing, tags_of
 from vmonarch_cli.clip.saving import save_as_free
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.stream import Target, write_decoded
@@ -123,7 +124,7 @@ class ClipMaker:
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
         with stopped_by_errors(self._kernels), dense_ready(plan, machine):
-            self._pipeline = self._load_decoder(plan) if to_decode else self._load(plan, chosen, share_clip)
+            self._pipeline = self._load(plan, None if to_decode else chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
         self._waited_s = 0.0
@@ -133,26 +134,19 @@ class ClipMaker:
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
-    def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...], share_clip: bool) -> Any:
-        return load_pipeline(
-            plan.model_source,
-            device=self._device,
-            dtype=DTYPES[self._machine.dtype],
-            revision=plan.revision,
-            setup=self._machine.decided(plan.setup).model_copy(update={"tuned": adapters}),
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-            share_clip=share_clip,
-        )
-
-    def _load_decoder(self, plan: Plan) -> Any:
-        return load_decoder(
-            plan.model_source,
-            device=self._device,
-            dtype=DTYPES[self._machine.dtype],
-            revision=plan.revision,
-            setup=self._machine.decided(plan.setup),
-            image_pipeline=plan.model.image_pipeline if plan.image else None,
-        )
+    def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
+        """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
+        setup = self._machine.decided(plan.setup)
+        where: dict[str, Any] = {
+            "device": self._device,
+            "dtype": DTYPES[self._machine.dtype],
+            "revision": plan.revision,
+            "image_pipeline": plan.model.image_pipeline if plan.image else None,
+        }
+        if adapters is None:
+            return load_decoder(plan.model_source, setup=setup, **where)
+        setup = setup.model_copy(update={"tuned": adapters})
+        return load_pipeline(plan.model_source, setup=setup, share_clip=share_clip, **where)
 
     def denoise(self, plan: Plan, index: int) -> Denoised:
         """Latents of clip `index` of the plan.
@@ -215,13 +209,17 @@ class ClipMaker:
             parts.clear()
             return decode(self._pipeline, denoised.latents, (plan.height, plan.width, plan.num_frames))
 
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        vae_dtype, shape = dtype_name(self._pipeline.vae.dtype), (plan.num_frames, plan.height, plan.width)
+        tags = tags_of(loaded, denoised, path, vae_dtype)
         written, retries = write_decoded(
             decoded,
-            Target(path, (plan.num_frames, plan.height, plan.width), plan.fps, replaces, work, denoised.sound),
+            Target(path, shape, plan.fps, replaces, work, denoised.sound, plan.quality, tags),
             self._pipeline,
             self._device,
             on_part=None if on_frames is None else parts.append,
             on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
+            on_count=lambda done: self._on_event(FramesDecoded(index, done, plan.num_frames)),
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
         load_s, self._load_s = self._load_s, None  # the first clip paid for it
@@ -234,9 +232,9 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
             hidden_compile_s=self._compiled_ahead(),
         )
-        vae_dtype, sound = dtype_name(self._pipeline.vae.dtype), written.sound
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
-        record = make_record(loaded, denoised, timing, path, written.pixels, file_facts(path), vae_dtype, sound)
+        about = (path, written.pixels, file_facts(path), dtype_name(self._pipeline.vae.dtype), written.sound)
+        record = make_record(loaded, denoised, timing, *about)
         record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, ValidationError
 
+from vmonarch_cli import __version__
 from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.paths import sound_path
 from vmonarch_cli.media.sound import Sound
-from vmonarch_cli.media.write import Pixels
+from vmonarch_cli.media.tags import RECORD
+from vmonarch_cli.media.write import Pixels, record_text
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
 
 _REPEATED = "record"
+_TITLE = 1000
+"""Characters of a prompt in a file's title; the record has all."""
 _StrictRequest = pydantic.dataclasses.dataclass(
     GenerateRequest, frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False)
 )
@@ -42,7 +46,7 @@ _StrictRequest = pydantic.dataclasses.dataclass(
 def make_record(
     plan: Plan,
     denoised: Denoised,
-    timing: ClipTiming,
+    timing: ClipTiming | None,
     clip: Path,
     pixels: Pixels,
     written: dict[str, Any] | None,
@@ -69,6 +73,7 @@ def make_record(
         "file": written,
         "settings": plan.settings(),
         "preset": plan.preset.model_dump(exclude={"evidence"}),
+        **({} if plan.preset_reason is None else {"preset_reason": plan.preset_reason}),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
         "grid": list(denoised.grid),
         "tokens": plan.tokens,
@@ -81,7 +86,7 @@ def make_record(
         "fused": denoised.fused,
         "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
-        "timing": timing.to_json(),
+        **({} if timing is None else {"timing": timing.to_json()}),
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
@@ -94,6 +99,22 @@ def make_record(
         **({"weights": list(denoised.weights)} if denoised.weights else {}),
         **({} if sound is None else {"audio": _sound_facts(sound, clip)}),
     }
+
+
+def tags_of(
+    plan: Plan, denoised: Denoised, clip: Path, vae_dtype: str
+) -> Callable[[Pixels, Sound | None], dict[str, str]]:
+    """What a clip's own file says: prompt, seed, and as its comment the record, as far as it is the same for the same
+    clip wherever and whenever it is made: without its times, the file's facts and its place.
+    """
+
+    def tags(pixels: Pixels, sound: Sound | None) -> dict[str, str]:
+        record = make_record(plan, denoised, None, clip, pixels, None, vae_dtype, sound)
+        record["settings"].pop("output", None)
+        about = f"seed {denoised.seed}, {plan.model.title}, preset {plan.preset.name}; vmonarch {__version__}"
+        return {"title": plan.prompt[:_TITLE], "description": about, RECORD: record_text(record, indent=None)}
+
+    return tags
 
 
 def _sound_facts(sound: Sound, clip: Path) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
+from vmonarch_cli.media.tags import TAGGED, read_tag
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
+from vmonarch_cli.untrusted.values import Malformed, parse_json
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
@@ -278,10 +280,30 @@ def parse_record(table: Any, name: str) -> Record:
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file, or beside a clip; InputError when it is none."""
-    file = record_path(path) if path.suffix.lower() in ENDINGS else path
+    """The record in a file, or beside a clip, or in the clip's own file; InputError when it is none."""
+    file = record_file(path)
+    if file.suffix.lower() in TAGGED:
+        inside = read_tag(file)
+        if inside is None:
+            raise InputError(f"there is no record {record_path(file)}, and {file} does not say how it was made")
+        return parse_record(_json_inside(inside, file), f"the record in {file}")
     missing = f"there is no record {file}: vmonarch writes one beside each clip, as in clip.json"
     return parse_record(read_json(file, f"record {file}", missing=missing), str(file))
+
+
+def record_file(path: Path) -> Path:
+    """Where the record is that a path stands for: the file beside a clip, or the clip's own where that is not there."""
+    if path.suffix.lower() not in ENDINGS:
+        return path
+    beside = record_path(path)
+    return path if path.suffix.lower() in TAGGED and path.is_file() and not beside.exists() else beside
+
+
+def _json_inside(text: str, path: Path) -> Any:
+    try:
+        return parse_json(text)
+    except Malformed:
+        raise InputError(f"{path} has no record beside it, and what it says of itself is no record") from None
 
 
 def clip_of(record: Record, file: Path) -> Path:

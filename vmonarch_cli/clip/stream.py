@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.clip.stopwatch import Stopwatch
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import Frames, Pixels, clip_writer
 from vmonarch_cli.pipeline.call import decode_sound
@@ -27,6 +29,9 @@ class Target:
     work: Path | None
     sound: torch.Tensor | None = None
     """Latents of the clip's sound."""
+    quality: int = DEFAULT_QUALITY
+    tags: Callable[[Pixels, Sound | None], dict[str, str]] | None = None
+    """What the clip's file says of itself."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +57,37 @@ def write_decoded(
     *,
     on_part: Callable[[Frames], None] | None,
     on_retry: Callable[[str], None],
+    on_count: Callable[[int], None] = lambda done: None,
 ) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
     """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
 
-    `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on.
+    `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on, and
+    `on_count` how many frames there are so far.
     Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
     """
 
     def attempt() -> WrittenClip:
         watch = Stopwatch(device)
-        sound = None
+        sound, done = None, 0
         if target.sound is not None:  # first, because an .mp4 begins with both
             sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
         where = (target.path, target.shape, target.fps, target.overwrite, target.work)
-        with clip_writer(*where, sound=sound) as writer:
+        tags = None if target.tags is None else functools.partial(_with_sound, target.tags, sound)
+        with clip_writer(*where, sound=sound, quality=target.quality, tags=tags) as writer:
             for part in decode():
                 writer.add(part)
                 if on_part is not None:
                     on_part(part)
+                done += len(part)
+                on_count(done)
             decode_s, hidden_s = watch.lap() - writer.waited_s, writer.busy_s - writer.waited_s
         write_s = watch.total() - decode_s
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
     return decode_with_retries(attempt, pipeline, device, on_retry)
+
+
+def _with_sound(
+    tags: Callable[[Pixels, Sound | None], dict[str, str]], sound: Sound | None, pixels: Pixels
+) -> dict[str, str]:
+    return tags(pixels, sound)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import record_path, sound_path
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, record_path, sound_path
 from vmonarch_cli.plan.plan import Plan
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -69,7 +69,11 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
         return False
-    absent = {"vae_dtype": "auto", "dense_attention": "auto"}  # of versions that had no choice
+    absent = {
+        "vae_dtype": "auto",
+        "dense_attention": "auto",
+        "quality": DEFAULT_QUALITY,
+    }  # of older versions
     then = absent | {name: entry.value for name, entry in record.settings.items()}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
@@ -81,6 +85,11 @@ def _ends_well(clip: Path, record: Record) -> bool:
     if clip.is_dir():
         frames = sorted(clip.glob("frame-*.png"))
         return len(frames) == record.frames.count and all(_end(file, len(_PNG_END)) == _PNG_END for file in frames)
+    if clip.suffix.lower() == ".webp":
+        head = _start(clip, 12)
+        return head[:4] + head[8:] == b"RIFFWEBP" and int.from_bytes(head[4:8], "little") + 8 == clip.stat().st_size
+    if clip.suffix.lower() == ".webm":
+        return _segment_ends(clip)
     if clip.suffix.lower() == ".gif":
         with clip.open("rb") as file:
             return file.read(4) == b"GIF8" and _end(clip, 1) == b"\x3b"
@@ -104,6 +113,24 @@ def _end(file: Path, count: int) -> bytes:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - count))
         return stream.read()
+
+
+def _start(file: Path, count: int) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(count)
+
+
+def _segment_ends(clip: Path) -> bool:
+    """Whether a WebM file is an EBML header and one segment that fills it to its end."""
+    head = _start(clip, 4096)
+    place = 0
+    for kind in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        if head[place : place + 4] != kind or len(head) < place + 5:
+            return False
+        width = 9 - head[place + 4].bit_length()  # bytes of the size, of which the leading zeros tell
+        size = int.from_bytes(head[place + 4 : place + 4 + width], "big") & ((1 << 7 * width) - 1)
+        place += 4 + width + size
+    return place == clip.stat().st_size
 
 
 def _boxes(clip: Path) -> set[bytes]:

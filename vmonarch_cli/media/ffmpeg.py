@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from pathlib import Path
 
 from vmonarch_cli.errors import DeviceError
 from vmonarch_cli.text import first_line
 
-CODEC = "libx264"
-SOUND_CODEC = "aac"
-AS_MP4 = ["-f", "mov", "-protocol_whitelist", "file"]
-"""Before an input. Without these ffmpeg takes whatever the content asks for: playlists, other files, addresses."""
+CODECS = {".mp4": ("libx264", "aac"), ".webm": ("libvpx-vp9", "libopus")}
+"""Ending -> the encoders of pictures and of sound that its clips are written with."""
+_DEMUXERS = {".webm": "matroska"}
 _CURE = "install imageio-ffmpeg again, or name another ffmpeg in IMAGEIO_FFMPEG_EXE"
 
 
-def require_encoder() -> None:
-    """DeviceError, with the cure, unless there is an ffmpeg that runs and has the encoders of .mp4 clips."""
+def as_kind(clip: Path) -> list[str]:
+    """Flags before an input: what a clip's ending says that it is.
+
+    Without these ffmpeg takes whatever the content asks for: playlists, other files, addresses.
+    """
+    return ["-f", _DEMUXERS.get(clip.suffix.lower(), "mov"), "-protocol_whitelist", "file"]
+
+
+def require_encoder(ending: str = ".mp4") -> None:
+    """DeviceError, with the cure, unless there is an ffmpeg that runs and has the encoders of clips of this ending."""
     import imageio_ffmpeg
 
     try:
         program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        raise DeviceError(f"there is no ffmpeg, which .mp4 clips are written with: {_CURE}") from None
-    fault = _fault(program)
+        raise DeviceError(f"there is no ffmpeg, which {ending} clips are written with: {_CURE}") from None
+    fault = _fault(program, ending)
     if fault is not None:
-        raise DeviceError(f"ffmpeg {program} {fault}, so that no .mp4 can be written: {_CURE}")
+        raise DeviceError(f"ffmpeg {program} {fault}, so that no {ending} can be written: {_CURE}")
 
 
 @functools.cache
-def _fault(program: str) -> str | None:
+def _fault(program: str, ending: str) -> str | None:
     command = [program, "-hide_banner", "-encoders"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 - ffmpeg
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         return f"does not run ({first_line(error)})"
-    missing = [codec for codec in (CODEC, SOUND_CODEC) if codec not in done.stdout.split()]
+    missing = [codec for codec in CODECS[ending] if codec not in done.stdout.split()]
     return f"has no {missing[0]}" if missing else None

@@ -14,9 +14,14 @@ from vmonarch_cli.errors import OutputError
 from vmonarch_cli.untrusted.files import MAX_NAME, MAX_PATH, user_path
 
 DEFAULT_FOLDER = "outputs"
-ENDINGS = (".mp4", ".gif", ".png")
+ENDINGS = (".mp4", ".webm", ".gif", ".webp", ".png")
+WITH_SOUND = (".mp4", ".webm")
+"""Endings of clips that hold their sound themselves."""
+DEFAULT_QUALITY = 8
+"""Of a clip's file, from 1 to 10; see `encoders.py`. Visually lossless; a 96x96 clip as .mp4 is below 100 KB."""
 LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
+_WEBP_SIDE = 16383
 
 
 def slug(prompt: str) -> str:
@@ -43,8 +48,8 @@ def latents_path(clip: Path) -> Path:
 
 
 def sound_path(clip: Path) -> Path:
-    """The file that holds a clip's sound: an .mp4 itself, and a .wav beside the others."""
-    return clip if clip.suffix.lower() == ".mp4" else clip.with_suffix(".wav")
+    """The file that holds a clip's sound: an .mp4 or .webm itself, and a .wav beside the others."""
+    return clip if clip.suffix.lower() in WITH_SOUND else clip.with_suffix(".wav")
 
 
 def is_taken(clip: Path, *, with_sound: bool = False) -> bool:
@@ -67,9 +72,9 @@ def resolve_targets(
 ) -> tuple[Path, ...]:
     """Paths of the `count` clips of seeds seed, seed + 1, ...; OutputError when one exists or cannot be written.
 
-    `output` is a file (.mp4, .gif, or .png for a folder of that name with one PNG per frame) or a folder, in which
-    names come from the prompt and the seed and never collide with what is there. Several clips of one file name get
-    -1, -2 and on. `with_sound`: clips may have a .wav beside them.
+    `output` is a file (.mp4, .webm, .gif, .webp, or .png for a folder of that name with one PNG per frame) or a folder,
+    in which names come from the prompt and the seed and never collide with what is there. Several clips of one file
+    name get -1, -2 and on. `with_sound`: clips may have a .wav beside them.
     """
     output = DEFAULT_FOLDER if output is None else output
     path = output_path(output)
@@ -101,16 +106,22 @@ def resolve_targets(
     return tuple(names)
 
 
-def check_rate(paths: tuple[Path, ...], fps: int) -> None:
-    """A GIF counts in hundredths of a second, and players slow down what is shorter than two of them."""
+def check_format(paths: tuple[Path, ...], fps: int, height: int, width: int) -> None:
+    """OutputError for a clip that its format cannot hold.
+
+    A GIF counts in hundredths of a second, and players slow down what is shorter than two of them; a WebP has sides of
+    14 bits.
+    """
     if fps > 50 and any(path.suffix.lower() == ".gif" for path in paths):
         raise OutputError(f"a .gif cannot show {fps} frames per second: valid are 1 to 50, or an .mp4")
+    if max(height, width) > _WEBP_SIDE and any(path.suffix.lower() == ".webp" for path in paths):
+        raise OutputError(f"a .webp has sides of up to {_WEBP_SIDE} pixels, not {width}x{height}: choose an .mp4")
 
 
 def output_path(output: str) -> Path:
     """The path that --output gives; OutputError for one that no file system, or no record in UTF-8, can name."""
     if not output.strip():
-        raise OutputError("--output is empty: it takes a file ending in .mp4, .gif or .png, or a folder")
+        raise OutputError("--output is empty: it takes a file ending in .mp4, .webm, .gif, .webp or .png, or a folder")
     try:
         output.encode()
     except UnicodeEncodeError:

@@ -15,23 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.ffmpeg import AS_MP4
+from vmonarch_cli.media.ffmpeg import as_kind
 from vmonarch_cli.media.paths import ENDINGS
 from vmonarch_cli.media.pictures import load_picture, to_rgb
 from vmonarch_cli.untrusted.files import require_regular
 
 Frames = NDArray[np.uint8]
 _T = TypeVar("_T")
-_MAX_GIF_FPS = 50
-_MAX_GIF_FRAMES = 4096
+_PICTURES = {".gif": ("GIF", 100, 50), ".webp": ("WEBP", 1000, 240)}
+"""Ending -> Pillow's name of the format, its ticks of a second, and the most frames that a second has."""
+_MAX_PICTURES = 4096
 
 
 def read_clip(path: Path, fps: int | None = None) -> Frames:
-    """Frames (F, H, W, 3), uint8, of an .mp4, a .gif or a folder of PNGs; InputError when it cannot be read.
+    """Frames (F, H, W, 3), uint8, of a clip of any ending (see `ENDINGS`); InputError when it cannot be read.
 
     fps: the rate that the clip was written with, if it is known; it tells how many frames a merged frame of a GIF was.
     """
-    frames = _of_kind(path, _read_mp4, lambda gif: _read_gif(gif, fps), _read_folder)
+    frames = _of_kind(path, _read_mp4, lambda pictures: _read_pictures(pictures, fps), _read_folder)
     if not len(frames):
         raise InputError(f"clip {path} has no frames")
     return frames
@@ -48,20 +49,21 @@ def first_frames(path: Path, count: int, fps: int) -> Iterator[Frames]:
         return _decoded(file, [], ["-vf", f"fps={fps}"])
 
     def read() -> Iterator[Frames]:
-        yield from itertools.islice(_of_kind(path, of_mp4, lambda gif: iter(_read_gif(gif, fps)), _in_turn), count)
+        frames = _of_kind(path, of_mp4, lambda pictures: iter(_read_pictures(pictures, fps)), _in_turn)
+        yield from itertools.islice(frames, count)
 
     with _one_sentence(path):  # a generator does its work when it is asked for frames
         yield from read()
 
 
 def one_frame(path: Path, seconds: float) -> Frames:
-    """The frame (H, W, 3) shown at a time, of a GIF or a folder the middle one; InputError as read_clip."""
+    """The frame (H, W, 3) shown at a time, of a GIF, a WebP or a folder the middle one; InputError as read_clip."""
 
     def of_mp4(file: Path) -> Frames:
         return next(_decoded(file, ["-ss", f"{max(0.0, seconds):.3f}"]))
 
     def of_gif(file: Path) -> Frames:
-        frames = _read_gif(file, None)
+        frames = _read_pictures(file, None)
         middle: Frames = frames[len(frames) // 2]
         return middle
 
@@ -83,7 +85,7 @@ def _of_kind(path: Path, mp4: Callable[[Path], _T], gif: Callable[[Path], _T], f
         if path.is_dir() or ending == ".png":
             return folder(path)
         require_regular(path, f"clip {path}")
-        return gif(path) if ending == ".gif" else mp4(path)
+        return gif(path) if ending in _PICTURES else mp4(path)
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def _decoded(path: Path, flags: list[str], filters: Sequence[str] = ()) -> Itera
 
     # An absolute path: a name with a colon would be an address.
     stream = imageio_ffmpeg.read_frames(
-        str(path.resolve()), input_params=[*AS_MP4, *flags], output_params=list(filters)
+        str(path.resolve()), input_params=[*as_kind(path), *flags], output_params=list(filters)
     )
     with contextlib.closing(stream):
         width, height = next(stream)["size"]
@@ -130,34 +132,35 @@ def _decoded(path: Path, flags: list[str], filters: Sequence[str] = ()) -> Itera
             yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
 
-def _read_gif(path: Path, fps: int | None) -> Frames:
-    """Every frame as often as it was written: Pillow, as other writers, merges frames that are equal."""
+def _read_pictures(path: Path, fps: int | None) -> Frames:
+    """Every frame of a GIF or WebP as often as it was written: Pillow, as others, merges frames that are equal."""
     from PIL import Image, ImageSequence
 
     frames: list[Frames] = []
     ends: list[int] = []
-    with Image.open(path, formats=("GIF",)) as image:
+    kind, ticks, fastest = _PICTURES[path.suffix.lower()]
+    with Image.open(path, formats=(kind,)) as image:
         for frame in ImageSequence.Iterator(image):
             frames.append(np.asarray(to_rgb(frame, f"clip {path}")))
-            ends.append(round(frame.info.get("duration", 0) / 10) + (ends[-1] if ends else 0))
-    rates = [fps] if fps is not None else range(1, _MAX_GIF_FPS + 1)
-    numbers = next(filter(None, (_frame_numbers(ends, rate) for rate in rates)), list(range(1, len(ends) + 1)))
-    if numbers[-1] > _MAX_GIF_FRAMES:
-        raise InputError(f"clip {path} lasts for {numbers[-1]:,} frames: valid are up to {_MAX_GIF_FRAMES:,}")
+            ends.append(round(frame.info.get("duration", 0) * ticks / 1000) + (ends[-1] if ends else 0))
+    rates = [fps] if fps is not None else range(1, fastest + 1)
+    numbers = next(filter(None, (_frame_numbers(ends, rate, ticks) for rate in rates)), list(range(1, len(ends) + 1)))
+    if numbers[-1] > _MAX_PICTURES:
+        raise InputError(f"clip {path} lasts for {numbers[-1]:,} frames: valid are up to {_MAX_PICTURES:,}")
     repeats = [after - before for before, after in itertools.pairwise([0, *numbers])]
     return np.repeat(np.stack(frames), repeats, axis=0)
 
 
-def _frame_numbers(ends: Sequence[int], fps: int) -> list[int] | None:
-    """How many frames of a rate are over at each end (hundredths of a second); None where the ends are of no such rate.
+def _frame_numbers(ends: Sequence[int], fps: int, ticks: int) -> list[int] | None:
+    """How many frames of a rate are over at each end (`ticks` a second); None where the ends are of no such rate.
 
-    `write_clip` ends frame n at round(100 n / fps).
+    `write_clip` ends frame n at round(ticks n / fps).
     """
     numbers: list[int] = []
     for end in ends:
         last = numbers[-1] if numbers else 0
-        near = round(end * fps / 100)
-        number = next((n for n in (near - 1, near, near + 1) if n > last and round(100 * n / fps) == end), None)
+        near = round(end * fps / ticks)
+        number = next((n for n in (near - 1, near, near + 1) if n > last and round(ticks * n / fps) == end), None)
         if number is None:
             return None
         numbers.append(number)

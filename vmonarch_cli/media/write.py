@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import ModelError, OutputError
-from vmonarch_cli.media.encoders import ENCODERS, Encoder, Mp4Encoder
-from vmonarch_cli.media.paths import sound_path
+from vmonarch_cli.media.encoders import ENCODERS, WITH_SOUND, Encoder
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, sound_path
 from vmonarch_cli.media.publish import Draft, atomic, named
 from vmonarch_cli.media.sound import Sound
+from vmonarch_cli.media.tags import TAGGED, write_tags
 
 Frames = NDArray[np.uint8]
 _WAITING = 4
@@ -144,25 +145,32 @@ def clip_writer(
     work: Path | None = None,
     *,
     sound: Sound | None = None,
+    quality: int = DEFAULT_QUALITY,
+    tags: Callable[[Pixels], Mapping[str, str]] | None = None,
 ) -> Iterator[ClipWriter]:
     """A writer of a clip of `shape` (frames, height, width) to `path` by its ending; the folder is made.
 
     At the end of the block the clip takes its place, whole; where the block raises, nothing is left. OutputError when
     the clip cannot be written. `work`: where the temporary file goes, a folder on the file system of `path`; beside
-    `path` by default. `sound` begins with the first frame: in an .mp4 as AAC, otherwise exactly, in a .wav of the
-    clip's name beside it.
+    `path` by default. `sound` begins with the first frame: in an .mp4 as AAC, in a .webm as Opus, otherwise
+    exactly, in a .wav of the clip's name beside it. `quality`: see `encoders.py`. `tags`: what the file says of itself,
+    where it can (see `tags.py`), from what is known once all frames are there.
     """
-    inside = sound if sound_path(path) == path else None
-    encoder = ENCODERS.get(path.suffix.lower())
+    ending = path.suffix.lower()
+    encoder = ENCODERS.get(ending)
     if encoder is None:
         raise OutputError(f"output {path} ends in '{path.suffix}': valid endings are {', '.join(ENCODERS)}")
     draft = Draft(path, overwrite, work)
     try:
-        about = (draft.temporary, fps, shape[0])
-        writer = ClipWriter(path, encoder(*about) if inside is None else Mp4Encoder(*about, inside), shape)
+        about = (draft.temporary, fps, shape[0], quality)
+        inside = None if sound is None or ending not in WITH_SOUND else WITH_SOUND[ending](*about, sound)
+        writer = ClipWriter(path, inside or encoder(*about), shape)
         try:
             yield writer
             writer.end()
+            if tags is not None and ending in TAGGED:
+                with named(path):
+                    write_tags(draft.temporary, tags(writer.pixels))
         except BaseException:
             writer.drop()
             raise
@@ -182,21 +190,27 @@ def write_clip(
     work: Path | None = None,
     *,
     sound: Sound | None = None,
+    quality: int = DEFAULT_QUALITY,
 ) -> Path:
     """Write uint8 frames (F, H, W, 3) to `path`; see `clip_writer`."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 (F, H, W, 3), at least one, got {frames.dtype} {frames.shape}")
-    with clip_writer(path, frames.shape[:3], fps, overwrite, work, sound=sound) as writer:
+    with clip_writer(path, frames.shape[:3], fps, overwrite, work, sound=sound, quality=quality) as writer:
         writer.add(frames)
     return path
 
 
 def write_record(path: Path, record: dict[str, Any], overwrite: bool = True, work: Path | None = None) -> Path:
     """Write a record as UTF-8 JSON; a value that is not finite becomes null, a path its text."""
-    text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False, allow_nan=False)
+    text = record_text(record)
     with atomic(path, overwrite, work) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def record_text(record: dict[str, Any], indent: int | None = 2) -> str:
+    """A record as JSON; a value that is not finite becomes null, a path its text."""
+    return json.dumps(_jsonable(record), indent=indent, ensure_ascii=indent is None, allow_nan=False)
 
 
 def pixels_of(frames: Frames) -> Pixels:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from vmonarch_cli.errors import DeviceError, ModelError
 from vmonarch_cli.machine.memory import available_bytes
-from vmonarch_cli.media.ffmpeg import require_encoder
+from vmonarch_cli.media.ffmpeg import CODECS, require_encoder
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
@@ -97,8 +97,9 @@ def machine_to_decode(plan: Plan) -> Machine:
 
 
 def _check_encoder(plans: Sequence[Plan]) -> None:
-    if any(path.suffix.lower() == ".mp4" for plan in plans for path in plan.outputs):
-        require_encoder()
+    for ending in CODECS:
+        if any(path.suffix.lower() == ending for plan in plans for path in plan.outputs):
+            require_encoder(ending)
 
 
 def _machine(plan: Plan) -> Machine:

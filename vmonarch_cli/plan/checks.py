@@ -10,7 +10,7 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.single_file import GGUF, check_single_file
-from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown
 from vmonarch_cli.untrusted.files import user_path
@@ -35,7 +35,7 @@ def texts(request: GenerateRequest) -> None:
     """
     for field in fields(request):
         value = getattr(request, field.name)
-        flag = "--" + {"overrides": "set", "loras": "lora"}.get(field.name, field.name.replace("_", "-"))
+        flag = f"--{flag_name(field.name)}"
         for text in value if isinstance(value, tuple) else (value,):
             if not isinstance(text, str) or field.name in ("prompt", "output"):  # which have sentences of their own
                 continue

@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
+from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
@@ -19,7 +21,8 @@ class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
     `origins` maps a field (a preset's as `preset.band`) to "flag", "recipe", "preset", "few steps of the
-    preset", "model default" or "default".
+    preset", "model default", "default" or a place of the user's own defaults (see `defaults.py`); a seed's ends in
+    ", drawn" where it is random.
     Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
     """
 
@@ -48,7 +51,11 @@ class Plan(BaseModel):
     """The scheduler is replaced, or held to these levels."""
     seed: int
     num_videos: int
+    quality: int = DEFAULT_QUALITY
+    """Of the clip's file, 1 to 10; see `media/encoders.py`."""
     preset: Preset
+    preset_reason: str | None = None
+    """Why `--preset auto` chose it; None for a preset that was named."""
     device: str
     dtype: str
     dense_every: int
@@ -91,6 +98,11 @@ class Plan(BaseModel):
     def tuned(self) -> AdapterFile | None:
         """The tuned adapter that it runs with, if any."""
         return self.setup.tuned[0] if self.setup.tuned else None
+
+    @property
+    def seed_was_drawn(self) -> bool:
+        """Whether nobody chose the seed."""
+        return self.origins.get("seed", "").endswith(DRAWN)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""

@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+FLAG_NAMES = {"overrides": "set", "loras": "lora"}
+"""Flags that are not named as their field."""
+
+
+def flag_name(field_name: str) -> str:
+    """The flag that fills a field, without its dashes: 'num-frames'."""
+    return FLAG_NAMES.get(field_name, field_name).replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One place of the user's own defaults, and what it gives."""
+
+    origin: str
+    """What settings of it say of themselves: "user config", "project config" or the name of a variable."""
+    source: str
+    """The file's path, or the variable's name."""
+    values: dict[str, Any]
+    """By the fields of a request."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class GenerateRequest:
     device: str | None = None
     dtype: str | None = None
     output: str | None = None
+    quality: int | None = None
     overwrite: bool = False
     revision: str | None = None
     transformer: str | None = None
@@ -52,3 +74,5 @@ class GenerateRequest:
     compile: bool = False
     fuse: bool | None = None
     tuned: str | None = None
+    defaults: tuple[Level, ...] = field(default=())
+    """What counts where no flag does, the first place first; see `plan/defaults.py`."""

@@ -1,25 +1,29 @@
 """From raw flags to a `Plan`: every setting resolved, with its origin, before any weight loads and without torch.
 
-Precedence is flag > recipe > preset > model default > default of the tool.
+Precedence is flag > recipe > the user's own defaults > preset > model default > default of the tool.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.media.paths import check_rate, resolve_targets
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, check_format, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_facts import LoraFacts, describe, describe_local, is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, find_model
 from vmonarch_cli.plan import checks, warnings
+from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
+from vmonarch_cli.plan.defaults import fill
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
 from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
@@ -35,6 +39,34 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
 
     needs_prompt: a plan that nothing runs can do without, and has an empty one.
     """
+    filled = fill(request)
+    with filled.blamed():
+        plan = _with_preset(filled.request, needs_prompt)
+    return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
+
+
+def _with_preset(request: GenerateRequest, needs_prompt: bool) -> Plan:
+    """The plan of a request, whose preset may be "auto"."""
+    if request.preset != AUTO:
+        return _resolve(request, needs_prompt)
+    changes = ("dense_steps", "dense_layers", "impl", "tuned")
+    plain: dict[str, Any] = {"preset": "dense", "overrides": (), **dict.fromkeys(changes)}
+    name, why = choose_preset(_resolve(replace(request, **plain), needs_prompt))
+    plan = _resolve(replace(request, preset=name), needs_prompt)
+    origins = {**plan.origins, "preset": plan.origins["preset"] + MARK}
+    return plan.model_copy(update={"preset_reason": why, "origins": origins})
+
+
+def _with_origins(origins: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """The origins with those of the user's own defaults; a recipe's stay."""
+    changed = {name: origin for name, origin in own.items() if origins.get(name, "").startswith(FLAG)}
+    for name, mark in (("seed", DRAWN), ("preset", MARK)):
+        if origins[name].endswith(mark) and name in changed:
+            changed[name] += mark
+    return {**origins, **changed}
+
+
+def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     checks.texts(request)
     without = request.prompt is None and not needs_prompt
     prompt = "" if without else checks.prompt(request.prompt)
@@ -70,7 +102,9 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     origins |= {name: FLAG if name in files else DEFAULT for name in ("transformer", "transformer_2")}
 
     checks.second_guidance(model, request.guidance_scale_2)
-    seed = take("seed", checks.whole("--seed", request.seed, 0, 2**63 - 1), 0, DEFAULT)
+    seed = take("seed", check_seed(request.seed), 0, DEFAULT)
+    if seed == RANDOM:
+        seed, origins["seed"] = draw_seed(), origins["seed"] + DRAWN
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
     sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
     given_steps = checks.whole("--steps", request.steps, 1, 1000)
@@ -93,7 +127,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         request.overwrite,
         with_sound=bool(audio),
     )
-    check_rate(outputs, fps)
+    check_format(outputs, fps, height, width)
     flow_shift = take(
         "flow_shift",
         checks.number("--flow-shift", request.flow_shift, 0.01, 100),
@@ -135,6 +169,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         noise_levels_forced=levels.forced,
         seed=seed,
         num_videos=num_videos,
+        quality=take("quality", checks.whole("--quality", request.quality, 1, 10), DEFAULT_QUALITY, DEFAULT),
         preset=preset,
         device=take("device", checks.device(request.device), "auto", DEFAULT),
         dtype=take("dtype", checks.dtype(request.dtype), "auto", DEFAULT),
@@ -158,7 +193,7 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, facts, guidance),
-            *warnings.without_effect(request, preset),
+            *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),
             *warnings.of_loras(setup.loras, loras, model, guidance),

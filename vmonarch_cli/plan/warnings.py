@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmonarch_cli.machine.hardware import can_use_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
@@ -88,8 +89,10 @@ def of_cache(cache: str | None, steps: int) -> Iterator[str]:
         )
 
 
-def without_effect(request: GenerateRequest, preset: Preset) -> Iterator[str]:
-    """Flags that this preset or this machine makes meaningless."""
+def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path]) -> Iterator[str]:
+    """Flags that this preset, this machine or the format of the clips makes meaningless."""
+    if request.quality is not None and all(path.suffix.lower() == ".png" for path in outputs):
+        yield f"--quality {request.quality} changes nothing: PNGs are lossless"
     if preset.attention == "dense":
         assigned = [parse_assignment(text)[0] for text in request.overrides]
         given = [name for name in ("dense_steps", "dense_layers", "impl") if getattr(request, name) is not None]

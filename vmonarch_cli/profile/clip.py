@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.clip_results import Circumstances, ClipProfile, ClipRow
-from vmonarch_cli.profile.repeat import Budget, OnWork
+from vmonarch_cli.profile.repeat import Budget, OnWork, unheard
+from vmonarch_cli.timing import Pace
 
 DENSE = "dense"
 _KERNEL_CACHE = "TRITON_CACHE_DIR"
@@ -37,7 +39,7 @@ def run_clips(
     settings: ClipSettings,
     budget: Budget,
     on_result: Callable[[ClipProfile], None],
-    on_work: OnWork = lambda words: None,
+    on_work: OnWork = unheard,
 ) -> ClipProfile:
     """Clips of the plan's seed, into a folder that is removed: structured and dense, one cold and then warm in turn.
 
@@ -55,7 +57,7 @@ def run_clips(
             profile.notes.append(f"dense attention by {dense_words(machine)}")
         on_work("loading the model")
         maker = ClipMaker(settings.plan, machine, retry_dense=False)
-        run = _Run(maker, plans, profile, on_result, on_work)
+        run = _Run(maker, plans, profile, on_result, _paced(on_work, 2 * (1 + settings.repeats)))
         for row in profile.rows:
             run.cold(row)
         run.compare()
@@ -67,6 +69,12 @@ def run_clips(
             for row in profile.rows:
                 run.warm(row)
     return profile
+
+
+def _paced(on_work: OnWork, clips: int) -> OnWork:
+    """Tells of one clip after the other, with the time that all have left."""
+    pace, begun = Pace(clips), itertools.count()
+    return lambda words, left=None: on_work(words, pace.left(next(begun)))
 
 
 class _Run:

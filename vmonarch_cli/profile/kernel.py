@@ -15,8 +15,9 @@ from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
 from vmonarch_cli.profile.peers import PEER, SparsePeer, installed_peers
-from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, wall
+from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, unheard, wall
 from vmonarch_cli.profile.results import QUANTISED, ChipPeak, KernelRow, KernelShape, OutputCheck, Spread
+from vmonarch_cli.timing import Pace
 from vmonarch_kernels import Inputs, Options, Residual, attend, resolve_impl
 from vmonarch_kernels.cost import dense_bytes, dense_flops, monarch_bytes, monarch_flops, refresh_period
 
@@ -72,9 +73,15 @@ class _Contender:
 
 
 def profile_shape(
-    settings: KernelSettings, chip: ChipPeak, frames: int, positions: int, seconds: float, on_work: OnWork
+    settings: KernelSettings,
+    chip: ChipPeak,
+    frames: int,
+    positions: int,
+    seconds: float,
+    on_work: Callable[[str, float], None],
 ) -> tuple[KernelShape, float]:
     """All rows of one shape, and what preparing them took; `seconds` bounds the repeats, not the preparation.
+    `on_work` gets what comes next, and which share of the shape's work is behind it.
 
     Whatever a contender raises becomes its row's failure and the others go on.
     """
@@ -86,17 +93,18 @@ def profile_shape(
         device=settings.device,
         seed=settings.seed,
     )
-    on_work("float32 truth")
+    on_work("float32 truth", 0.0)
     exact = ExactSample(*tensors)
     rows: list[KernelRow] = []
     contenders: dict[str, _Contender] = {}
-    for name, make in _makers(settings, chip, tensors, frames, positions):
-        on_work(name)
+    makers = _makers(settings, chip, tensors, frames, positions)
+    for index, (name, make) in enumerate(makers):
+        on_work(name, index / len(makers) / (1 + settings.repeats))
         row, contender = _first_run(make, exact, settings.device)
         rows.append(row)
         if contender is not None:
             contenders[row.name] = contender
-    on_work("timing")
+    on_work("timing", 1 / (1 + settings.repeats))
     preparation_s = time.monotonic() - began
     runs = {name: contender.turns for name, contender in contenders.items()}
     limit = min(seconds, _MAX_TIMING_S)
@@ -128,19 +136,22 @@ def run_kernel(
     shapes: Sequence[tuple[int, int]],
     budget: Budget,
     on_shape: Callable[[KernelShape], None],
-    on_work: OnWork = lambda words: None,
+    on_work: OnWork = unheard,
 ) -> tuple[list[KernelShape], list[dict[str, str]]]:
     """Shapes measured, and those for which the time ran out; `on_shape` gets each as soon as it is done."""
     done: list[tuple[KernelShape, float]] = []
     skipped: list[dict[str, str]] = []
+    costs = [float(frames * positions) ** 2 for frames, positions in shapes]
+    pace = Pace(sum(costs))
     for index, (frames, positions) in enumerate(shapes):
         name = f"{frames}x{positions}"
         if not budget.allows(estimate_seconds(done, frames, positions)):
             skipped.append({"what": name, "why": f"--seconds {budget.seconds:g} would not be enough"})
             continue
+        watched = _part(on_work, pace, name, sum(costs[:index]), costs[index])
         share = 0.5 * budget.left / (len(shapes) - index)
         try:
-            shape, preparation_s = profile_shape(settings, chip, frames, positions, share, _prefixed(on_work, name))
+            shape, preparation_s = profile_shape(settings, chip, frames, positions, share, watched)
         except Exception as error:  # the tensors themselves do not fit, or the device is lost
             skipped.append({"what": name, "why": reason(error)})
             continue
@@ -149,8 +160,9 @@ def run_kernel(
     return [shape for shape, _ in done], skipped
 
 
-def _prefixed(on_work: OnWork, name: str) -> OnWork:
-    return lambda words: on_work(f"{name}: {words}")
+def _part(on_work: OnWork, pace: Pace, name: str, before: float, cost: float) -> Callable[[str, float], None]:
+    """What a shape of this name and cost tells, with the time that all shapes have left after those `before`."""
+    return lambda words, share: on_work(f"{name}: {words}", pace.left(before + share * cost))
 
 
 def _makers(

@@ -20,9 +20,10 @@ from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.kernel import KernelSettings, profile_shape
 from vmonarch_cli.profile.model_settings import ModelSettings
-from vmonarch_cli.profile.repeat import Budget, OnWork, reason, wall
+from vmonarch_cli.profile.repeat import Budget, OnWork, reason, unheard, wall
 from vmonarch_cli.profile.results import ChipPeak, KernelShape, ModelProfile, OutputCheck
 from vmonarch_cli.profile.steps import StepsRun, first_inputs
+from vmonarch_cli.timing import Pace
 
 
 def run_model(
@@ -30,7 +31,7 @@ def run_model(
     chip: ChipPeak,
     budget: Budget,
     on_result: Callable[[ModelProfile, list[OutputCheck], list[KernelShape]], None],
-    on_work: OnWork = lambda words: None,
+    on_work: OnWork = unheard,
 ) -> tuple[ModelProfile, list[OutputCheck], list[KernelShape]]:
     """The profile, the checks of its figures, and the lengths that its break-even comes from.
 
@@ -156,13 +157,16 @@ def _break_even(
         settings.device, settings.dtype, settings.entry.heads, settings.entry.head_dim, 1, presets, repeats=7
     )
     lengths = sorted({max(2, frames // 4), max(2, frames // 2), frames})
-    for length in lengths:
+    pace = Pace(sum(lengths))
+    for index, length in enumerate(lengths):
         if not budget.allows(0.0):
             profile.notes.append("--seconds left no time to look for the break-even length")
             return
-        on_work(f"attention alone at {length} frames")
+        on_work(f"attention alone at {length} frames", pace.left(sum(lengths[:index])))
         try:
-            shapes.append(profile_shape(kernel, chip, length, positions, 0.3 * budget.left, lambda words: None)[0])
+            shapes.append(
+                profile_shape(kernel, chip, length, positions, 0.3 * budget.left, lambda words, share: None)[0]
+            )
         except Exception as error:
             profile.notes.append(f"attention alone at {length} frames was not measured: {reason(error)}")
     profile.break_even = [b for preset in presets if (b := break_even(preset.name, shapes)) is not None]

@@ -25,9 +25,10 @@ from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
-from vmonarch_cli.profile.repeat import Budget, OnWork, reason
+from vmonarch_cli.profile.repeat import Budget, OnWork, reason, unheard
 from vmonarch_cli.profile.results import EXACT, OutputCheck
 from vmonarch_cli.profile.variants import Variant
+from vmonarch_cli.timing import Pace
 
 EXACT_BUDGET = 1e-3
 """Relative latent error that the preset `exact` may have: it runs the same dense kernel on the same tensors."""
@@ -80,7 +81,7 @@ def run_quality(
     settings: QualitySettings,
     budget: Budget,
     on_result: Callable[[QualityProfile, list[OutputCheck]], None],
-    on_work: OnWork = lambda words: None,
+    on_work: OnWork = unheard,
 ) -> tuple[QualityProfile, list[OutputCheck], list[dict[str, str]]]:
     """The profile, its checks, and the variants for which the time ran out.
 
@@ -105,6 +106,7 @@ def run_quality(
         flow_shift=settings.flow_shift,
         setup=Setup(offload="none", tuned=tuple(v.tuned for v in settings.variants if v.tuned is not None)),
     )
+    pace = Pace(1 + len(settings.variants))
     on_work("dense")
     dense = _clips(settings, pipeline, _session(settings, pipeline, load_preset("dense")))
     profile.dense_attention_s = dense.attention_s / len(settings.prompts)
@@ -115,12 +117,12 @@ def run_quality(
     # The check of the plumbing comes first, so that a short budget never leaves figures without it.
     order = sorted(range(len(settings.variants)), key=lambda i: settings.variants[i].name != EXACT)
     rows: dict[int, QualityRow] = {}
-    for index in order:
+    for place, index in enumerate(order):
         variant = settings.variants[index]
         if not budget.allows(longest):
             skipped.append({"what": variant.name, "why": f"--seconds {budget.seconds:g} would not be enough"})
             continue
-        on_work(variant.name)
+        on_work(variant.name, pace.left(1 + place))
         began = time.monotonic()
         rows[index] = _row(settings, pipeline, variant, dense, profile.dense_flops)
         longest = max(longest, time.monotonic() - began)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,8 +17,17 @@ BURST_S = 0.05
 """For short calls: with the power that another contender drew just before, a GPU's clock differs by up to a tenth."""
 _LONGEST_BURST = 50
 
-OnWork = Callable[[str], None]
-"""Gets what a profile is about to do, in a few words."""
+
+class OnWork(Protocol):
+    """Gets what a profile is about to do."""
+
+    def __call__(self, words: str, left: float | None = None) -> None:
+        """`words`: a few. `left`: seconds until this part of the profile is done, as far as anybody knows."""
+
+
+def unheard(words: str, left: float | None = None) -> None:
+    """Nobody listens."""
+
 
 T = TypeVar("T")
 

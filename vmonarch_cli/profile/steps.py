@@ -22,6 +22,7 @@ from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, StepRow
 from vmonarch_cli.profile.variants import adapter_names
+from vmonarch_cli.timing import Pace
 
 COLD_REPEATS = 3
 # A model in which self-attention is exact may differ from the dense one by what rounding adds up to over its layers.
@@ -143,12 +144,13 @@ class StepsRun:
         """(contenders that ran, the first dense prediction); each dense one after it is checked against that."""
         ready: list[Contender] = []
         expected: Tensor | None = None
-        for contender in kinds:
+        pace = Pace(len(kinds))
+        for index, contender in enumerate(kinds):
             row = contender.row
             if expected is not None and not self.budget.allows(0.0):
                 contender.row = replace(row, failure=f"--seconds {self.budget.seconds:g} left no time for it")
                 continue
-            self.on_work(f"{row.name}: first steps")
+            self.on_work(f"{row.name}: first steps", pace.left(index))
             try:
                 prediction = self._warm_up(contender, inputs)
             except Exception as error:
@@ -181,12 +183,12 @@ class StepsRun:
     def _rounds(self, kinds: list[Contender], ready: list[Contender], inputs: StepTensors) -> StepTensors:
         """The clip's steps; returns the input of the last one."""
         chosen, sigmas = self.settings, _sigmas(self.settings)
-        round_s = 0.0
+        round_s, pace = 0.0, Pace(chosen.steps)
         for index in range(chosen.steps):
             if index and not self.budget.allows(1.5 * round_s):
                 self.profile.notes.append(f"--seconds ended the measurement after {index} of {chosen.steps} steps")
                 break
-            self.on_work(f"step {index + 1} of {chosen.steps}")
+            self.on_work(f"step {index + 1} of {chosen.steps}", pace.left(index))
             inputs = replace(inputs, timestep=_timestep(chosen, sigmas[index]))
             round_s, velocity = wall(lambda: self._round(ready, inputs, index), chosen.device)  # noqa: B023
             self._update(kinds)

@@ -24,6 +24,8 @@ from vmonarch_cli.text import as_fast, flops, seconds
 INDEX = "index.html"
 _POSTER_WIDTH = 480
 _READERS = 4
+_KINDS = {".mp4": "video", ".webm": "video", ".gif": "image", ".webp": "image"}
+"""Ending -> what a page shows it as."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _card(entry: GalleryClip, poster: str | None, folder: Path) -> dict[str, Any
     """What the template shows of a clip."""
     record = entry.record
     return {
-        "kind": {".mp4": "video", ".gif": "image"}.get(entry.clip.suffix.lower(), "folder"),
+        "kind": _KINDS.get(entry.clip.suffix.lower(), "folder"),
         "name": entry.clip.name,
         "link": _link(entry.clip, folder),
         "record_link": _link(entry.record_file, folder),
@@ -164,7 +166,7 @@ def _subtitle(clips: list[GalleryClip]) -> str:
 
 def _poster(entry: GalleryClip) -> str | None:
     """The middle frame as a data URI; None when the clip does not decode (its link is still of use)."""
-    if entry.clip.suffix.lower() == ".gif":
+    if entry.clip.suffix.lower() in (".gif", ".webp"):
         return None
     from PIL import Image
 
@@ -182,7 +184,7 @@ def _poster(entry: GalleryClip) -> str | None:
 
 
 def _sound_link(entry: GalleryClip, folder: Path) -> str | None:
-    """The .wav beside a clip, where it is there; an .mp4 plays its own sound."""
+    """The .wav beside a clip, where it is there; an .mp4 or .webm plays its own sound."""
     wav = sound_path(entry.clip)
     return _link(wav, folder) if entry.record.audio is not None and wav != entry.clip and wav.is_file() else None
 

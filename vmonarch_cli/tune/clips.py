@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_OTHER_CLIPS = (".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+_OTHER_CLIPS = (".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 _MAX_CAPTION = 1 << 16
 
 

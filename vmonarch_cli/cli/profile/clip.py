@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from vmonarch_cli.cli.options import OUTPUT, Debug, option, takes_request, whole_option
+from vmonarch_cli.cli.options import OUTPUT, Debug, configured, option, takes_request, whole_option
 from vmonarch_cli.cli.profile.clip_table import clip_table
 from vmonarch_cli.cli.profile.flags import Json, RunFlags, Seconds
 from vmonarch_cli.cli.profile.run import ProfileRun
@@ -26,7 +26,8 @@ class ClipFlags:
         int | None, whole_option("--repeats", panel=OUTPUT, help="Warm clips of each kind. Default: 3, on a CPU 1.")
     ] = None
     ending: Annotated[
-        str | None, option("--ending", panel=OUTPUT, help=".mp4, .gif or .png: what the clips are written as.")
+        str | None,
+        option("--ending", panel=OUTPUT, help="What the clips are written as: .mp4, .webm, .gif, .webp or .png."),
     ] = None
     seconds: Seconds = None
     as_json: Json = None
@@ -42,11 +43,12 @@ def clip(request: GenerateRequest, flags: ClipFlags, debug: Debug = False) -> No
     if ending not in ENDINGS:
         raise InputError(f"--ending takes {', '.join(ENDINGS)}, got {shown(flags.ending)}")
     repeats = checks.whole("--repeats", flags.repeats, 1, 1000)
+    request = configured(request)
     prompt = checks.EXAMPLE_PROMPT if request.prompt is None else request.prompt
     plan = resolve(replace(request, prompt=prompt, output=f"clip{ending}", overwrite=True))
     if plan.preset.attention == "dense":
         raise InputError("--preset dense is measured anyway: name a structured preset")
-    where = RunFlags(request.seed, request.device, request.dtype, flags.seconds, flags.as_json, None, request.overwrite)
+    where = RunFlags(plan.seed, plan.device, plan.dtype, flags.seconds, flags.as_json, None, request.overwrite)
     run = ProfileRun("clip", where)
 
     from vmonarch_cli.profile.clip import ClipSettings, run_clips

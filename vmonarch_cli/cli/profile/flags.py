@@ -5,15 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from vmonarch_cli.cli.completion import model_names, preset_names
 from vmonarch_cli.cli.options import ATTENTION, MODEL, OUTPUT, SAMPLING, SHAPE, number_option, option, whole_option
 
 Presets = Annotated[
     list[str] | None,
-    option("--preset", panel=ATTENTION, help="Name or .toml file of a preset to measure (repeatable)."),
+    option(
+        "--preset",
+        panel=ATTENTION,
+        autocompletion=preset_names,
+        help="Name or .toml file of a preset to measure (repeatable).",
+    ),
 ]
 Model = Annotated[
     str | None,
-    option("--model", "-m", panel=MODEL, help="Alias, hub id or local diffusers folder. Default: the demo model."),
+    option(
+        "--model",
+        "-m",
+        panel=MODEL,
+        autocompletion=model_names,
+        help="Alias, hub id or local diffusers folder. Default: the demo model.",
+    ),
 ]
 Size = Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]
 Height = Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")]

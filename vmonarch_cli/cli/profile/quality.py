@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from vmonarch_cli.cli.completion import preset_names
 from vmonarch_cli.cli.options import ATTENTION, MODEL, SAMPLING, Debug, option, takes_request, whole_option
 from vmonarch_cli.cli.profile import request
 from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, RunFlags, ShapeFlags, TunedFiles
@@ -47,7 +48,12 @@ class QualityFlags:
     ] = "quick"
     presets: Annotated[
         list[str] | None,
-        option("--preset", panel=ATTENTION, help="A further preset or .toml file to compare (repeatable)."),
+        option(
+            "--preset",
+            panel=ATTENTION,
+            autocompletion=preset_names,
+            help="A further preset or .toml file to compare (repeatable).",
+        ),
     ] = None
     tuned: TunedFiles = None
 

@@ -19,6 +19,7 @@ from vmonarch_cli.plan import checks
 from vmonarch_cli.profile.plot import check_plot
 from vmonarch_cli.profile.record import Recorder, check_target, this_machine
 from vmonarch_cli.profile.results import ChipPeak
+from vmonarch_cli.text import clock
 
 
 class ProfileRun:
@@ -67,9 +68,11 @@ class ProfileRun:
         self._status = self._out.spinner("starting")
         return self._status
 
-    def work(self, words: str) -> None:
-        """Say what is going on, on stderr."""
+    def work(self, words: str, left: float | None = None) -> None:
+        """Say what is going on, on stderr; `left`: seconds until this part of the profile is done."""
         line = f"[{time.monotonic() - self._began:.0f} s] {words}"
+        if left is not None:
+            line += f", about {clock(left)} left"
         if self._status is not None and self._out.stderr.is_terminal:
             self._status.update(Text(line))
         else:

@@ -15,9 +15,11 @@ from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.plan.defaults import default_of, without
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.seeds import RANDOM, draw_seed
 from vmonarch_cli.review.compare.existing import differing, read_sound_of, shared_facts, whose_sound
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison, Frames
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from vmonarch_cli.timing import ClipResult
 
 REFERENCE = "dense"
+_OF_OTHERS = {"overrides", "dense_steps", "dense_layers", "impl", "tuned"}
+"""Settings that the reference has none of."""
 
 
 def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[Path, dict[str, Plan]]:
@@ -36,7 +40,9 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
     if request.num_videos not in (None, 1):
         raise InputError("compare makes one clip per preset: give --seed, not --num-videos")
     names = _names(presets or (_default_preset(request),))
-    seed = 0 if request.seed is None else request.seed
+    if default_of(request, "seed") == RANDOM:  # one for all of them
+        request = replace(request, seed=draw_seed())
+    seed = default_of(request, "seed") or 0
     folder = _folder(request, f"{slug(request.prompt or '')}-s{seed}-compare")
     request = replace(request, num_videos=None, dense_every=request.dense_every or 0)
     plans = {}
@@ -44,12 +50,16 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
         given = replace(request, preset=preset, output=str(folder / f"{slug(name)}.mp4"))
         if preset == REFERENCE:
             given = replace(given, overrides=(), dense_steps=None, dense_layers=None, impl=None, tuned=None)
+            given = replace(given, defaults=without(given.defaults, _OF_OTHERS))
         plans[name] = resolve(given)
     return folder, plans
 
 
 def _default_preset(request: GenerateRequest) -> str:
-    model, _ = find_model(request.model or DEMO_ALIAS, request.revision)
+    chosen = default_of(request, "preset")
+    if chosen not in (None, REFERENCE):
+        return str(chosen)
+    model, _ = find_model(default_of(request, "model") or DEMO_ALIAS, default_of(request, "revision"))
     return model.defaults.preset
 
 

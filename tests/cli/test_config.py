@@ -1,0 +1,169 @@
+"""The user's own defaults: two files and variables, their order, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from vmonarch_cli.cli.app import app
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Path:
+    """The user's file, which is not there; the project's folder is the current one."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.delenv("VMONARCH_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    path = tmp_path / "xdg" / "vmonarch" / "config.toml"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def call(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def settings(*flags: str) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = json.loads(call("plan", "-p", "red", "--json", *flags).stdout)["settings"]
+    return found
+
+
+def test_flag_variable_project_user_preset_and_model_in_this_order(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user.write_text("steps = 11\nfps = 11\nseed = 11\nguidance-scale = 2\npreset = 'fast'\n")
+    Path("vmonarch.toml").write_text("steps = 12\nfps = 12\nseed = 12\n")
+    monkeypatch.setenv("VMONARCH_STEPS", "13")
+    monkeypatch.setenv("VMONARCH_FPS", "13")
+    found = settings("--steps", "14")
+    assert found["steps"] == {"value": 14, "origin": "flag"}
+    assert found["fps"] == {"value": 13, "origin": "VMONARCH_FPS"}
+    assert found["seed"] == {"value": 12, "origin": "project config"}
+    assert found["guidance_scale"] == {"value": 2, "origin": "user config"}
+    assert found["preset"] == {"value": "fast", "origin": "user config"}
+    assert found["preset.band"]["origin"] == "preset"
+    assert found["num_frames"]["origin"] == "model default"
+
+
+def test_a_line_of_a_prompts_file_and_a_recipe_beat_the_defaults(user: Path) -> None:
+    user.write_text("steps = 11\nseed = 5\nflow_shift = 2.0\n")
+    Path("p.jsonl").write_text('{"prompt": "red", "steps": 3}')
+    clip = json.loads(call("plan", "--prompts-file", "p.jsonl", "--json").stdout)["clips"][0]
+    assert clip["settings"]["steps"] == {"value": 3, "origin": "prompts file"}
+    assert clip["settings"]["seed"] == {"value": 5, "origin": "user config"}
+    found = settings("-m", "wan2.1-14b", "--recipe", "wan2.1-lightx2v-4step")
+    assert found["steps"] == {"value": 4, "origin": "recipe"}
+    assert found["flow_shift"]["origin"] == "recipe"
+    assert found["seed"] == {"value": 5, "origin": "user config"}
+
+
+def test_the_record_says_which_place_gave_a_value(user: Path) -> None:
+    user.write_text("size = '32x32'\nnum-frames = 5\nsteps = 1\nset = ['band=1', 'num_steps=1']\nseed = 'random'\n")
+    call("generate", "-p", "red", "-o", "x.gif", "--set", "band=2")
+    record = json.loads(Path("x.json").read_text())["settings"]
+    assert record["height"] == {"value": 32, "origin": "user config"}
+    assert record["preset.band"] == {"value": 2, "origin": "flag"}
+    assert record["seed"]["origin"] == "user config, drawn"
+    call("rerun", "x.gif")  # a record needs no defaults
+    user.write_text("size = '48x48'\nsteps = 2\n")
+    assert "identical" in call("rerun", "x.gif", "--overwrite").stdout
+
+
+def test_what_says_the_same_thing_twice_is_not_taken_from_a_later_place(user: Path) -> None:
+    user.write_text("size = '64x64'\nset = ['dense_steps=2', 'band=1']\nsteps = 9\n")
+    found = settings("--height", "32", "--width", "48", "--dense-steps", "1", "--sigmas", "1,0.5")
+    assert (found["height"]["value"], found["width"]["value"]) == (32, 48)
+    assert found["preset.dense_steps"] == {"value": 1, "origin": "flag"}
+    assert found["preset.band"] == {"value": 1, "origin": "user config"}
+    assert found["steps"]["value"] == 2
+
+
+def test_switches_lists_and_shares_of_variables(monkeypatch: pytest.MonkeyPatch, user: Path) -> None:
+    user.write_text("vae_tiling = true\ncompile = true\n")
+    monkeypatch.setenv("VMONARCH_COMPILE", "0")
+    monkeypatch.setenv("VMONARCH_SET", "band=1; num_steps=1")
+    monkeypatch.setenv("VMONARCH_DENSE_STEPS", "0.5")
+    monkeypatch.setenv("VMONARCH_STEPS", "4")
+    monkeypatch.setenv("VMONARCH_SIGMAS", "")
+    found = settings()
+    assert found["vae_tiling"] == {"value": True, "origin": "user config"}
+    assert found["compile"]["value"] is False
+    assert found["preset.band"] == {"value": 1, "origin": "VMONARCH_SET"}
+    assert found["preset.dense_steps"] == {"value": 2, "origin": "VMONARCH_DENSE_STEPS"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stpes = 3", "{file}: there is no setting 'stpes' (did you mean steps?): valid are model, "),
+        ("prompt = 'x'", "{file}: there is no setting 'prompt'"),
+        ("steps = '3'", "{file}: steps takes a whole number, got '3'\n"),
+        ("steps = 2.5", "{file}: steps takes a whole number, got 2.5\n"),
+        ("steps = 0", "{file}: steps takes a whole number from 1 to 1000, got 0\n"),
+        ("compile = 1", "{file}: compile takes true or false, got 1\n"),
+        ("lora = 'x'", "{file}: lora takes a list, got 'x'\n"),
+        ("flow-shift = inf", "{file}: flow-shift takes a finite number, got inf\n"),
+        (
+            "offload = 'modle'",
+            "{file}: offload takes auto, none, model, group or sequential, got 'modle' (did you mean ",
+        ),
+        ("preset = 'papre'", "there is no preset 'papre' (did you mean paper?)"),
+        ("steps = [", "{file} is not valid TOML"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_wrong_is_one_sentence_with_its_file(user: Path, text: str, sentence: str, own: bool) -> None:
+    file = user if own else Path("vmonarch.toml")
+    file.write_text(text)
+    stderr = call("plan", "-p", "red", code=2).stderr
+    assert len(stderr.splitlines()) == 1
+    assert stderr.startswith(f"error: {sentence.format(file=file)}")
+    call("models")  # what needs no defaults goes on
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("VMONARCH_STEP", "3", "variable VMONARCH_STEP is no setting of vmonarch (did you mean VMONARCH_STEPS"),
+        ("VMONARCH_STEPS", "many", "VMONARCH_STEPS takes a whole number, got 'many'\n"),
+        ("VMONARCH_STEPS", "0", "VMONARCH_STEPS takes a whole number from 1 to 1000, got 0\n"),
+        ("VMONARCH_COMPILE", "perhaps", "VMONARCH_COMPILE takes true or false, got 'perhaps'\n"),
+    ],
+)
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert f"error: {sentence}" in call("plan", "-p", "red", code=2).stderr
+
+
+def test_config_shows_what_counts_and_where_it_is_from(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("config", "path").stdout == f"{user}\n"
+    empty = call("config").stdout
+    assert "no defaults of your own" in empty
+    assert f"{user} (not there)" in empty
+    user.write_text("steps = 11\nfps = 11\n")
+    Path("vmonarch.toml").write_text("steps = 12\n")
+    monkeypatch.setenv("VMONARCH_SEED", "4")
+    shown = json.loads(call("config", "--json").stdout)
+    assert [(entry["setting"], entry["value"], entry["source"], entry["counts"]) for entry in shown["settings"]] == [
+        ("seed", 4, "VMONARCH_SEED", True),
+        ("steps", 12, "vmonarch.toml", True),
+        ("steps", 11, str(user), False),
+        ("fps", 11, str(user), True),
+    ]
+    assert "beaten by" in call("config").stdout
+    monkeypatch.setenv("VMONARCH_CONFIG", "")
+    assert "fps" not in call("config").stdout
+    assert "which means no file" in call("config", "path", code=2).stderr
+
+
+def test_a_comparison_takes_the_preset_and_the_model_of_the_defaults(user: Path) -> None:
+    user.write_text("preset = 'fast'\nset = ['band=1']\nsize = '32x32'\nnum_frames = 5\nsteps = 1\n")
+    call("compare", "-p", "red", "-o", "c/", "-q")
+    assert {path.name for path in Path("c").glob("*.json")} == {"compare.json", "dense.json", "fast.json"}
+    origins = json.loads(Path("c/fast.json").read_text())["settings"]
+    assert origins["preset.band"] == {"value": 1, "origin": "user config"}
+    assert "changes nothing" not in Path("c/dense.json").read_text()
