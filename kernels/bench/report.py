@@ -140,7 +140,7 @@ def _kernel(record: Record) -> list[str]:
         "times fastest dense",
         "error",
     ]
-    return [*lines, *_table(titles, rows)]
+    return [*lines, *table(titles, rows)]
 
 
 def _model(record: Record) -> list[str]:
@@ -177,7 +177,7 @@ def _model(record: Record) -> list[str]:
         "error",
     ]
     verdicts = [f"- {sentence}" for sentence in record.get("verdicts") or []]
-    return [f"{how}.", "", *_table(titles, rows), "", *verdicts]
+    return [f"{how}.", "", *table(titles, rows), "", *verdicts]
 
 
 def _clip(record: Record) -> list[str]:
@@ -198,7 +198,7 @@ def _clip(record: Record) -> list[str]:
     ]
     titles = ["clip", *(f"{name}, s" for name in names), "whole, s", "error"]
     verdicts = [f"- {sentence}" for sentence in record.get("verdicts") or []]
-    return [how, "", *_table(titles, rows), "", *verdicts]
+    return [how, "", *table(titles, rows), "", *verdicts]
 
 
 def _quality(record: Record) -> list[str]:
@@ -230,7 +230,7 @@ def _quality(record: Record) -> list[str]:
         "PSNR in the paper (Wan 1.3B)",
     ]
     note = "\\* on the frontier: no other variant has less work and less error."
-    return [how, "", *_table(titles, rows), "", note]
+    return [how, "", *table(titles, rows), "", note]
 
 
 def _scaling(record: Record) -> list[str]:
@@ -265,7 +265,7 @@ def _scaling(record: Record) -> list[str]:
         "size", "self-attention", "one, ms", f"{count}, ms", "gain", "efficiency", "of it attention, ms",
         "exchange, ms", "peak of one, GiB", "peak a card, GiB", "error",
     ]  # fmt: skip
-    return [*lines, *_table(titles, rows)]
+    return [*lines, *table(titles, rows)]
 
 
 def _batch(record: Record) -> list[str]:
@@ -287,7 +287,7 @@ def _batch(record: Record) -> list[str]:
         for run in record["runs"]
     ]
     titles = ["run", "wall, s", "working, s", "gain", "clips by process", "one process killed"]
-    return [how, "", *_table(titles, rows)]
+    return [how, "", *table(titles, rows)]
 
 
 def _card(record: Record) -> list[str]:
@@ -308,7 +308,7 @@ def _card(record: Record) -> list[str]:
         for card in record["cards"]
     ]
     titles = ["free, GiB", "what it said", "allocator's peak, GiB", "process's peak, GiB", "denoise, s", "decode, s"]
-    return [how, "", *_table(titles, rows)]
+    return [how, "", *table(titles, rows)]
 
 
 def _largest(record: Record) -> list[str]:
@@ -324,7 +324,7 @@ def _largest(record: Record) -> list[str]:
         ]
         for length in record["lengths"]
     ]
-    return [how, "", *_table(["frames", "tokens", "step, ms", "of it attention, ms", "peak, GiB"], rows)]
+    return [how, "", *table(["frames", "tokens", "step, ms", "of it attention, ms", "peak, GiB"], rows)]
 
 
 _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
@@ -340,7 +340,8 @@ _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
 """By kind of record, in the order of the page."""
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column to the left, all others to the right."""
     line = "|" + "|".join("---" if index == 0 else "---:" for index in range(len(titles))) + "|"
     return ["| " + " | ".join(titles) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)]
 

@@ -14,6 +14,11 @@ What is public; all else may change between versions:
 - ``dense_attention``, ``attention_lse``, ``dense_backends``: dense attention, also with its log-sum-exp.
 - ``frame_attention``: exact attention within frames, with its log-sum-exp.
 - ``monarch_factors``, ``Factors``: the factors L and R themselves, from the reference.
+- ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
+  block's products, each in one pass.
+- ``gelu_tanh_``, ``gated_activation``: activations, in place, or of half the channels.
+- ``HeadNorm``, ``Rotation``, ``Norm``, ``Term``: what these take beside their tensors.
+- ``resolve_fused_impl``: the implementation of these that a device and dtype get.
 """
 
 from importlib import import_module
@@ -22,6 +27,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vmonarch_kernels.api import ImplUnavailable, attend, frame_attention, monarch_attention, resolve_impl
     from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends
+    from vmonarch_kernels.fused import (
+        gated_activation,
+        gated_residual,
+        gelu_tanh_,
+        layer_norm_modulate,
+        qk_norm_rope,
+        residual_norm,
+        resolve_fused_impl,
+    )
+    from vmonarch_kernels.fused_spec import HeadNorm, Norm, Rotation, Term
     from vmonarch_kernels.reference import Factors, monarch_factors
     from vmonarch_kernels.residual import Residual
     from vmonarch_kernels.spec import Inputs, Options
@@ -40,21 +55,43 @@ _HOMES = {
     "monarch_factors": "reference",
     "Factors": "reference",
     "Residual": "residual",
+    "gated_activation": "fused",
+    "gated_residual": "fused",
+    "gelu_tanh_": "fused",
+    "layer_norm_modulate": "fused",
+    "qk_norm_rope": "fused",
+    "residual_norm": "fused",
+    "resolve_fused_impl": "fused",
+    "HeadNorm": "fused_spec",
+    "Norm": "fused_spec",
+    "Rotation": "fused_spec",
+    "Term": "fused_spec",
 }
 
 __all__ = [
     "Factors",
+    "HeadNorm",
     "ImplUnavailable",
     "Inputs",
+    "Norm",
     "Options",
     "Residual",
+    "Rotation",
+    "Term",
     "attend",
     "attention_lse",
     "dense_attention",
     "dense_backends",
     "frame_attention",
+    "gated_activation",
+    "gated_residual",
+    "gelu_tanh_",
+    "layer_norm_modulate",
     "monarch_attention",
     "monarch_factors",
+    "qk_norm_rope",
+    "residual_norm",
+    "resolve_fused_impl",
     "resolve_impl",
 ]
 

@@ -81,7 +81,7 @@ IMPLS: dict[str, Attend] = {
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _hardware_obstacle(device: torch.device) -> str | None:
+def hardware_obstacle(device: torch.device) -> str | None:
     """Why this machine cannot run the Triton kernels; asked while torch.compile traces, answered by running it."""
     if find_spec("triton") is None:
         return "the triton package is not installed"
@@ -97,7 +97,7 @@ def _hardware_obstacle(device: torch.device) -> str | None:
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run, or None when they can."""
-    obstacle: str | None = _hardware_obstacle(device)
+    obstacle: str | None = hardware_obstacle(device)
     if obstacle is not None:
         return obstacle
     if dtype not in _DTYPES:

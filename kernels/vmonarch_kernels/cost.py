@@ -37,9 +37,11 @@ def band_with_refresh(frames: int, band: int | None, refresh: float, *, first_fr
     return frames if refresh and refresh + int(first_frame) >= frames else band
 
 
-def dense_flops(grid: Grid, heads: int, head_dim: int, batch: int = 1) -> int:
-    """Operations of one dense self-attention call (two products, softmax not counted)."""
-    tokens = grid[0] * grid[1] * grid[2]
+def dense_flops(grid: Grid, heads: int, head_dim: int, batch: int = 1, *, others: int = 0) -> int:
+    """Operations of one dense self-attention call (two products, softmax not counted); ``others``: tokens beside those
+    of the grid.
+    """
+    tokens = grid[0] * grid[1] * grid[2] + others
     return 4 * tokens * tokens * head_dim * heads * batch
 
 
@@ -52,22 +54,26 @@ def monarch_flops(
     options: Options = PAPER,
     warm: bool = False,
     refresh: float = 0,
+    others: int = 0,
 ) -> int:
     """Operations of one structured call with everything counted, L-steps and exact parts included.
 
     ``warm`` adds the product that turns the stored L into the first R-step's queries. ``refresh`` is the number of
-    frames recomputed in a call; it may be the mean of several calls.
+    frames recomputed in a call; it may be the mean of several calls. ``others`` are tokens beside those of the grid:
+    exact keys for all its queries, and exact queries of all keys.
     """
     frames, positions = grid[0], grid[1] * grid[2]
     num_steps, first_frame, band = options.num_steps, options.first_frame, options.band
     if is_exact(frames, band_with_refresh(frames, band, refresh, first_frame=first_frame)):
-        return dense_flops(grid, heads, head_dim, batch)
+        return dense_flops(grid, heads, head_dim, batch, others=others)
+    tokens = frames * positions
+    beside = 4 * others * (2 * tokens + others) * head_dim * heads * batch
     unit = frames * positions * positions * head_dim * heads * batch
     r_steps = 4 * (num_steps - 1) + 6
     exact = 4 * window_frames(frames, band) + 4 * (int(first_frame) + refresh)
     l_products = 2 * num_steps + (1 if warm else 0)
     l_steps = l_products * 2 * frames * frames * positions * head_dim * heads * batch
-    return round(unit * (r_steps + exact)) + l_steps
+    return round(unit * (r_steps + exact)) + l_steps + beside
 
 
 def l_row_entries(frames: int) -> int:

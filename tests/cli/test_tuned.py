@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import records
 import torch
-from adapters import write
+from adapters import write, write_whole
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -305,8 +306,9 @@ def test_a_line_with_a_wrong_one_is_named(tiny_wan_folder: Path, adapter: Path, 
     assert "adapter" not in found.replace(str(adapter), ""), "it is right, whatever is wrong with the steps"
 
 
-def test_a_comparison_gives_each_preset_its_own(own: Path) -> None:
-    write(own, own / "tuned" / "paper.safetensors", PAPER, **MADE_FOR)
+@pytest.mark.parametrize("writer", [write, write_whole])
+def test_a_comparison_gives_each_preset_its_own(own: Path, writer: Callable[..., Path]) -> None:
+    writer(own, own / "tuned" / "paper.safetensors", PAPER, **MADE_FOR)
     shape = ("-p", "a red circle", *SHAPE, "--device", "cpu")
     call("compare", "-m", own, *shape, "--preset", "paper", "--preset", "fast", "-o", "with")
     call("compare", "-m", own, *shape, "--preset", "paper", "--tuned", "none", "-o", "without")
@@ -318,7 +320,11 @@ def test_a_comparison_gives_each_preset_its_own(own: Path) -> None:
     assert same == {"dense": True, "paper": False}
 
 
-def test_profiles_have_a_row_with_it_and_one_without(tiny_wan_folder: Path, adapter: Path) -> None:
+@pytest.mark.parametrize("writer", [write, write_whole])
+def test_profiles_have_a_row_with_it_and_one_without(
+    tiny_wan_folder: Path, tmp_path: Path, writer: Callable[..., Path]
+) -> None:
+    adapter = writer(tiny_wan_folder, tmp_path / "mine.safetensors", PAPER, **MADE_FOR)
     shape = ("--size", "48x32", "--num-frames", 17, "--steps", 2, "--device", "cpu", "--tuned", adapter)
     call("profile", "quality", "-m", tiny_wan_folder, *shape, "--prompts", 1, "--guidance-scale", 3, "--json", "q.json")
     rows = {row["name"]: row for row in json.loads(Path("q.json").read_text())["quality"]["rows"]}

@@ -205,7 +205,7 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 num_frames=tiny.num_frames,
                 steps=STEPS,
                 guidance_scale=scale,
-                fps=24 if name == "ltx-2" else 25,  # as the stock call has it by default
+                fps=24 if name.startswith(("ltx-2", "minimax")) else 25,  # as the stock call has it by default
                 image=path,
                 output=str(tmp_path / "x.mp4"),
             )
@@ -248,7 +248,8 @@ def test_a_folder_describes_itself(case: Loaded, name: str) -> None:
     assert (entry.heads, entry.head_dim) in {(2, 16), (2, 24)}
     entry.check_shape(tiny.height, tiny.width, tiny.num_frames)
     assert entry.grid(tiny.height, tiny.width, tiny.num_frames) == tiny.grid
-    assert entry.takes_image == ("image" in tiny.options)
+    does_both = entry.image_pipeline == entry.pipeline
+    assert does_both or entry.takes_image == ("image" in tiny.options)
     forwards = 1 if entry.embedded_guidance or facts_of(case.pipeline).guidance_by_batch else 2
     assert forwards + entry.extra_forwards == tiny.forwards
 

@@ -23,7 +23,11 @@ LONG = "blue square " + "a red circle moving left " * 220 + "right the right"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "hunyuan-video-i2v"])
+# Those whose pipeline's own call encodes the prompt; MiniMax-H3's tokenizer cuts off none.
+_IN_THE_CALL = ("hunyuan-video-i2v", "minimax-h3", "minimax-h3-image")
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in _IN_THE_CALL])
 def test_every_family_names_the_words_that_it_leaves_out(name: str) -> None:
     pipeline = TINY[name].build()
     for prompt, negative, which in ((LONG, NEGATIVE, {"prompt"}), ("a red circle", NEGATIVE, set())):

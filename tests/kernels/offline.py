@@ -2,7 +2,8 @@
 
     python tests/kernels/offline.py '{"arch": 80, "dtype": "bfloat16", "dim": 128}'
 
-"calls" (of `calls`) and "kernels" restrict what is compiled, "frames" and "positions" set the shape. Runs the
+"calls" (of `calls`) and "kernels" restrict what is compiled, "frames" and "positions" set the shape. With "width",
+channels of the residual stream, in the place of "dim" it compiles the fused operations (`fused_calls`). Runs the
 package's own launches on meta tensors, with a driver that knows the target alone: kernels, tiles, argument
 specialisation and options are those of a real call. Prints a JSON list, one entry for each compiled kernel. Needs a
 process without TRITON_INTERPRET. tests/kernels/test_other_chips.py reads it.
@@ -24,7 +25,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vmonarch_kernels import Inputs, Options, configs, launch, launch_backward
+from vmonarch_kernels import Inputs, Options, configs, launch, launch_backward, launch_fused
+from vmonarch_kernels.fused_spec import HeadNorm, Norm, Rotation, Term
 from vmonarch_kernels.structure import L_DTYPE, Forward, empty_l, split_frames
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -107,6 +109,43 @@ def calls(dtype: torch.dtype, dim: int, frames: int, positions: int) -> dict[str
     }
 
 
+def fused_calls(dtype: torch.dtype, width: int, tokens: int) -> dict[str, Callable[[], object]]:
+    """Calls of the fused operations on a residual stream of `width` channels, heads of 128."""
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    heads, wide = width // 128, torch.float32
+    stream = meta(1, tokens, width)
+    q, k, _ = meta(1, tokens, 3 * width).chunk(3, dim=-1)
+    shared, own = (Rotation(*(meta(1, tokens, h, 128, dtype=wide) for _ in range(2))) for h in (1, heads))
+    of_sample = Term(meta(1, 1, width, dtype=wide), meta(width, dtype=wide))
+    of_token = Term(meta(1, tokens, width), meta(width, dtype=wide))
+    inner, per_head = (HeadNorm(meta(size), meta(size), 1e-6, size == 128) for size in (width, 128))
+    affine = Norm(1e-6, meta(width, dtype=wide), meta(width, dtype=wide))
+
+    def chain(*terms: Term | None, norm: Norm | None) -> Callable[[], object]:
+        gate, scale, shift = terms
+        return lambda: launch_fused.residual_norm(stream, stream, gate, norm, scale, shift)
+
+    return {
+        "heads, all": lambda: launch_fused.qk_norm_rope(q, k, heads, inner, shared),
+        "heads, each": lambda: launch_fused.qk_norm_rope(q, k, heads, per_head, shared),
+        "heads, own tables": lambda: launch_fused.qk_norm_rope(q, k, heads, inner, own),
+        "heads, half": lambda: launch_fused.qk_norm_rope(
+            q, k, heads, per_head, Rotation(shared.cos, shared.sin, "half")
+        ),
+        "modulation": lambda: launch_fused.residual_norm(stream, None, None, Norm(1e-6), of_sample, of_sample),
+        "gate": chain(of_sample, None, None, norm=None),
+        "gate and affine norm": chain(of_sample, None, None, norm=affine),
+        "gate and modulation": chain(of_sample, of_sample, of_sample, norm=Norm(1e-6)),
+        "gate and modulation of tokens": chain(of_token, of_token, of_token, norm=Norm(1e-6, kind="rms")),
+        "gelu": lambda: launch_fused.gelu_tanh_(meta(1, tokens, 4 * width)),
+        "swiglu": lambda: launch_fused.gated_activation(meta(1, tokens, 8 * width), "silu"),
+        "geglu": lambda: launch_fused.gated_activation(meta(1, tokens, 8 * width), "gelu"),
+    }
+
+
 def loops(sass: str) -> Iterator[tuple[int, int]]:
     """(instructions, bytes that a thread spills in one turn) of every loop of a disassembly, by backward branches."""
     rows = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
@@ -156,7 +195,7 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
     chip = configs.chip(torch.device("cuda", 0))
     launch.chip = lambda device: chip  # type: ignore[assignment]
     found: dict[int, tuple[Any, dict[str, Any]]] = {}
-    modules = [launch.kernels, launch_backward.kernels]
+    modules = [launch.kernels, launch_backward.kernels, launch_fused.kernels]
     if not on_amd:
         from vmonarch_kernels import _hopper
 
@@ -167,7 +206,11 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
                 asked = name in request.get("kernels", (name,))
                 setattr(module, name, Recorder(getattr(module, name), found, asked=asked))
     dtype = getattr(torch, request["dtype"])
-    made = calls(dtype, request["dim"], request.get("frames", 21), request.get("positions", 1560))
+    frames, positions = request.get("frames", 21), request.get("positions", 1560)
+    if "width" in request:
+        made = fused_calls(dtype, request["width"], frames * positions)
+    else:
+        made = calls(dtype, request["dim"], frames, positions)
     for name in request.get("calls", made):
         made[name]()
     return [describe(*one) for one in found.values()]

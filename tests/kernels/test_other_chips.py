@@ -144,3 +144,35 @@ def test_the_backward_pass_compiles_and_fits(arch: int, dtype: str, dim: int, fr
     assert {entry["kernel"] for entry in found} == kernels - absent
     limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * KB
     assert all(entry["shared"] <= limit for entry in found), [e for e in found if e["shared"] > limit]
+
+
+# The fused operations of a block
+
+FUSED = {"qk_norm_rope_kernel", "residual_norm_kernel", "gelu_tanh_kernel", "gated_activation_kernel"}
+
+
+def check_fused(arch: int | str, width: int, dtype: str = "bfloat16", **request: Any) -> None:
+    """All forms compile, nothing is spilled, and 512 threads have the registers that they need."""
+    found = compiled(arch=arch, dtype=dtype, width=width, **request)
+    assert {entry["kernel"] for entry in found} == FUSED
+    if isinstance(arch, int):
+        assert [entry for entry in found if entry["stack"]] == []
+        assert max(entry["registers"] for entry in found) <= 128
+
+
+def test_the_fused_operations_compile_without_spills() -> None:
+    check_fused(90, 1536, calls=["heads, all", "gate and modulation", "gelu", "swiglu"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("width", [1536, 3072, 5120])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_the_fused_operations_compile_for_every_chip(arch: int, width: int, dtype: str) -> None:
+    check_fused(arch, width, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1100"])
+def test_the_fused_operations_compile_for_amd(arch: str) -> None:
+    check_fused(arch, 1536)

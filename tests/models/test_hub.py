@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.models import hub
 from vmonarch_cli.models.registry import find_model
 
 FAST = "FastVideo/FastWan2.1-T2V-1.3B-Diffusers"
@@ -90,3 +91,42 @@ def test_configs_without_weights_are_no_model_in_the_cache(home: Path, tiny_wan_
         path.unlink()
     with pytest.raises(ModelError, match="someone/tiny-wan is not complete in the local cache and HF_HUB_OFFLINE"):
         find_model("someone/tiny-wan")
+
+
+def test_of_a_modular_pipeline_only_what_is_used_is_downloaded(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its repository has other partitions beside it, and the authors' own files."""
+    from tiny_families import TINY
+
+    folder = tmp_path_factory.mktemp("models") / "h3"
+    TINY["minimax-h3"].build().save_pretrained(folder)
+    snapshot = cache_repository(home, "someone/h3", folder)
+    asked: list[dict[str, Any]] = []
+
+    def download(repo: str, **options: Any) -> str:
+        asked.append(options)
+        return str(snapshot)
+
+    def about(name: str, size: int) -> Any:
+        return SimpleNamespace(rfilename=name, size=size, lfs=None)
+
+    files = [about("transformer/a.safetensors", 8), about("transformer_ref/a.safetensors", 1 << 60)]
+    files.append(about("modular_model_index.json", 1))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    assert hub.cached_folder("someone/h3", None) is None, "the disk need not have room for all of it"
+    assert hub.download_modular("someone/h3", None) == snapshot
+    assert {"transformer/*", "audio_vae/*", "audio_scheduler/*", "processor/*"} <= set(asked[-1]["allow_patterns"])
+    assert "transformer_ref/*" not in asked[-1]["allow_patterns"]
+    files[0].size = 1 << 60
+    with pytest.raises(ModelError, match=r"is too full: someone/h3 needs 1073741824\.0 GiB"):
+        hub.download_modular("someone/h3", None)
+
+
+def test_an_ordinary_pipeline_is_downloaded_by_diffusers(
+    home: Path, tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache_repository(home, "someone/tiny-wan", tiny_wan_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert hub.download_modular("someone/tiny-wan", None) is None

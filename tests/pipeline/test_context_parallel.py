@@ -139,6 +139,8 @@ def test_a_family_without_a_plan_says_so(folders: dict[str, Path], monkeypatch: 
         InputError, match="LTX2VideoTransformer3DModel cannot be split over 2 processes: its sound attends to all"
     ):
         load(folders["ltx-2"], share_clip=True)
+    with pytest.raises(InputError, match="over 2 processes: its sequence packs text and sound with the video"):
+        load(folders["minimax-h3"], share_clip=True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes cannot share the 2 heads of WanTransformer3DModel evenly"):
         load(folders["wan"], share_clip=True)

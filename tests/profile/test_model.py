@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
+from vmonarch_cli.models.minimax import MINIMAX_H3
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B, transformer_config
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import contenders, model, steps
@@ -77,6 +79,32 @@ def test_steps_dense_structured_and_skipped(tiny_wan_folder: Path) -> None:
     assert "2 forwards" in shown
 
 
+def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> None:
+    presets = ("--preset", "paper", "--preset", "fast")
+    result = call("-m", str(tiny_wan_folder), *TINY, *presets, "--fuse", "--json", "out.json")
+    data = json.loads(Path("out.json").read_text())
+    rows = by_name(data)
+    fused = {"paper, fused in torch": "paper", "fast, fused in torch cold": "fast", "fast, fused in torch warm": "fast"}
+    assert list(rows) == ["sdpa", "paper", "fast cold", "fast warm", *fused, "skipped"]
+    assert {name: row["stock"] for name, row in rows.items() if row["stock"]} == fused
+    for name, row in rows.items():
+        assert row["failure"] is None
+        if name in fused:
+            stock = rows[name.replace(", fused in torch", "")]
+            assert (row["error"] is None) == (stock["error"] is None) == ("cold" in name)
+            assert (row["clip_s"] is None) == (stock["clip_s"] is None)
+            assert row["error"] is None or row["error"] == pytest.approx(stock["error"], rel=1e-3)
+    assert data["settings"]["fused"] == "torch"
+    assert any("preset exact with fused blocks against dense" in check["against"] for check in data["checks"])
+    assert data["checks_passed"]
+    shown = " ".join(result.stdout.split())
+    assert re.search(r"paper, fused in torch: .*?; with stock blocks it takes \d\.\d\d times as long", shown)
+    assert (
+        "--fuse: the blocks of a CogVideoXPipeline have no fused form"
+        in call("-m", "cogvideox-2b", "--random-weights", "--fuse", code=2).stderr
+    )
+
+
 def test_random_weights_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "load_pipeline", lambda *a, **k: pytest.fail("loaded a model"))
     arguments = ("-m", "demo", "--random-weights", "--size", "32x32", "--num-frames", "9", "--guidance-scale", "1")
@@ -103,7 +131,7 @@ def test_the_random_transformer_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO],
+    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3],
     ids=lambda entry: entry.alias,
 )
 def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
@@ -117,13 +145,17 @@ def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None
 
 
 @pytest.mark.parametrize(
-    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO], ids=lambda entry: entry.alias
+    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3], ids=lambda entry: entry.alias
 )
 def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"layers": 3, "heads": 2, "head_dim": 128 if entry is HUNYUAN_VIDEO else 32, "text_dim": 32}
+    wide = entry in (HUNYUAN_VIDEO, MINIMAX_H3)
+    sizes = {"layers": 3, "heads": 2, "head_dim": 128 if wide else 32, "text_dim": 32}
+    if entry is MINIMAX_H3:
+        sizes["ffn_dim"] = 64
     small = entry.model_copy(update={**sizes, "max_sequence_length": 16})
     monkeypatch.setattr("vmonarch_cli.cli.profile.request.find_model", lambda name: (small, ""))
-    shape = ("--size", "64x48", "--num-frames", "17", "--steps", "1", "--device", "cpu")
+    size, frames = ("96x64", "124") if entry is MINIMAX_H3 else ("64x48", "17")
+    shape = ("--size", size, "--num-frames", frames, "--steps", "1", "--device", "cpu")
     data = json.loads(call("-m", entry.alias, "--random-weights", "--preset", "paper", *shape, "--json", "-").stdout)
     assert data["checks_passed"], data["checks"]
     assert any("exact against dense" in check["against"] for check in data["checks"])

@@ -11,6 +11,7 @@ import torch
 
 from vmonarch_cli.models.tuned import TunedAdapter, fingerprint
 from vmonarch_cli.pipeline.tuned import write_adapter
+from vmonarch_cli.pipeline.tuned_weights import write_weights
 from vmonarch_cli.presets import Preset
 
 LAYERS = r"blocks\.\d+\.(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ffn\.net\.(0\.proj|2))"
@@ -64,4 +65,27 @@ def write(
             state |= weights(diffusers.WanTransformer3DModel.from_pretrained(folder / part), part, seed=seed)
     change(state)
     write_adapter(path, state, adapter_of(folder, preset, **facts), alpha=alpha)
+    return path
+
+
+def write_whole(
+    folder: Path,
+    path: Path,
+    preset: Preset,
+    *,
+    change: Callable[[dict[str, Any]], object] = lambda state: None,
+    seed: int = 0,
+    **facts: Any,
+) -> Path:
+    """An adapter of whole weights for a checkpoint: its own, moved at random; `change` may damage its tensors."""
+    import diffusers
+
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for part in ("transformer", "transformer_2"):
+        if (folder / part).is_dir():
+            transformer = diffusers.WanTransformer3DModel.from_pretrained(folder / part)
+            for name, value in transformer.named_parameters():
+                state[f"{part}.{name}"] = value.detach() + 0.05 * torch.randn(value.shape, generator=generator)
+    change(state)
+    write_weights(path, state, adapter_of(folder, preset, kind="weights", **facts))
     return path

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from vmonarch_cli.families.minimax import pictures_alone
+from vmonarch_cli.pipeline.modular import hide_progress, is_modular
 
 PROMPT = "a red circle moving left"
 NEGATIVE = "a blue square"
@@ -53,7 +59,12 @@ class Tiny:
 
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
-    """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image."""
+    """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image.
+
+    A modular pipeline decodes in any case, and counts one step more than it makes.
+    """
+    if is_modular(pipeline):
+        return latents_of_blocks(pipeline, tiny, steps, seed, **options)
     sized = "height" in inspect.signature(type(pipeline).__call__).parameters
     result: torch.Tensor = pipeline(
         prompt=PROMPT,
@@ -64,6 +75,20 @@ def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **op
         **{"output_type": "latent", **tiny.options, **options},
     ).frames
     return result
+
+
+def latents_of_blocks(pipeline: Any, tiny: Tiny, steps: int, seed: int, **options: Any) -> Any:
+    """The same of a modular pipeline; with an output_type its frames."""
+    return pipeline(
+        prompt=PROMPT,
+        height=tiny.height,
+        width=tiny.width,
+        num_frames=tiny.num_frames,
+        num_inference_steps=steps + 1,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output="videos" if "output_type" in options else "latents",
+        **{"output_type": "np", **tiny.options, **options},
+    )
 
 
 def sharpen(transformer: Any, factor: float = 2.0) -> Any:
@@ -878,6 +903,128 @@ def motif_i2v() -> Any:
     return motif_video("MotifVideoImage2VideoPipeline", feature_extractor=_siglip_processor())
 
 
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def qwen3_vl() -> dict[str, Any]:
+    """A text encoder of 51 layers, of which MiniMax-H3 reads the fiftieth, with its tokenizer and processor."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    tokenizer = words(additional_special_tokens=list(_VISION_TOKENS), chat_template="{{ messages }}")
+    start, end, picture, video = tokenizer.convert_tokens_to_ids(list(_VISION_TOKENS))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    torch.manual_seed(1)
+    config = Qwen3VLConfig(
+        text_config={
+            **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 51, "head_dim": 8},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)},
+            "rope_parameters": rope,
+            "rope_scaling": rope,
+        },
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 16},
+            **{
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=picture,
+        video_token_id=video,
+    )
+    encoder = Qwen3VLForConditionalGeneration(config).eval()
+    with torch.no_grad():  # so that words and pictures differ after fifty layers
+        encoder.model.language_model.embed_tokens.weight.normal_(std=3.0)
+        for parameter in encoder.model.visual.merger.parameters():
+            parameter.mul_(20)
+    size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
+    kind = pictures_alone()
+    kind.__module__, kind.__qualname__ = "transformers.models.qwen3_vl", "Qwen3VLProcessor"  # as it is saved
+    kind.__name__ = kind.__qualname__
+    processor = kind(Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2), tokenizer)
+    return {"text_encoder": encoder, "tokenizer": tokenizer, "processor": processor}
+
+
+def minimax_h3() -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLMiniMaxH3, AutoencoderKLMiniMaxH3Audio, MiniMaxH3Transformer3DModel
+
+    torch.manual_seed(0)
+    transformer = MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        time_embed_hidden_dim=24,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    )
+    torch.manual_seed(3)
+    vae = AutoencoderKLMiniMaxH3(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        spatial_downsample_factors=(4, 4),
+        temporal_downsample_factors=(2, 2),
+        norm_num_groups=4,
+        decoder_num_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_attention_head_dim=16,
+        decoder_ffn_mult=2,
+        latents_mean=(0.1,) * 4,
+        latents_std=(1.1,) * 4,
+    ).eval()
+    audio_vae = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=2,
+        encoder_rates=(20, 40),
+        latent_dim=16,
+        latent_channels=4,
+        num_attention_heads=2,
+        decoder_dim=8,
+        decoder_rates=(20, 40),
+        decoder_kernel_sizes=(40, 80),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        latents_mean=[0.1] * 4,
+        latents_std=[1.1] * 4,
+    ).eval()
+    with torch.no_grad():
+        for block in vae.decoder.transformer_blocks:  # they start as the identity
+            block.scale1.fill_(1.0)
+            block.scale2.fill_(1.0)
+        audio_vae.decoder.conv_post.weight_g.mul_(3)  # so that there is something to hear
+    pipeline = diffusers.MiniMaxH3ModularPipeline(blocks=diffusers.MiniMaxH3Blocks())
+    pipeline.register_components(
+        **qwen3_vl(),
+        transformer=sharpen(transformer),
+        vae=vae,
+        audio_vae=audio_vae,
+        scheduler=diffusers.MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=diffusers.MiniMaxH3Scheduler(shift=3.0),
+    )
+    pipeline.save_pretrained = functools.partial(_save_blocks, pipeline.save_pretrained)
+    hide_progress(pipeline)
+    return pipeline
+
+
+def _save_blocks(save: Callable[..., None], folder: Path, **options: Any) -> None:
+    """A modular pipeline's own, which takes a text for the folder; the processor's file has a part for videos."""
+    save(str(folder), overwrite_modular_index=True, **options)
+    path = folder / "processor" / "processor_config.json"
+    settings = json.loads(path.read_text())
+    videos = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 16, "merge_size": 2, "fps": 2}
+    path.write_text(json.dumps({**settings, "video_processor": videos}))
+
+
 def image(width: int = 48, height: int = 32) -> Any:
     """A first frame: a red square on blue."""
     from PIL import Image
@@ -1016,5 +1163,19 @@ TINY: dict[str, Tiny] = {
         2,
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
+    ),
+    "minimax-h3": Tiny(
+        minimax_h3, "MiniMaxH3Transformer3DModel", 2, 1, (37, 2, 3), height=64, width=96, num_frames=124
+    ),
+    "minimax-h3-image": Tiny(
+        minimax_h3,
+        "MiniMaxH3Transformer3DModel",
+        2,
+        1,
+        (37, 2, 3),
+        height=64,
+        width=96,
+        num_frames=124,
+        options={"image": image(96, 64), "last_image": image(96, 64).rotate(180)},
     ),
 }

@@ -28,16 +28,28 @@ PROMPTS = [f"a {colour} {shape} moving {way}" for colour in ("red", "blue") for 
 
 
 def start(folder: Path, output: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    """`vmonarch tune` of the tiny model: 4 sampler steps, 7 trajectories, 60 steps of training."""
+    """`vmonarch tune` of the tiny model: 4 sampler steps, 7 trajectories, 60 steps of training of a LoRA or,
+    with --full among `more`, of all weights.
+    """
     prompts = output.with_suffix(".txt")
     prompts.write_text("\n".join(PROMPTS))
-    flags = "--preset fast --sampler-steps 4 --size 48x32 --num-frames 17 --guidance-scale 3 --steps 60 --rank 4"
+    flags = "--preset fast --sampler-steps 4 --size 48x32 --num-frames 17 --guidance-scale 3 --steps 60"
+    flags += "" if "--full" in more else " --rank 4"
     command = [sys.executable, "-c", PROGRAM, "tune", "-m", str(folder), *flags.split(), "--eval-prompts", "1"]
     command += ["--prompts-file", str(prompts), "-o", str(output), *more]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
         command, env=os.environ | quiet, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def pair(folder: Path, output: Path, *more: str) -> list[subprocess.Popen[str]]:
+    """Two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(folder, output, *more, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
 
 
 def finished(process: subprocess.Popen[str]) -> None:
@@ -76,24 +88,44 @@ def test_killed_in_both_phases_a_run_comes_to_the_same_adapter(tiny_wan_folder: 
     assert not parts.with_suffix(".tune").exists()
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tiny_wan_folder: Path, tmp_path: Path) -> None:
-    """Each has its own trajectories, DDP adds up the gradients, and the first one writes the adapter."""
+@pytest.mark.parametrize("kind", ["lora", "weights"])
+def test_two_processes_train_as_one_with_twice_the_batch(tiny_wan_folder: Path, tmp_path: Path, kind: str) -> None:
+    """Each has its own trajectories, DDP or FSDP adds up the gradients, and the first one writes the file."""
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    finished(start(tiny_wan_folder, one, "--batch", "2", "--steps", "8"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        start(tiny_wan_folder, two, "--steps", "8", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
-    ]
-    for process in ranks:
+    more = ["--steps", "8", *(["--full", "--lr", "1e-3"] if kind == "weights" else [])]
+    finished(start(tiny_wan_folder, one, "--batch", "2", *more))
+    for process in pair(tiny_wan_folder, two, *more):
         finished(process)
     first, second = load_file(one), load_file(two)
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=2e-2, atol=2e-4, msg=name)
-    made, twice = read_adapter(one).training, read_adapter(two).training
-    assert (made["batch"], twice["batch"]) == (2, 2)
-    assert made["loss_first"] == pytest.approx(twice["loss_first"], rel=1e-4)
-    assert made["loss_last"] == pytest.approx(twice["loss_last"], rel=1e-3)
+    if kind == "weights":
+        weights = load_file(tiny_wan_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        learnt = [{name: state[f"transformer.{name}"] - value for name, value in weights.items()}
+                  for state in (first, second)]  # fmt: skip
+        for name, value in learnt[0].items():
+            assert (learnt[1][name] - value).norm() < 0.02 * value.norm() + 1e-6, name
+    made, twice = read_adapter(one), read_adapter(two)
+    assert made.kind == twice.kind == kind
+    assert (made.training["batch"], twice.training["batch"]) == (2, 2)
+    assert made.training["loss_first"] == pytest.approx(twice.training["loss_first"], rel=1e-4)
+    assert made.training["loss_last"] == pytest.approx(twice.training["loss_last"], rel=1e-3)
+
+
+def test_two_processes_that_share_all_weights_go_on_where_they_were_killed(
+    tiny_wan_folder: Path, tmp_path: Path
+) -> None:
+    """Each has a part of every weight; the checkpoint has them whole."""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    more = ["--full", "--lr", "1e-3"]
+    for process in pair(tiny_wan_folder, whole, *more):
+        finished(process)
+    first, second = pair(tiny_wan_folder, parts, *more)
+    killed_when(first, parts.with_suffix(".tune") / "checkpoint.safetensors")
+    second.kill()
+    second.communicate(timeout=60)
+    assert not parts.exists()
+    for process in pair(tiny_wan_folder, parts, *more, "--resume"):
+        finished(process)
+    same_adapter(whole, parts)

@@ -1,13 +1,16 @@
 """Joint text-video attention around the structured call: text keys exact for all, text queries exact.
 
-A call's tokens are video and text, one after the other. Video queries see the text's keys exactly, as one more entry
-of their softmax (``extra`` of ``monarch_attention``); text queries see everything exactly. Keys of text padding are
-seen by no query. The output rows of padding are zero; no layer reads them.
+A call's tokens are those of the video, in one piece, and those of the text before it, after it or both. Video queries
+see the text's keys exactly, as one more entry of their softmax (``extra`` of ``monarch_attention``); text queries see
+everything exactly. Keys of text padding are seen by no query. The output rows of padding are zero; no layer reads them.
+
+In a packed sequence everything beside the video that is being made counts as text: prompt, sound, given frames.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -22,22 +25,41 @@ class Text:
     """The text's tokens of a joint call."""
 
     tokens: int
-    first: bool
+    before: int
+    """How many of them stand before the video's tokens; the others stand after them."""
     valid: list[Rows] | None
     """For every sample of the batch; None when all tokens of all samples are real."""
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, ...) -> views of (video, text)."""
-        if self.first:
-            return x[:, self.tokens :], x[:, : self.tokens]
-        return x[:, : -self.tokens], x[:, -self.tokens :]
+        """(B, S, ...) -> (video, text): views, but for a text that stands on both sides."""
+        end = x.shape[1] - (self.tokens - self.before)
+        first, video, last = x[:, : self.before], x[:, self.before : end], x[:, end:]
+        if not self.before:
+            return video, last
+        return video, first if self.before == self.tokens else torch.cat([first, last], dim=1)
 
     def samples(self, rows: slice) -> Text:
         """The text of some samples of the batch."""
         return self if self.valid is None else replace(self, valid=self.valid[rows])
 
     def join(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return torch.cat([text, video] if self.first else [video, text], dim=1)
+        return torch.cat([text[:, : self.before], video, text[:, self.before :]], dim=1)
+
+
+class Packed(NamedTuple):
+    """Where the clip that is being made is in a sequence that packs its tokens together with others."""
+
+    grid: tuple[int, int, int]
+    """(T, H, W) tokens of the clip."""
+    before: int = 0
+    """Tokens before its first one."""
+    others: int = 0
+    """All tokens that are not of the clip."""
+
+    @property
+    def text(self) -> Text | None:
+        """The others, as structured attention knows them."""
+        return Text(self.others, self.before, None) if self.others else None
 
 
 def valid_rows(mask: torch.Tensor | None) -> list[Rows] | None:
@@ -102,7 +124,7 @@ def dense_joint(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text | 
 
 def _keys(x: torch.Tensor, b: int, rows: Rows, text: Text) -> torch.Tensor:
     """Keys or values (1, video + real text, heads, D) of one sample, in any order; a view where that can be."""
-    if isinstance(rows, slice) and not text.first:
+    if isinstance(rows, slice) and not text.before:
         video = x.shape[1] - text.tokens
         return x[b : b + 1, : video + len(range(text.tokens)[rows])]
     video_part, text_part = text.split(x)

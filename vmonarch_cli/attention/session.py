@@ -35,12 +35,14 @@ class AttentionSession:
         preset: Preset,
         layers: Sequence[int],
         *,
+        stages: int | None = None,
         attention: Attention | None = None,
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
+        stages: how many of the transformers take over from one another in a clip; all of them by default.
         attention: computes the calls that do not run dense, in the place of the preset's structured attention. The
             other arguments are those of ``swapped``.
         """
@@ -58,10 +60,12 @@ class AttentionSession:
         self._replaying = False
         self.adapted = False
         """A tuned adapter is on in the running forward."""
+        self.least_forwards = 1
+        """As many forwards of a transformer make a step in sampling, where the caller runs fewer of them."""
         self._layers = list(layers)
         self._attention = attention
         self._sample_every = sample_dense_every
-        self._structured = StructuredAttention(preset, self._layers)
+        self._structured = StructuredAttention(preset, self._layers, stages)
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0
@@ -129,14 +133,16 @@ class AttentionSession:
         both_prompts: bool = False,
         guided: bool = False,
         forwards: int = 1,
+        packed: Text | None = None,
     ) -> None:
         """A forward of a transformer begins, on a grid of (T, H, W) tokens.
 
         ``both_prompts``: a step's first forward has the samples of the negative prompts and then those of the prompts.
         ``guided``: guidance is on, perhaps only for an interval of the steps: another forward may follow at any time.
         ``forwards``: at least so many forwards of this transformer make a step, as far as is known beforehand.
+        ``packed``: the tokens that its sequence has beside those of the grid, where its calls do not say so.
         """
-        if self._tracker.begin_forward(transformer, grid, both_prompts, guided):
+        if self._tracker.begin_forward(transformer, grid, both_prompts, guided, packed):
             if self._tracker.changes_over(transformer):
                 self._structured.warm.drop()
             self._meter.begin_step(device)
@@ -176,7 +182,8 @@ class AttentionSession:
 
     def text(self, transformer: int, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
         """The text side of a call of the running forward; None for a call without text."""
-        return self._tracker.forward(transformer).text(tokens, first, mask) if tokens else None
+        forward = self._tracker.forward(transformer)
+        return forward.text(tokens, first, mask) if tokens else forward.packed
 
     def attend(
         self,
@@ -204,7 +211,7 @@ class AttentionSession:
             key=CallKey(transformer, layer, forward.number),
             both_prompts=forward.both_prompts,
             may_lead=forward.guided,
-            forwards=max(self._tracker.forwards, self._forwards),
+            forwards=max(self._tracker.forwards, self._forwards, self.least_forwards),
             steps=self._tracker.total,
             stage=self._tracker.stage,
         )

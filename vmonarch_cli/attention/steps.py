@@ -37,16 +37,18 @@ class RunningForward:
     """Its samples are those of all negative prompts and then those of all prompts, as diffusers orders them."""
     guided: bool
     """Guidance is on, if not in every step: another forward may follow although none did in the last step."""
+    packed: Text | None = None
+    """The other tokens of a sequence that packs the video's together with them."""
     _valid: dict[tuple[int, ...], list[Rows] | None] = field(default_factory=dict)
     """Real text tokens by the mask's shape: all layers of a forward share one mask, and reading one waits."""
 
     def text(self, tokens: int, first: bool, mask: torch.Tensor | None) -> Text:
         """The text side of a joint call with so many text tokens."""
         if mask is None:
-            return Text(tokens, first, None)
+            return Text(tokens, tokens if first else 0, None)
         if mask.shape not in self._valid:
             self._valid[mask.shape] = valid_rows(mask)
-        return Text(tokens, first, self._valid[mask.shape])
+        return Text(tokens, tokens if first else 0, self._valid[mask.shape])
 
 
 @dataclass
@@ -102,14 +104,16 @@ class StepTracker:
         self._done += 1
         return step
 
-    def begin_forward(self, transformer: int, grid: Grid, both_prompts: bool, guided: bool) -> bool:
+    def begin_forward(
+        self, transformer: int, grid: Grid, both_prompts: bool, guided: bool, packed: Text | None = None
+    ) -> bool:
         """Count a forward and say whether it begins a step. ``both_prompts`` matters only in a step's first forward."""
         begins = self.step is None
         if begins and self._announced is None and not self._watching:
             raise RuntimeError(NO_STEP)
         index = self._done if self._announced is None else self._announced
         number = 0 if self.step is None else self.step.forwards[transformer]
-        forward = RunningForward(index, transformer, grid, number, both_prompts and number == 0, guided)
+        forward = RunningForward(index, transformer, grid, number, both_prompts and number == 0, guided, packed)
         if self.step is None:
             self.step = Step(index, forward)
             if self._transformers and self.changes_over(transformer):

@@ -60,10 +60,13 @@ Attention = Callable[[AttentionCall], torch.Tensor]
 class StructuredAttention:
     """Attention as a preset has it, and what a clip's calls keep from step to step."""
 
-    def __init__(self, preset: Preset, layers: Sequence[int]) -> None:
-        """``layers``: how many self-attention layers each transformer has."""
+    def __init__(self, preset: Preset, layers: Sequence[int], stages: int | None = None) -> None:
+        """``layers``: how many self-attention layers each transformer has; ``stages``: how many of them take
+        over from one another in a clip, all by default.
+        """
         self.preset = preset
         self._layers = list(layers)
+        self._stages = len(self._layers) if stages is None else stages
         self.warm = WarmState()
         self._before: WarmState | None = None
         self.impl: str | None = None
@@ -162,5 +165,5 @@ class StructuredAttention:
     def _due(self, call: AttentionCall) -> int:
         """Frames that have their turn in this call."""
         layers = self._layers[call.key.transformer]
-        schedule = schedule_for(self.preset, call.grid[0], call.steps, layers, len(self._layers))
+        schedule = schedule_for(self.preset, call.grid[0], call.steps, layers, self._stages)
         return schedule.due(call.step, call.key.layer, call.forwards, call.stage)

@@ -287,7 +287,10 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     if plan.seed_was_drawn:  # the manifest keeps it
         content["seed"] = RANDOM
-    content["setup"].pop("offload", None)
+    for decided in ("offload", "fused_impl"):  # by the machine
+        content["setup"].pop(decided, None)
+    if not plan.setup.fuse:  # batches of earlier versions go on
+        del content["setup"]["fuse"]
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
@@ -306,6 +309,10 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = file_sha256(Path(plan.image))
+    if plan.last_image is None:  # as before there was one
+        del content["last_image"]
+    else:
+        content["last_image"] = file_sha256(Path(plan.last_image))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs

@@ -19,7 +19,7 @@ PRESET_FIELD = "preset."
 _REQUEST = {field.name for field in fields(GenerateRequest)}
 _TEXTS = (
     *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
-    *("sampler", "recipe"),
+    *("last_image", "sampler", "recipe"),
 )
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers", "quality")
 _NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
@@ -33,7 +33,9 @@ _OTHER_NAMES = {
     "name": "output",
     "negative": "negative_prompt",
 }
-_FOR_ALL = {"model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "quantize"}
+_FOR_ALL = {
+    *("model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "fuse", "quantize"),
+}
 
 
 @dataclass(frozen=True)

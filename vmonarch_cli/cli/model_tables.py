@@ -68,7 +68,6 @@ def model_table(model: ModelEntry) -> Group:
     d, cost = model.defaults, _step(model)
     pipeline = PIPELINES[model.pipeline]
     grid = " x ".join(str(n) for n in model.grid(d.height, d.width, d.num_frames))
-    period = model.vae_temporal * model.patch[0]
     image = "needed" if model.takes_image else "possible" if model.image_pipeline else "not taken"
     both = f"{model.transformers} x " if model.transformers > 1 else ""
     forwards = "1 forward of 2 samples" if pipeline.guidance_by_batch else f"{branches_of(model, d.guidance_scale)}"
@@ -84,11 +83,12 @@ def model_table(model: ModelEntry) -> Group:
         ),
         ("attention", f"{model.layers} layers, {model.heads} heads x {model.head_dim}"),
         ("by default", f"{d.width}x{d.height}, {d.num_frames} frames at {d.fps} fps, {d.steps} steps"),
-        ("guidance", f"{d.guidance_scale:g}{' (embedded)' if model.embedded_guidance else ''}, {forwards} a step"),
+        ("guidance", f"{_guidance(model, pipeline)}, {forwards} a step"),
         ("flow shift", "the scheduler's own" if d.flow_shift is None else f"{d.flow_shift:g}"),
         ("sides", f"multiples of {model.side_multiple} pixels"),
-        ("frames", f"multiples of {period}{' plus one' if model.frame_offset else ''}"),
+        ("frames", _frames(model)),
         ("first frame", f"--image is {image}"),
+        *([("last frame", "--last-image is possible, with a first one or alone")] if pipeline.last_image else []),
         *([("sound", "made with the frames; --no-audio leaves it out")] if pipeline.sound else []),
         ("beside it", _additions(pipeline)),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
@@ -98,16 +98,31 @@ def model_table(model: ModelEntry) -> Group:
     return Group(Text(model.title, style="bold"), facts(rows))
 
 
+def _guidance(model: ModelEntry, facts: PipelineFacts) -> str:
+    if facts.distilled:
+        return "in the weights"
+    return f"{model.defaults.guidance_scale:g}{' (embedded)' if model.embedded_guidance else ''}"
+
+
+def _frames(model: ModelEntry) -> str:
+    counts = model.axes()[0]
+    if model.chunks is not None:
+        return f"multiples of {counts.step} plus {model.chunks.latents}, from {counts.first} to {counts.largest}"
+    return f"multiples of {model.vae_temporal * model.patch[0]}{' plus one' if model.frame_offset else ''}"
+
+
 def _additions(facts: PipelineFacts) -> str:
     """The flags that diffusers has an answer to in this pipeline, beside the attention."""
     flags = ["--quantize", "--offload"] + ["--lora", "--tuned"] * facts.lora + ["--compile"] * facts.compiles
+    flags += ["--fuse"] * facts.fuses
     return ", ".join(flags + [f"--cache ({', '.join(facts.caches)})"] * bool(facts.caches))
 
 
 def _step(model: ModelEntry) -> Flops:
     d = model.defaults
-    grid = model.grid(d.height, d.width, d.num_frames)
-    return count_flops(model, grid, load_preset(d.preset), d.steps, branches_of(model, d.guidance_scale))
+    shape = (d.height, d.width, d.num_frames)
+    branches, others = branches_of(model, d.guidance_scale), model.other_tokens(*shape)
+    return count_flops(model, model.grid(*shape), load_preset(d.preset), d.steps, branches, others=others)
 
 
 def _peaks(model: ModelEntry) -> dict[str, int]:

@@ -193,6 +193,7 @@ class RequestFlags(TypedDict, total=False):
         option("--transformer-2", panel=MODEL, metavar="FILE", help="The same for the second transformer."),
     ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
+    last_image: Annotated[str | None, option("--last-image", panel=MODEL, help="Last frame, for models that take one.")]
     audio: Annotated[
         bool | None,
         option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),
@@ -225,6 +226,14 @@ class RequestFlags(TypedDict, total=False):
         str | None, option("--cache", panel=SPEED, help="first-block, pab or taylorseer: skip work between steps.")
     ]
     compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
+    fuse: Annotated[
+        bool | None,
+        option(
+            "--fuse/--no-fuse",
+            panel=SPEED,
+            help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
+        ),
+    ]
 
 
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]

@@ -59,6 +59,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     shape = " x ".join(str(n) for n in plan.grid)
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
+        *others_row(plan),
         *([] if plan.preset_reason is None else [("preset auto", plan.preset_reason)]),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
@@ -74,6 +75,15 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     if len(plan.outputs) > 10:
         rows.append(("", f"and {len(plan.outputs) - 10} more"))
     return Group(made, facts(rows))
+
+
+def others_row(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What the self-attention of a packed sequence has beside the grid; nothing of other models."""
+    count, given = plan.other_tokens, len(plan.given_frames)
+    if not count:
+        return []
+    frames = "" if not given else " and of the given frame" if given == 1 else f" and of {given} given frames"
+    return [("beside it", f"{count:,} tokens of sound{frames}, and those of the prompt: exact in every call")]
 
 
 def _sigma_words(plan: Plan) -> str:

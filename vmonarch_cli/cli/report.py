@@ -34,16 +34,25 @@ def header(plan: Plan, machine: Machine) -> Table:
         [
             ("model", Text.assemble((plan.model.title, "bold"), f"  {_layers(plan)}")),
             ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
-            ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns)"),
+            ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
-            ("device", f"{machine.device_name}, {machine.dtype}, attention by {machine.impl_of(plan.preset)}"),
+            ("device", f"{machine.device_name}, {machine.dtype}, {_runs_by(plan, machine)}"),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
     )
+
+
+def _others(plan: Plan) -> str:
+    return f", beside {plan.other_tokens:,} of sound and given frames" if plan.other_tokens else ""
+
+
+def _runs_by(plan: Plan, machine: Machine) -> str:
+    fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
+    return f"attention by {machine.impl_of(plan.preset)}{fused}"
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:

@@ -1,4 +1,4 @@
-"""`vmonarch tune`: an adapter that brings a preset's clips closer to dense ones, from prompts alone."""
+"""`vmonarch tune`: an adapter that brings a preset's clips closer to dense ones, from prompts or clips."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _NOT_OF_A_CLIP = (
     "negative_prompt",
     "height",
     "width",
-    "fps",
     "steps",
     "num_videos",
     "dense_every",
     "output",
     "overwrite",
     "image",
+    "last_image",
     "offload",
     "vae_tiling",
     "vae_dtype",
@@ -58,6 +58,7 @@ _NOT_OF_A_CLIP = (
     "loras",
     "cache",
     "compile",
+    "fuse",
     "tuned",
     "transformer",
     "transformer_2",
@@ -76,6 +77,14 @@ class TuneFlags:
         str | None,
         option("--prompts-file", panel=MODEL, help="One prompt per line. Default: the demo model's own prompts."),
     ] = None
+    videos: Annotated[
+        str | None,
+        option(
+            "--videos",
+            panel=TRAINING,
+            help="Learn from clips instead: a folder of NAME.mp4, each with its caption in NAME.txt.",
+        ),
+    ] = None
     sampler_steps: Annotated[
         int | None,
         whole_option("--sampler-steps", panel=SAMPLING, help="Denoising steps of the clips that it is for."),
@@ -90,7 +99,13 @@ class TuneFlags:
         ),
     ] = None
     rank: Annotated[int | None, whole_option("--rank", panel=TRAINING, help="Rank of the LoRA. Default: 16.")] = None
-    lr: Annotated[float | None, number_option("--lr", panel=TRAINING, help="Learning rate. Default: 0.001.")] = None
+    full: Annotated[
+        bool, option("--full", panel=TRAINING, help="Train all weights instead of a LoRA. The file has their size.")
+    ] = False
+    lr: Annotated[
+        float | None,
+        number_option("--lr", panel=TRAINING, help="Learning rate. Default: 0.001, with --full 0.00001."),
+    ] = None
     batch: Annotated[
         int | None, whole_option("--batch", panel=TRAINING, help="Clips in a step, of each process. Default: 1.")
     ] = None
@@ -112,8 +127,8 @@ class TuneFlags:
 def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug = False, words: Stray = None) -> None:
     """Tune a model to a preset: the same model with dense attention teaches it, and prompts are all it needs.
 
-    Writes one LoRA file for `--tuned`. What a run has done is kept in a folder beside it, OUTPUT.tune, until the
-    adapter is there. Started by torchrun, processes share the work.
+    Writes one file for `--tuned`, a LoRA or, with `--full`, all weights. What a run has done is kept in a folder beside
+    it, OUTPUT.tune, until the file is there. Started by torchrun, processes share the work.
     """
     refuse_stray(words)
     rank = read_rank()
@@ -124,8 +139,10 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
+    from vmonarch_cli.tune.flow_matching import check_encoder
     from vmonarch_cli.tune.memory import check_memory, free_bytes
 
+    check_encoder(plan)
     machine = check_machine(plan.clip)
     check_memory(plan, free_bytes(machine), machine)
     out.say(_header(plan))
@@ -159,6 +176,8 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
         batch=flags.batch,
         seconds=flags.seconds,
         eval_prompts=flags.eval_prompts,
+        videos=flags.videos,
+        full=flags.full,
         resume=flags.resume,
         overwrite=flags.replace,
     )
@@ -176,14 +195,14 @@ def _prompt_of(line: Line, source: str) -> str:
 
 
 def _header(plan: TunePlan) -> str:
-    clip, count = plan.clip, len(plan.prompts)
+    clip = plan.clip
     limits = [f"{plan.steps} steps" if plan.steps else "", f"{plan.seconds:g} s" if plan.seconds else ""]
     some = "up to " if plan.seconds else ""
     return (
         f"tuning {clip.model.alias} to {clip.preset.name}: {clip.width}x{clip.height}, {clip.num_frames} frames, "
-        f"{clip.steps} sampler steps, guidance {clip.guidance_scale:g}; rank {plan.rank}, lr {plan.lr:g}, "
-        f"{' or '.join(part for part in limits if part)}; the teacher's {some}{count} trajectories take "
-        f"{some}{binary_size(plan.trajectory_bytes * count)} in {plan.work}"
+        f"{clip.steps} sampler steps, guidance {clip.guidance_scale:g}; {plan.trained_words}, lr {plan.lr:g}, "
+        f"{' or '.join(part for part in limits if part)}; {plan.kept_words} take "
+        f"{some}{binary_size(plan.work_bytes)} in {plan.work}"
     )
 
 
@@ -191,7 +210,9 @@ def _finish(plan: TunePlan, tuned: TuneResult, plot: Any, out: Output) -> None:
     if plot is not None:
         from vmonarch_cli.tune.plot import plot_losses
 
-        plot_losses(tuned.losses, f"{plan.clip.model.alias}, preset {plan.clip.preset.name}, rank {plan.rank}", plot)
+        plot_losses(
+            tuned.losses, f"{plan.clip.model.alias}, preset {plan.clip.preset.name}, {plan.trained_words}", plot
+        )
     if out.as_json:
         out.json({"path": str(tuned.path), **tuned.adapter.model_dump(by_alias=True), "losses": tuned.losses})
     if tuned.before is not None and tuned.after is not None:

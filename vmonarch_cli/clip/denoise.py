@@ -47,13 +47,18 @@ def denoise(
     # A pipeline without callbacks is followed through its scheduler.
     by_callback = takes_callback(pipeline)
     session.on_sample = None if by_callback else lambda sample: check(len(session.steps) - 1, sample)
+
+    def picture(path: str | None) -> Any:
+        return None if path is None else conditioning_image(path, plan.height, plan.width)
+
     try:
         return call_with_sound(
             pipeline,
             embeddings,
             (plan.height, plan.width, plan.num_frames),
             **sampling_of(plan, seed),
-            image=None if plan.image is None else conditioning_image(plan.image, plan.height, plan.width),
+            image=picture(plan.image),
+            last_image=picture(plan.last_image),
             callback_on_step_end=after_step if by_callback else None,
         )
     finally:
@@ -61,7 +66,7 @@ def denoise(
 
 
 def conditioning_image(path: str, height: int, width: int) -> Any:
-    """The picture that an image-to-video model continues: its middle, cut to the clip's proportions, in RGB."""
+    """A picture that a model makes a clip around: its middle, cut to the clip's proportions, in RGB."""
     from PIL import ImageOps
 
     return ImageOps.fit(load_picture(Path(path), f"image {path}"), (width, height))

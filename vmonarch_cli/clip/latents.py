@@ -57,6 +57,8 @@ class Denoised:
     save_s: float = 0.0
     skipped_calls: int = 0
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
+    fused: str | None = None
+    """What the fused blocks ran with; None for stock blocks."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
     sound: torch.Tensor | None = None

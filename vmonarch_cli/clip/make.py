@@ -135,7 +135,7 @@ class ClipMaker:
 
     def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
         """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
-        decided = {"offload": self._machine.offload, "vae_dtype": self._machine.vae_dtype}
+        decided = {name: getattr(self._machine, name) for name in ("offload", "vae_dtype", "fused_impl")}
         where: dict[str, Any] = {
             "device": self._device,
             "dtype": DTYPES[self._machine.dtype],
@@ -286,6 +286,7 @@ class ClipMaker:
                 weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
+                fused=self._machine.fused_impl,
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,

@@ -84,13 +84,14 @@ def make_record(
         "dtype": denoised.dtype,
         "vae_dtype": vae_dtype,
         "impl": denoised.impl,
+        "fused": denoised.fused,
         "coverage": denoised.coverage.to_json(),
         **({} if timing is None else {"timing": timing.to_json()}),
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
         # Files beside the model have hashes: "tuned" and "weights".
-        "setup": plan.setup.model_dump(exclude={"tuned", "transformer", "transformer_2"}),
+        "setup": plan.setup.model_dump(exclude={"tuned", "transformer", "transformer_2", "fused_impl"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
         "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
@@ -201,7 +202,8 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    work = Work(plan.model, plan.grid, plan.steps, branches_of(plan.model, plan.guidance_scale), plan.flow_shift)
+    branches = branches_of(plan.model, plan.guidance_scale)
+    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift, plan.other_tokens)
     step_costs = tuple(work.step_costs(preset))
     costs = {"flops": work.flops(preset, step_costs), "step_costs": step_costs}
     setup = plan.setup
@@ -253,8 +255,8 @@ def _loads(plan: Plan) -> Iterator[str]:
         yield f"the record loads the tuned adapter {plan.tuned.path}"
     for file in plan.setup.single_files.values():
         yield f"the record loads the transformer {_place(file)}"
-    if plan.image is not None:
-        yield f"the record reads the image {plan.image}"
+    for path in plan.given_frames:
+        yield f"the record reads the image {path}"
 
 
 def _place(source: str) -> str:

@@ -214,6 +214,8 @@ class Record(_Part):
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the frames were decoded in; None in records of earlier versions."""
     impl: str | None = None
+    fused: str | None = None
+    """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
     versions: dict[str, str | None] = {}
@@ -250,6 +252,8 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
+        if self.fused is not None:
+            values["fused"] = self.fused
         return values
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
+from vmonarch_cli.attention.joint import Packed
+from vmonarch_cli.families.fusing import FusedBlock
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -19,6 +22,9 @@ WholeDecoder = Callable[[Any, torch.Tensor, Shape | None], torch.Tensor]
 """(pipeline, its latents, shape of the clip) -> frames (1, 3, F, height, width), from -1 to 1."""
 Decoder = Callable[[Any, torch.Tensor, Shape | None], Iterator[torch.Tensor]]
 """The same in parts (1, 3, f, height, width), in order; f is all of F where the VAE makes all frames together."""
+Encoder = Callable[[Any, torch.Tensor], torch.Tensor]
+"""(pipeline, frames (1, 3, F, height, width) from -1 to 1, in the VAE's dtype) -> latents as its transformer takes
+them, without noise."""
 SoundDecoder = Callable[[Any, torch.Tensor], tuple[torch.Tensor, int]]
 """(pipeline, its latents of sound) -> samples (1, channels, N), from -1 to 1, and how many of them a second has."""
 
@@ -86,6 +92,10 @@ class ForwardInputs:
     """Shape of the latents, batch 1."""
     others: Callable[[ModelEntry, LatentClip, torch.device, torch.dtype], dict[str, Any]] = no_inputs
     """What it takes beside latents, timestep and text embeddings."""
+    timestep: Callable[[float], float] = lambda sigma: 1000 * sigma
+    """Its timestep at a noise level from 1 to 0."""
+    towards_clip: bool = False
+    """Its velocity points from the noise to the clip; most models' points from the clip to the noise."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ class Family:
     """The end of the pipeline's own call."""
     grid: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Grid] = latent_grid
     """(transformer, args, kwargs of its forward) -> token grid, which processors never see."""
+    packed: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Packed] | None = None
+    """The same for a transformer of one packed sequence, whose grid is a part of it; `grid` is then not asked."""
     obstacle: Callable[[Any], str | None] = lambda transformer: None
     """Why a transformer of this class cannot be swapped after all, or None."""
     prompt: Callable[[str], str | list[str]] = lambda text: text
@@ -118,8 +130,15 @@ class Family:
     """Why it cannot be split although diffusers has a plan for it, or None."""
     decode_sound: SoundDecoder | None = None
     """The end of the pipeline's own call for its sound; None for families that make none."""
+    readers: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
+    """Of a modular pipeline the components that `from_pretrained` of their class does not read everywhere; each takes
+    the component's folder."""
+    encode: Encoder | None = None
+    """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
+    fused: Mapping[str, FusedBlock] = field(default_factory=dict)
+    """Class name of a block -> its fused form; empty for families that have none."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""
@@ -168,6 +187,18 @@ def start_offloaded(module: Any) -> None:
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
+
+
+def encoded(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Latents of frames as the VAE gives them: the mode of its distribution, without chance."""
+    latents: torch.Tensor = pipeline.vae.encode(frames, return_dict=False)[0].mode()
+    return latents
+
+
+def encode_scaled(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    """The encoder of the families whose VAE has a scaling factor and no statistics."""
+    factor: float = pipeline.vae.config.scaling_factor
+    return encoded(pipeline, frames) * factor
 
 
 def decode_scaled(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:

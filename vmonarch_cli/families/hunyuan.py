@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, added_qkv, heads_of, split_out
-from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, at_once, decode_scaled, layers
+from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, at_once, decode_scaled, encode_scaled, layers
+from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
+from vmonarch_cli.families.hunyuan_blocks import HUNYUAN_15_BLOCKS, HUNYUAN_BLOCKS
 from vmonarch_cli.models.base import ModelEntry
 
 _POOLED_DIM = 768  # of CLIP-L, HunyuanVideo's second text encoder
@@ -36,12 +38,19 @@ class HunyuanMonarchProcessor(MonarchProcessor):
         single_stream = attn.add_q_proj is None
         if single_stream:
             hidden_states = torch.cat([hidden_states, text], dim=1)
-        query, key, value = heads_of(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query = _rotate_video(query, image_rotary_emb, tokens if single_stream else 0)
-            key = _rotate_video(key, image_rotary_emb, tokens if single_stream else 0)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if impl_of(attn) is not None and attn.norm_q is not None:
+            # The tables are the video's: a prompt's tokens, behind them, are not turned.
+            tables = None if image_rotary_emb is None else tuple(table[None, :, None] for table in image_rotary_emb)
+            query, key = normed_and_rotated(attn, query, key, tables, per_head=True)
+            (value,) = heads_of(attn, value)
+        else:
+            query, key, value = heads_of(attn, query, key, value)
+            query = query if attn.norm_q is None else attn.norm_q(query)
+            key = key if attn.norm_k is None else attn.norm_k(key)
+            if image_rotary_emb is not None:
+                query = _rotate_video(query, image_rotary_emb, tokens if single_stream else 0)
+                key = _rotate_video(key, image_rotary_emb, tokens if single_stream else 0)
         if not single_stream:
             added = added_qkv(attn, text)
             query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))
@@ -111,11 +120,14 @@ HUNYUAN_VIDEO = Family(
     {"HunyuanVideoAttnProcessor2_0": HunyuanMonarchProcessor},
     layers("transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
     at_once(decode_scaled),
+    encode=encode_scaled,
     forward=ForwardInputs(others=_inputs),
+    fused=HUNYUAN_BLOCKS,
 )
 HUNYUAN_VIDEO_15 = Family(
     {"HunyuanVideo15AttnProcessor2_0": HunyuanMonarchProcessor},
     layers("transformer_blocks.N.attn"),
     at_once(decode_scaled),
     adjusted=_own_size,
+    fused=HUNYUAN_15_BLOCKS,
 )

@@ -13,6 +13,8 @@ import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
 from vmonarch_cli.families.base import Family, Shape, at_once, layers, patch_of, run_vae, stock_plan
+from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
+from vmonarch_cli.families.ltx_blocks import LTX_BLOCKS
 from vmonarch_cli.models.base import Grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -31,15 +33,19 @@ class LTXMonarchProcessor(MonarchProcessor):
     ) -> torch.Tensor:
         """hidden_states (B, N, channels) -> (B, N, channels)."""
         self.refuse("LTXMonarchProcessor", encoder_hidden_states, attention_mask)
-        query = attn.norm_q(attn.to_q(hidden_states))
-        key = attn.norm_k(attn.to_k(hidden_states))
-        value = attn.to_v(hidden_states)
-        if image_rotary_emb is not None:
-            from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if impl_of(attn) is not None:
+            tables = None if image_rotary_emb is None else heads_of(attn, *image_rotary_emb)
+            query, key = normed_and_rotated(attn, query, key, tables)
+            (value,) = heads_of(attn, value)
+        else:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+            if image_rotary_emb is not None:
+                from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
-            query = apply_rotary_emb(query, image_rotary_emb)
-            key = apply_rotary_emb(key, image_rotary_emb)
-        query, key, value = heads_of(attn, query, key, value)
+                query = apply_rotary_emb(query, image_rotary_emb)
+                key = apply_rotary_emb(key, image_rotary_emb)
+            query, key, value = heads_of(attn, query, key, value)
 
         out = self.attend(query, key, value).flatten(2, 3).to(query.dtype)
         result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
@@ -232,6 +238,7 @@ LTX = Family(
     at_once(_decode),
     grid=_grid,
     parallel_plan=_parallel_plan,
+    fused=LTX_BLOCKS,
 )
 LTX2 = Family(
     {

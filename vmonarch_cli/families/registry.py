@@ -10,6 +10,7 @@ from vmonarch_cli.families.cogvideox import COGVIDEOX
 from vmonarch_cli.families.hunyuan import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from vmonarch_cli.families.kandinsky import KANDINSKY_5
 from vmonarch_cli.families.ltx import LTX, LTX2
+from vmonarch_cli.families.minimax import MINIMAX_H3
 from vmonarch_cli.families.mochi import MOCHI
 from vmonarch_cli.families.motif import MOTIF_VIDEO
 from vmonarch_cli.families.wan import SKYREELS_V2, WAN, WAN_VACE
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "AllegroTransformer3DModel": ALLEGRO,
     "Kandinsky5Transformer3DModel": KANDINSKY_5,
     "MotifVideoTransformer3DModel": MOTIF_VIDEO,
+    "MiniMaxH3Transformer3DModel": MINIMAX_H3,
 }
 
 

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
-from vmonarch_cli.families.base import Family, ForwardInputs, Shape, layers, mean_and_std, run_vae, start_offloaded
+from vmonarch_cli.families.base import (
+    Family,
+    ForwardInputs,
+    Shape,
+    encoded,
+    layers,
+    mean_and_std,
+    run_vae,
+    start_offloaded,
+)
+from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
+from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
 _WHOLE_PIXELS = 1 << 20
@@ -29,10 +40,14 @@ class WanMonarchProcessor(MonarchProcessor):
         """hidden_states (B, N, channels) -> (B, N, channels)."""
         self.refuse("WanMonarchProcessor", encoder_hidden_states, attention_mask)
         query, key, value = project(attn, hidden_states)
-        query, key, value = heads_of(attn, attn.norm_q(query), attn.norm_k(key), value)
-        if rotary_emb is not None:
-            query = _apply_rotary(query, *rotary_emb)
-            key = _apply_rotary(key, *rotary_emb)
+        if impl_of(attn) is not None:
+            query, key = normed_and_rotated(attn, query, key, rotary_emb)
+            (value,) = heads_of(attn, value)
+        else:
+            query, key, value = heads_of(attn, attn.norm_q(query), attn.norm_k(key), value)
+            if rotary_emb is not None:
+                query = _apply_rotary(query, *rotary_emb)
+                key = _apply_rotary(key, *rotary_emb)
 
         out = self.attend(query, key, value).flatten(2, 3).type_as(query)
         result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
@@ -73,12 +88,20 @@ def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterat
         yield from decode_chunks(vae, latents)
 
 
+def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
+    latents = encoded(pipeline, frames)
+    mean, std = mean_and_std(pipeline, latents)
+    return (latents - mean) / std
+
+
 WAN = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
     forward=ForwardInputs(),
+    fused=WAN_BLOCKS,
 )
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
 WAN_VACE = Family(
@@ -86,6 +109,8 @@ WAN_VACE = Family(
     layers("blocks.N.attn1", "vace_blocks.N.attn1"),
     _decode,
     plain_calls=True,
+    encode=_encode,
+    fused=WAN_VACE_BLOCKS,
 )
 SKYREELS_V2 = Family(
     {"SkyReelsV2AttnProcessor": WanMonarchProcessor},
@@ -93,4 +118,6 @@ SKYREELS_V2 = Family(
     _decode,
     obstacle=_causal,
     plain_calls=True,
+    encode=_encode,
+    fused=SKYREELS_BLOCKS,
 )

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ Frames = NDArray[np.uint8]
 _PICTURES = {".gif": ("GIF", 100, 50), ".webp": ("WEBP", 1000, 240)}
 """Ending -> Pillow's name of the format, its ticks of a second, and the most frames that a second has."""
 _MAX_PICTURES = 4096
+_T = TypeVar("_T")
 
 
 def read_clip(path: Path, fps: int | None = None) -> Frames:
@@ -34,6 +36,25 @@ def read_clip(path: Path, fps: int | None = None) -> Frames:
     if not len(frames):
         raise InputError(f"clip {path} has no frames")
     return frames
+
+
+def first_frames(path: Path, count: int, fps: int) -> Iterator[Frames]:
+    """The first `count` frames (H, W, 3), uint8, of a clip, one after the other; InputError when one cannot be read.
+
+    fps: frames are those of this rate. An .mp4 of another one is brought to it: frames are repeated or left out. GIFs
+    and folders are taken as they are. A clip that is shorter gives all that it has.
+    """
+
+    def of_mp4(file: Path) -> Iterator[Frames]:
+        return _decoded(file, [], ["-vf", f"fps={fps}"])
+
+    def read() -> Iterator[Frames]:
+        yield from itertools.islice(
+            _of_kind(path, of_mp4, lambda file: iter(_read_pictures(file, fps)), _in_turn), count
+        )
+
+    with _one_sentence(path):  # a generator does its work when it is asked for frames
+        yield from read()
 
 
 def one_frame(path: Path, seconds: float) -> Frames:
@@ -54,28 +75,36 @@ def one_frame(path: Path, seconds: float) -> Frames:
     return _of_kind(path, of_mp4, of_gif, of_folder)
 
 
-def _of_kind(
-    path: Path, mp4: Callable[[Path], Frames], gif: Callable[[Path], Frames], folder: Callable[[Path], Frames]
-) -> Frames:
+def _of_kind(path: Path, mp4: Callable[[Path], _T], gif: Callable[[Path], _T], folder: Callable[[Path], _T]) -> _T:
     """What the reader of a clip's kind makes of it."""
     if not path.exists():
         raise InputError(f"there is no clip {path}")
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise InputError(f"{path} is not a clip: valid endings are {', '.join(ENDINGS)}")
-    try:
-        if path.is_dir():
+    with _one_sentence(path):
+        if path.is_dir() or ending == ".png":
             return folder(path)
-        if ending == ".png":
-            return _read_picture(path)[None]
         require_regular(path, f"clip {path}")
         return gif(path) if ending in _PICTURES else mp4(path)
+
+
+@contextlib.contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Whatever the readers raise for a damaged file becomes an InputError."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, StopIteration, SyntaxError, IndexError, EOFError):
         raise InputError(f"clip {path} cannot be read: it is damaged or not what its name says") from None
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.png"))
+    """The frames of a folder, or of a picture that is a clip of one frame."""
+    return sorted(folder.glob("*.png")) if folder.is_dir() else [folder]
+
+
+def _in_turn(folder: Path) -> Iterator[Frames]:
+    return (_read_picture(file) for file in _pictures(folder))
 
 
 def _read_folder(folder: Path) -> Frames:
@@ -90,14 +119,15 @@ def _read_mp4(path: Path) -> Frames:
     return np.stack(list(_decoded(path, [])))
 
 
-def _decoded(path: Path, flags: list[str]) -> Iterator[Frames]:
+def _decoded(path: Path, flags: list[str], filters: Sequence[str] = ()) -> Iterator[Frames]:
     """Frames (H, W, 3) as ffmpeg decodes them."""
     import imageio_ffmpeg
 
     # An absolute path: a name with a colon would be an address.
-    with contextlib.closing(
-        imageio_ffmpeg.read_frames(str(path.resolve()), input_params=[*as_kind(path), *flags])
-    ) as stream:
+    stream = imageio_ffmpeg.read_frames(
+        str(path.resolve()), input_params=[*as_kind(path), *flags], output_params=list(filters)
+    )
+    with contextlib.closing(stream):
         width, height = next(stream)["size"]
         for content in stream:
             yield np.frombuffer(content, np.uint8).reshape(height, width, 3)

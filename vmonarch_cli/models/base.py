@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.config import MAX_FIGURE, Config
-from vmonarch_cli.models.shapes import Axis, Tiles, axis, nearest_sizes
+from vmonarch_cli.models.shapes import Axis, Chunks, PackedRows, Tiles, axis, nearest_sizes
 from vmonarch_cli.presets import DEFAULT_PRESET
 
 Grid = tuple[int, int, int]
@@ -82,8 +82,16 @@ class PipelineFacts:
     """diffusers loads LoRA weights into it."""
     sound: bool = False
     """It makes sound with the frames."""
+    last_image: bool = False
+    """It takes a last frame, with a first one or alone."""
+    modular: tuple[str, ...] = ()
+    """Of a modular pipeline the components that its text and frame workflows use; empty for an ordinary one."""
+    distilled: bool = False
+    """Guidance is in its weights: it takes neither a scale nor a second text."""
     compiles: bool = True
     """diffusers names the repeated blocks of its transformer, so that they can be compiled."""
+    fuses: bool = False
+    """The blocks of its transformer have a fused form."""
     transformer_config: Callable[[ModelEntry], dict[str, Any]] | None = None
     """Arguments of the transformer's class that build it for an entry, without its weights; None for the families whose
     whole models are not profiled."""
@@ -133,6 +141,10 @@ class ModelEntry(BaseModel):
     decoder_tiles: Tiles | None = None
     """Of a decoder that leaves blank what its tiles do not fill."""
     min_frames: int = 1
+    chunks: Chunks | None = None
+    """Of a VAE that encodes a clip in chunks, from which latent frames are dropped at the end."""
+    packed: PackedRows | None = None
+    """Of a model whose self-attention has more than the video in one sequence; the prompt's tokens are not among it."""
     min_steps: int = 1
     """Fewest denoising steps that its noise schedule can be made of."""
     scheduler: str | None = None
@@ -168,11 +180,22 @@ class ModelEntry(BaseModel):
     def grid(self, height: int, width: int, num_frames: int) -> Grid:
         """Token grid (T latent frames, H, W) of a valid clip of that many pixels and frames."""
         latent_frames = (num_frames - self.frame_offset) // self.vae_temporal + self.frame_offset
+        if self.chunks is not None:
+            latent_frames = self.chunks.latent_frames(num_frames)
         return (
             -(-latent_frames // self.patch[0]),  # CogVideoX 1.5 fills up its last patch
             height // (self.vae_spatial * self.patch[1]),
             width // (self.vae_spatial * self.patch[2]),
         )
+
+    def other_tokens(self, height: int, width: int, num_frames: int, given: int = 0) -> int:
+        """Tokens that the self-attention of a packed sequence has beside those of the grid, the prompt's aside: of
+        sound, and of so many frames that are given.
+        """
+        if self.packed is None:
+            return 0
+        _, rows, columns = self.grid(height, width, num_frames)
+        return self.packed.sound_rows(num_frames) + given * self.packed.per_position * rows * columns
 
     def axes(self) -> tuple[Axis, Axis, Axis]:
         """Valid frame counts, heights and widths."""
@@ -188,6 +211,8 @@ class ModelEntry(BaseModel):
         most_frames = frames and (frames * self.patch[0] - offset) * self.vae_temporal + offset
         if self.decoder_tiles is not None:
             return axis(period, most_frames, tile[0], stride[0]), heights, widths
+        if self.chunks is not None:
+            return Axis(self.min_frames, self.chunks.frames, self.chunks.most_frames), heights, widths
         return Axis(max(offset or period, self.min_frames), period, most_frames), heights, widths
 
     def check_shape(self, height: int, width: int, num_frames: int) -> None:
@@ -217,6 +242,8 @@ class ModelEntry(BaseModel):
 
     def _check_frames(self, num_frames: int, counts: Axis) -> None:
         misfit = f"{num_frames} frames do not fit {self.alias}"
+        if counts.exceeds(num_frames) and self.chunks is not None:
+            raise InputError(f"{misfit}: it makes clips of {counts.first} to {counts.largest} frames")
         if counts.exceeds(num_frames):
             raise InputError(
                 f"{misfit}: its positions reach {self.max_grid[0]} latent frames, and the largest valid count is "
@@ -230,6 +257,11 @@ class ModelEntry(BaseModel):
             raise InputError(
                 f"{misfit}: its decoder works in tiles, which fill counts of {counts.first} plus a multiple of "
                 f"{counts.step}, {nearest}"
+            )
+        if self.chunks is not None:
+            raise InputError(
+                f"{misfit}: the frame count must be a multiple of {counts.step} plus {self.chunks.latents}, "
+                f"{counts.first} at least, {nearest}"
             )
         raise InputError(
             f"{misfit}: the frame count must be a multiple of {counts.step}"

@@ -19,9 +19,12 @@ from vmonarch_cli.untrusted.files import read_json
 _NEEDED = ("transformer", "text_encoder", "vae")
 _BESIDE_THE_TEXT = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")  # counted with the text encoder
 _COMPONENTS = ("transformer", "transformer_2", "vae", *_BESIDE_THE_TEXT)
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+"""Where a pipeline of diffusers names its components; a modular one does so in a file of its own."""
 _SETTINGS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
+    "vlprocessor": "processor_config.json",
     "processor": "preprocessor_config.json",
     "featureextractor": "preprocessor_config.json",
     "guid": "guider_config.json",
@@ -38,12 +41,13 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
     not describe such a model, or a weights file is missing, not safetensors, or damaged (headers and file sizes are
     checked; the tensors themselves are not read).
     """
-    index = _table(folder, "model_index.json", "a diffusers model folder")
+    index = read_index(folder)
     present = [name for name in _COMPONENTS if _is_component(index.get(name))]
     facts = _facts(folder, index)
-    for name in _NEEDED:
-        if name not in present:
-            raise ModelError(f"{folder} is not a complete model: its model_index.json names no {name}")
+    for name in facts.modular or _NEEDED:
+        if not _is_component(index.get(name)):
+            index_name = MODULAR_INDEX if facts.modular else INDEX
+            raise ModelError(f"{folder} is not a complete model: its {index_name} names no {name}")
     _check_configs(folder, index)
     params = {name: count(folder / name) for name in present}
     owner = "a Wan transformer" if facts.family == "wan" else f"a {facts.transformer}"
@@ -61,7 +65,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
         "boundary_ratio": _boundary(folder, index, two="transformer_2" in present),
         "transformer_params": params["transformer"],
         "text_encoder_params": sum(params.get(name, 0) for name in _BESIDE_THE_TEXT),
-        "vae_params": params["vae"],
+        "vae_params": params["vae"] + (count(folder / "audio_vae") if "audio_vae" in facts.modular else 0),
     }
     name = folder.resolve().name
     try:
@@ -73,6 +77,30 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
             f"{path} does not describe {owner}: {field} comes out as {shown(first['input'])}, which none has"
         ) from None
     return _with_own_schedule(entry, folder)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder's index says: each component as [library, class], and settings; ModelError where there is none.
+
+    Of a modular pipeline only the components that are loaded are in it; where they come from is left out, because they
+    are read from the folder.
+    """
+    if (folder / INDEX).is_file() or not (folder / MODULAR_INDEX).is_file():
+        return _table(folder, INDEX, "a diffusers model folder")
+    table = _table(folder, MODULAR_INDEX, "a diffusers model folder")
+    name = table.get("_class_name")
+    known = PIPELINES.get(name) if isinstance(name, str) else None
+    used = None if known is None else known.modular
+    return {key: _modular_value(value) for key, value in table.items() if used is None or key[:1] == "_" or key in used}
+
+
+def _modular_value(value: Any) -> Any:
+    """A component as [library, class]: it says so itself where it was loaded when the index was written, and the
+    place that it comes from says so always.
+    """
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], dict):
+        return value
+    return value[:2] if _is_component(value[:2]) else value[2].get("type_hint")
 
 
 def _check_configs(folder: Path, index: dict[str, Any]) -> None:

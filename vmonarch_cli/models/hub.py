@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.models.folder import INDEX, MODULAR_INDEX, read_folder, read_index
 from vmonarch_cli.models.weights import count_parameters, has_weights, weight_files
 from vmonarch_cli.text import binary_size, causes, first_line
 
@@ -37,8 +37,8 @@ def read_repository(repo: str, revision: str | None) -> ModelEntry:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=["*.json"]))
     except Exception as error:
         raise explain(error, repo, revision) from error
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{repo} is not a diffusers model: it has no model_index.json")
+    if not any((folder / name).is_file() for name in (INDEX, MODULAR_INDEX)):
+        raise ModelError(f"{repo} is not a diffusers model: it has no {INDEX}")
     try:
         entry = read_folder(folder, functools.partial(_count, repo, revision))
     except ModelError:
@@ -90,8 +90,37 @@ def cached_folder(repo: str, revision: str | None) -> Path | None:
             return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:
             raise explain(error, repo, revision) from error
-    _check_disk(repo, info)
+    files = info.siblings or ()
+    if not _is_modular(file.rfilename for file in files):  # of a modular pipeline not all is downloaded
+        _check_disk(repo, files)
     return None
+
+
+def download_modular(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a modular pipeline, with the components that are used downloaded; None for another pipeline.
+
+    Such repositories hold more than one model: what another one needs is left there. Raises what the hub's client
+    raises, and ModelError when the disk of the cache is too full.
+    """
+    import huggingface_hub
+
+    folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=["*.json"]))
+    if not _is_modular(path.name for path in folder.iterdir()):
+        return None
+    parts = [f"{name}/" for name, value in read_index(folder).items() if isinstance(value, list)]
+    info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    _check_disk(repo, [file for file in info.siblings or () if file.rfilename.startswith(tuple(parts))])
+    wanted = ["*.json", *(f"{part}*" for part in parts)]
+    pickles = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.py"]
+    return Path(
+        huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=pickles)
+    )
+
+
+def _is_modular(names: Iterable[str]) -> bool:
+    """Whether a repository with these files holds a modular pipeline."""
+    found = set(names)
+    return MODULAR_INDEX in found and INDEX not in found
 
 
 def snapshot_at_hand(repo: str, revision: str | None) -> Path | None:
@@ -126,12 +155,12 @@ def hub_file(repo: str, choose: Callable[[Sequence[str]], str], thing: str = "Lo
         raise explain(error, repo, thing=thing) from error
 
 
-def _check_disk(repo: str, info: Any) -> None:
+def _check_disk(repo: str, files: Sequence[Any]) -> None:
     from huggingface_hub import constants
 
     cached = {Path(name).name for name in _cached_blobs(repo, constants.HF_HUB_CACHE)}
-    files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
-    need = sum(file.size or 0 for file in files if (file.lfs is None or file.lfs.sha256 not in cached))
+    weights = [file for file in files if file.rfilename.endswith(".safetensors")]
+    need = sum(file.size or 0 for file in weights if (file.lfs is None or file.lfs.sha256 not in cached))
     cache = Path(constants.HF_HUB_CACHE)
     while not cache.exists():
         cache = cache.parent

@@ -148,6 +148,7 @@ PIPELINES = (
         _TEXT,
         _distilled,
         negative="never",
+        fuses=True,
         transformer_config=transformer_config,
     ),
     PipelineFacts(
@@ -171,6 +172,7 @@ PIPELINES = (
         guider=True,
         caches=_CACHES_15,
         lora=False,
+        fuses=True,
     ),
     PipelineFacts(
         "HunyuanVideo15ImageToVideoPipeline",
@@ -183,5 +185,6 @@ PIPELINES = (
         guider=True,
         caches=_CACHES_15,
         lora=False,
+        fuses=True,
     ),
 )

@@ -109,6 +109,7 @@ PIPELINES = (
         _TEXT,
         _ltx,
         guidance_by_batch=True,
+        fuses=True,
         image_pipeline="LTXImageToVideoPipeline",
     ),
     PipelineFacts(
@@ -118,6 +119,7 @@ PIPELINES = (
         _TEXT,
         _ltx,
         guidance_by_batch=True,
+        fuses=True,
         takes_image=True,
     ),
     PipelineFacts(

@@ -22,6 +22,44 @@ class Tiles(BaseModel):
     stride: tuple[int, int, int]
 
 
+class Chunks(BaseModel):
+    """A VAE that encodes ``frames`` at a time into ``latents``, and drops the last ``dropped`` of a clip's latents.
+
+    Valid counts are multiples of ``frames`` plus ``latents``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frames: int
+    latents: int
+    dropped: int
+    most_frames: int
+    """Of a clip."""
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip of a valid count."""
+        return (num_frames - self.latents) // self.frames * self.latents + self.latents - self.dropped
+
+
+class PackedRows(BaseModel):
+    """What is in a packed sequence beside the video that is made and the prompt, at a frame rate that never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fps: int
+    sound_per_second: int
+    """Rows of sound for each second of a clip, of each of its channels."""
+    sound_channels: int
+    sound_width: int
+    """Numbers in the latents of such a row."""
+    per_position: int
+    """Rows for each position of a frame that is given: its latents, and what the text encoder makes of it."""
+
+    def sound_rows(self, num_frames: int) -> int:
+        """Rows of sound of a clip."""
+        return round(num_frames / self.fps * self.sound_per_second) * self.sound_channels
+
+
 @dataclass(frozen=True)
 class Axis:
     """Valid values of one side or of the frame count: ``first``, ``first + step`` and so on, up to ``last``."""

@@ -50,8 +50,15 @@ _CLASS = "SkyReelsV2Transformer3DModel"
 _CACHES = ("pab", "taylorseer")  # first-block does not know what these blocks return
 
 PIPELINES = (
-    PipelineFacts("SkyReelsV2Pipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, caches=_CACHES),
+    PipelineFacts("SkyReelsV2Pipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, caches=_CACHES, fuses=True),
     PipelineFacts(
-        "SkyReelsV2ImageToVideoPipeline", "skyreels-v2", _CLASS, _TEXT, wan.figures, takes_image=True, caches=_CACHES
+        "SkyReelsV2ImageToVideoPipeline",
+        "skyreels-v2",
+        _CLASS,
+        _TEXT,
+        wan.figures,
+        takes_image=True,
+        caches=_CACHES,
+        fuses=True,
     ),
 )

@@ -1,7 +1,8 @@
 """Tuned adapters: what a file says of itself, and whether it belongs to a model and a preset. No torch.
 
-An adapter is a LoRA in diffusers' format for one model and one preset: the weights have learned to undo that preset's
-error, and make another preset's worse. So its safetensors file says what it was made for, and is used for that alone.
+An adapter is a LoRA in diffusers' format, or the transformers' own weights as training left them, for one model and one
+preset: the weights have learned to undo that preset's error, and make another preset's worse. So its safetensors file
+says what it was made for, and is used for that alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
-from vmonarch_cli.models.weights import component_files, read_layout
+from vmonarch_cli.models.weights import Layout, component_files, read_headers, read_layout
 from vmonarch_cli.presets import Preset, at_steps, format_value
 from vmonarch_cli.text import printable, shown
 from vmonarch_cli.untrusted.shapes import fault_of
@@ -52,6 +53,8 @@ class TunedAdapter(BaseModel):
     )
 
     layout: Literal[1] = Field(default=1, alias="schema")
+    kind: Literal["lora", "weights"] = "lora"
+    """A LoRA, or whole weights that take the place of the model's while attention is structured."""
     model: str = Field(min_length=1, max_length=4096)
     """The name or the folder that was asked for when it was made."""
     fingerprint: str
@@ -135,11 +138,40 @@ class TunedAdapter(BaseModel):
 def read_adapter(path: Path) -> TunedAdapter:
     """What an adapter's file says of itself, from its header alone.
 
-    InputError, in one sentence, when it is no regular file, no whole safetensors file, no LoRA, or not made for tuning.
+    InputError, in one sentence, when it is no regular file, no whole safetensors file, no LoRA, or not made by
+    tuning.
     """
     name = f"adapter {path}"
     try:
         layout = read_layout(path, "adapter")
+    except ModelError as error:
+        raise InputError(error.message) from None
+    text = layout.metadata.get(METADATA_KEY)
+    if not _says_weights(text):
+        _check_lora(layout, path, name)
+    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
+    if odd is not None:
+        raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
+    if text is None:
+        raise InputError(
+            f"{name} does not say what it was tuned for: its metadata has no {METADATA_KEY}, which `vmonarch tune` "
+            "writes; a LoRA of another kind goes with --lora"
+        )
+    return _parsed(text, name)
+
+
+def _says_weights(text: str | None) -> bool:
+    """Whether metadata, that may be anything, says that a file holds whole weights."""
+    try:
+        table = parse_json(parse_text((text or "")[:_MAX_JSON].encode("utf-8", "surrogatepass")))
+    except Malformed:
+        return False
+    return isinstance(table, dict) and table.get("kind") == "weights"
+
+
+def _check_lora(layout: Layout, path: Path, name: str) -> None:
+    """InputError unless a file is pairs of matrices, that can be turned off."""
+    try:
         parts = lora_tensors(layout.tensors, str(path))
         check_shapes(parts, layout.tensors, str(path))
     except ModelError as error:
@@ -149,15 +181,10 @@ def read_adapter(path: Path) -> TunedAdapter:
         raise InputError(
             f"{name} changes more than pairs of matrices can ({printable(other.name)}), which could not be turned off"
         )
-    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
-    if odd is not None:
-        raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
-    text = layout.metadata.get(METADATA_KEY)
-    if text is None:
-        raise InputError(
-            f"{name} does not say what it was tuned for: its metadata has no {METADATA_KEY}, which `vmonarch tune` "
-            "writes; a LoRA of another kind goes with --lora"
-        )
+
+
+def _parsed(text: str, name: str) -> TunedAdapter:
+    """What the metadata says; InputError for anything else."""
     if len(text) > _MAX_JSON:
         raise InputError(f"{name} has {len(text):,} characters of metadata, and {_MAX_JSON:,} are the most")
     try:
@@ -260,3 +287,23 @@ def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
             f"adapter {path} was tuned on other weights: those of {adapter.model} (fingerprint "
             f"{short(adapter.fingerprint)}), and {folder} has {short(here)}"
         )
+    if adapter.kind == "weights":
+        _check_weights(path, folder)
+
+
+def _check_weights(path: str, folder: Path) -> None:
+    """InputError unless every tensor of a file of whole weights is in the model, in its shape."""
+    shapes = {
+        f"{name}.{key}": tensor.shape
+        for name in _TRANSFORMERS
+        if (folder / name).is_dir()
+        for found in read_headers(folder / name).values()
+        for key, tensor in found.items()
+    }
+    for key, tensor in read_layout(Path(path), "adapter").tensors.items():
+        if shapes.get(key) != tensor.shape:
+            has = f"has it as {shapes[key]}" if key in shapes else "has no such weight"
+            raise InputError(
+                f"adapter {path} is of another architecture: it holds {printable(key)} as {tensor.shape}, and {folder} "
+                f"{has}"
+            )

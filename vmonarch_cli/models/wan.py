@@ -222,8 +222,11 @@ PIPELINES = (
         _TEXT,
         figures,
         image_pipeline="WanImageToVideoPipeline",
+        fuses=True,
         transformer_config=transformer_config,
     ),
-    PipelineFacts("WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True),
-    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures),
+    PipelineFacts(
+        "WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True, fuses=True
+    ),
+    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures, fuses=True),
 )

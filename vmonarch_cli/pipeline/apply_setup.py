@@ -1,4 +1,4 @@
-"""Apply a `Setup` to a loaded pipeline: quantised weights, LoRA, step caches, compilation."""
+"""Apply a `Setup` to a loaded pipeline: quantised weights, LoRA, fused blocks, step caches, compilation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.pipeline import step_cache
+from vmonarch_cli.pipeline.fuse import fuse
 from vmonarch_cli.pipeline.lora import ReadLora, load_loras
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.tuned import load_adapters
@@ -41,6 +42,9 @@ def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype, loras: Sequence[Rea
     """
     load_loras(pipeline, loras)
     load_adapters(pipeline, setup.tuned)
+    if setup.fused_impl is not None:
+        for transformer in transformers_of(pipeline):
+            fuse(transformer, setup.fused_impl)
     if setup.quantize == "fp8":
         for transformer in transformers_of(pipeline):
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)

@@ -16,6 +16,7 @@ from vmonarch_cli.families.base import Shape
 from vmonarch_cli.families.registry import facts_of, family_of
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.pipeline import step_cache
+from vmonarch_cli.pipeline.modular import free_models, input_names, is_modular, without_decoding
 from vmonarch_cli.plan.plan import Plan
 
 Frames = npt.NDArray[np.uint8]
@@ -27,6 +28,8 @@ Embeddings = dict[str, Any]
 def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float, max_tokens: int) -> Embeddings:
     """Text embeddings of the prompt and, where guidance uses one, of the negative prompt."""
     facts, family, guided = facts_of(pipeline), family_of(pipeline), guidance_scale > 1.0
+    if facts.modular:
+        return {"prompt": prompt}
     if facts.text_with_image:
         return {"prompt": prompt, "max_sequence_length": max_tokens}
 
@@ -75,12 +78,24 @@ def call_with_sound(pipeline: Any, embeddings: Embeddings, shape: Shape, **optio
     if facts_of(pipeline).guider:
         pipeline.guider = pipeline.guider.new(guidance_scale=options["guidance_scale"])
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
+    if facts_of(pipeline).modular:
+        return _call_modular(pipeline, {**given, **embeddings})
     known = _accepted(type(pipeline).__call__, **given)
     step_cache.forget(pipeline)
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.
         made = pipeline(**{"prompt": None, **embeddings}, **adjusted, output_type="latent")
     return Latents(made.frames, made.audio if facts_of(pipeline).sound else None)
+
+
+def _call_modular(pipeline: Any, given: dict[str, Any]) -> Latents:
+    """The same of a pipeline of blocks, whose latents stay in the state that its call ends with."""
+    known = {name: given[name] for name in input_names(pipeline) if given.get(name) is not None}
+    with without_decoding(pipeline), family_of(pipeline).adjusted(pipeline, known) as adjusted:
+        made = pipeline(**adjusted, output=["latents", "audio_latents"])
+    free_models(pipeline)
+    sound = made.get("audio_latents") if facts_of(pipeline).sound else None
+    return Latents(made["latents"], None if sound is None else sound[None])
 
 
 def takes_callback(pipeline: Any) -> bool:
@@ -112,7 +127,7 @@ def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> 
             yield waiting.popleft()()
     while waiting:
         yield waiting.popleft()()
-    pipeline.maybe_free_model_hooks()
+    _free_models(pipeline)
 
 
 def decode_whole(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Frames:
@@ -159,8 +174,13 @@ def decode_sound(pipeline: Any, latents: torch.Tensor) -> Sound:
     samples, rate = family.decode_sound(pipeline, latents.to(device))
     if not torch.isfinite(samples).all():
         raise NonFiniteError("decoded sound is not finite, after the last step, and no clip was written")
-    pipeline.maybe_free_model_hooks()
+    _free_models(pipeline)
     return Sound.of(samples[0].float().cpu().numpy().T, rate)
+
+
+def _free_models(pipeline: Any) -> None:
+    """What an offloaded pipeline's own call ends with."""
+    free_models(pipeline) if is_modular(pipeline) else pipeline.maybe_free_model_hooks()
 
 
 def _is_offloaded(module: Any) -> bool:

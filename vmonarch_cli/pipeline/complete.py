@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.models.folder import read_index
 from vmonarch_cli.models.weights import read_headers
-from vmonarch_cli.untrusted.files import read_json
 
 _NOT_USED = ("lm_head.",)
 """Weights of text encoders that no pipeline uses: they read the hidden states."""
@@ -51,8 +51,7 @@ def load_encoders(folder: Path, dtypes: dict[str, torch.dtype]) -> dict[str, Any
 
 def _from_transformers(folder: Path) -> list[tuple[str, str]]:
     """(component, class) of a model's index."""
-    index = read_json(folder / "model_index.json", str(folder / "model_index.json"), ModelError)
-    pairs = [(name, value) for name, value in index.items() if isinstance(value, list) and len(value) == 2]
+    pairs = [(name, value) for name, value in read_index(folder).items() if isinstance(value, list) and len(value) == 2]
     return [(name, value[1]) for name, value in pairs if value[0] == "transformers" and isinstance(value[1], str)]
 
 

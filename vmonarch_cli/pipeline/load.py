@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import warnings
@@ -19,17 +18,18 @@ from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.folder import read_folder
+from vmonarch_cli.models.folder import read_folder, read_index
 from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_config
 from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
 from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.lora import read_loras
+from vmonarch_cli.pipeline.modular import hide_progress, is_modular, read_modular
 from vmonarch_cli.pipeline.offload import place
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import Setup, check_tuned_weights
 from vmonarch_cli.plan.tuned import check_file
 from vmonarch_cli.text import innermost_line
 
@@ -56,9 +56,8 @@ def load_pipeline(
     from the model runs.
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
+    check_tuned_weights(setup)
     quiet_libraries()
-    import diffusers
-
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
     for adapter in setup.tuned:
@@ -69,24 +68,22 @@ def load_pipeline(
     single_files = setup.single_files
     quantized = tuple(name for name in ("transformer", "transformer_2") if (folder / name).is_dir())
     config = quantization_config(setup, quantized)
-    extra = {} if config is None else {"quantization_config": config}
     with _one_sentence(source, device):
         loras = read_loras(setup.loras, entry.transformers)
         dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
         given = load_encoders(folder, dtypes)
         for name, file in single_files.items():
             given[name] = load_transformer(Path(file), folder, name, dtype)
-        # The base class does not know which parts may be given, and would load its own.
-        pipeline = _read(getattr(diffusers, entry.pipeline), folder, dtypes, **given, **extra)
+        pipeline = _pipeline(folder, entry, dtypes, given, config)
         check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
-        if image_pipeline is not None:
+        if image_pipeline not in (None, entry.pipeline):
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
         prepare(pipeline, setup, dtype, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)
         finish(pipeline, setup)
-    pipeline.set_progress_bar_config(disable=True)
+    _hide_progress(pipeline)
     set_flow_shift(pipeline, flow_shift)
     return pipeline
 
@@ -104,24 +101,19 @@ def load_decoder(
     setup only what concerns the VAE counts.
     """
     quiet_libraries()
-    import diffusers
-
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
     _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
-    parts = json.loads((folder / "model_index.json").read_text())
-    without = dict.fromkeys(name for name in _ONLY_DENOISING if name in parts)
+    without = dict.fromkeys(name for name in _ONLY_DENOISING if name in read_index(folder))
     with _one_sentence(source, device):
-        # The base class does not know which parts may be None.
-        kind = getattr(diffusers, parts["_class_name"])
-        pipeline = _read(kind, folder, _dtypes(entry, dtype, image_pipeline, setup.vae_dtype), **without)
+        pipeline = _pipeline(folder, entry, _dtypes(entry, dtype, image_pipeline, setup.vae_dtype), without)
         pipeline.loaded_for_decoding = dtype
         check_complete(pipeline, folder)
-        if image_pipeline is not None:
+        if image_pipeline not in (None, entry.pipeline):
             pipeline = _as_image_pipeline(pipeline, image_pipeline)
         prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype)
         place(pipeline, "none", device)
-    pipeline.set_progress_bar_config(disable=True)
+    _hide_progress(pipeline)
     return pipeline
 
 
@@ -147,10 +139,30 @@ def _dtypes(
     return dtypes
 
 
-def _read(kind: Any, folder: Path, dtypes: dict[str, torch.dtype], **extra: Any) -> Any:
-    return kind.from_pretrained(
-        str(folder), dtype=dtypes, use_safetensors=True, trust_remote_code=False, local_files_only=True, **extra
-    )
+def _pipeline(
+    folder: Path, entry: ModelEntry, dtypes: dict[str, torch.dtype], given: dict[str, Any], quantization: Any = None
+) -> Any:
+    """The pipeline of a folder: ordinary or modular. given: components in the place of the folder's, None for none."""
+    import diffusers
+
+    facts = PIPELINES[entry.pipeline]
+    safely = {"use_safetensors": True, "local_files_only": True}
+    if not facts.modular:
+        extra = {} if quantization is None else {"quantization_config": quantization}
+        # The base class does not know which parts may be given or None, and would load its own.
+        kind = getattr(diffusers, facts.name)
+        return kind.from_pretrained(str(folder), dtype=dtypes, trust_remote_code=False, **safely, **given, **extra)
+
+    def options(name: str) -> dict[str, Any]:
+        config = None if quantization is None else quantization.quant_mapping.get(name)
+        extra = {} if config is None else {"quantization_config": config}
+        return {"dtype": dtypes.get(name, dtypes["default"]), **safely, **extra}
+
+    return read_modular(facts, folder, given, options)
+
+
+def _hide_progress(pipeline: Any) -> None:
+    hide_progress(pipeline) if is_modular(pipeline) else pipeline.set_progress_bar_config(disable=True)
 
 
 @contextmanager
@@ -217,9 +229,13 @@ def _local_folder(source: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
+        if modular := hub.download_modular(source, revision):
+            return modular
         return Path(
             DiffusionPipeline.download(source, revision=revision, use_safetensors=True, trust_remote_code=False)
         )
+    except ModelError:
+        raise
     except Exception as error:
         # As above, and whatever the network stack raises.
         raise hub.explain(error, source, revision) from error

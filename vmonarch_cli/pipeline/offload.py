@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.pipeline import modular
 from vmonarch_cli.plan.memory import OFFLOAD_WORDS, largest_peaks, lighter_peaks
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size
@@ -51,21 +52,26 @@ def mode_for(plans: Sequence[Plan], device: str, dtype: str) -> tuple[str, str]:
 
 def place(pipeline: Any, mode: str, device: torch.device) -> None:
     """Put the weights where the mode has them; ValueError for a mode that is still to be decided."""
+    by_blocks = modular.is_modular(pipeline)
     if mode == "none":
         pipeline.to(device)
     elif mode == "model":
-        pipeline.enable_model_cpu_offload(device=device)
+        modular.offload_models(pipeline, device) if by_blocks else pipeline.enable_model_cpu_offload(device=device)
     elif mode == "group":
-        pipeline.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=device.type == "cuda",
-            # The hooks that fetch weights fire in forward, and pipelines call a VAE's encode and decode: it stays.
-            exclude_modules=[name for name in ("vae", "audio_vae") if hasattr(pipeline, name)],
-        )
+        # The hooks that fetch weights fire in forward, and pipelines call a VAE's encode and decode: it stays.
+        stay = [name for name in ("vae", "audio_vae") if hasattr(pipeline, name)]
+        options: dict[str, Any] = {
+            "onload_device": device,
+            "offload_device": torch.device("cpu"),
+            "offload_type": "block_level",
+            "num_blocks_per_group": 1,
+            "use_stream": device.type == "cuda",
+        }
+        if by_blocks:
+            modular.offload_groups(pipeline, stay, **options)
+        else:
+            pipeline.enable_group_offload(**options, exclude_modules=stay)
     elif mode == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
+        modular.offload_layers(pipeline, device) if by_blocks else pipeline.enable_sequential_cpu_offload(device=device)
     else:
         raise ValueError(f"offload mode {mode!r} says no place: valid are {', '.join(OFFLOAD_WORDS)}")

@@ -32,6 +32,8 @@ class Machine:
     """One line on the offload mode and what it is expected to take; empty on a CPU."""
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
+    fused_impl: str | None = None
+    """What fused blocks run with: "triton" or "torch"; None for stock blocks."""
 
     @property
     def on_gpu(self) -> bool:
@@ -71,7 +73,7 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
             check_cpu_memory(plan, machine.dtype)
     for preset in {plan.preset for plan in plans if plan.preset.attention != "dense"}:
         _check_impl(preset.impl, machine, plans[0])
-    return machine
+    return replace(machine, fused_impl=_fused_impl(plans, machine))
 
 
 def machine_to_decode(plan: Plan) -> Machine:
@@ -107,6 +109,28 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
         if not machine.on_gpu:
             raise DeviceError(f"impl {impl} needs a GPU, and this run is on the CPU: take torch, or auto") from None
         raise DeviceError(str(error)) from None
+
+
+def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
+    """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
+
+    Raises DeviceError where Triton cannot run: on a CPU nothing would be gained.
+    """
+    from vmonarch_cli.pipeline.device import DTYPES
+    from vmonarch_kernels import ImplUnavailable, resolve_fused_impl
+
+    if not any(plan.setup.fuse for plan in plans):
+        return None
+    in_torch = all(plan.preset.impl in ("torch", "reference") for plan in plans)
+    try:
+        return resolve_fused_impl("torch" if in_torch else "triton", machine.device, DTYPES[machine.dtype])
+    except ImplUnavailable as error:
+        if machine.on_gpu:
+            raise DeviceError(f"--fuse: {error}") from None
+        raise DeviceError(
+            "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
+            "--impl torch for the same operations in torch, which gain nothing"
+        ) from None
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:

@@ -12,12 +12,19 @@ import torch
 
 from vmonarch_cli.attention import op
 from vmonarch_cli.attention.base import MonarchProcessor
+from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.pipeline.tuned import AdapterSwitch
+from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
+from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.presets import Preset
+
+_STAGES = ("transformer", "transformer_2")
+"""A pipeline's transformers that take over from one another within a clip."""
+_PARTITIONS = ("transformer_ref",)
+"""Those that make clips of another kind in its first one's place: MiniMax-H3's, from references."""
 
 
 @contextmanager
@@ -32,14 +39,14 @@ def swapped(
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
-    target: a diffusers pipeline (its ``transformer`` and ``transformer_2`` are swapped and its scheduler tells clips
-        and steps apart, see AttentionSession), or a transformer or a sequence of them (then the caller must call
+    target: a diffusers pipeline (all of its transformers are swapped and its scheduler tells clips and steps apart,
+        see AttentionSession), or a transformer or a sequence of them (then the caller must call
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
     session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
         own. This is how several presets take turns on one model.
-    adapter: name of a tuned adapter that the transformers have (see `tuned.AdapterSwitch`). It is on in the forwards
+    adapter: name of a tuned adapter that the transformers have (see `tuned.switch_of`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
     Raises ModelError for a transformer of an unknown family, and for one that is swapped already.
@@ -50,6 +57,7 @@ def swapped(
         session = AttentionSession(
             preset,
             [len(found) for found in layers],
+            stages=1 if any(getattr(target, name, None) is not None for name in _PARTITIONS) else None,
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
         )
@@ -62,7 +70,7 @@ def swapped(
                 _dense_blocks(transformer, found, session.preset.dense_layers)
                 for transformer, found in zip(transformers, layers, strict=True)
             ]
-            switch = AdapterSwitch(transformers, adapter, blocks)
+            switch = switch_of(transformers, adapter, blocks)
             undo.callback(switch.off)
         for index, transformer in enumerate(transformers):
             hook = functools.partial(_before_forward, session, index, target, scheduler, switch)
@@ -84,7 +92,7 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
         return [target], None
     if isinstance(target, Sequence):
         return list(target), None
-    found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
+    found = [getattr(target, name, None) for name in (*_STAGES, *_PARTITIONS)]
     transformers = [transformer for transformer in found if transformer is not None]
     if not transformers or getattr(target, "scheduler", None) is None:
         raise ModelError(f"{type(target).__name__} has no transformer and scheduler to work with")
@@ -92,7 +100,9 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
 
 
 def _class_name(transformer: Any) -> str:
-    return type(getattr(transformer, "_orig_mod", transformer)).__name__
+    """The class of diffusers: FSDP gives a module a class of its own, below that."""
+    kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    return next((name for name in kinds if name in FAMILIES), kinds[0])
 
 
 def _self_attentions(transformer: Any) -> dict[int, Any]:
@@ -135,7 +145,7 @@ def _before_forward(
     index: int,
     target: Any,
     scheduler: Any,
-    switch: AdapterSwitch | None,
+    switch: AdapterSwitch | WeightSwitch | None,
     transformer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -144,14 +154,20 @@ def _before_forward(
     if scheduler is not None and target.scheduler is not scheduler:
         raise RuntimeError("the pipeline's scheduler was replaced while its attention was swapped: replace it before")
     latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    grid = FAMILIES[_class_name(transformer)].grid(transformer, args, kwargs)
+    family = FAMILIES[_class_name(transformer)]
+    packed = (
+        Packed(family.grid(transformer, args, kwargs))
+        if family.packed is None
+        else family.packed(transformer, args, kwargs)
+    )
     session.begin_forward(
         index,
-        grid,
+        packed.grid,
         latents.device,
         both_prompts=_has_both_prompts(target),
         guided=_has_guider(target),
         forwards=_forwards(target),
+        packed=packed.text,
     )
     session.adapted = switch is not None and not session.forward_is_dense()
     if switch is not None:

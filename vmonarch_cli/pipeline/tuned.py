@@ -22,6 +22,7 @@ from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.models.weights import read_header
 from vmonarch_cli.pipeline.lora import ReadLora, load_lora, read_weights
 from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.pipeline.tuned_weights import WeightSwitch, has_weights, load_weights
 from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
 
@@ -96,13 +97,24 @@ def _expert(pipeline: Any, path: Path) -> Expert | None:
 
 
 def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile]) -> None:
-    """Load adapters, each under its own name, and leave them off: an `AdapterSwitch` turns one on."""
+    """Load adapters, each under its own name, and leave them off: what `switch_of` gives turns one on."""
     for adapter in adapters:
-        load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)
-    if adapters:
+        if adapter.adapter.kind == "weights":
+            load_weights(pipeline, Path(adapter.path), adapter.layer_name)
+        else:
+            load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)
+    if any(adapter.adapter.kind == "lora" for adapter in adapters):
         others = [name for name in active_adapters(pipeline) if not name.startswith(ADAPTER_NAME)]
         for layer in tuner_layers(transformers_of(pipeline)):
             layer.set_adapter(others, inference_mode=True)
+
+
+def switch_of(
+    transformers: Sequence[Any], name: str, dense_blocks: Sequence[Sequence[str]]
+) -> AdapterSwitch | WeightSwitch:
+    """What turns an adapter on and off in transformers that have it; the arguments are those of `AdapterSwitch`."""
+    kind = WeightSwitch if any(has_weights(transformer, name) for transformer in transformers) else AdapterSwitch
+    return kind(transformers, name, dense_blocks)
 
 
 class AdapterSwitch:

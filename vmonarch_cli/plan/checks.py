@@ -180,6 +180,29 @@ def transformer_files(model: ModelEntry, facts: PipelineFacts, request: Generate
     return found
 
 
+def fps(model: ModelEntry, value: int | None, *, sound: bool) -> int | None:
+    """Frames per second within what files take; InputError for a rate that a clip with sound cannot have."""
+    whole("--fps", value, 1, 240)
+    if value is not None and sound and model.packed is not None and value != model.packed.fps:
+        raise InputError(
+            f"--fps {value} does not fit {model.alias}: it makes {model.packed.fps} frames per second, and no other "
+            "rate keeps in step with its sound, which --no-audio leaves out"
+        )
+    return value
+
+
+def last_image(model: ModelEntry, facts: PipelineFacts, text: str | None) -> str | None:
+    """The path of a last frame; InputError when the model takes none, or it cannot be read."""
+    if text is None:
+        return None
+    if not facts.last_image:
+        raise InputError(
+            f"{model.alias} takes no last frame: leave out --last-image, which is for models that end on one, as "
+            "minimax-h3 does"
+        )
+    return _picture(text, "last image")
+
+
 def image(model: ModelEntry, text: str | None) -> str | None:
     """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
     if text is None:
@@ -188,6 +211,10 @@ def image(model: ModelEntry, text: str | None) -> str | None:
         return None
     if not (model.takes_image or model.image_pipeline):
         raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
-    path = user_path(text, "image")
-    load_picture(path, f"image {text}", missing=f"there is no image {text}")
+    return _picture(text, "image")
+
+
+def _picture(text: str, thing: str) -> str:
+    path = user_path(text, thing)
+    load_picture(path, f"{thing} {text}", missing=f"there is no {thing} {text}")
     return str(path)

@@ -66,6 +66,8 @@ class Work:
     forwards: int
     """Forwards of one denoising step (2 with guidance)."""
     flow_shift: float | None = None
+    others: int = 0
+    """Tokens of each call beside those of the grid."""
 
     def step_costs(self, preset: Preset) -> list[StepCost]:
         """The resolved schedule of a clip: a row for each denoising step."""
@@ -73,7 +75,7 @@ class Work:
         schedule = schedule_for(preset, frames, self.steps, model.layers, model.transformers)
         resolved = schedule.preset
         takes_over = changeover(model, self.steps, self.flow_shift)
-        dense_call = dense_flops(self.grid, model.heads, model.head_dim)
+        dense_call = self._dense_call
         dense_layers = model.layers if preset.attention == "dense" else min(model.layers, resolved.dense_layers)
         call = functools.cache(functools.partial(self._call, resolved))
         rows = []
@@ -101,11 +103,11 @@ class Work:
     def flops(self, preset: Preset, rows: Sequence[StepCost]) -> Flops:
         """Operations of a clip whose steps are `rows`, as `step_costs` counts them."""
         model, resolved = self.model, at_steps(preset, self.steps)
-        dense_call = dense_flops(self.grid, model.heads, model.head_dim)
+        dense_call = self._dense_call
         structured_call = dense_call
         if preset.attention != "dense":
             usual = options_for(resolved, self.grid[0], warm=resolved.warm_start)
-            structured_call = monarch_flops(self.grid, model.heads, model.head_dim, **usual.cost())
+            structured_call = monarch_flops(self.grid, model.heads, model.head_dim, **usual.cost(), others=self.others)
         return Flops(
             dense_call=dense_call,
             structured_call=structured_call,
@@ -113,12 +115,16 @@ class Work:
             planned=sum(row.flops for row in rows),
         )
 
+    @property
+    def _dense_call(self) -> int:
+        return dense_flops(self.grid, self.model.heads, self.model.head_dim, others=self.others)
+
     def _call(self, preset: Preset, warm: bool, due: int) -> tuple[float, int]:
         """(frames exact, operations) of one structured call."""
         options = options_for(preset, self.grid[0], warm=warm)
         if options.exact:
-            return self.grid[0], dense_flops(self.grid, self.model.heads, self.model.head_dim)
-        cost = {**options.cost(), "refresh": due}
+            return self.grid[0], self._dense_call
+        cost = {**options.cost(), "refresh": due, "others": self.others}
         exact = due + int(preset.first_frame)
         return exact, monarch_flops(self.grid, self.model.heads, self.model.head_dim, **cost)
 
@@ -138,10 +144,19 @@ def changeover(model: ModelEntry, steps: int, flow_shift: float | None) -> int |
 
 
 def count_flops(
-    model: ModelEntry, grid: Grid, preset: Preset, steps: int, branches: int, flow_shift: float | None = None
+    model: ModelEntry,
+    grid: Grid,
+    preset: Preset,
+    steps: int,
+    branches: int,
+    flow_shift: float | None = None,
+    *,
+    others: int = 0,
 ) -> Flops:
-    """Self-attention operations of a clip; `branches` is the number of forwards per step (2 with guidance)."""
-    work = Work(model, grid, steps, branches, flow_shift)
+    """Self-attention operations of a clip; `branches` is the number of forwards per step (2 with guidance), `others`
+    the tokens of a call beside those of the grid.
+    """
+    work = Work(model, grid, steps, branches, flow_shift, others)
     return work.flops(preset, work.step_costs(preset))
 
 

@@ -94,8 +94,10 @@ def kept_bytes(plan: Plan) -> int:
 
 
 def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
-    """Estimated peak of each offload mode for a plan, the fastest mode first."""
-    return peaks(
+    """Estimated peak of each offload mode for a plan, the fastest mode first; with an adapter of whole weights, which
+    are there beside the model's, of the modes that can have one.
+    """
+    found = peaks(
         plan.model,
         shape_of(plan),
         dtype,
@@ -103,6 +105,14 @@ def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
         vae_tiling=plan.setup.vae_tiling,
         kept=kept_bytes(plan),
     )
+    twice = [tuned for tuned in plan.setup.tuned if tuned.adapter.kind == "weights"]
+    if not twice:
+        return found
+    more = plan.model.transformer_params * _BYTES[dtype] * len(twice)
+    return {
+        "none": found["none"] + more * plan.model.transformers,
+        "model": found["model"] + more,
+    }
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class Plan(BaseModel):
     """A row for each denoising step."""
     revision: str | None = None
     image: str | None = None
+    last_image: str | None = None
     audio: bool | None = None
     """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
@@ -76,6 +77,16 @@ class Plan(BaseModel):
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def given_frames(self) -> tuple[str, ...]:
+        """Files of the frames that the clip is made around."""
+        return tuple(path for path in (self.image, self.last_image) if path is not None)
+
+    @property
+    def other_tokens(self) -> int:
+        """Tokens that the self-attention of a packed sequence has beside those of the grid, the prompt's aside."""
+        return self.model.other_tokens(self.height, self.width, self.num_frames, len(self.given_frames))
 
     @property
     def tuned(self) -> AdapterFile | None:

@@ -62,6 +62,7 @@ class GenerateRequest:
     transformer: str | None = None
     transformer_2: str | None = None
     image: str | None = None
+    last_image: str | None = None
     audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False
@@ -70,6 +71,7 @@ class GenerateRequest:
     loras: tuple[str, ...] = field(default=())
     cache: str | None = None
     compile: bool = False
+    fuse: bool | None = None
     tuned: str | None = None
     defaults: tuple[Level, ...] = field(default=())
     """What counts where no flag does, the first place first; see `plan/defaults.py`."""

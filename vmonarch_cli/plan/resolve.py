@@ -95,6 +95,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     image = checks.image(model, request.image)
     pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
     facts = PIPELINES[pipeline]
+    last_image = checks.last_image(model, facts, request.last_image)
     audio = checks.audio(model, facts, request.audio)
     take("audio", request.audio, audio)
     files = checks.transformer_files(model, facts, request)
@@ -116,7 +117,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
     )
-    fps = take("fps", checks.whole("--fps", request.fps, 1, 240), defaults.fps)
+    fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
     outputs = resolve_targets(
         take("output", request.output, None, DEFAULT),
         prompt,
@@ -131,7 +132,9 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         checks.number("--flow-shift", request.flow_shift, 0.01, 100),
         None if sigmas else defaults.flow_shift,
     )
-    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift)
+    given = sum(path is not None for path in (image, last_image))
+    others = model.other_tokens(height, width, num_frames, given)
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others)
     step_costs = tuple(work.step_costs(preset))
     flops = work.flops(preset, step_costs)
     use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
@@ -178,6 +181,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         step_costs=step_costs,
         revision=revision,
         image=take("image", image, None, DEFAULT),
+        last_image=take("last_image", last_image, None, DEFAULT),
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
@@ -207,6 +211,7 @@ def _resolve_setup(
         "loras": request.loras or None,
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
+        "fuse": request.fuse,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}

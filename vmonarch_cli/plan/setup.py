@@ -63,6 +63,10 @@ class Setup(BaseModel):
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
+    fuse: bool = False
+    """The arithmetic between the products of the transformer's blocks runs in fused passes."""
+    fused_impl: str | None = None
+    """What these run with, "triton" or "torch", once a machine has decided it."""
     tuned: tuple[AdapterFile, ...] = ()
     """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
     transformer: str | None = None
@@ -77,15 +81,39 @@ class Setup(BaseModel):
         return {name: file for name, file in files.items() if file is not None}
 
 
+WHOLE_OFFLOAD = ("none", "model")
+"""Offload modes that move a transformer as a whole, with the weights that take turns with its own."""
+
+
+def check_tuned_weights(setup: Setup) -> None:
+    """InputError where adapters of whole weights would have to take turns with weights that are not whole."""
+    weights = next((tuned.path for tuned in setup.tuned if tuned.adapter.kind == "weights"), None)
+    if weights is None:
+        return
+    if setup.quantize is not None:
+        raise InputError(
+            f"--quantize {setup.quantize}: adapter {weights} holds whole weights, which take turns with those of the "
+            "model, and quantised ones cannot be put back to the bit; a LoRA can be tuned for them"
+        )
+    if setup.offload not in ("auto", *WHOLE_OFFLOAD):
+        raise InputError(
+            f"--offload {setup.offload}: adapter {weights} holds whole weights, which take turns with those of the "
+            f"model, and this mode moves those piece by piece: valid are {' and '.join(WHOLE_OFFLOAD)}"
+        )
+
+
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:
-    """InputError when diffusers has no LoRA, no such cache or no compilation for a pipeline."""
+    """InputError for what a pipeline has not: LoRA, such a cache or compilation in diffusers, fused blocks here."""
     if setup.loras and not facts.lora:
         raise InputError(f"--lora: diffusers loads no LoRA into a {facts.name}")
+    check_tuned_weights(setup)
     if setup.cache is not None and setup.cache not in facts.caches:
         valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
+    if setup.fuse and not facts.fuses:
+        raise InputError(f"--fuse: the blocks of a {facts.name} have no fused form: leave it out")
     if setup.vae_dtype != "auto" and facts.vae_in_dtype:
         raise InputError(
             f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"

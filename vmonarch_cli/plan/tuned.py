@@ -93,9 +93,10 @@ def _read(path: Path, *stamp: int) -> AdapterFile:
 
 def check(tuned: AdapterFile, use: Use) -> None:
     """InputError when an adapter must not be used so: the sentence names what it was made for, and what runs."""
-    if not use.facts.lora:
+    is_lora = tuned.adapter.kind == "lora"
+    if is_lora and not use.facts.lora:
         raise InputError(f"--tuned: diffusers loads no LoRA into a {use.facts.name}")
-    if importlib.util.find_spec("peft") is None:
+    if is_lora and importlib.util.find_spec("peft") is None:
         raise InputError(f"--tuned {_PEFT}")
     if use.replaced:
         raise InputError(

@@ -47,8 +47,12 @@ def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, 
             f"--guidance-scale-2 {request.guidance_scale_2:g} has no effect: with --guidance-scale {guidance_scale:g} "
             "the pipeline runs without guidance in both stages, and 1.01 would give its first stage next to none"
         )
+    if facts.distilled and request.guidance_scale is not None:
+        found.append(f"--guidance-scale has no effect: guidance is in the weights of {model.alias}")
     if request.negative_prompt:
-        if facts.negative == "never":
+        if facts.distilled:
+            found.append(f"--negative-prompt has no effect: guidance is in the weights of {model.alias}")
+        elif facts.negative == "never":
             found.append(
                 f"--negative-prompt has no effect: guidance of {model.alias} is a number without a second text"
             )

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import AttentionCall
 from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.pipeline.fuse import fused
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
@@ -81,12 +82,30 @@ def contenders(
     tuned = [(name, t.adapter.made_for, t.layer_name) for name, t in adapter_names(adapters).items()]
     for name, preset, adapter in [*((preset.name, preset, None) for preset in presets), *tuned]:
         if preset.attention != "dense":
-            # Dense first steps would be measured as if they were structured; the clip's time counts them.
-            measured = preset.model_copy(update={"dense_steps": 0})
-            row = StepRow(name, "structured", note="warm" if preset.warm_start else "")
-            contender = structured(transformer, row, AttentionSession(measured, [len(layers)]), adapter)
-            found.append(replace(contender, period=refresh_period(preset.refresh)))
+            found.append(_of_preset(transformer, name, preset, adapter))
     return [*found, skipped(transformer, len(layers))]
+
+
+def _of_preset(transformer: Any, name: str, preset: Preset, adapter: str | None = None) -> Contender:
+    """A structured preset, from its first structured step on."""
+    # Dense first steps would be measured as if they were structured; the clip's time counts them.
+    measured = preset.model_copy(update={"dense_steps": 0})
+    layers = len(FAMILIES[type(transformer).__name__].self_attentions(transformer))
+    row = StepRow(name, "structured", note="warm" if preset.warm_start else "")
+    contender = structured(transformer, row, AttentionSession(measured, [layers]), adapter)
+    return replace(contender, period=refresh_period(preset.refresh))
+
+
+def fused_blocks(transformer: Any, name: str, preset: Preset, impl: str) -> Contender:
+    """A structured preset with fused blocks, "triton" or "torch"; the stock ones are back after every step."""
+    plain = _of_preset(transformer, name, preset)
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with fused(transformer, impl), plain.enter():
+            yield
+
+    return replace(plain, row=replace(plain.row, stock=preset.name), enter=enter)
 
 
 def skipped(transformer: Any, layers: int) -> Contender:

@@ -36,12 +36,22 @@ class ModelSettings:
     seed: int = 0
     backends: Sequence[str] = ()
     """Dense backends to measure; every one of the device when empty."""
+    fused_impl: str | None = None
+    """What fused blocks run with, "triton" or "torch", in rows of their own; None for no such rows."""
     tuned: Sequence[AdapterFile] = ()
     """Adapters that have a row of their own, with the preset that each was made for."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
         return self.entry.grid(self.height, self.width, self.num_frames)
+
+    @property
+    def fused_names(self) -> dict[str, Preset]:
+        """Row of a preset with fused blocks -> the preset."""
+        if self.fused_impl is None:
+            return {}
+        how = "fused" if self.fused_impl == "triton" else f"fused in {self.fused_impl}"
+        return {f"{preset.name}, {how}": preset for preset in self.presets if preset.attention != "dense"}
 
     @property
     def forwards(self) -> int:

@@ -38,7 +38,15 @@ def remember_profile(
                 attention_s=attention_s,
                 denoise_s=row.clip_s,
                 rest_s=profile.decode_s + (profile.text_encode_s or 0),
-                flops=count_flops(entry, profile.grid, preset, profile.clip_steps, profile.forwards).planned,
+                flops=count_flops(
+                    *(entry, profile.grid, preset, profile.clip_steps, profile.forwards), others=_others(entry, profile)
+                ).planned,
                 peak_memory_bytes=row.peak_bytes,
             )
         )
+
+
+def _others(entry: ModelEntry, profile: ModelProfile) -> int:
+    """Tokens of a call beside those of the grid."""
+    width, height, num_frames = profile.size
+    return entry.other_tokens(height, width, num_frames)

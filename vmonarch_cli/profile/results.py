@@ -195,6 +195,8 @@ class StepRow:
     clip_s: float | None = None
     """Denoising of a whole clip, from the measured steps."""
     failure: str | None = None
+    stock: str | None = None
+    """Of a row with fused blocks: the row that differs in these alone."""
 
     def share(self, skipped: StepRow | None) -> float | None:
         """Part of the step that self-attention takes: what is left when it is skipped, subtracted."""

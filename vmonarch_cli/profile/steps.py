@@ -15,8 +15,9 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
+from vmonarch_cli.pipeline.fuse import fused
 from vmonarch_cli.presets import at_steps, load_preset
-from vmonarch_cli.profile.contenders import Contender, contenders, structured
+from vmonarch_cli.profile.contenders import Contender, contenders, fused_blocks, structured
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, StepRow
@@ -24,8 +25,6 @@ from vmonarch_cli.profile.variants import adapter_names
 from vmonarch_cli.timing import Pace
 
 COLD_REPEATS = 3
-TIMESTEPS = 1000
-"""Transformers take sigma times this."""
 # A model in which self-attention is exact may differ from the dense one by what rounding adds up to over its layers.
 _EXACT_BUDGET = {torch.bfloat16: 8e-2, torch.float16: 2e-2, torch.float32: 1e-3}
 
@@ -48,7 +47,7 @@ def first_inputs(settings: ModelSettings, contexts: tuple[Tensor, ...]) -> StepT
     forward = forward_inputs(entry)
     noise = torch.randn(forward.latents(entry, clip), generator=torch.Generator("cpu").manual_seed(settings.seed))
     others = forward.others(entry, clip, settings.device, settings.dtype)
-    start = _timestep(1.0, settings.device)
+    start = _timestep(settings, 1.0)
     return StepTensors(noise.to(settings.device), start, contexts, settings.guidance_scale, others)
 
 
@@ -110,16 +109,29 @@ class StepsRun:
             self.profile.notes.append(
                 "dense: preset dense, which leaves the text's padding out; the stock model masks it"
             )
+        kinds[-1:-1] = self._with_fused_blocks()
         ready, expected = self._first_steps(kinds, inputs)
         if expected is None:
             self.profile.notes.append("no dense attention ran, so nothing here can be compared with it")
         else:
             self.on_work("checking the plumbing")
             self.checks.append(self._plumbing_check(inputs, expected))
+            if chosen.fused_impl is not None:
+                with fused(self.transformer, chosen.fused_impl):
+                    self.checks.append(self._plumbing_check(inputs, expected, "with fused blocks "))
         inputs = self._rounds(kinds, ready, inputs)
         self.on_work("first steps of warm presets")
         self._cold_rows(ready, inputs)
         self.on_result()
+
+    def _with_fused_blocks(self) -> list[Contender]:
+        """Every structured preset once more, with fused blocks."""
+        impl = self.settings.fused_impl
+        if impl is None:
+            return []
+        return [
+            fused_blocks(self.transformer, name, preset, impl) for name, preset in self.settings.fused_names.items()
+        ]
 
     def _first_steps(self, kinds: list[Contender], inputs: StepTensors) -> tuple[list[Contender], Tensor | None]:
         """(contenders that ran, the first dense prediction); each dense one after it is checked against that."""
@@ -170,12 +182,13 @@ class StepsRun:
                 self.profile.notes.append(f"--seconds ended the measurement after {index} of {chosen.steps} steps")
                 break
             self.on_work(f"step {index + 1} of {chosen.steps}", pace.left(index))
-            inputs = replace(inputs, timestep=_timestep(sigmas[index], chosen.device))
+            inputs = replace(inputs, timestep=_timestep(chosen, sigmas[index]))
             round_s, velocity = wall(lambda: self._round(ready, inputs, index), chosen.device)  # noqa: B023
             self._update(kinds)
             self.on_result()
             if velocity is not None:  # Euler's method along dense attention's prediction
                 step = (sigmas[index + 1] - sigmas[index]) * velocity.float()
+                step = -step if forward_inputs(chosen.entry).towards_clip else step
                 inputs = replace(inputs, latents=inputs.latents + step)
         return inputs
 
@@ -215,7 +228,7 @@ class StepsRun:
                 self.profile.notes.append(f"first steps of {name} were not measured: {reason(error)}")
                 continue
             spread, attention_s = Spread.of(cold.seconds), statistics.median(cold.attention)
-            row = StepRow(contender.row.name, "structured", "cold", spread, attention_s)
+            row = StepRow(contender.row.name, "structured", "cold", spread, attention_s, stock=contender.row.stock)
             rows = self.profile.rows
             rows.insert(next(place for place, other in enumerate(rows) if other.name == row.name), row)
         self._clip_times()
@@ -242,6 +255,7 @@ class StepsRun:
         profile, steps = self.profile, self.settings.clip_steps
         presets = {preset.name: preset for preset in self.settings.presets}
         presets |= {name: tuned.adapter.made_for for name, tuned in adapter_names(self.settings.tuned).items()}
+        presets |= self.settings.fused_names
         dense = profile.fastest_dense
         for place, row in enumerate(profile.rows):
             if row.step is None or row.note == "cold" or row.kind == "skipped":
@@ -258,12 +272,12 @@ class StepsRun:
     def _exact_check(self, prediction: Tensor, expected: Tensor, against: str) -> OutputCheck:
         return OutputCheck(relative_error(prediction, expected), _EXACT_BUDGET[self.settings.dtype], against)
 
-    def _plumbing_check(self, inputs: StepTensors, expected: Tensor) -> OutputCheck:
+    def _plumbing_check(self, inputs: StepTensors, expected: Tensor, how: str = "") -> OutputCheck:
         """A step with a band over all frames, which is dense attention by way of the structured code."""
         layers = FAMILIES[type(self.transformer).__name__].self_attentions(self.transformer)
         session = AttentionSession(load_preset("exact"), [len(layers)])
         contender = structured(self.transformer, StepRow("exact", "structured"), session)
-        against = "preset exact against dense, one whole step"
+        against = f"preset exact {how}against dense, one whole step"
         try:
             return self._exact_check(predict(contender, self.transformer, inputs), expected, against)
         except Exception as error:
@@ -277,5 +291,5 @@ def _sigmas(settings: ModelSettings) -> list[float]:
     return [shift * s / (1 + (shift - 1) * s) for s in even]
 
 
-def _timestep(sigma: float, device: torch.device) -> Tensor:
-    return torch.tensor([TIMESTEPS * sigma], device=device)
+def _timestep(settings: ModelSettings, sigma: float) -> Tensor:
+    return torch.tensor([forward_inputs(settings.entry).timestep(sigma)], device=settings.device)

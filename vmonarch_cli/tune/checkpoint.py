@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.publish import atomic
+from vmonarch_cli.tune.trained import parted, whole
 
 _KEY = "vmonarch_checkpoint"
 
@@ -42,16 +43,28 @@ def save_checkpoint(
     averages: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: TrainingProgress,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write all that training goes on from, atomically."""
+    """Write all that training goes on from, atomically.
+
+    write: whether this process writes; where several have a part of each weight, all of them must call.
+    """
     tensors: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        value = whole(value.detach())
+        if write:
+            tensors[name] = value.cpu().contiguous()
+
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach()
-        tensors[f"average/{name}"] = averages[name]
+        keep(f"parameter/{name}", parameter)
+        keep(f"average/{name}", averages[name])
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = value
+            keep(f"{key}/{name}", value)
+    if not write:
+        return
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     said = {"step": progress.step, "rounds": progress.rounds, "seconds": progress.seconds}
     with atomic(path, overwrite=True) as temporary:
         save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(said)})
@@ -67,10 +80,10 @@ def load_checkpoint(
             said: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
-                averages[name] = tensors[f"average/{name}"].to(parameter.device)
+                parameter.copy_(parted(tensors[f"parameter/{name}"], parameter))
+                averages[name] = parted(tensors[f"average/{name}"], parameter)
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
+                    key: value if key == "step" else parted(value, parameter)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if (value := tensors.get(f"{key}/{name}")) is not None
                 }

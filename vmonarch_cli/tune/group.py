@@ -52,6 +52,27 @@ class Group:
         wrapped = [DistributedDataParallel(transformer) for transformer in transformers]
         return list(wrapped), [module.no_sync for module in wrapped]
 
+    def shard(self, transformer: Any, blocks: Sequence[Any], dtype: torch.dtype) -> None:
+        """Give each process a part of every weight, in float32 (torch's FSDP2). Forwards gather them in `dtype`, block
+        by block, and gradients are the mean over the processes.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        transformer.float()
+        kind = "cpu" if self.device is None else self.device.type
+        settings: Any = {
+            "mesh": init_device_mesh(kind, (self.world,)),
+            # Timesteps must not be rounded: the pipeline's own loop gives them in full.
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if dtype == torch.float32 else dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
+        }
+        for module in [*blocks, transformer]:
+            fully_shard(module, **settings)
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:

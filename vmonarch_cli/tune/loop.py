@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.tune.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from vmonarch_cli.tune.group import Group
+from vmonarch_cli.tune.request import TRAINING_NOISE
 from vmonarch_cli.tune.student import Student
+from vmonarch_cli.tune.trained import Trained, whole
 from vmonarch_cli.tune.trajectories import Trajectories
 
 AVERAGE = 0.98
@@ -25,6 +27,7 @@ WARM_UP = 10
 CLIP = 1.0
 """Largest norm of the gradient."""
 CHECKPOINT_EVERY_S = 20.0
+"""As many times the seconds that the last one took, where that was more than one."""
 _BETAS = (0.9, 0.99)
 
 
@@ -77,7 +80,7 @@ class Training:
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        trained: Trained,
         student: Student,
         schedule: TrainingSchedule,
         checkpoint: Path,
@@ -87,37 +90,42 @@ class Training:
         batch: int = 1,
     ) -> None:
         """Goes on from the checkpoint where there is one."""
-        self._parameters, self._student, self._schedule = parameters, student, schedule
+        self._trained, self._student, self._schedule = trained, student, schedule
+        self._parameters: Mapping[str, nn.Parameter] = trained.parameters
         self._path, self._group, self._seed, self._batch = checkpoint, group, seed, batch
-        self._optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.lr, betas=_BETAS, weight_decay=0.0)
-        self.averages: dict[str, Tensor] = {name: value.detach().clone() for name, value in parameters.items()}
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=schedule.lr, betas=_BETAS, weight_decay=0.0)
+        self.averages: dict[str, Tensor] = {name: value.detach().clone() for name, value in self._parameters.items()}
         """Moving averages of the weights, which become the adapter."""
         self.progress = TrainingProgress()
         if checkpoint.exists():
-            self.progress = load_checkpoint(checkpoint, parameters, self.averages, self._optimizer)
+            self.progress = load_checkpoint(checkpoint, self._parameters, self.averages, self._optimizer)
+            trained.spread()
 
     def run(self, paths: Sequence[Path], on_step: Callable[[TrainStep], None]) -> None:
         """Train on trajectories to the schedule's end.
 
         Raises NonFiniteError when the loss, or a gradient, stops being finite; the last checkpoint is of a step before.
         """
-        began, saved = time.monotonic() - self.progress.seconds, time.monotonic()
+        began, saved, took = time.monotonic() - self.progress.seconds, time.monotonic(), 1.0
         each = self._batch * self._group.world
         device = next(iter(self._parameters.values())).device
         while self._group.agree(self._over()) < 1:
             first = self.progress.rounds * each + self._group.rank * self._batch
             chosen = order(self._seed, len(paths), first, self._batch)
-            with self._student.following(Trajectories([paths[i] for i in chosen], device)) as losses:
+            seeds = [self._seed + TRAINING_NOISE + first + i for i in range(self._batch)]
+            with self._student.following(Trajectories([paths[i] for i in chosen], device, seeds)) as losses:
                 for loss in losses:
                     self._update(loss, on_step)
                     self.progress.seconds = time.monotonic() - began
                     if self._group.agree(self._over()) >= 1:
                         break
             self.progress.rounds += 1
-            over = self._group.agree(self._over()) >= 1
-            if self._group.rank == 0 and (over or time.monotonic() - saved > CHECKPOINT_EVERY_S):
+            now = time.monotonic()
+            due = self._over() >= 1 or now - saved > CHECKPOINT_EVERY_S * took
+            if self._group.agree(float(due)):
                 self._save()
                 saved = time.monotonic()
+                took = max(1.0, saved - now)
 
     def _over(self) -> float:
         return self._schedule.done(self.progress.step, self.progress.seconds)
@@ -126,7 +134,8 @@ class Training:
         """One step of the optimiser with the gradients that are there."""
         loss = self._group.mean(loss)
         step = self.progress.step
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
+        self._trained.gather()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP))
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             kept = "no checkpoint was written yet"
             if self._path.exists():
@@ -141,6 +150,7 @@ class Training:
             entry["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._trained.spread()
         decay = min(AVERAGE, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -150,4 +160,11 @@ class Training:
         on_step(TrainStep(self.progress.step, self._schedule.steps, loss, rate, self._over(), self.progress.seconds))
 
     def _save(self) -> None:
-        save_checkpoint(self._path, self._parameters, self.averages, self._optimizer, self.progress)
+        save_checkpoint(
+            self._path,
+            self._parameters,
+            self.averages,
+            self._optimizer,
+            self.progress,
+            write=self._group.rank == 0,
+        )

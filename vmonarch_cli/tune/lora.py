@@ -13,7 +13,7 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.plan.setup import ADAPTER_NAME
 
-_PARTS = ("transformer", "transformer_2")
+PARTS = ("transformer", "transformer_2")
 
 
 def add_lora(pipeline: Any, rank: int, dense_layers: int, seed: int) -> dict[str, nn.Parameter]:
@@ -26,7 +26,7 @@ def add_lora(pipeline: Any, rank: int, dense_layers: int, seed: int) -> dict[str
     """
     from peft import LoraConfig
 
-    for part, transformer in zip(_PARTS, transformers_of(pipeline), strict=False):
+    for part, transformer in zip(PARTS, transformers_of(pipeline), strict=False):
         transformer.requires_grad_(False)
         targets = _targets(transformer, dense_layers)
         if not targets:
@@ -63,7 +63,7 @@ def trainable(pipeline: Any) -> dict[str, nn.Parameter]:
     """The LoRA's parameters under the names that files have, in the order of names."""
     found = {
         f"{part}.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
-        for part, transformer in zip(_PARTS, transformers_of(pipeline), strict=False)
+        for part, transformer in zip(PARTS, transformers_of(pipeline), strict=False)
         for name, parameter in transformer.named_parameters()
         if f".{ADAPTER_NAME}." in name
     }

@@ -13,14 +13,14 @@ from vmonarch_cli.tune.request import TunePlan
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDE, _MIDDLE = 16, 3
 """Tensors as wide as the residual stream, and as the feed-forward's middle, that a block keeps for its gradients."""
-_LORA_COPIES = 20
-"""Bytes of each number of the LoRA: value, gradient, average and the optimiser's two, in float32."""
+_COPIES = 20
+"""Bytes of each number that is trained: value, gradient, average and the optimiser's two, in float32."""
 _ROOMY = 0.4
 """Share of the free memory up to which nothing is computed twice."""
 
 
 def training_bytes(plan: TunePlan, dtype: str, num_frames: int, *, checkpointing: bool) -> int:
-    """Estimate of the peak: weights, LoRA and its optimiser, what the preset keeps, and activations."""
+    """Estimate of the peak: weights, what is trained and its optimiser, what the preset keeps, and activations."""
     clip, model = plan.clip, plan.clip.model
     grid = model.grid(clip.height, clip.width, num_frames)
     tokens = plan.batch * grid[0] * grid[1] * grid[2]
@@ -29,8 +29,9 @@ def training_bytes(plan: TunePlan, dtype: str, num_frames: int, *, checkpointing
     held = block + layers * tokens * model.hidden_dim * _BYTES[dtype] if checkpointing else layers * block
     kept = plan.batch * kept_by(model, grid, clip.preset, clip.guidance_scale) * (2 if checkpointing else 1)
     widths = 8 * model.hidden_dim + 2 * (model.hidden_dim + model.ffn_dim)
-    lora = model.transformers * layers * plan.rank * widths * _LORA_COPIES
-    return weight_bytes(model, dtype) + lora + held + kept
+    trained = model.transformers * (model.transformer_params if plan.full else layers * plan.rank * widths)
+    copies = trained * _COPIES // (plan.world if plan.full else 1)  # processes share all weights out among them
+    return weight_bytes(model, dtype) + copies + held + kept
 
 
 def free_bytes(machine: Machine) -> int:

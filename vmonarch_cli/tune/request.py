@@ -14,27 +14,28 @@ from typing import Any
 from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.models.catalogue import PIPELINES
-from vmonarch_cli.models.demo_vocabulary import GLUE, tokens, vocabulary
-from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.warnings import of_demo
 from vmonarch_cli.presets import at_steps
 from vmonarch_cli.text import binary_size, shown
+from vmonarch_cli.tune.clips import CaptionedClip, find_clips
+from vmonarch_cli.tune.prompts import DEFAULT_EVAL, split_clips, split_prompts, unknown_words
 
 DEFAULT_STEPS = 500
 """Of training, where neither --steps nor --seconds says when it ends."""
-DEFAULT_PROMPTS = 64
-"""Trajectories of the demo model, where no file of prompts says how many."""
-DEFAULT_RANK, DEFAULT_LR, DEFAULT_EVAL = 16, 1e-3, 8
+DEFAULT_RANK, DEFAULT_LR = 16, 1e-3
+DEFAULT_FULL_LR = 1e-5
+"""Learning rate of all weights, which a LoRA's would destroy."""
 ENDING = ".safetensors"
 _STATE_BYTES = 2
 """States are kept in float16."""
-_TRAINING_NOISE = 1_000_000
+_COPIED_BYTES = 2 * 4 * 4 + 2 * 4
+"""Of each weight: two checkpoints of value, average and the optimiser's two; the tuned weights twice."""
+TRAINING_NOISE = 1_000_000
 """Seeds of the trajectories begin so far above those of the held-out clips."""
 
 
@@ -51,6 +52,10 @@ class TuneRequest:
     batch: int | None = None
     seconds: float | None = None
     eval_prompts: int | None = None
+    videos: str | None = None
+    """A folder of clips to learn from, in the place of the teacher's trajectories."""
+    full: bool = False
+    """All weights are trained, in the place of a LoRA."""
     resume: bool = False
     overwrite: bool = False
 
@@ -62,7 +67,7 @@ class TunePlan:
     clip: Plan
     """A clip of the model with the preset: what the adapter is made for."""
     prompts: tuple[str, ...]
-    """Of the teacher's trajectories, one each."""
+    """Of the teacher's trajectories, or of the clips, one each."""
     held_out: tuple[str, ...]
     """Of the clips that are compared before and after; no trajectory has them."""
     output: Path
@@ -74,6 +79,10 @@ class TunePlan:
     """Trajectories that a process trains on at once."""
     seconds: float | None
     """For trajectories and training; the evaluation comes on top."""
+    videos: tuple[CaptionedClip, ...] = ()
+    """Clips to learn from, in the place of the teacher's trajectories."""
+    full: bool = False
+    """All weights are trained, and `rank` means nothing."""
     resume: bool = False
     overwrite: bool = False
     world: int = 1
@@ -98,13 +107,40 @@ class TunePlan:
 
     @property
     def trajectory_bytes(self) -> int:
-        """Bytes on the disk of one trajectory: a state, and a velocity for each forward, of every step that is used."""
+        """Bytes on the disk of one trajectory: a state, and a velocity for each forward, of every step that is used.
+        Of a clip: its latents.
+        """
         model, (frames, rows, columns) = self.clip.model, self.clip.grid
         p_t, p_h, p_w = model.patch
         numbers = model.latent_channels * frames * p_t * rows * p_h * columns * p_w
         text = self.forwards * model.max_sequence_length * model.text_dim * 4
+        if self.videos:
+            return numbers * _STATE_BYTES + text
         steps = self.clip.steps - self.dense_steps
         return steps * (1 + self.forwards) * numbers * _STATE_BYTES + text
+
+    @property
+    def trained_words(self) -> str:
+        """What is trained, for a sentence."""
+        return "all weights" if self.full else f"rank {self.rank}"
+
+    @property
+    def kept_words(self) -> str:
+        """What the work folder keeps, at most, for a sentence."""
+        count = len(self.prompts)
+        found = f"the latents of {count} clips" if self.videos else f"the teacher's {count} trajectories"
+        return f"{found} and the checkpoints of all weights" if self.full else found
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes on the disk of what the work folder keeps, at most, but for small files."""
+        return self.trajectory_bytes * len(self.prompts) + self.weight_copies_bytes
+
+    @property
+    def weight_copies_bytes(self) -> int:
+        """Bytes on the disk of checkpoints, while one replaces another, and of the tuned weights: 0 for a LoRA."""
+        model = self.clip.model
+        return model.transformer_params * model.transformers * _COPIED_BYTES if self.full else 0
 
     @property
     def seed(self) -> int:
@@ -113,7 +149,7 @@ class TunePlan:
 
     def noise_seed(self, trajectory: int) -> int:
         """Of a trajectory's noise."""
-        return self.clip.seed + _TRAINING_NOISE + trajectory
+        return self.clip.seed + TRAINING_NOISE + trajectory
 
     def identity(self) -> dict[str, Any]:
         """Every setting that a run must share with the one that it goes on from, ready for JSON."""
@@ -129,8 +165,9 @@ class TunePlan:
             "dtype": clip.dtype,
             "prompts": _digest(self.prompts),
             "held-out prompts": _digest(self.held_out),
+            "clips": _digest([clip.stamp() for clip in self.videos]),
             "steps": self.steps,
-            "rank": self.rank,
+            "rank": "all weights" if self.full else self.rank,
             "learning rate": self.lr,
             "batch of all processes": self.batch * self.world,
         }
@@ -145,6 +182,8 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.whole("--sampler-steps", request.clip.steps, 1, 1000)
     checks.whole("--steps", request.steps, 1, 1_000_000)
     checks.whole("--rank", request.rank, 1, 1024)
+    if request.full and request.rank is not None:
+        raise InputError(f"--rank {request.rank} is of a LoRA, and --full trains all weights: leave out one of the two")
     checks.number("--lr", request.lr, 1e-8, 1)
     checks.whole("--batch", request.batch, 1, 1024)
     checks.number("--seconds", request.seconds, 1, 1e7)
@@ -152,10 +191,15 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     clip = resolve(request.clip, needs_prompt=False)
     if clip.seed_was_drawn:
         raise InputError("--seed -1 draws another seed each time, so that --resume could not go on: give a seed")
-    _check_model(clip)
+    _check_model(clip, request.full)
     _check_preset(clip)
-    count = DEFAULT_EVAL if request.eval_prompts is None else request.eval_prompts
-    training, held_out = _prompts(clip, prompts, count)
+    videos: tuple[CaptionedClip, ...] = ()
+    if request.videos is None:
+        count = DEFAULT_EVAL if request.eval_prompts is None else request.eval_prompts
+        training, held_out = split_prompts(clip, prompts, count)
+    else:
+        videos, held_out = split_clips(clip, find_clips(request.videos), prompts, request.eval_prompts)
+        training = tuple(one.caption for one in videos)
     steps = request.steps
     if steps is None and request.seconds is None:
         steps = DEFAULT_STEPS
@@ -166,14 +210,16 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         output,
         steps,
         request.rank or DEFAULT_RANK,
-        request.lr or DEFAULT_LR,
+        request.lr or (DEFAULT_FULL_LR if request.full else DEFAULT_LR),
         request.batch or 1,
         request.seconds,
+        videos,
+        request.full,
         request.resume,
         request.overwrite,
         world,
         notes=clip.notes,
-        warnings=tuple(dict.fromkeys([*clip.warnings, *_unknown(clip, prompts or ())])),
+        warnings=tuple(dict.fromkeys([*clip.warnings, *_unknown(clip, prompts, videos)])),
     )
     _check_disk(plan)
     return plan
@@ -200,9 +246,9 @@ def _output(request: TuneRequest) -> Path:
     return path
 
 
-def _check_model(clip: Plan) -> None:
+def _check_model(clip: Plan, full: bool) -> None:
     model, facts = clip.model, PIPELINES[clip.model.pipeline]
-    if not facts.lora:
+    if not (facts.lora or full):
         raise InputError(f"{model.alias} cannot be tuned: diffusers loads no LoRA into a {facts.name}")
     if facts.takes_image:
         raise InputError(f"{model.alias} cannot be tuned: it needs a first frame, and trajectories come from prompts")
@@ -212,7 +258,7 @@ def _check_model(clip: Plan) -> None:
             f"{model.alias} cannot be tuned: only pipelines with a forward for each prompt can "
             f"({', '.join(able)}), and it is a {facts.name}"
         )
-    if find_spec("peft") is None:
+    if not full and find_spec("peft") is None:
         raise InputError('tuning needs peft: pip install "vmonarch[lora]"')
 
 
@@ -242,70 +288,23 @@ def _check_preset(clip: Plan) -> None:
         )
 
 
-def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(prompts of the trajectories, held-out prompts), which have none in common."""
-    is_demo = clip.model.alias == DEMO_ALIAS
-    if given is None:
-        if not is_demo:
-            raise InputError(
-                f"no prompts to tune {clip.model.alias} with: --prompts-file takes a file with one prompt per line"
-            )
-        return _demo_prompts(held_out)
-    texts = list(dict.fromkeys(checks.prompt(text) for text in given))
-    if not texts:
-        raise InputError("no prompts: --prompts-file takes a file with one prompt per line")
-    if is_demo:
-        known = set(vocabulary())
-        for text in texts:
-            if not known.intersection(_words(text)):
-                raise InputError(
-                    f"the demo model knows no word of the prompt {shown(text)}: it draws moving shapes, as in "
-                    f'"{checks.EXAMPLE_PROMPT}"'
-                )
-    if len(texts) <= held_out:
-        raise InputError(
-            f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
-            "those that are held out are not trained with"
-        )
-    cut = len(texts) - held_out
-    return tuple(texts[:cut]), tuple(texts[cut:])
-
-
-def _unknown(clip: Plan, prompts: Sequence[str]) -> list[str]:
-    """Of the demo model: words that it was not trained on."""
-    return of_demo(clip.model, " ".join(prompts), (clip.height, clip.width, clip.num_frames))
-
-
-def _words(text: str) -> set[str]:
-    """Words of a prompt that name something."""
-    return set(tokens(text)) - set(GLUE)
-
-
-def _demo_prompts(held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Captions of clips that the demo model was trained on, and those of its held-out clips."""
-    import random
-
-    from vmonarch_cli.demo.captions import caption, plain_caption
-    from vmonarch_cli.demo.score import held_out_specs
-    from vmonarch_cli.demo.specs import sample_spec
-
-    training = [caption(sample_spec("train", 7, i), random.Random(i)) for i in range(DEFAULT_PROMPTS)]
-    return tuple(training), tuple(plain_caption(spec) for spec in held_out_specs(held_out))
+def _unknown(clip: Plan, prompts: Sequence[str] | None, videos: Sequence[CaptionedClip]) -> list[str]:
+    return unknown_words(clip, [*(prompts or ()), *(one.caption for one in videos)])
 
 
 def _check_disk(plan: TunePlan) -> None:
     """OutputError when the trajectories do not fit the disk."""
-    need = plan.trajectory_bytes * len(plan.prompts)
+    need = plan.work_bytes
     folder = next(parent for parent in plan.work.absolute().parents if parent.is_dir())
-    done = sum(file.stat().st_size for file in plan.work.glob("trajectories/*")) if plan.resume else 0
+    done = sum(file.stat().st_size for file in plan.work.rglob("*") if file.is_file()) if plan.resume else 0
     free = shutil.disk_usage(folder).free + done
     if need > free:
-        fitting = free // plan.trajectory_bytes
+        fitting = max(0, free - plan.weight_copies_bytes) // plan.trajectory_bytes
         raise OutputError(
-            f"the teacher's {len(plan.prompts)} trajectories take {binary_size(need)} and {folder} has "
-            f"{binary_size(free)} free: {fitting} prompts would fit"
+            f"{plan.kept_words} take {binary_size(need)} and {folder} has {binary_size(free)} free: {fitting} "
+            f"{'clips' if plan.videos else 'prompts'} would fit"
         )
 
 
-def _digest(texts: Sequence[str]) -> str:
+def _digest(texts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.registry import DEMO_ALIAS
@@ -20,15 +24,21 @@ from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.pipeline.tuned import write_adapter
+from vmonarch_cli.pipeline.tuned_weights import write_weights
 from vmonarch_cli.plan.plan import Plan
-from vmonarch_cli.plan.setup import ADAPTER_NAME
+from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile, Setup
+from vmonarch_cli.plan.tuned import read
+from vmonarch_cli.tune.checkpoint import TrainingProgress
+from vmonarch_cli.tune.clips import check_clips
 from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
+from vmonarch_cli.tune.flow_matching import encode_clip
 from vmonarch_cli.tune.group import Group, joined
 from vmonarch_cli.tune.loop import Training, TrainingSchedule, TrainStep
-from vmonarch_cli.tune.lora import add_lora, put
+from vmonarch_cli.tune.lora import put
 from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing
 from vmonarch_cli.tune.request import TunePlan
 from vmonarch_cli.tune.student import Student
+from vmonarch_cli.tune.trained import TrainedLora, TrainedWeights, whole
 from vmonarch_cli.tune.trajectories import sample_trajectory, trajectory_path
 from vmonarch_cli.tune.work import prepare_work, remove_work
 
@@ -63,28 +73,33 @@ def tune(
 
     A run that ends early leaves the work folder, from which one with `resume` goes on.
     """
-    device = torch.device(machine.device)
+    device, rank = torch.device(machine.device), read_rank()
+    check_clips(plan.videos[rank.rank :: rank.world], plan.clip, functools.partial(on_phase, "checking the clips"))
     checkpointing = needs_checkpointing(plan, free_bytes(machine), machine.dtype)
     with joined(device) as group:
         if group.rank == 0:
             prepare_work(plan)
         group.wait()
         on_phase("loading the model", 0, None)
-        pipeline = load_pipeline(
-            plan.clip.model_source,
-            device=device,
-            dtype=DTYPES[machine.dtype],
-            flow_shift=plan.clip.flow_shift,
-            revision=plan.clip.revision,
-        )
         checkpointing = group.agree(float(checkpointing)) > 0
-        return _Run(plan, machine, group, pipeline, on_phase).run(on_step, checkpointing)
+        return _Run(plan, machine, group, on_phase).run(on_step, checkpointing)
 
 
 class _Run:
-    def __init__(self, plan: TunePlan, machine: Machine, group: Group, pipeline: Any, on_phase: OnPhase) -> None:
-        self._plan, self._machine, self._group, self._pipeline = plan, machine, group, pipeline
-        self._on_phase = on_phase
+    def __init__(self, plan: TunePlan, machine: Machine, group: Group, on_phase: OnPhase) -> None:
+        self._plan, self._machine, self._group, self._on_phase = plan, machine, group, on_phase
+        self._pipeline = self._load()
+
+    def _load(self, *tuned: AdapterFile) -> Any:
+        clip = self._plan.clip
+        return load_pipeline(
+            clip.model_source,
+            device=torch.device(self._machine.device),
+            dtype=DTYPES[self._machine.dtype],
+            flow_shift=clip.flow_shift,
+            revision=clip.revision,
+            setup=Setup(offload="none", tuned=tuned),
+        )
 
     def run(self, on_step: Callable[[TrainStep], None], checkpointing: bool) -> TuneResult | None:
         plan, group = self._plan, self._group
@@ -93,30 +108,65 @@ class _Run:
         paths = self._teacher()
         group.wait()
         seconds = None if plan.seconds is None else max(1.0, plan.seconds - (time.monotonic() - began))
-        parameters = add_lora(self._pipeline, plan.rank, plan.clip.preset.dense_layers, plan.seed)
+        schedule = TrainingSchedule(plan.lr, plan.steps, seconds)
+        state, progress = self._train(paths, schedule, on_step, checkpointing)
+        adapter = self._adapter(progress, len(paths))
+        name = ADAPTER_NAME
+        if plan.full:
+            name = self._exchanged(state, adapter)
+        self._evaluate("after", adapter=name)
+        if group.rank:
+            return None
+        return self._write(state, adapter, progress.losses)
+
+    def _train(
+        self,
+        paths: list[Path],
+        schedule: TrainingSchedule,
+        on_step: Callable[[TrainStep], None],
+        checkpointing: bool,
+    ) -> tuple[dict[str, Tensor], TrainingProgress]:
+        """What the adapter's file holds, and how the training went."""
+        plan, group = self._plan, self._group
+        kind: type[TrainedWeights] | type[TrainedLora] = TrainedWeights if plan.full else TrainedLora
+        trained = kind(self._pipeline, plan, group)
         if checkpointing:
             for transformer in transformers_of(self._pipeline):
                 transformer.enable_gradient_checkpointing()
-        runs, no_sync = group.wrap(transformers_of(self._pipeline))
         student = Student(
             self._pipeline,
             plan.clip.preset,
             plan.clip.steps,
-            runs=runs,
-            no_sync=no_sync,
+            runs=trained.runs,
+            no_sync=trained.no_sync,
+            dtype=trained.dtype,
             checkpointing=checkpointing,
         )
-        schedule = TrainingSchedule(plan.lr, plan.steps, seconds)
         checkpoint = plan.work / "checkpoint.safetensors"
-        training = Training(parameters, student, schedule, checkpoint, group, seed=plan.seed, batch=plan.batch)
+        training = Training(trained, student, schedule, checkpoint, group, seed=plan.seed, batch=plan.batch)
         self._set_training(True)
         training.run(paths, on_step)
         self._set_training(False)
-        put(parameters, training.averages)
-        self._evaluate("after", adapter=ADAPTER_NAME)
-        if group.rank:
-            return None
-        return self._write(training, len(paths))
+        if isinstance(trained, TrainedLora):
+            put(trained.parameters, training.averages)
+            return training.averages, training.progress
+        state = {name: whole(value).to(trained.dtypes[name]).cpu() for name, value in training.averages.items()}
+        return state, training.progress
+
+    def _exchanged(self, state: dict[str, Tensor], adapter: TunedAdapter) -> str:
+        """Load the model anew, with the trained weights beside its own as in every later use; their name."""
+        plan = self._plan
+        path = plan.work / "weights.safetensors"
+        if self._group.rank == 0:
+            write_weights(path, state, adapter, overwrite=True)
+        self._group.wait()
+        self._pipeline = None
+        gc.collect()
+        if self._machine.on_gpu:
+            torch.cuda.empty_cache()
+        file = read(path)
+        self._pipeline = self._load(file)
+        return file.layer_name
 
     def _evaluate(self, when: str, **swap: Any) -> None:
         """Each process has every n-th of the held-out clips."""
@@ -136,16 +186,17 @@ class _Run:
         group.wait()
 
     def _teacher(self) -> list[Path]:
-        """The files of all trajectories, of which each process makes every n-th."""
+        """The files of all trajectories, or clips, of which each process makes every n-th."""
         plan, group = self._plan, self._group
-        began, words = time.monotonic(), "sampling the teacher"
+        began, words = time.monotonic(), "encoding the clips" if plan.videos else "sampling the teacher"
+        keep = encode_clip if plan.videos else sample_trajectory
         numbers = range(group.rank, len(plan.prompts), group.world)
         self._on_phase(words, 0, len(numbers))
         for done, number in enumerate(numbers):
             over = plan.seconds is not None and time.monotonic() - began > TEACHER_SHARE * plan.seconds
             if over and done >= _FEWEST:
                 break
-            sample_trajectory(self._pipeline, plan, number)
+            keep(self._pipeline, plan, number)
             self._on_phase(words, done + 1, len(numbers))
         group.wait()
         paths = [trajectory_path(plan, number) for number in range(len(plan.prompts))]
@@ -156,21 +207,12 @@ class _Run:
         for transformer in transformers_of(self._pipeline):
             transformer.train(on)
 
-    def _write(self, training: Training, trajectories: int) -> TuneResult:
+    def _adapter(self, progress: TrainingProgress, trajectories: int) -> TunedAdapter:
+        """What the file says of itself, without the evaluation."""
         plan, clip = self._plan, self._plan.clip
-        before, after = read_figures(plan, "before"), read_figures(plan, "after")
-        progress = training.progress
         versions = installed_versions()
-        evaluation = (
-            {}
-            if before is None or after is None
-            else {
-                "prompts": len(plan.held_out),
-                "before": before.to_json(),
-                "after": after.to_json(),
-            }
-        )
-        adapter = TunedAdapter(
+        return TunedAdapter(
+            kind="weights" if plan.full else "lora",
             model=_asked(clip),
             fingerprint=fingerprint(_folder(clip)),
             preset_name=clip.preset.name,
@@ -180,25 +222,31 @@ class _Run:
             size=f"{clip.width}x{clip.height}",
             num_frames=clip.num_frames,
             training={
-                "rank": plan.rank,
-                "alpha": plan.rank,
+                **({} if plan.full else {"rank": plan.rank, "alpha": plan.rank}),
                 "lr": plan.lr,
                 "steps": progress.step,
                 "seconds": round(progress.seconds, 1),
                 "batch": plan.batch * plan.world,
                 "seed": plan.seed,
-                "prompts": trajectories,
+                ("clips" if plan.videos else "prompts"): trajectories,
                 "loss_first": progress.losses[0],
                 "loss_last": progress.losses[-1],
                 "versions": {name: text for name, text in versions.items() if text},
                 "device": self._machine.device_name,
                 "dtype": self._machine.dtype,
             },
-            evaluation=evaluation,
         )
-        write_adapter(plan.output, training.averages, adapter, overwrite=plan.overwrite)
+
+    def _write(self, state: dict[str, Tensor], adapter: TunedAdapter, losses: list[float]) -> TuneResult:
+        plan = self._plan
+        before, after = read_figures(plan, "before"), read_figures(plan, "after")
+        if before is not None and after is not None:
+            evaluation = {"prompts": len(plan.held_out), "before": before.to_json(), "after": after.to_json()}
+            adapter = adapter.model_copy(update={"evaluation": evaluation})
+        write = write_weights if plan.full else write_adapter
+        write(plan.output, state, adapter, overwrite=plan.overwrite)
         remove_work(plan)
-        return TuneResult(plan.output, adapter, before, after, progress.losses)
+        return TuneResult(plan.output, adapter, before, after, losses)
 
 
 def _asked(clip: Plan) -> str:

@@ -39,13 +39,16 @@ class Student:
         *,
         runs: Sequence[Run],
         no_sync: Sequence[NoSync] = (),
+        dtype: torch.dtype | None = None,
         checkpointing: bool = False,
     ) -> None:
         """runs: the transformers, or what wraps them. no_sync: of each, a context in which the processes' gradients
-        are not added up. checkpointing: the transformers compute their layers again in the backward pass.
+        are not added up. dtype: of the latents, by default the transformer's. checkpointing: the transformers compute
+        their layers again in the backward pass.
         """
         self._pipeline, self._preset, self._total = pipeline, preset, total_steps
         self._runs, self._no_sync, self._checkpointing = runs, no_sync, checkpointing
+        self._dtype = pipeline.transformer.dtype if dtype is None else dtype
 
     @contextmanager
     def following(self, trajectories: Trajectories) -> Iterator[Iterator[float]]:
@@ -57,7 +60,8 @@ class Student:
             yield self._steps(session, trajectories)
 
     def _steps(self, session: AttentionSession, trajectories: Trajectories) -> Iterator[float]:
-        session.begin_clip(self._total, watching=False, forwards=max(map(len, trajectories.steps)))
+        session.begin_clip(self._total, watching=False, forwards=trajectories.most_forwards)
+        session.least_forwards = trajectories.most_forwards
         for numbers in trajectories.steps:
             losses = []
             for place, number in enumerate(numbers):
@@ -74,7 +78,7 @@ class Student:
         index = forward.transformer
         apart = self._no_sync[index]() if self._no_sync and not last else nullcontext()
         arguments = {**forward.inputs, **forward.constants, "return_dict": False}
-        arguments["hidden_states"] = arguments["hidden_states"].to(self._pipeline.transformer.dtype)
+        arguments["hidden_states"] = arguments["hidden_states"].to(self._dtype)
         with torch.enable_grad(), apart:
             loss = velocity_loss(self._runs[index](**arguments)[0], forward.velocity)
             with session.recomputing() if self._checkpointing else nullcontext():

@@ -1,7 +1,8 @@
 """The teacher: the same model with dense attention. What every forward of its sampling took and gave goes to disk.
 
 A trajectory is one safetensors file: the transformer's inputs and outputs, forward by forward, as the pipeline called
-it. So any pipeline can be tuned whose transformer is called once for each prompt, without a sampler of our own.
+it. So any pipeline can be tuned whose transformer is called once for each prompt, without a sampler of our own. Of a
+user's clip the file has the latents and each step's noise level instead (see `flow_matching`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vmonarch_cli.attention.session import AttentionSession
-from vmonarch_cli.errors import InputError, NonFiniteError
+from vmonarch_cli.errors import InputError, ModelError, NonFiniteError
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import call, encode, sampling_of
 from vmonarch_cli.pipeline.parts import transformers_of
@@ -32,7 +34,8 @@ from vmonarch_cli.tune.request import TunePlan
 
 _KEY = "vmonarch_trajectory"
 _LATENTS = "hidden_states"
-_LAYOUT = 1
+_CLEAN = "clean"
+_LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class ForwardRecorder:
 
     def __init__(self) -> None:
         self.forwards: list[TeacherForward] = []
+        self.sigmas: list[float | None] = []
+        """Noise level of each step, complete when the pipeline's call is over; None where its scheduler has none."""
         self._session: AttentionSession | None = None
         self._state: tuple[Tensor, int, Tensor] | None = None
         """The last latents that came, their version and their copy: the forwards of a step share them."""
@@ -69,6 +74,12 @@ class ForwardRecorder:
                 hook = functools.partial(self._keep, index)
                 undo.callback(transformer.register_forward_hook(hook, with_kwargs=True).remove)
             yield
+        self.sigmas = [step.sigma for step in session.steps]
+
+    @property
+    def most_forwards(self) -> int:
+        """Forwards of a step."""
+        return max(Counter(forward.step for forward in self.forwards).values())
 
     def _keep(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         names = inspect.signature(module.forward).parameters
@@ -143,23 +154,55 @@ def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
 
     What several forwards share is kept once.
     """
+    tensors, table = _table_of(forwards, keep_latents=True)
+    for number, forward in enumerate(forwards):
+        tensors[f"{number}.velocity"] = forward.velocity
+    _save(path, tensors, table, max(Counter(forward.step for forward in forwards).values()))
+
+
+def save_clip(
+    path: Path, forwards: Sequence[TeacherForward], latents: Tensor, sigmas: Sequence[float | None], most: int
+) -> None:
+    """Write a clip's latents (1, C, F, h, w), in float16, and what forwards take beside latents, whole or not at all.
+
+    sigmas: noise level of each step of the sampler, its dense ones included; ModelError where it has none. most:
+    forwards of a step in sampling.
+    """
+    tensors, table = _table_of(forwards, keep_latents=False)
+    for row in table:
+        row["sigma"] = sigmas[row["step"]]
+        if row["sigma"] is None:
+            raise ModelError("the sampler of this model has no noise levels between clip and noise")
+    _save(path, {**tensors, _CLEAN: _narrow(latents)}, table, most)
+
+
+def _table_of(
+    forwards: Sequence[TeacherForward], *, keep_latents: bool
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """(the tensors that forwards took, each once, and for each forward what it took)."""
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
-    table = []
+    table: list[dict[str, Any]] = []
     for number, forward in enumerate(forwards):
         inputs = {}
         for name, value in forward.inputs.items():
+            if name == _LATENTS and not keep_latents:
+                continue
             same = (value.data_ptr(), value.shape, value.stride(), value.dtype)  # all are alive: no address is two
             if same not in names:
                 names[same] = f"{number}.{name}"
                 tensors[names[same]] = value.cpu().clone(memory_format=torch.contiguous_format)
             inputs[name] = names[same]
-        tensors[f"{number}.velocity"] = forward.velocity
         table.append(
             {"step": forward.step, "transformer": forward.transformer, "inputs": inputs, "constants": forward.constants}
         )
+    return tensors, table
+
+
+def _save(path: Path, tensors: dict[str, Tensor], table: list[dict[str, Any]], most_forwards: int) -> None:
+    said = {"layout": _LAYOUT, "most_forwards": most_forwards, "forwards": table}
     with atomic(path, overwrite=True) as temporary:
-        save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps({"layout": _LAYOUT, "forwards": table})})
+        save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(said)})
 
 
 def _narrow(value: Tensor) -> Tensor:
@@ -173,14 +216,24 @@ def _narrow(value: Tensor) -> Tensor:
 class Trajectories:
     """Some trajectories read side by side, forward by forward; all come from one sampler."""
 
-    def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
-        """Raises InputError when one cannot be read, or is of another sampler."""
+    def __init__(self, paths: Sequence[Path], device: torch.device, seeds: Sequence[int] = ()) -> None:
+        """seeds: one for each file, of the noise of clips; trajectories need none.
+
+        Raises InputError when a file cannot be read, or is of another sampler.
+        """
         self._device = device
         self._files = [_open(path) for path in paths]
-        self._tables = [_table(file, path) for file, path in zip(self._files, paths, strict=True)]
-        kinds = {tuple((row["step"], row["transformer"]) for row in table) for table in self._tables}
+        said = [_said(file, path) for file, path in zip(self._files, paths, strict=True)]
+        self._tables: list[list[dict[str, Any]]] = [one["forwards"] for one in said]
+        self.most_forwards: int = max(one["most_forwards"] for one in said)
+        """Forwards of a step in sampling; a clip's file may have fewer."""
+        kinds = {tuple((row["step"], row["transformer"], row.get("sigma")) for row in rows) for rows in self._tables}
         if len(kinds) != 1:
             raise InputError(f"trajectories in {paths[0].parent} are of different samplers: remove the folder")
+        self._clean: Tensor | None = None
+        if "sigma" in self._tables[0][0]:
+            self._clean = self._batched([_CLEAN] * len(paths), True)
+            self._target = _noise(self._clean, seeds) - self._clean
         self.steps: list[list[int]] = []
         """Numbers of the forwards of every step."""
         last = None
@@ -197,13 +250,24 @@ class Trajectories:
         inputs = {
             name: self._batched([row["inputs"][name] for row in rows], name == _LATENTS) for name in first["inputs"]
         }
-        velocity = self._batched([f"{number}.velocity"] * len(rows), True)
+        if self._clean is not None:
+            inputs[_LATENTS] = self._clean + first["sigma"] * self._target
+            velocity = self._target
+        else:
+            velocity = self._batched([f"{number}.velocity"] * len(rows), True)
         return TeacherForward(first["step"], first["transformer"], inputs, first["constants"], velocity)
 
     def _batched(self, names: Sequence[str], wide: bool) -> Tensor:
-        parts = [file.get_tensor(name).to(self._device) for file, name in zip(self._files, names, strict=True)]
-        whole = torch.cat(parts) if len(parts) > 1 and parts[0].dim() else parts[0]
+        parts = [file.get_tensor(name) for file, name in zip(self._files, names, strict=True)]
+        whole = (torch.cat(parts) if len(parts) > 1 and parts[0].dim() else parts[0]).to(self._device)
         return whole.float() if wide else whole
+
+
+def _noise(latents: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Standard normal, one sample for each seed: the same on every machine."""
+    shape = latents.shape[1:]
+    samples = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return torch.stack(samples).to(latents.device)
 
 
 def _open(path: Path) -> Any:
@@ -213,12 +277,11 @@ def _open(path: Path) -> Any:
         raise InputError(f"trajectory {path} cannot be read: remove it, and it will be made again") from error
 
 
-def _table(file: Any, path: Path) -> list[dict[str, Any]]:
+def _said(file: Any, path: Path) -> dict[str, Any]:
     try:
-        said = json.loads((file.metadata() or {})[_KEY])
+        said: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
         if said["layout"] == _LAYOUT:
-            rows: list[dict[str, Any]] = said["forwards"]
-            return rows
+            return said
     except (KeyError, TypeError, ValueError):
         pass
     raise InputError(f"{path} is no trajectory of this version: remove it, and it will be made again")

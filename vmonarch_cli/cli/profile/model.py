@@ -21,8 +21,9 @@ from vmonarch_cli.cli.profile.flags import FlowShift, Guidance, Presets, RunFlag
 from vmonarch_cli.cli.profile.model_table import model_table, verdicts
 from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.setup import AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import NONE
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
@@ -60,6 +61,14 @@ class ModelFlags:
     compile_: Annotated[
         bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
     ] = False
+    fuse: Annotated[
+        bool,
+        option(
+            "--fuse/--no-fuse",
+            panel=ATTENTION,
+            help="Add a row for every preset with fused blocks (on a CPU their operations in torch). Default: none.",
+        ),
+    ] = False
     fail_below: Annotated[
         float | None,
         number_option(
@@ -81,7 +90,7 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
 
     from vmonarch_cli.profile.model import run_model
 
-    settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned)
+    settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned, fused_impl=_fused(flags, clip, run))
     if backends and not run.on_gpu:
         raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
     run.start(_recorded(settings), "")
@@ -118,6 +127,16 @@ def _adapters(
     defaults = clip.entry.defaults
     guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
     return request.adapters(flags.tuned, clip, chosen, defaults.steps, guidance)
+
+
+def _fused(flags: ModelFlags, clip: request.ModelShape, run: ProfileRun) -> str | None:
+    """What the rows with fused blocks run with; InputError for a model whose blocks have no fused form."""
+    if not flags.fuse:
+        return None
+    from vmonarch_kernels import resolve_fused_impl
+
+    check_additions(Setup(fuse=True), PIPELINES[clip.entry.pipeline])
+    return resolve_fused_impl("auto", run.device, run.dtype)
 
 
 def _settings(
@@ -160,6 +179,7 @@ def _recorded(settings: ModelSettings) -> dict[str, object]:
         "flow_shift": settings.flow_shift,
         "steps": settings.steps,
         "compile": settings.compile,
+        "fused": settings.fused_impl,
         "presets": [preset.model_dump() for preset in settings.presets],
         "tuned": [tuned.facts() for tuned in settings.tuned],
     }

@@ -92,6 +92,10 @@ def verdicts(profile: ModelProfile) -> list[str]:
             words = f"{row.name}: a step is {gain:.2f}x as fast as with {fastest.name}, the fastest dense{also}{whole}"
         else:
             words = f"{row.name}: not worth it at this size ({gain:.2f}x on a step against {fastest.name}{whole})"
+        stock = None if row.stock is None else profile.row(row.stock, row.note)
+        fused_gain = None if stock is None else profile.speedup(row, stock)
+        if stock is not None and fused_gain is not None:
+            words += f"; with stock blocks it takes {fused_gain:.2f} times as long"
         crossing = next((b for b in profile.break_even if b.preset == row.name), None)
         found.append(f"{words}; {break_even_words(crossing, profile.size)}" if crossing else words)
     return found

@@ -1,0 +1,221 @@
+"""Put the measured tables and the plot of README.md in place, from the records in results/*.json.
+
+    python kernels/bench/readme.py            # writes the tables between README.md's markers, and overview*.png
+    python kernels/bench/readme.py --check    # exit 1 when a table is not what the records give; draws nothing
+
+A table stands between `<!-- measured: NAME -->` and `<!-- end -->`. Records are read as `report.py` reads them: one
+whose checks failed is refused. The plot needs matplotlib (`pip install "vmonarch[plot]"`), the tables nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+from report import Record, RefusedRecord, load, table  # noqa: E402  (the scripts of this folder are no package)
+
+KERNEL, QUALITY = "h200-kernel.json", "h200-quality-demo.json"
+STEPS = ("h200-wan2.1-1.3b-480p-compiled.json", "h200-wan2.1-1.3b-720p-compiled.json")
+SMALL_CARDS = ("h200-card-wan2.1-1.3b.json", "h200-card-wan2.2-5b.json")
+LARGEST = "h200-wan2.1-14b-largest.json"
+PRESETS, DEFAULT = ("paper", "fast", "balanced", "quality"), "balanced"
+_BLOCK = re.compile(r"(?P<begin><!-- measured: (?P<name>[a-z-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
+_THEMES = {"overview.png": ("#ffffff", "#1f2328"), "overview-dark.png": ("#0d1117", "#e6edf3")}
+"""File -> colours of paper and ink; GitHub's own for its light and its dark pages."""
+_COLOURS = {"paper": "#D55E00", "fast": "#3B8BD0", "balanced": "#009E73", "quality": "#CC79A7"}
+
+
+def calls(records: dict[str, Record]) -> list[str]:
+    """One attention call over its length."""
+    rows = []
+    for shape in records[KERNEL]["shapes"]:
+        by_name = {row["name"]: row for row in shape["rows"]}
+        flash, dense, paper = by_name["flash"], by_name[shape["fastest_dense"]], by_name["paper"]
+        rows.append(
+            [
+                f"{shape['frames']} x {shape['positions']:,} = {shape['tokens']:,}",
+                _ms(flash["time"]["median"]),
+                _ms(dense["time"]["median"]),
+                _ms(paper["time"]["median"]),
+                f"**{_times(paper['over_flash'])}**",
+                *(_times(by_name[name]["over_fastest_dense"]) for name in ("paper", "fast", "balanced")),
+            ]
+        )
+    titles = ["tokens (latent frames x positions)", "FlashAttention-2", "cuDNN", "`paper`", "`paper` against FA2"]
+    titles += [f"`{name}` against cuDNN" for name in ("paper", "fast", "balanced")]
+    return [*table(titles, rows), "", _origin(records[KERNEL])]
+
+
+def cards(records: dict[str, Record]) -> list[str]:
+    """What fits which card, and what it gains there."""
+    rows = []
+    for name in SMALL_CARDS:
+        record = records[name]
+        for card in sorted(record["cards"], key=lambda card: card["card_gib"]):
+            said = card["said"][0].removeprefix("memory").strip()
+            how = (
+                said.split(": ", 1)[1]
+                .split(",")[0]
+                .removesuffix(" is on the device")
+                .removesuffix(" stay on the device")
+            )
+            peak = f"fits: {how} on the card, peak {card['process_peak_gib']:.1f} GiB"
+            rows.append((card["card_gib"], [f"{card['card_gib']:g} GB", f"`-m {record['settings']['model']}`", peak]))
+    for name in STEPS:
+        model = records[name]["model"]
+        width, height, _ = model["size"]
+        best = {row["name"]: row for row in model["rows"]}
+        step = ", ".join(
+            f"`{preset}` {_ms(best[preset]['step']['median'])} ({_times(best[preset]['over_fastest_dense'])})"
+            for preset in ("paper", "balanced")
+        )
+        dense = best[model["fastest_dense"]]["step"]["median"]
+        command = f"`-m {model['model']} --size {width}x{height} --compile`"
+        rows.append((80, ["80 GB", command, f"a step: cuDNN {_ms(dense)}, {step}"]))
+    largest = max(
+        (length for length in records[LARGEST]["lengths"] if "error" not in length), key=lambda at: at["frames"]
+    )
+    settings, gib = records[LARGEST]["settings"], largest["peak_bytes"] / 2**30
+    command = f"`-m {settings['model']} --size {settings['size']} --num-frames {largest['frames']}`"
+    what = f"fits with `{settings['preset']}`: {largest['step_s']:.0f} s a step, peak {gib:.0f} GiB"
+    rows.append((80, ["80 GB", command, what]))
+    rows.sort(key=lambda row: row[0])
+    titles, _, *lines = table(["card", "you type `vmonarch generate ...`", "you get"], [row for _, row in rows])
+    return [titles, "|---|---|---|", *lines]
+
+
+def closeness(records: dict[str, Record]) -> list[str]:
+    """How far the shipped demo model's clips are from dense ones."""
+    quality = records[QUALITY]["quality"]
+    by_name = {row["name"]: row for row in quality["rows"]}
+    rows = [
+        [
+            f"`{name}`{' (default)' * (name == DEFAULT)}",
+            tomllib.loads((ROOT / "presets" / f"{name}.toml").read_text(encoding="utf-8"))["description"],
+            f"{100 * by_name[name]['flops_share']:.0f} %",
+            f"{by_name[name]['latent_error']:.3f}",
+            f"{by_name[name]['psnr']:.1f}\u00a0dB",
+        ]
+        for name in PRESETS
+    ]
+    titles, _, *rows = table(["preset", "what it does", "work", "error", "PSNR"], rows)
+    what = f"Means of {len(quality['prompts'])} prompts, {quality['steps']} steps, against dense from the same noise. "
+    return [titles, "|---|---|---:|---:|---:|", *rows, "", what + _origin(records[QUALITY])]
+
+
+TABLES: dict[str, Callable[[dict[str, Record]], list[str]]] = {"calls": calls, "cards": cards, "closeness": closeness}
+
+
+def filled(text: str, records: dict[str, Record]) -> str:
+    """`text` with every table as the records give it; KeyError for a marker of no known table."""
+
+    def block(found: re.Match[str]) -> str:
+        return found["begin"] + "\n".join(TABLES[found["name"]](records)) + "\n" + found["end"]
+
+    return _BLOCK.sub(block, text)
+
+
+def draw(records: dict[str, Record], folder: Path) -> None:
+    """Speed over length, and beside it error over work, once for a light page and once for a dark one."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for name, (paper, ink) in _THEMES.items():
+        style = {"figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper}
+        style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        with mpl.rc_context({**style, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+            figure, (speed, error) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+            _draw_speed(speed, records[KERNEL]["shapes"])
+            _draw_error(error, records[QUALITY]["quality"]["rows"], ink)
+            figure.supxlabel(_origin(records[KERNEL]), fontsize=8)
+            figure.savefig(folder / name, dpi=110)
+            plt.close(figure)
+
+
+def _draw_speed(axis: Any, shapes: list[Record]) -> None:
+    """Lines join lengths of one frame size; the one shape of another frame size stands alone."""
+    for name in ("fast", "paper", "balanced"):
+        points: dict[int, list[tuple[float, float]]] = {shape["positions"]: [] for shape in shapes}
+        for shape in shapes:
+            row = next(row for row in shape["rows"] if row["name"] == name)
+            points[shape["positions"]].append((shape["tokens"] / 1e3, row["over_flash"]))
+        for positions, line in points.items():
+            label = f"{name}" if positions == shapes[0]["positions"] else None
+            axis.plot(*zip(*sorted(line), strict=True), marker="o", color=_COLOURS[name], label=label)
+    lone = next(shape for shape in shapes if shape["positions"] == max(shape["positions"] for shape in shapes))
+    below = min(row["over_flash"] for row in lone["rows"] if row["name"] in _COLOURS)
+    others = sorted(shape["frames"] for shape in shapes if shape is not lone)
+    what = f"dots: {lone['frames']} latent frames of 720p\nlines: {others[0]} to {others[-1]} of 480p"
+    axis.annotate(
+        what, (lone["tokens"] / 1e3, below), xytext=(0, -32), textcoords="offset points", ha="center", fontsize=8
+    )
+    axis.axhline(1, color="#888888", linestyle=":")
+    axis.set(yscale="log", yticks=[1, 2, 5, 10, 20, 30], xlabel="thousand tokens", ylabel="times FlashAttention-2")
+    axis.yaxis.set_major_formatter("{x:g}x")
+    axis.minorticks_off()
+    axis.set_title("one attention call, 12 heads x 128", loc="left", fontsize=11)
+    axis.legend(frameon=False)
+
+
+def _draw_error(axis: Any, rows: list[Record], ink: str) -> None:
+    by_name = {row["name"]: row for row in rows}
+    for name in PRESETS:
+        at = (100 * by_name[name]["flops_share"], by_name[name]["latent_error"])
+        axis.plot(*at, marker="o", markersize=9, color=_COLOURS[name])
+        axis.annotate(name, at, xytext=(9, 3), textcoords="offset points", color=ink)
+    axis.plot(100, 0, marker="s", markersize=8, color="#888888", clip_on=False)
+    axis.annotate("dense", (100, 0), xytext=(-42, 6), textcoords="offset points", color=ink)
+    axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error of the final latents")
+    axis.set_title("demo model against dense, same noise", loc="left", fontsize=11)
+
+
+def _origin(record: Record) -> str:
+    versions = record["versions"]
+    known = f"torch {versions['torch']}, triton {versions['triton']}"
+    return f"{record['device']['name']}, {known}, {record['settings']['dtype']}."
+
+
+def _ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f}\u00a0ms" if value >= 100 else f"{value:#.3g}\u00a0ms"
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f}x"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args(argv)
+    try:
+        records = dict(load(HERE / "results"))
+    except RefusedRecord as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        return 1
+    before = arguments.readme.read_text(encoding="utf-8")
+    after = filled(before, records)
+    if arguments.check:
+        if after != before:
+            print(f"error: {arguments.readme} is not what the records give; run this without --check.", file=sys.stderr)
+        return int(after != before)
+    arguments.readme.write_text(after, encoding="utf-8")
+    draw(records, HERE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

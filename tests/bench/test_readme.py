@@ -1,0 +1,74 @@
+"""README.md: its measured tables are what the records give, and no figure stands outside of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+GUIDE = ROOT / "vmonarch_cli" / "cli" / "README.md"
+FIGURE = re.compile(r"\d[\d.,]*\s?(?:x|ms|s|GiB|GB|MB|dB|%|seconds|minutes)\b|\d+ %")
+GENERATED = re.compile(r"<!-- measured: .*?<!-- end -->", re.DOTALL)
+CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?:\]\(|srcset=\"|src=\")([^)\"#]+)")
+
+
+@pytest.fixture(scope="module")
+def readme() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "kernels" / "bench" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_what_the_records_give(readme: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--check"]) == 0, capsys.readouterr().err
+    assert set(re.findall(r"<!-- measured: ([a-z-]+) -->", README.read_text())) == set(readme.TABLES)
+
+
+def test_a_changed_figure_is_found_and_put_right(readme: ModuleType, tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    text = README.read_text()
+    speedup = re.search(r"\*\*\d+\.\dx\*\*", text)
+    assert speedup is not None
+    copy.write_text(text.replace(speedup[0], "**99.9x**", 1))
+    assert readme.main(["--check", "--readme", str(copy)]) == 1
+    records = dict(readme.load(readme.HERE / "results"))
+    assert readme.filled(copy.read_text(), records) == text
+
+
+def test_no_figure_stands_outside_the_tables() -> None:
+    prose = CODE.sub("", GENERATED.sub("", README.read_text()))
+    assert not FIGURE.findall(prose)
+
+
+def test_a_newcomer_reads_it_to_the_end() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["readme", "guide"])
+def test_links_lead_somewhere(page: Path) -> None:
+    local = [link for link in LINK.findall(page.read_text()) if not link.startswith("http")]
+    assert local
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_plot_has_a_light_and_a_dark_side(readme: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    readme.draw(dict(readme.load(readme.HERE / "results")), tmp_path)
+    corner = {}
+    for name in ("overview.png", "overview-dark.png"):
+        assert (ROOT / "kernels" / "bench" / name).is_file()
+        with Image.open(tmp_path / name) as picture:
+            corner[name] = sum(picture.convert("RGB").getpixel((0, 0)))
+            assert picture.width > 2 * picture.height
+    assert corner["overview.png"] > 700 > 100 > corner["overview-dark.png"]

@@ -1,0 +1,342 @@
+"""Fused blocks: the result is the stock model's, whatever else is done to it, and the stock model comes back."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loading import CLOSE, CPU, PAPER, load
+from tiny_families import TINY, latents_of
+from tiny_wan import LAYERS, tiny_transformer
+from typer.testing import CliRunner, Result
+from wan_original import write_gguf
+
+from vmonarch_cli.cli.app import app
+from vmonarch_cli.errors import InputError
+from vmonarch_cli.families import fusing
+from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, unfuse
+from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.setup import Setup
+
+APART = "hunyuan-video-i2v"
+"""Modulates its first frame's tokens apart, in blocks of its own, which have no fused form."""
+FUSED = [name for name, tiny in TINY.items() if FAMILIES[tiny.transformer_class].fused and name != APART]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def setup(impl: str | None, **more: Any) -> Setup:
+    return Setup(**{"offload": "none", "fused_impl": impl, **more})
+
+
+def made(folder: Path, impl: str | None, name: str = "wan", **more: Any) -> torch.Tensor:
+    """A clip's latents of a tiny family with `paper`."""
+    pipeline = load(folder, setup=setup(impl, **more))
+    assert {fused_impl(pipeline.transformer)} == {impl}
+    with swapped(pipeline, PAPER):
+        return latents_of(pipeline, TINY[name])
+
+
+def wan_inputs(transformer: Any, *, tokens: bool = False) -> dict[str, Any]:
+    """One forward of a tiny Wan; `tokens`: a noise level for every token, as Wan 2.2's text-and-image model has it."""
+    generator = torch.Generator().manual_seed(3)
+    timestep = torch.tensor([[500.0] * 15 + [0.0] * 15]) if tokens else torch.tensor([500.0])
+    return {
+        "hidden_states": torch.randn(1, transformer.config.in_channels, 5, 4, 6, generator=generator),
+        "timestep": timestep,
+        "encoder_hidden_states": torch.randn(1, 7, transformer.config.text_dim, generator=generator),
+        "return_dict": False,
+    }
+
+
+def run(transformer: Any, **options: bool) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = transformer(**wan_inputs(transformer, **options))[0]
+    return result
+
+
+# The result
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_blocks_make_the_stock_clip(folders: dict[str, Path], name: str) -> None:
+    stock = made(folders[name], None, name)
+    torch.testing.assert_close(made(folders[name], "torch", name), stock, **CLOSE)
+
+
+@pytest.mark.slow  # the interpreter takes half a minute for a family, and more for LTX-Video's larger grid
+@pytest.mark.parametrize("name", list({TINY[name].transformer_class: name for name in reversed(FUSED)}.values()))
+def test_so_do_the_kernels(folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step; every operator of the family's blocks runs."""
+    tiny, tokens = TINY[name], []
+    pipeline = load(folders[name])
+    with swapped(pipeline, PAPER):
+        stock = latents_of(pipeline, tiny, steps=1)
+    from vmonarch_kernels import launch_fused
+
+    for part in ("qk_norm_rope", "residual_norm", "gelu_tanh_"):
+        real = getattr(launch_fused, part)
+        monkeypatch.setattr(launch_fused, part, lambda *a, _part=part, _real=real: (tokens.append(_part), _real(*a))[1])
+    pipeline = load(folders[name], setup=setup("triton"))
+    with swapped(pipeline, PAPER):
+        latents = latents_of(pipeline, tiny, steps=1)
+    torch.testing.assert_close(latents, stock, **CLOSE)
+    assert set(tokens) == {"qk_norm_rope", "residual_norm", "gelu_tanh_"}
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["a sample's noise", "a token's noise"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_one_forward_also_with_stock_attention(impl: str, tokens: bool) -> None:
+    transformer = tiny_transformer(layers=1)
+    expected = run(transformer, tokens=tokens)
+    with fused(transformer, impl):
+        found = run(transformer, tokens=tokens)
+        with swapped(transformer, PAPER.model_copy(update={"attention": "dense"})) as session:
+            session.begin_step()
+            swapped_too = run(transformer, tokens=tokens)
+            session.end_step()
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(swapped_too, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_low_precision_the_error_is_that_of_the_stock_blocks(dtype: torch.dtype) -> None:
+    """Against float64, from weights that the dtype holds; what Wan keeps in float32 stays so."""
+    transformer = tiny_transformer()
+    kept = set(transformer._keep_in_fp32_modules)
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    narrow = {name: parameter.data for name, parameter in transformer.named_parameters()}
+
+    def forward(impl: str | None, inputs: dict[str, Any]) -> torch.Tensor:
+        if impl is not None:
+            fuse(transformer, impl)
+        with torch.no_grad():
+            result = transformer(**inputs)[0].double()
+        unfuse(transformer)
+        return result
+
+    inputs = wan_inputs(transformer)
+    for name in ("hidden_states", "encoder_hidden_states"):
+        inputs[name] = inputs[name].to(dtype)
+    stock, found = forward(None, inputs), forward("torch", inputs)
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.double()
+    exact = forward(
+        None, {k: v.double() if isinstance(v, torch.Tensor) and k != "timestep" else v for k, v in inputs.items()}
+    )
+    assert {name: parameter.dtype for name, parameter in transformer.named_parameters()} != narrow
+    assert (found - exact).norm() <= 1.5 * (stock - exact).norm()
+
+
+# What comes back
+
+
+def test_the_stock_modules_come_back_to_the_bit() -> None:
+    transformer = tiny_transformer()
+    before = {name: (set(vars(module)), type(module)) for name, module in transformer.named_modules()}
+    state = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    expected = run(transformer)
+    with fused(transformer, "torch"):
+        assert fused_impl(transformer) == "torch"
+        run(transformer)
+        assert list(transformer.state_dict()) == list(state)
+    assert fused_impl(transformer) is None
+    assert {name: (set(vars(module)), type(module)) for name, module in transformer.named_modules()} == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in transformer.state_dict().items())
+    assert torch.equal(run(transformer), expected)
+    unfuse(transformer)  # nothing to do
+
+
+def test_signatures_stay_those_of_diffusers() -> None:
+    """Caches and context parallelism find arguments by them."""
+    transformer = tiny_transformer()
+    stock = inspect.signature(transformer.blocks[0].forward)
+    with fused(transformer, "torch"):
+        assert [*inspect.signature(transformer.blocks[0].forward).parameters] == [*stock.parameters]
+
+
+def test_what_wraps_a_fused_forward_stays_when_the_stock_blocks_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    transformer = tiny_transformer()
+    expected = run(transformer)
+    fuse(transformer, "torch")
+    for module in transformer.modules():  # as sequential offloading does
+        add_hook_to_module(module, AlignDevicesHook(io_same_device=True))
+    torch.testing.assert_close(run(transformer), expected, **CLOSE)
+    unfuse(transformer)
+    assert torch.equal(run(transformer), expected)
+    fuse(transformer, "torch")
+    calls: list[int] = []
+    monkeypatch.setattr(fusing, "gelu_tanh_", lambda x, impl: (calls.append(1), x)[1])
+    run(transformer)
+    assert len(calls) == LAYERS
+
+
+def test_blocks_whose_forward_is_wrapped_already_are_refused() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    transformer = tiny_transformer()
+    add_hook_to_module(transformer.blocks[0], AlignDevicesHook(io_same_device=True))
+    with pytest.raises(
+        InputError, match=r"a WanTransformerBlock of this WanTransformer3DModel has a forward of its own"
+    ):
+        fuse(transformer, "torch")
+    assert fused_impl(transformer) is None
+
+
+def test_the_facts_of_the_models_agree_with_the_families() -> None:
+    for name, facts in PIPELINES.items():
+        assert facts.fuses == (bool(FAMILIES[facts.transformer].fused) and name != "HunyuanVideoImageToVideoPipeline")
+
+
+# With everything else
+
+
+def test_parameters_come_through_the_modules_that_hold_them() -> None:
+    """Where offloading keeps them elsewhere, a norm has its weights only while it is called."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Away(ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            module.weight.data = kept[module]
+            return args, kwargs
+
+        def post_forward(self, module: Any, output: Any) -> Any:
+            module.weight.data = torch.full_like(kept[module], torch.nan)
+            return output
+
+    transformer = tiny_transformer()
+    expected = run(transformer)
+    fuse(transformer, "torch")
+    norms = [m for n, m in transformer.named_modules() if n.endswith(("norm_q", "norm_k", "norm2")) and "blocks" in n]
+    kept = {module: module.weight.data for module in norms if hasattr(module, "weight")}
+    for module, weight in kept.items():
+        module.weight = torch.nn.Parameter(torch.full_like(weight, torch.nan))
+        add_hook_to_module(module, Away())
+    with swapped(transformer, PAPER.model_copy(update={"attention": "dense"})) as session:
+        session.begin_step()
+        found = run(transformer)
+        session.end_step()
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["model", "group"])
+def test_offloading(folders: dict[str, Path], mode: str) -> None:
+    stock = made(folders["wan"], None)
+    torch.testing.assert_close(made(folders["wan"], "torch", offload=mode), stock, **CLOSE)
+
+
+@pytest.mark.parametrize("more", [{"quantize": "fp8"}, {"quantize": "int8"}, {"cache": "pab"}], ids=str)
+def test_narrow_weights_and_caches(folders: dict[str, Path], more: dict[str, Any]) -> None:
+    stock = made(folders["wan"], None, **more)
+    torch.testing.assert_close(made(folders["wan"], "torch", **more), stock, **CLOSE)
+
+
+def test_a_lora(folders: dict[str, Path], lora: Path) -> None:
+    plain = made(folders["wan"], None)
+    stock = made(folders["wan"], None, loras=(str(lora),))
+    found = made(folders["wan"], "torch", loras=(str(lora),))
+    torch.testing.assert_close(found, stock, **CLOSE)
+    assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_a_gguf(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = str(write_gguf(tiny_transformer(), tmp_path / "x.gguf"))
+    stock, found = (made(tiny_wan_folder, impl, transformer=path) for impl in (None, "triton"))
+    torch.testing.assert_close(found, stock, **CLOSE)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_compiled_blocks(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks share one graph, without a break."""
+    transformer = tiny_transformer(layers=2)
+    expected = run(transformer)
+    counts = torch._dynamo.utils.counters
+    fuse(transformer, impl)
+    torch._dynamo.reset()
+    counts.clear()
+    for block in transformer.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(transformer), expected, **CLOSE)
+    assert counts["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+# The command line
+
+
+SHAPE = ("--size", "48x32", "--num-frames", "17")
+
+
+@pytest.fixture
+def tiny(tiny_wan_folder: Path) -> tuple[str, ...]:
+    return ("-m", str(tiny_wan_folder), "-p", "a red circle", *SHAPE, "--steps", "2")
+
+
+def call(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    return result
+
+
+def test_a_record_says_whether_blocks_were_fused(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    def record(name: str, *flags: str) -> dict[str, Any]:
+        shown = call("generate", *tiny, *flags, "-o", str(tmp_path / f"{name}.gif")).output
+        assert ("fused blocks by torch" in " ".join(shown.split())) == ("--fuse" in flags)
+        found: dict[str, Any] = json.loads((tmp_path / f"{name}.json").read_text())
+        return found
+
+    plain, off, on = record("plain"), record("off", "--no-fuse"), record("on", "--fuse", "--impl", "torch")
+    assert [found["fused"] for found in (plain, off, on)] == [None, None, "torch"]
+    assert [found["settings"]["fuse"]["value"] for found in (plain, off, on)] == [False, False, True]
+    assert plain["frames"]["sha256"] == off["frames"]["sha256"]
+    call("rerun", str(tmp_path / "on.json"), "-o", str(tmp_path / "again.gif"))
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["fused"], again["frames"]["sha256"]) == ("torch", on["frames"]["sha256"])
+
+
+def test_on_a_cpu_an_explicit_choice_is_refused(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    shown = call("generate", *tiny, "--fuse", "-o", str(tmp_path / "x.gif"), code=2).stderr
+    assert " ".join(shown.split()) == (
+        "error: --fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
+        "--impl torch for the same operations in torch, which gain nothing"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_fused_form_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    flags = ("-m", str(folders["mochi-1"]), "-p", "x", "--fuse", "--impl", "torch", "-o", str(tmp_path / "x.gif"))
+    shown = call("generate", *flags, code=2).stderr
+    assert "--fuse: the blocks of a MochiPipeline have no fused form: leave it out" in " ".join(shown.split())
+    pipeline = load_pipeline(str(folders["mochi-1"]), device=CPU, dtype=torch.float32)
+    with pytest.raises(InputError, match="this HunyuanVideoTransformer3DModel has no blocks with a fused form"):
+        load(folders[APART], setup=setup("torch"))
+    with pytest.raises(
+        InputError, match=r"this MochiTransformer3DModel has no blocks with a fused form, which are .*Wan"
+    ):
+        fuse(pipeline.transformer, "torch")
+
+
+def test_a_batch_fuses_for_all_its_lines(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "a red circle"}, {"prompt": "a blue square", "seed": 3}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = [*SHAPE, "--steps", "1", "--fuse", "--impl", "torch"]
+    source = ["--prompts-file", str(tmp_path / "prompts.jsonl"), "-m", str(tiny_wan_folder)]
+    call("generate", *source, *flags, "-o", str(tmp_path / "out"))
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("a-*.json")]
+    assert [found["fused"] for found in records] == ["torch", "torch"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "fuse": True}))
+    shown = call("generate", *source, *flags, "-o", str(tmp_path / "other"), code=2).stderr
+    assert "fuse is the same for all clips" in " ".join(shown.split())

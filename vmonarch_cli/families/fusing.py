@@ -1,0 +1,121 @@
+"""What a family says of its fused blocks, and what their forwards share.
+
+A fused block is the stock module with other arithmetic between its linear layers: modules, parameters and their names
+stay, and whatever hooks into modules (offloading, step caches, LoRA, context parallelism) finds them as they were. A
+replaced ``forward`` has the stock one's signature, and serves while the module's ``fused_impl`` names an
+implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vmonarch_kernels import HeadNorm, Norm, Rotation, gated_activation, gelu_tanh_, qk_norm_rope
+
+ATTRIBUTE = "fused_impl"
+"""Of every module whose forward was replaced, and of attention modules whose processor asks for it."""
+Forward = Callable[..., Any]
+QK = tuple[torch.Tensor, torch.Tensor]
+
+
+def replacement(run: Forward) -> Forward:
+    """`run` as a module's forward; the class's own again once the module's ``fused_impl`` is None."""
+
+    @functools.wraps(run)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fused_impl is None:
+            return type(self).forward(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
+
+    forward.fused = True  # type: ignore[attr-defined]
+    return forward
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """How one block class of diffusers is fused."""
+
+    forward: Forward
+    """In place of the block's own; made by `replacement`, as those below."""
+    parts: Mapping[str, Forward] = field(default_factory=dict)
+    """Path within the block -> forward; a path that a block lacks is left out."""
+    attentions: tuple[str, ...] = ()
+    """Paths of the self-attention modules, whose processors normalise and rotate q and k in one pass."""
+
+
+def impl_of(module: Any) -> str | None:
+    """The implementation that a module's fused arithmetic runs with; None for a stock one."""
+    found: str | None = getattr(module, ATTRIBUTE, None)
+    return found
+
+
+@replacement
+def give_parameters(self: Any, hidden_states: torch.Tensor | None = None) -> Any:
+    """A norm's weight and bias when it is called with nothing, else its own result.
+
+    Through the call, because a module that offloading moves about has its parameters only inside it.
+    """
+    if hidden_states is not None:
+        return type(self).forward(self, hidden_states)
+    given = (self.weight, getattr(self, "bias", None))
+    if torch.is_grad_enabled():
+        return given
+    # What moves parameters away afterwards may do so under the parameter's own name.
+    return tuple(None if tensor is None else tensor.detach() for tensor in given)
+
+
+def parameters_of(norm: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a norm, either None; of one without parameters nothing is called."""
+    if getattr(norm, "weight", None) is None:
+        return None, None
+    weight, bias = norm(None)
+    return weight, bias
+
+
+def norm_of(module: Any, kind: Any = "layer") -> Norm:
+    """A block's norm over its channels, as the fused operations take it."""
+    return Norm(module.eps, *parameters_of(module), kind)
+
+
+def normed_and_rotated(
+    attn: Any, query: torch.Tensor, key: torch.Tensor, rotary_emb: Any, *, per_head: bool = False
+) -> QK:
+    """q and k (B, N, channels) of a fused attention module -> (B, N, heads, D): its RMS norms, then the rotation.
+
+    rotary_emb: cosines and sines (B or 1, N', heads or 1, D), every angle twice; None for none.
+    """
+    weights = [parameters_of(norm)[0] for norm in (attn.norm_q, attn.norm_k)]
+    rotation = None if rotary_emb is None else Rotation(*rotary_emb)
+    norm = HeadNorm(weights[0], weights[1], attn.norm_q.eps, per_head)
+    q, k = qk_norm_rope(query, key, attn.heads, norm=norm, rotation=rotation, impl=attn.fused_impl)
+    assert k is not None  # noqa: S101 - for the type checker: a key was given
+    return q, k
+
+
+@replacement
+def gelu_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """diffusers' GELU, a product and its activation, in place on the product where it is the tanh form."""
+    if self.approximate != "tanh":
+        stock: torch.Tensor = type(self).forward(self, hidden_states)
+        return stock
+    return gelu_tanh_(self.proj(hidden_states).contiguous(), impl=self.fused_impl)
+
+
+@replacement
+def activation_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+    """torch's GELU in place, on a tensor that nothing else has: the product before it."""
+    if self.approximate != "tanh":
+        stock: torch.Tensor = type(self).forward(self, input)
+        return stock
+    return gelu_tanh_(input.contiguous(), impl=self.fused_impl)
+
+
+@replacement
+def swiglu_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """diffusers' SwiGLU, a product and its gated activation."""
+    return gated_activation(self.proj(hidden_states), "silu", impl=self.fused_impl)

@@ -1,0 +1,96 @@
+"""The blocks of Wan 2.1 and 2.2, Wan VACE and SkyReels-V2 with their arithmetic between the products fused.
+
+Six passes over tensors: norm1 with its modulation, q and k with norms and rotation, the first gate with norm2, the
+second sum with norm3 and its modulation, the activation, and the last gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vmonarch_cli.families.fusing import FusedBlock, gelu_forward, give_parameters, norm_of, replacement
+from vmonarch_kernels import Term, gated_residual, layer_norm_modulate, residual_norm
+
+
+def _of_samples(table: torch.Tensor, temb: torch.Tensor) -> list[Term]:
+    """Shifts, scales and gates (B, 6, C) of samples; the table (1, 6, C) is the block's own."""
+    return [Term(temb[:, i : i + 1], table[0, i]) for i in range(6)]
+
+
+def _of_tokens(table: torch.Tensor, temb: torch.Tensor) -> list[Term]:
+    """The same of every token: (B, N, 6, C), of Wan 2.2's text-and-image model."""
+    return [Term(temb[:, :, i], table[0, i]) for i in range(6)]
+
+
+def _of_tokens_in_rows(table: torch.Tensor, temb: torch.Tensor) -> list[Term]:
+    """The same as SkyReels-V2 has them: (B, 6, N, C)."""
+    return [Term(temb[:, i], table[0, i]) for i in range(6)]
+
+
+def _run(
+    block: Any, stream: torch.Tensor, text: torch.Tensor, terms: list[Term], rotary_emb: Any, mask: Any = None
+) -> torch.Tensor:
+    """The stream (B, N, C) after one block's attention to itself and to the text, and its feed-forward network."""
+    impl = block.fused_impl
+    shift, scale, gate, c_shift, c_scale, c_gate = terms
+    normed = layer_norm_modulate(stream, norm_of(block.norm1), scale, shift, impl=impl)
+    out = block.attn1(normed, None, mask, rotary_emb)
+    if isinstance(block.norm2, torch.nn.Identity):
+        stream = normed = gated_residual(stream, out, gate, impl=impl)
+    else:
+        stream, normed = residual_norm(stream, out, gate, norm_of(block.norm2), impl=impl)
+    out = block.attn2(normed, text, None, None)
+    stream, normed = residual_norm(stream, out, None, norm_of(block.norm3), c_scale, c_shift, impl=impl)
+    return gated_residual(stream, block.ffn(normed), c_gate, impl=impl)
+
+
+@replacement
+def _wan_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: torch.Tensor,
+) -> torch.Tensor:
+    terms = (_of_tokens if temb.ndim == 4 else _of_samples)(self.scale_shift_table, temb)
+    return _run(self, hidden_states, encoder_hidden_states, terms, rotary_emb)
+
+
+@replacement
+def _vace_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    control_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    if self.proj_in is not None:
+        control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
+    terms = _of_samples(self.scale_shift_table, temb)
+    control = _run(self, control_hidden_states, encoder_hidden_states, terms, rotary_emb)
+    return None if self.proj_out is None else self.proj_out(control), control
+
+
+@replacement
+def _skyreels_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    terms = (_of_tokens_in_rows if temb.ndim == 4 else _of_samples)(self.scale_shift_table, temb)
+    return _run(self, hidden_states, encoder_hidden_states, terms, rotary_emb, attention_mask)
+
+
+_PARTS = {
+    **dict.fromkeys(("norm2", "attn1.norm_q", "attn1.norm_k"), give_parameters),
+    "ffn.net.0": gelu_forward,
+}
+WAN_BLOCKS = {"WanTransformerBlock": FusedBlock(_wan_forward, _PARTS, ("attn1",))}
+WAN_VACE_BLOCKS = {**WAN_BLOCKS, "WanVACETransformerBlock": FusedBlock(_vace_forward, _PARTS, ("attn1",))}
+SKYREELS_BLOCKS = {"SkyReelsV2TransformerBlock": FusedBlock(_skyreels_forward, _PARTS, ("attn1",))}
