@@ -22,6 +22,7 @@ from vmonarch_cli.presets import (
     shipped_names,
 )
 
+EVIDENCE = "mine.toml: field 'evidence' takes a list of up to 50 lines of up to 500 printable characters, or \"none\", "
 FIELDS = (
     "attention, num_steps, warm_start, c_floor, first_frame, band, refresh, shared_refresh, first_turns, step_refresh, "
     "layer_refresh, dense_steps, dense_layers, few_steps, impl"
@@ -177,6 +178,14 @@ def test_any_override_is_taken_or_one_sentence(text: str) -> None:
             'name = "[/red]"',
             "mine.toml: field 'name' takes 1 to 60 printable characters without brackets, got \"[/red]\"",
         ),
+        (
+            'evidence = ["fine", "a\\u001bb"]',
+            EVIDENCE + 'got ["fine", "a\x1bb"]',
+        ),
+        (
+            "evidence = 3",
+            EVIDENCE + "got 3",
+        ),
     ],
 )
 def test_hostile_values_get_one_sentence(text: str, expected: str) -> None:
@@ -213,3 +222,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(PresetError, match="is a pipe, not a file"):
         load_preset(str(tmp_path / "pipe.toml"))
+
+
+def test_evidence_is_kept_and_changes_nothing_of_what_is_computed() -> None:
+    told = parse_preset('evidence = ["demo: 0.1"]\nrefresh = 2', source="mine.toml", stem="mine")
+    assert told.evidence == ("demo: 0.1",)
+    assert told.computed_fields() == parse_preset("refresh = 2", source="other.toml", stem="other").computed_fields()
+    with pytest.raises(PresetError, match="'evidence' is a label and cannot be overridden"):
+        apply_overrides(told, {"evidence": ("--set", "none")})

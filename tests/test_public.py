@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 
 from vmonarch_cli import Preset, PresetFields
+from vmonarch_cli.presets import LABELS
 
 PUBLIC = {
     "vmonarch_cli": {
@@ -30,6 +31,7 @@ PUBLIC = {
         "monarch",
     },
     "vmonarch_kernels": {
+        "DenseUnavailable",
         "Factors",
         "HeadNorm",
         "ImplUnavailable",
@@ -43,6 +45,8 @@ PUBLIC = {
         "attention_lse",
         "dense_attention",
         "dense_backends",
+        "dense_choices",
+        "dense_obstacle",
         "frame_attention",
         "gated_activation",
         "gated_residual",
@@ -91,6 +95,6 @@ def test_importing_it_loads_nothing_but_itself(package: str) -> None:
 
 
 def test_the_fields_that_a_call_takes_are_those_of_a_preset() -> None:
-    assert set(get_type_hints(PresetFields)) == set(Preset.model_fields) - {"name", "description"}
+    assert set(get_type_hints(PresetFields)) == set(Preset.model_fields) - set(LABELS)
     own = get_type_hints(Preset)
     assert {name: own[name] for name in get_type_hints(PresetFields)} == get_type_hints(PresetFields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmonarch_cli.text import flops, seconds
+from vmonarch_cli.text import flops, one_line, seconds
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,11 @@ def test_a_duration_never_has_an_exponent(value: float, words: str) -> None:
 )
 def test_neither_has_a_count_of_operations(count: float, words: str) -> None:
     assert flops(count) == words
+
+
+def test_one_sentence_for_a_text_that_is_more_than_one_printable_line() -> None:
+    """Names of presets, sources of recipes and labels of adapters are held to it."""
+    assert one_line("a [b] é") == "a [b] é"
+    for text in ("two\nlines", "\x1b[2J", "\u202e"):
+        with pytest.raises(ValueError, match=r"^takes one printable line, got '.*'$"):
+            one_line(text)

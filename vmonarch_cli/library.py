@@ -28,6 +28,7 @@ from vmonarch_cli.presets import DEFAULT_PRESET, FewSteps, Preset, apply_overrid
 from vmonarch_cli.text import shown
 from vmonarch_cli.timing import Coverage, StepAttention
 from vmonarch_cli.untrusted.files import user_path
+from vmonarch_kernels.dense import AUTO, DENSE_NAMES
 
 _OURS = "_vmonarch_session"
 """The attribute of a pipeline that holds its session."""
@@ -74,6 +75,11 @@ class MonarchSession:
         return self._attention.impl
 
     @property
+    def dense_attention(self) -> str:
+        """What computes the calls that run dense; "auto" before the first of them where nothing else was named."""
+        return self._attention.dense[0]
+
+    @property
     def steps(self) -> list[StepAttention]:
         """The finished denoising steps, with their times in seconds."""
         return list(self._attention.steps)
@@ -109,6 +115,7 @@ def monarch(
     preset: str | os.PathLike[str] | Preset = DEFAULT_PRESET,
     *,
     dense_every: int = 0,
+    dense_attention: str = AUTO,
     **fields: Unpack[PresetFields],
 ) -> Iterator[MonarchSession]:
     """Run a pipeline's self-attention as a preset says; after the block, also after an error, all is as before.
@@ -117,12 +124,15 @@ def monarch(
         compiled, before or inside the block. Its scheduler must not be replaced inside the block.
     preset: the name of a shipped preset, the path of a TOML file, or a ``Preset``.
     dense_every: time dense attention in every n-th step, on one layer's tensors, outside the step's own time; 0 never.
+    dense_attention: what computes the calls that run dense, a name of ``vmonarch_kernels.dense_attention``; "auto" is
+        the expected fastest of all that are installed and fit the first such call.
     fields: fields of the preset to change, such as ``dense_steps=2``.
 
     Raises ModelError for a pipeline of an unknown family and for one whose attention is replaced already, PresetError
-    for a preset or field that is not valid.
+    for a preset, field or name of dense attention that is not valid. A call raises DenseUnavailable (a ValueError) when
+    the dense attention that was named cannot run.
     """
-    session = enable_monarch(pipeline, preset, dense_every=dense_every, **fields)
+    session = enable_monarch(pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, **fields)
     try:
         yield session
     finally:
@@ -135,16 +145,20 @@ def enable_monarch(
     preset: str | os.PathLike[str] | Preset = DEFAULT_PRESET,
     *,
     dense_every: int = 0,
+    dense_attention: str = AUTO,
     **fields: Unpack[PresetFields],
 ) -> MonarchSession:
     """Replace a pipeline's self-attention until ``disable_monarch``; arguments and errors are those of ``monarch``."""
     chosen = _preset(preset, dict(fields))
     if type(dense_every) is not int or dense_every < 0:
         raise PresetError(f"dense_every takes a whole number from 0, got {shown(dense_every)}")
+    if dense_attention not in DENSE_NAMES:
+        raise PresetError(f"dense_attention takes {', '.join(DENSE_NAMES)}, got {shown(dense_attention)}")
     if not hasattr(pipeline, "scheduler"):
         raise ModelError(f"{type(pipeline).__name__} is no diffusers pipeline with a transformer and a scheduler")
     with ExitStack() as undo:
-        attention = undo.enter_context(swapped(pipeline, chosen, sample_dense_every=dense_every))
+        swap = swapped(pipeline, chosen, sample_dense_every=dense_every, dense=(dense_attention,))
+        attention = undo.enter_context(swap)
         session = MonarchSession(attention, undo.pop_all())
     setattr(pipeline, _OURS, session)
     return session

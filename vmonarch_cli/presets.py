@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import PresetError
-from vmonarch_cli.text import near, shown
+from vmonarch_cli.text import near, one_line, shown
 from vmonarch_cli.untrusted.files import read_text, user_path
 from vmonarch_cli.untrusted.values import Malformed, check_value, parse_toml
 
@@ -26,6 +26,10 @@ MAX_DENSE = 1000
 MAX_FILE_BYTES = 1 << 20
 _LATER = {"first_turns", "step_refresh", "layer_refresh", "few_steps"}
 """Fields that not every version had; None says nothing."""
+LABELS = ("name", "description", "evidence")
+"""Fields that change nothing of what is computed."""
+_Line = Annotated[str, Field(max_length=500), AfterValidator(one_line)]
+"""Text that stands in tables, pages and records."""
 _Frames = Annotated[float, Field(ge=0, le=MAX_BAND_FRAMES)]
 
 
@@ -53,8 +57,8 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(min_length=1, max_length=60)
-    description: str = Field(default="", max_length=500)
+    name: _Line = Field(min_length=1, max_length=60)
+    description: _Line = ""
     attention: Literal["monarch", "dense"] = "monarch"
     num_steps: int = Field(default=2, ge=1, le=8)
     warm_start: bool = False
@@ -69,15 +73,8 @@ class Preset(BaseModel):
     dense_steps: int | float = 0
     dense_layers: int = Field(default=0, ge=0, le=MAX_DENSE)
     few_steps: FewSteps | None = None
+    evidence: tuple[_Line, ...] | None = Field(default=None, max_length=50)
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
-
-    @field_validator("name", "description")
-    @classmethod
-    def _label(cls, value: str) -> str:
-        """Labels stand in tables, pages and records: one line, without control characters."""
-        if not value.isprintable():
-            raise ValueError("not one printable line")
-        return value
 
     @field_validator("name")
     @classmethod
@@ -87,7 +84,7 @@ class Preset(BaseModel):
             raise ValueError("brackets")
         return value
 
-    @field_validator("band", "first_turns", "step_refresh", "layer_refresh", "few_steps", mode="before")
+    @field_validator("band", "first_turns", "step_refresh", "layer_refresh", "few_steps", "evidence", mode="before")
     @classmethod
     def _none(cls, value: object) -> object:
         """TOML has no null: the string "none" stands for "no exact band", and for what is left to the program."""
@@ -105,7 +102,7 @@ class Preset(BaseModel):
         """What tells two presets apart, as JSON has it: no labels, and no later fields that say nothing, so that clips
         and timings of earlier versions are still known.
         """
-        fields = self.model_dump(mode="json", exclude={"name", "description"})
+        fields = self.model_dump(mode="json", exclude=set(LABELS))
         return {name: value for name, value in fields.items() if value is not None or name not in _LATER}
 
 
@@ -187,12 +184,23 @@ FIELD_DOCS: dict[str, FieldDoc] = {
         'num_steps, warm_start, first_frame, refresh, shared_refresh, first_turns and dense_steps, or "none"',
         "Fields with other values in clips of at most up_to denoising steps.",
     ),
+    "evidence": FieldDoc(
+        "text",
+        'a list of up to 50 lines of up to 500 printable characters, or "none"',
+        "What the preset's numbers rest on: model, weights, prompts, units and errors. It changes nothing.",
+    ),
     "impl": FieldDoc(
         "choice",
         '"auto", "reference", "torch" or "triton"',
         "Which implementation computes the structured call; auto takes the fastest that can run.",
     ),
 }
+
+
+def few_steps_of(preset: Preset, steps: int) -> dict[str, Any]:
+    """The fields that `few_steps` replaces in a clip of so many denoising steps, with their values there."""
+    few = preset.few_steps
+    return {} if few is None or steps > few.up_to else few.changes()
 
 
 def at_steps(preset: Preset, steps: int | None) -> Preset:
@@ -207,8 +215,7 @@ def at_steps(preset: Preset, steps: int | None) -> Preset:
                 "give `begin_clip` or `begin_step` the total"
             )
         return preset
-    few = preset.few_steps
-    changes = {} if few is None or steps > few.up_to else few.changes()
+    changes = few_steps_of(preset, steps)
     dense_steps = changes.get("dense_steps", preset.dense_steps)
     if isinstance(dense_steps, float):
         dense_steps = math.floor(dense_steps * steps + 0.5)
@@ -278,7 +285,7 @@ def apply_overrides(preset: Preset, overrides: dict[str, tuple[str, Any]]) -> Pr
     A replaced field holds for any number of steps: `few_steps` no longer changes it.
     """
     for name, (flag, value) in overrides.items():
-        if name in ("name", "description"):
+        if name in LABELS:
             raise PresetError(f"{flag}: field '{name}' is a label and cannot be overridden; {_fields_sentence()}")
         preset = _validate({**preset.model_dump(exclude_unset=True), name: value}, flag)
         if preset.few_steps is not None and name in preset.few_steps.changes():
@@ -331,7 +338,7 @@ def _as_toml(value: object, limit: int = 60) -> str:
 
 
 def _fields_sentence() -> str:
-    return "fields are " + ", ".join(name for name in FIELD_DOCS if name not in ("name", "description"))
+    return "fields are " + ", ".join(name for name in FIELD_DOCS if name not in LABELS)
 
 
 def _shipped_dir_files() -> list[Any]:

@@ -28,6 +28,16 @@ def printable(text: str) -> str:
     return "".join(sign if _is_plain(sign) else ascii(sign)[1:-1] for sign in text)
 
 
+def one_line(value: str) -> str:
+    """The text as it came; ValueError for one that could break a line of a table, a page or a record.
+
+    For validators of pydantic, which take the error's words after the name of the field.
+    """
+    if not value.isprintable():
+        raise ValueError(f"takes one printable line, got {shown(printable(value))}")
+    return value
+
+
 def _is_plain(sign: str) -> bool:
     return sign in "\n\t" or (unicodedata.category(sign) not in ("Cc", "Cs") and sign not in _STEERING)
 

@@ -65,6 +65,8 @@ class StepAttention:
     """Of these, the ones that ran structured."""
     dense_call_s: float | None = None
     """One dense call on tensors of this step."""
+    dense_call_by: str | None = None
+    """The dense attention of that call: the fastest of those that were compared on these tensors."""
     dense_s: float | None = None
     """What all calls of the step would take dense: the sample per structured call, plus the calls that ran dense."""
     sampled_attention_s: float | None = None

@@ -12,6 +12,8 @@ What is public; all else may change between versions:
 - ``Residual``: what the frame refresh keeps from one call to the next.
 - ``resolve_impl``, ``ImplUnavailable``: the implementation that a device and dtype get, and the error without one.
 - ``dense_attention``, ``attention_lse``, ``dense_backends``: dense attention, also with its log-sum-exp.
+- ``dense_choices``, ``dense_obstacle``, ``DenseUnavailable``: which dense attention fits a call, why another one does
+  not, and the error.
 - ``frame_attention``: exact attention within frames, with its log-sum-exp.
 - ``monarch_factors``, ``Factors``: the factors L and R themselves, from the reference.
 - ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
@@ -26,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vmonarch_kernels.api import ImplUnavailable, attend, frame_attention, monarch_attention, resolve_impl
-    from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends
+    from vmonarch_kernels.dense import attention_lse, dense_attention, dense_backends, dense_choices, dense_obstacle
+    from vmonarch_kernels.dense_packages import DenseUnavailable
     from vmonarch_kernels.fused import (
         gated_activation,
         gated_residual,
@@ -52,6 +55,9 @@ _HOMES = {
     "attention_lse": "dense",
     "dense_attention": "dense",
     "dense_backends": "dense",
+    "dense_choices": "dense",
+    "dense_obstacle": "dense",
+    "DenseUnavailable": "dense_packages",
     "monarch_factors": "reference",
     "Factors": "reference",
     "Residual": "residual",
@@ -69,6 +75,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DenseUnavailable",
     "Factors",
     "HeadNorm",
     "ImplUnavailable",
@@ -82,6 +89,8 @@ __all__ = [
     "attention_lse",
     "dense_attention",
     "dense_backends",
+    "dense_choices",
+    "dense_obstacle",
     "frame_attention",
     "gated_activation",
     "gated_residual",

@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vmonarch_kernels import dense_packages
+from vmonarch_kernels.dense_facts import PACKAGES
+from vmonarch_kernels.dense_packages import DenseUnavailable
+
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,13 +35,73 @@ def dense_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return ("cudnn", "flash", "efficient") if capability >= (9, 0) else ("flash", "cudnn", "efficient")
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
-    """Softmax attention through torch's SDPA; (B, N, H, D) in and out, any float dtype.
+AUTO, SDPA = "auto", "sdpa"
+"""The name of whichever is expected to be the fastest, and of torch's own with the backend that suits the device."""
 
-    ``backend``: "auto" lets the fastest backend of the device run and the next ones where it
-    cannot; "cudnn", "flash", "efficient" or "math" runs that one alone. RuntimeError of torch
-    when the named backend cannot take the tensors.
+DENSE_NAMES = (AUTO, SDPA, *_BACKENDS, *PACKAGES)
+
+
+def dense_obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a dense attention cannot take such tensors, as the end of a sentence; None when it can.
+
+    name: "sdpa", a backend of it ("cudnn", "flash", "efficient", "math"), or a package ("fa4", "fa3", "fa2", "sage").
+    ValueError for any other. Nothing is imported: whether an installed package works shows at its first use.
     """
+    if name in PACKAGES:
+        return dense_packages.obstacle(name, device, dtype, head_dim)
+    if name not in (SDPA, *_BACKENDS):
+        valid = ", ".join(DENSE_NAMES)
+        raise ValueError(f"backend is {name!r}; valid are {valid}")
+    if name in (SDPA, "math") or name in dense_backends(device, dtype):
+        return None
+    if device.type != "cuda":
+        return f"it needs a GPU and the device is {device.type}"
+    return f"this GPU has no such kernel for {str(dtype).removeprefix('torch.')}"
+
+
+def dense_choices(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """The dense attention that a name stands for on such tensors, and then those that are worth comparing with it.
+
+    "auto" is the expected fastest of all that are installed and fit, quantised ones aside; it is compared with the
+    other packages and with torch's two fastest backends. A named one is compared with itself alone, a quantised one
+    with "sdpa". DenseUnavailable when a named one cannot run, ValueError for an unknown name.
+    """
+    if name != AUTO:
+        obstacle = dense_obstacle(name, device, dtype, head_dim)
+        if obstacle is not None:
+            raise DenseUnavailable(f"dense attention {name} cannot run: {obstacle}")
+        return (name, SDPA) if is_quantised(name) else (name,)
+    if device.type != "cuda" or torch.version.hip:
+        return (SDPA,)
+    major = torch.cuda.get_device_capability(device)[0]
+    fitting = [
+        package
+        for package, facts in PACKAGES.items()
+        if not facts.quantised and dense_packages.obstacle(package, device, dtype, head_dim) is None
+    ]
+    first = [package for package in fitting if major in PACKAGES[package].recommended]
+    rest = [package for package in fitting if package not in first]
+    # torch's first backend is what "sdpa" takes.
+    return (*first, SDPA, *dense_backends(device, dtype)[1:2], *rest)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a dense attention computes in 8 bit, so that its result is another one."""
+    return name in PACKAGES and PACKAGES[name].quantised
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = SDPA) -> Tensor:
+    """Softmax attention; (B, N, H, D) in and out, any float dtype.
+
+    ``backend``: "sdpa" is torch's, with the fastest backend of the device and the next ones where it cannot;
+    "cudnn", "flash", "efficient" or "math" is that backend of it alone (RuntimeError of torch when it cannot take the
+    tensors); "fa4", "fa3", "fa2" or "sage" is an installed package; "auto" is the first of ``dense_choices``.
+    DenseUnavailable when a package does not work or is wrong on small tensors at its first use.
+    """
+    if backend == AUTO:
+        backend = dense_choices(backend, q.device, q.dtype, q.shape[-1])[0]
+    if backend in PACKAGES:
+        return dense_packages.run(backend, q, k, v, scale)
     with _preference(q, backend):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)
@@ -45,10 +109,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 
 @contextmanager
 def _preference(q: Tensor, backend: str) -> Iterator[None]:
-    if backend != "auto":
+    if backend != SDPA:
         if backend not in _BACKENDS:
-            valid = ", ".join(_BACKENDS)
-            raise ValueError(f"backend is {backend!r}; valid are auto, {valid}")
+            valid = ", ".join(DENSE_NAMES)
+            raise ValueError(f"backend is {backend!r}; valid are {valid}")
         with sdpa_kernel(_BACKENDS[backend]):
             yield
     elif q.device.type == "cuda":

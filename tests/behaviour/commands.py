@@ -34,6 +34,7 @@ MODELS = (
     "allegro",
     "kandinsky-5-lite",
     "motif-video-2b",
+    "minimax-h3",
 )
 PRESETS = ("paper", "fast", "balanced", "quality", "exact", "dense")
 PROMPT = '-p "a red circle moving from left to right on a blue background"'
@@ -105,6 +106,7 @@ def plans() -> Iterator[Command]:
         "impl": f"plan {PROMPT} --impl reference --dtype bf16 --device cpu",
         "image": "plan -m wan2.1-i2v-480p --image picture.png -p 'a cat'",
         "first frame of text model": "plan -m wan2.2-5b --image picture.png -p 'a cat'",
+        "first and last frame": "plan -m minimax-h3 --image picture.png --last-image picture.png -p 'a cat'",
         "quantize": "plan -m wan2.1-14b -p 'a cat' --quantize fp8 --offload model",
         "lora and cache": "plan -m wan2.1-1.3b -p 'a cat' --lora lora.safetensors:0.5 --cache pab --vae-tiling",
         "compile": "plan -m wan2.1-1.3b -p 'a cat' --compile --offload group --device cuda",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from loading import CLOSE, PAPER, load
 from tiny_families import TINY, latents_of
 
+from vmonarch_cli.clip.make import generate
+from vmonarch_cli.clip.record import plan_again
+from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.wan import WAN21_1_3B, WAN21_14B, WAN22_5B
 from vmonarch_cli.pipeline import offload
+from vmonarch_cli.pipeline.preflight import check_machine
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.request import GenerateRequest
@@ -67,6 +72,49 @@ def test_auto_picks_the_fastest_mode_that_fits() -> None:
         mode(WAN21_14B, 1 * GB)
     with pytest.raises(ModelError, match=r"are free; with --set refresh=0 it needs about .*, or choose a smaller size"):
         offload.choose("auto", {"none": 2 * GB}, GB, lighter={"shared_refresh=true": 2 * GB, "refresh=0": GB // 2})
+
+
+def test_tiles_are_taken_where_full_frames_do_not_fit_and_tiles_do() -> None:
+    tiled, whole = {"none": 20 * GB, "model": 10 * GB}, {"none": 60 * GB, "model": 50 * GB}
+
+    def placed(free: int, wanted: str = "auto") -> tuple[str, bool]:
+        found = offload.choose(wanted, tiled, free, whole=whole)
+        assert ("decoding in tiles (full frames: " in found.words) is found.tiles
+        return found.mode, found.tiles
+
+    assert placed(80 * GB) == ("none", False)
+    assert placed(40 * GB) == ("none", True), "rather tiles than weights that wait off the card"
+    assert placed(15 * GB) == ("model", True)
+    assert placed(55 * GB, "model") == ("model", False)
+    assert placed(15 * GB, "model") == ("model", True)
+    assert placed(5 * GB, "model") == ("model", False), "neither fits: the user asked for it"
+    with pytest.raises(ModelError, match=r"it needs about 10\.0 GiB"):
+        placed(5 * GB)
+
+
+def test_a_decoder_alone_takes_tiles_by_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = resolve(GenerateRequest(prompt="a cat", model="mochi-1"))
+    weights = memory.weight_bytes(plan.model, "bfloat16", to_decode=True)
+    whole, tiles = memory.decoding_bytes(plan.model, (480, 848, 85), "bfloat16")
+    for free, expected in ((weights + whole, False), (weights + tiles, True), (weights, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert offload.tiles_to_decode(plan, "cuda:0", "bfloat16") is expected
+
+
+def test_the_record_says_that_tiles_were_taken_and_a_rerun_takes_them(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    request = GenerateRequest(
+        model=str(tiny_wan_folder), prompt="red", size="48x32", num_frames=17, steps=1, output=str(tmp_path / "x.png")
+    )
+    plan = resolve(request)
+    for tiles in (False, True):
+        machine = replace(check_machine(plan), tiles=tiles)
+        decided = machine.decided(plan.setup)
+        assert decided.vae_tiling is tiles
+    generate(plan, machine)
+    record = read_record(tmp_path / "x.json")
+    assert record.decoded_in_tiles
+    assert record.setting("vae_tiling") is False, "nobody asked for them"
+    assert plan_again(tmp_path / "x.json", str(tmp_path / "y.png")).setup.vae_tiling
 
 
 def test_a_clip_that_fits_with_fewer_corrections_alone_is_told_so() -> None:

@@ -203,7 +203,9 @@ def test_a_file_of_another_family_is_refused_before_anything_loads(tiny_wan_fold
     )
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-vace", "skyreels-v2", "hunyuan-video", "ltx-video", "ltx-2"])
+@pytest.mark.parametrize(
+    "name", ["wan", "wan-vace", "skyreels-v2", "hunyuan-video", "ltx-video", "ltx-2", "minimax-h3"]
+)
 def test_every_family_knows_its_own_files(name: str, tmp_path: Path) -> None:
     from vmonarch_cli.models.catalogue import PIPELINES
 

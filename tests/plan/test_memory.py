@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.plan.memory import footprint, peaks_of, totals
+from vmonarch_cli.models.base import ClipShape
+from vmonarch_cli.models.registry import find_model
+from vmonarch_cli.plan.memory import decoding_bytes, footprint, peaks_of, totals
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -119,3 +121,61 @@ def test_flags_without_effect_are_named() -> None:
     )
     quiet = [plan(offload="model", device="cuda"), plan(offload="none", device="cpu"), plan(overrides=("band=2",))]
     assert [made.warnings for made in quiet] == [(), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "whole", "tiled"),
+    [
+        ("wan2.1-1.3b", (480, 832, 81), 4880, 1140),
+        ("hunyuan-video", (720, 1280, 129), 20_139, 1936),
+        ("cogvideox-5b", (480, 720, 49), 22_893, 5851),
+        ("mochi-1", (480, 848, 85), 79_903, 9680),
+        ("mochi-1", (480, 848, 43), 41_943, 5189),
+        ("ltx-video", (512, 704, 161), 5519, 4014),
+        ("ltx-video", (512, 704, 81), 2797, 2035),
+        ("wan2.2-5b", (704, 1280, 121), 5744, 1702),
+        ("kandinsky-5-lite", (720, 1280, 129), 20_139, 1936),
+        ("hunyuan-video-1.5", (480, 832, 121), 92_932, 15_685),
+        ("ltx-2", (512, 768, 121), 5160, 1380),
+    ],
+)
+def test_decoding_takes_what_was_measured(model: str, shape: ClipShape, whole: int, tiled: int) -> None:
+    """In float32 channels of one full-size frame."""
+    entry = find_model(model)[0]
+    channel = shape[0] * shape[1] * 4
+    found = decoding_bytes(entry, shape, "float32")
+    assert found[0] / channel == pytest.approx(whole, rel=0.06)
+    assert found[1] / channel == pytest.approx(tiled, rel=0.06)
+    narrow = decoding_bytes(entry, shape, "float32", "bfloat16")
+    assert narrow[0] == pytest.approx(found[0] / 2, rel=0.01)
+
+
+def test_decoding_of_other_shapes() -> None:
+    wan, mochi = find_model("wan2.1-1.3b")[0], find_model("mochi-1")[0]
+
+    def of(model: Any, height: int, width: int, frames: int) -> tuple[int, int]:
+        return decoding_bytes(model, (height, width, frames), "float32")
+
+    assert of(wan, 480, 832, 161)[0] < 1.1 * of(wan, 480, 832, 81)[0], "it decodes four frames at a time"
+    assert of(mochi, 480, 848, 163)[0] > 1.8 * of(mochi, 480, 848, 85)[0], "it decodes the whole clip at once"
+    assert of(wan, 960, 1664, 81)[0] == pytest.approx(4 * of(wan, 480, 832, 81)[0])
+    assert of(wan, 960, 1664, 81)[1] < 2.1 * of(wan, 480, 832, 81)[1], "tiles stay as they are"
+    assert of(wan, 128, 128, 81)[0] == of(wan, 128, 128, 81)[1], "a frame smaller than a tile"
+    allegro = find_model("allegro")[0]
+    assert of(allegro, 720, 1280, 88)[0] > of(allegro, 720, 1280, 88)[1] > 88 * 720 * 1280 * 15
+
+
+def test_a_plan_says_where_tiles_make_it_fit() -> None:
+    given = ["plan", "-m", "mochi-1", "--preset", "paper", "--vram"]
+    large, middle, small = (
+        " ".join(CliRunner().invoke(app, [*given, vram], env={"COLUMNS": "150"}).stdout.split())
+        for vram in ("200", "48", "4")
+    )
+    assert "of the card in bfloat16, fits" in large
+    assert "in tiles" not in large
+    assert "of the card in bfloat16, fits, decoding in tiles" in middle
+    assert "fits, decoding" not in small
+    memory = json.loads(CliRunner().invoke(app, [*given, "48", "--json"]).stdout)["memory"]
+    assert memory["full_frames_peak_bytes"]["none"] > 48 * GIB
+    forced = json.loads(CliRunner().invoke(app, [*given, "48", "--vae-tiling", "--json"]).stdout)["memory"]
+    assert forced["full_frames_peak_bytes"] == forced["peak_bytes"] == memory["peak_bytes"]

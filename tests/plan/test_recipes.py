@@ -122,6 +122,8 @@ def test_a_recipe_that_does_not_fit_is_one_sentence(model: str, recipe: str, sen
         ('family = "wan"\nsigmas = [0.5, 1.0]', "noise levels that fall"),
         ('family = "wan"\nsampler = "ddim"', "--sampler takes own, unipc"),
         ('family = "wan"\nguidance = 1.0', "guidance"),
+        ('family = "wan"\ndescription = "a\\nb"', "description takes one printable line, got 'a\\nb'"),
+        ('family = "wan"\nsource = ["a", "b\\u001b"]', "source.1 takes one printable line, got 'b\\\\x1b'"),
         ("family = ", "mine.toml"),
     ],
 )

@@ -55,6 +55,24 @@ def test_flags_beat_presets_and_presets_beat_defaults() -> None:
     assert (p.width, p.height, p.negative_prompt, p.origins["negative_prompt"]) == (640, 352, "", "flag")
 
 
+def test_a_field_that_few_steps_set_says_so() -> None:
+    few = plan(preset="balanced", steps=8, overrides=("first_frame=true",))
+    assert few.preset.shared_refresh
+    fields = ("shared_refresh", "refresh", "first_turns", "first_frame", "band", "num_steps")
+    words = "few steps of the preset"
+    assert [few.origins[f"preset.{name}"] for name in fields] == [words, words, words, "flag", "preset", "preset"]
+    assert plan(preset="balanced", steps=20).origins["preset.shared_refresh"] == "default"
+
+
+def test_given_noise_levels_say_when_the_second_transformer_takes_over() -> None:
+    """It begins cold: its first step has an iteration and many turns more than the steps beside it."""
+    flags = {"model": "wan2.2-a14b", "steps": 6, "preset": "balanced", "guidance_scale": 1.0}
+    for takes_over in (1, 4):
+        sigmas = tuple([0.99 - 0.01 * i for i in range(takes_over)] + [0.5 - 0.05 * i for i in range(6 - takes_over)])
+        units = [row.units for row in plan(**flags, sigmas=sigmas).step_costs]
+        assert units[takes_over] == max(units[1:])
+
+
 def test_one_side_is_enough() -> None:
     p = plan(height=496)
     assert (p.height, p.width, p.origins["height"], p.origins["width"]) == (496, 832, "flag", "model default")

@@ -12,7 +12,8 @@ from vmonarch_cli.cli.schedule_tables import example_costs, grouped, mean_units,
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.wan import WAN21_1_3B
-from vmonarch_cli.plan.costs import Work, changeover
+from vmonarch_cli.plan.costs import Work
+from vmonarch_cli.plan.noise_levels import changeover
 from vmonarch_cli.plan.step_schedule import FIRST_STAGE, schedule_for
 from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_preset, shipped_names
 from vmonarch_kernels import dense_attention
@@ -117,6 +118,7 @@ def test_the_step_at_which_a_second_transformer_takes_over_is_planned() -> None:
     assert changeover(WAN21_1_3B, 20, 3.0) is None
     assert changeover(TWO_STAGES, 20, 1.0) == 11
     assert changeover(TWO_STAGES, 4, 8.0) == 4
+    assert changeover(TWO_STAGES, 4, 1.0, (1.0, 0.4, 0.3, 0.2)) == 1, "levels that are known win"
     rows = Work(TWO_STAGES, GRID, 20, 1, 1.0).step_costs(load_preset("balanced"))
     assert rows[11].frames_exact > rows[10].frames_exact
     assert rows[11].units - rows[10].units > 4 * (rows[11].frames_exact - rows[10].frames_exact), "it starts cold"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_packages import fit_everywhere, install
 from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner, Result
@@ -164,14 +166,69 @@ def test_a_backend_that_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.
     def broken(q: Any, k: Any, v: Any) -> Any:
         raise RuntimeError("no kernel for this card\nand a page of details")
 
-    found = [backends.DenseBackend("fa9", broken), *backends.installed_backends(torch.device("cpu"), torch.float32)]
-    monkeypatch.setattr(kernel, "installed_backends", lambda device, dtype: found)
+    found = [backends.DenseBackend("fa9", broken), *backends.installed_backends(torch.device("cpu"), torch.float32, 64)]
+    monkeypatch.setattr(kernel, "installed_backends", lambda device, dtype, head_dim: found)
     result = call("kernel", *SMALL, "--preset", "paper", "--json", "out.json")
     assert "fa9 has no figures: RuntimeError: no kernel for this card" in result.stdout
     data = json.loads(Path("out.json").read_text())
     assert rows_of(data)["fa9"]["failure"] == "RuntimeError: no kernel for this card"
     assert data["checks_passed"] is True
     assert data["shapes"][0]["fastest_dense"] == "flash"
+
+
+def test_packages_of_dense_attention_are_rows_and_a_quantised_one_is_no_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "packages", monkeypatch, "fa4", "fa3", "sage")
+    fit_everywhere(monkeypatch)
+    result = call("kernel", *SMALL, "--dtype", "bf16", "--preset", "paper", "--json", "out.json")
+    assert "quantised backends are not what speedups refer to" in " ".join(result.stdout.split())
+    data = json.loads(Path("out.json").read_text())
+    rows = rows_of(data)
+    assert [name for name, row in rows.items() if row["kind"] == "dense"] == ["flash", "fa4", "fa3", "sage"]
+    assert all(row["passed"] and row["time"] for row in rows.values())
+    assert rows["sage"]["note"] == "quantised"
+    assert data["shapes"][0]["fastest_dense"] in ("flash", "fa4", "fa3")
+
+
+SOL = ["sol 2 %", "sol 10 %", "sol 20 %", "sol tau 1.5", "sol tau 1", "sol tau 0.5"]
+
+
+def test_sparse_peers_are_rows_with_their_error_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--shape", "13x96", "--heads", "2", "--repeats", "3", "--device", "cpu", "--preset", "paper")
+    install(tmp_path / "packages", monkeypatch, "sol")
+    result = call("kernel", *small, "--head-dim", "64", "--dtype", "bf16", "--json", "out.json")
+    assert "sol: Sol-Attn, INT8, by top-k share or threshold tau; comfy-kitchen" in " ".join(result.stdout.split())
+    data = json.loads(Path("out.json").read_text())
+    rows = rows_of(data)
+    assert [name for name, row in rows.items() if row["kind"] == "peer"] == SOL
+    assert all(rows[name]["note"].startswith("comfy-kitchen ") and rows[name]["time"] for name in SOL)
+    errors = [rows[name]["error"] for name in SOL]
+    assert errors[0] > errors[1] > errors[2] > 0, "more blocks, less error"
+    assert errors[3] > errors[4] > errors[5] > 0
+    dense = rows["flash"]["flops"]
+    assert rows["sol 10 %"]["flops"] == round(dense * (0.1 + 0.9 / 64))
+    assert rows["sol tau 1"]["flops"] is None
+    assert rows["sol tau 1"]["floor_s"] is None
+    assert data["shapes"][0]["fastest_dense"] == "flash", "no peer is a dense backend"
+    calls = importlib.import_module("comfy_kitchen").calls
+    assert set(calls) == {
+        ((1, 1248, 2, 128), 64**-0.5, share, tau)
+        for share, tau in [(0.02, 1.0), (0.1, 1.0), (0.2, 1.0), (0.0, 1.5), (0.0, 1.0), (0.0, 0.5)]
+    }, "heads are filled up, the scale stays that of 64"
+    narrow = call("kernel", *small, "--head-dim", "64", "--dtype", "fp32", "--json", "wide.json")
+    assert "sol" not in narrow.stdout, "it takes 16 bit"
+
+
+def test_a_peer_that_fails_is_a_row_with_its_reason_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = ("    calls.append", "    raise MemoryError('too long')\n    calls.append")
+    install(tmp_path / "packages", monkeypatch, "sol", change=fails)
+    small = ("--shape", "5x24", "--heads", "2", "--head-dim", "128", "--repeats", "3", "--device", "cpu")
+    result = call("kernel", *small, "--dtype", "bf16", "--preset", "paper", "--json", "out.json")
+    assert "sol 2 % has no figures: MemoryError: too long" in result.stdout
+    assert json.loads(Path("out.json").read_text())["checks_passed"] is True
 
 
 def test_a_preset_that_cannot_run_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +385,7 @@ def test_a_commit_can_be_named_where_there_is_no_git(monkeypatch: pytest.MonkeyP
             ("model", "-m", "allegro", "--random-weights"),
             "whole models are profiled for WanPipeline, CogVideoXPipeline",
         ),
-        (("model", "-m", "wan2.1-1.3b", "--random-weights", "--backend", "fa2"), "--backend takes cudnn, flash"),
+        (("model", "-m", "wan2.1-1.3b", "--random-weights", "--backend", "fa9"), "--backend takes cudnn, flash"),
         (("quality", "--sweep", "ful"), "--sweep takes quick, full, paper, got 'ful' (did you mean full?)"),
         (("quality", "-m", "wan2.1-1.3b", "--prompts", "9"), "--prompts takes at most 8 for wan2.1-1.3b, got 9"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_packages import install
 from rich.console import Console
 from tiny_wan import tiny_transformer
 from typer.testing import CliRunner, Result
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.cli.profile import model_table as tables
+from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
@@ -315,3 +318,22 @@ def test_tables_fit_the_terminal(width: int) -> None:
     figures = ("54",) if width > 60 else ("no room for",)
     for words in ("32,760 tokens", "fast cold", "fast warm", "1.67x", "2.23x", "H100", *figures):
         assert words in text
+
+
+def test_a_package_of_dense_attention_runs_in_the_model_like_torch_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "fa4", "sage")
+    transformer, cpu = tiny_transformer().to(torch.bfloat16), torch.device("cpu")
+    kinds = contenders.contenders(transformer, [], cpu, torch.bfloat16, backends=("flash", "fa4", "sage"))
+    assert [(c.row.name, c.row.kind, c.row.note) for c in kinds[:3]] == [
+        ("flash", "dense", ""),
+        ("fa4", "dense", ""),
+        ("sage", "dense", "quantised"),
+    ]
+    tensors = torch.randn(1, 4, 5, 4, 6, dtype=torch.bfloat16), torch.tensor([900.0])
+    inputs = steps.StepTensors(*tensors, (torch.randn(1, 8, 32, dtype=torch.bfloat16),), 1.0)
+    with torch.no_grad():
+        flash, fa4, _ = (steps.predict(contender, transformer, inputs) for contender in kinds[:3])
+    assert relative_error(fa4.float(), flash.float()) < 0.02
+    assert len(importlib.import_module("flash_attn.cute").calls) == 1 + 3, "a check, and a call in each layer"

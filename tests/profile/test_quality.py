@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_packages import install
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -138,6 +139,22 @@ def test_every_preset_against_dense(tiny_wan_folder: Path) -> None:
     assert "exact" not in [row["name"] for row in data["quality"]["rows"] if row["frontier"]]
     assert data["quality"]["prompts"][0] in Path("out.json").read_text()
     assert "work" in result.stdout
+
+
+def test_sparse_peers_are_rows_of_their_own(
+    tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "packages", monkeypatch, "sol")
+    result = call("-m", str(tiny_wan_folder), *TINY, "--dtype", "bf16", "--json", "out.json")
+    assert "sol: Sol-Attn, INT8, by top-k share or threshold tau; comfy-kitchen" in " ".join(result.stdout.split())
+    data = json.loads(Path("out.json").read_text())
+    rows = {row["name"]: row for row in data["quality"]["rows"]}
+    peers = {name: row for name, row in rows.items() if row["group"] == "peer"}
+    assert list(peers) == ["sol 2 %", "sol 10 %", "sol 20 %", "sol tau 1.5", "sol tau 1", "sol tau 0.5"]
+    assert list(rows)[-1] == "exact"
+    assert peers["sol 20 %"]["flops_share"] == pytest.approx(0.2 + 0.8 / 64)
+    assert peers["sol tau 1"]["flops"] is None
+    assert all(row["latent_error"] < 1 and row["attention_s"] > 0 and not row["is_preset"] for row in peers.values())
 
 
 def test_a_clip_does_not_depend_on_its_batch(tiny_wan_folder: Path) -> None:

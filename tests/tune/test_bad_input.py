@@ -68,6 +68,17 @@ def test_prompts_that_cannot_be_used(lines: str, flags: str, sentence: str, tmp_
     assert sentence in refused("-o", str(tmp_path / "a.safetensors"), "--prompts-file", str(file), *flags.split())
 
 
+def test_models_whose_inputs_are_not_of_one_clip_each(tmp_path: Path) -> None:
+    prompts, clips = tmp_path / "prompts.txt", tmp_path / "clips"
+    prompts.write_text("a red circle\na blue square\n")
+    (clips / "a.png").mkdir(parents=True)
+    (clips / "a.txt").write_text("a red circle")
+    flags = ["-o", str(tmp_path / "a.safetensors"), "--model", "kandinsky-5", "--device", "cpu", "--eval-prompts", "1"]
+    flags += ["--prompts-file", str(prompts)]
+    assert "--batch 2: clips of kandinsky-5-lite cannot be put side by side" in refused(*flags, "--batch", "2")
+    assert "--videos: kandinsky-5-lite cannot be tuned on clips" in refused(*flags, "--videos", str(clips))
+
+
 def test_a_line_that_sets_more_than_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a red circle", "seed": 3}\n')

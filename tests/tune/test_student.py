@@ -31,7 +31,7 @@ def clip(tiny_wan_folder: Path) -> Plan:
 def trajectory(pipeline: Any, clip: Plan, path: Path, preset: Preset, seed: int = 0) -> Path:
     """What a preset's own sampling took and gave, dense steps left out."""
     recorder = ForwardRecorder()
-    sample(pipeline, clip, "a red circle moving left", seed, preset, recorder)
+    sample(pipeline, clip, ["a red circle moving left"], [seed], preset, recorder)
     save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= preset.dense_steps])
     return path
 

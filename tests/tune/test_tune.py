@@ -22,8 +22,9 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.setup import ADAPTER_NAME
 from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.tune import loop, run, student
+from vmonarch_cli.tune.evaluate import evaluate, read_figures
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
-from vmonarch_cli.tune.trajectories import sample, trajectory_path
+from vmonarch_cli.tune.trajectories import sample, sample_trajectories, side_by_side, trajectory_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ("a red circle moving left", "a blue circle moving right", "a red square moving left", "a blue square")
@@ -76,8 +77,8 @@ def test_training_lowers_the_loss_and_the_file_does_what_was_evaluated(tiny_wan_
     pipeline = load_pipeline(str(tiny_wan_folder), device=torch.device("cpu"), dtype=torch.float32)
     load_tuned(pipeline, tuned.path)
     preset, teacher = plan.clip.preset, load_preset("dense")
-    made = sample(pipeline, plan.clip, plan.held_out[0], plan.seed, preset, adapter=ADAPTER_NAME)
-    dense = sample(pipeline, plan.clip, plan.held_out[0], plan.seed, teacher, adapter=ADAPTER_NAME)
+    made = sample(pipeline, plan.clip, plan.held_out[:1], [plan.seed], preset, adapter=ADAPTER_NAME)
+    dense = sample(pipeline, plan.clip, plan.held_out[:1], [plan.seed], teacher, adapter=ADAPTER_NAME)
     error = float((made - dense).norm() / dense.norm())
     assert error == pytest.approx(tuned.after.latent_error_mean, rel=1e-3)
 
@@ -156,3 +157,28 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     run.tune(dataclasses.replace(plan, resume=True), CPU, on_step=lambda step: seen.append(step.step))
     assert seen[0] == 4, "three steps, one trajectory, were kept"
     assert plan.output.exists()
+
+
+def test_clips_made_side_by_side_are_those_made_one_by_one(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    """The teacher's trajectories, and the held-out clips."""
+    plans = [
+        planned(tiny_wan_folder, tmp_path / f"{batch}.safetensors", batch=batch, eval_prompts=2) for batch in (1, 2)
+    ]
+    pipeline = load_pipeline(str(tiny_wan_folder), device=torch.device("cpu"), dtype=torch.float32)
+    for plan in plans:
+        (plan.work / "trajectories").mkdir(parents=True)
+        (plan.work / "evaluation").mkdir()
+        for some in side_by_side(pipeline, plan, [0, 1]):
+            assert len(some) == plan.batch
+            sample_trajectories(pipeline, plan, some)
+        evaluate(pipeline, plan, "before", [0, 1], lambda number: None)
+    for number in (0, 1):
+        one, two = (load_file(trajectory_path(plan, number)) for plan in plans)
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name].shape == value.shape
+            torch.testing.assert_close(two[name], value, rtol=2e-2, atol=4e-3, msg=name)
+    found = [read_figures(plan, "before") for plan in plans]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1].latent_error_mean == pytest.approx(found[0].latent_error_mean, rel=1e-3)

@@ -113,7 +113,7 @@ def test_states_are_between_clip_and_noise_at_the_levels_of_the_sampler(
     assert [len(step) for step in made.steps] == [forwards] * 3
     assert made.most_forwards == 2
     recorder = ForwardRecorder()
-    sample(pipeline, plan.clip, CAPTIONS[0], 0, plan.clip.preset, recorder)
+    sample(pipeline, plan.clip, CAPTIONS[:1], [0], plan.clip.preset, recorder)
     noise = torch.randn(made.forward(0).velocity.shape[1:], generator=torch.Generator().manual_seed(5))
     clean = noise - made.forward(0).velocity[0]
     for step, numbers in enumerate(made.steps):

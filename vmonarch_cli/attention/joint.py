@@ -106,16 +106,20 @@ def text_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text) -> 
     return out
 
 
-def dense_joint(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text | None) -> torch.Tensor:
-    """The joint call computed exactly: structured attention is measured against it."""
+def dense_joint(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text | None, backend: str = "sdpa"
+) -> torch.Tensor:
+    """The joint call computed by a dense attention, see ``dense_attention``: structured attention is measured against
+    it.
+    """
     if text is None or text.valid is None:
-        return dense_attention(q, k, v)
+        return dense_attention(q, k, v, backend=backend)
     video_q, text_q = text.split(q)
     video_out, text_out = torch.zeros_like(video_q), torch.zeros_like(text_q)
     for b, rows in enumerate(text.valid):
         keys, values = _keys(k, b, rows, text), _keys(v, b, rows, text)
         queries = torch.cat([video_q[b : b + 1], text_q[b : b + 1, rows]], dim=1)
-        out = dense_attention(queries, keys, values)
+        out = dense_attention(queries, keys, values, backend=backend)
         video_out[b : b + 1], text_out[b : b + 1, rows] = out.split(
             [video_q.shape[1], out.shape[1] - video_q.shape[1]], 1
         )

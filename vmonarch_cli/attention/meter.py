@@ -7,7 +7,7 @@ time. The one exception is a first call, which compiles for seconds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,8 @@ Run = Callable[[], torch.Tensor]
 class DenseSample:
     """Dense calls on the tensors of a structured call; read it after the clock has settled."""
 
+    name: str
+    """Of the dense attention, the fastest that was compared."""
     spans: list[tuple[Mark, Mark]]
     squares: torch.Tensor
     """(2,) float32: sum of squares of (structured - dense), and of dense."""
@@ -72,6 +74,7 @@ class Meter:
         self._marks: _Marks | None = None
         self._known_variants: set[Hashable] = set()
         self._known_shapes: set[Hashable] = set()
+        self._fastest: dict[Hashable, str] = {}
 
     def begin_clip(self) -> None:
         """Forget the figures of the clip before; what was compiled stays compiled."""
@@ -121,19 +124,43 @@ class Meter:
         """Whether dense attention was sampled in this step."""
         return self._running().sample is not None
 
-    def sample(self, q: torch.Tensor, run: Run, out: torch.Tensor) -> None:
-        """Time dense attention on the tensors of the last call, and compare that call's ``out`` (B, S, heads, D)."""
+    def sample(self, q: torch.Tensor, runs: Mapping[str, Run], out: torch.Tensor) -> None:
+        """Time dense attention on the tensors of the last call, and compare that call's ``out`` (B, S, heads, D).
+
+        ``runs``: dense attention by name; the fastest for tensors of this shape counts. The first one must run, others
+        may raise RuntimeError, as torch's backends do for tensors that they cannot take.
+        """
         marks = self._running()
-        self._warm_up(q, run)
         began = marks.clock.mark()
+        name = self._fastest_of(q, runs)
+        run = runs[name]
         spans: list[tuple[Mark, Mark]] = []
         dense = out
         for _ in range(REPEATS_GPU if marks.clock.on_gpu else 1):
             start = marks.clock.mark()
             dense = run()
             spans.append((start, marks.clock.mark()))
-        marks.sample = DenseSample(spans, _squares(out, dense), marks.calls[-1])
+        marks.sample = DenseSample(name, spans, _squares(out, dense), marks.calls[-1])
         marks.excluded.append((began, marks.clock.mark()))
+
+    def _fastest_of(self, q: torch.Tensor, runs: Mapping[str, Run]) -> str:
+        """The fastest on tensors of this shape, by one warm call of each; it waits for the device, once a shape."""
+        shape, clock = (q.shape, q.dtype, q.device), self._running().clock
+        if shape not in self._fastest:
+            spans: dict[str, tuple[Mark, Mark]] = {}
+            for name, run in runs.items():
+                try:
+                    run()
+                    start = clock.mark()
+                    if len(runs) > 1:
+                        run()
+                    spans[name] = (start, clock.mark())
+                except RuntimeError:
+                    if not spans:
+                        raise
+            clock.settle()
+            self._fastest[shape] = min(spans, key=lambda name: Clock.seconds(*spans[name]))
+        return self._fastest[shape]
 
     def _timed(self, run: Run, *, structured: bool) -> torch.Tensor:
         marks = self._running()
@@ -175,6 +202,7 @@ def _total(spans: Sequence[tuple[Mark, Mark]]) -> float:
 def _figures(marks: _Marks, stop: Mark, step: Step, total: int | None, sigma: float | None) -> StepAttention:
     """Read a step's marks, which must have settled."""
     attention_s = _total([(call.start, call.stop) for call in marks.calls])
+    dense_by = None if marks.sample is None else marks.sample.name
     dense_calls_s = _total([(call.start, call.stop) for call in marks.calls if not call.structured])
     structured_calls = sum(call.structured for call in marks.calls)
     dense_call_s = dense_s = sampled_s = error = None
@@ -194,6 +222,7 @@ def _figures(marks: _Marks, stop: Mark, step: Step, total: int | None, sigma: fl
         calls=len(marks.calls),
         structured_calls=structured_calls,
         dense_call_s=dense_call_s,
+        dense_call_by=dense_by,
         dense_s=dense_s,
         sampled_attention_s=sampled_s,
         error=error,

@@ -18,6 +18,8 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
+from vmonarch_kernels import dense_choices
+from vmonarch_kernels.dense import AUTO, SDPA, is_quantised
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
@@ -39,6 +41,7 @@ class AttentionSession:
         attention: Attention | None = None,
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
+        dense: Sequence[str] = (SDPA,),
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
@@ -47,6 +50,9 @@ class AttentionSession:
             other arguments are those of ``swapped``.
         """
         self.preset = preset
+        self.dense = tuple(dense)
+        """The dense attention of calls that run dense, and those beside it that samples compare with; "auto" until the
+        first of such calls."""
         self.steps: list[StepAttention] = []
         """The finished steps of the current clip."""
         self.skipped_calls = 0
@@ -215,10 +221,10 @@ class AttentionSession:
             steps=self._tracker.total,
             stage=self._tracker.stage,
         )
-        dense = functools.partial(dense_joint, q, k, v, text)
+        run_dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
         if self._replaying and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
-            return dense()
+            return run_dense(self._dense_names(q)[0])
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
                 raise ModelError(
@@ -226,7 +232,7 @@ class AttentionSession:
                     "choose --tuned none"
                 )
             self._dense_calls[reason] += 1
-            return self._meter.dense(q, dense)
+            return self._meter.dense(q, functools.partial(run_dense, self._dense_names(q)[0]))
         if self._attention is None and options_for(self._resolved, call.grid[0]).exact:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
@@ -241,8 +247,15 @@ class AttentionSession:
             self._meter.first_call(variant, functools.partial(self._structured.rehearse, call))
         out = self._meter.structured(functools.partial(self._structured, call))
         if self._is_sampled(call.step, call.key):
-            self._meter.sample(q, dense, out)
+            compared = [name for name in self._dense_names(q) if not is_quantised(name)]
+            self._meter.sample(q, {name: functools.partial(run_dense, name) for name in compared}, out)
         return out
+
+    def _dense_names(self, q: torch.Tensor) -> tuple[str, ...]:
+        """What runs a dense call on (B, S, heads, D), and what else samples compare with."""
+        if self.dense == (AUTO,):
+            self.dense = dense_choices(AUTO, q.device, q.dtype, q.shape[-1])
+        return self.dense
 
     @property
     def _resolved(self) -> Preset:

@@ -301,8 +301,9 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
     if not plan.audio:  # clips that were planned before there was sound keep their keys
         del content["audio"]
-    if plan.setup.vae_dtype == "auto":  # as it was before anybody could choose: batches of earlier versions go on
-        del content["setup"]["vae_dtype"]
+    for name in ("vae_dtype", "dense_attention"):
+        if content["setup"][name] == "auto":  # as it was before anybody could choose: batches of earlier versions go on
+            del content["setup"][name]
     for name, default in (("sampler", OWN), ("sigmas", []), ("quality", DEFAULT_QUALITY)):  # the same
         if content[name] == default:
             del content[name]

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch, signals
+from vmonarch_cli.cli.calibrate import calibrate
 from vmonarch_cli.cli.compare import compare
 from vmonarch_cli.cli.config import config_app
 from vmonarch_cli.cli.doctor import doctor
@@ -121,6 +122,7 @@ app.add_typer(profile_app, name="profile")
 app.command()(generate)
 app.command()(plan)
 app.command()(tune)
+app.command()(calibrate)
 app.command("decode")(batch.decode_latents)
 for command in (compare, gallery, rerun, doctor):
     app.command()(command)

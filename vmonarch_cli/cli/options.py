@@ -161,6 +161,14 @@ class RequestFlags(TypedDict, total=False):
     impl: Annotated[
         str | None, option("--impl", panel=ATTENTION, help="auto, reference, torch or triton; never falls back.")
     ]
+    dense_attention: Annotated[
+        str | None,
+        option(
+            "--dense-attention",
+            panel=ATTENTION,
+            help="What runs dense calls: auto, sdpa, cudnn, flash, efficient, math, fa4, fa3, fa2 or sage (quantised).",
+        ),
+    ]
     dense_every: Annotated[
         int | None,
         whole_option("--dense-every", panel=ATTENTION, help="Time dense attention too on every n-th step; 0 is never."),

@@ -19,6 +19,7 @@ from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, l
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
+from vmonarch_kernels.dense_facts import PACKAGES, installed
 
 
 def presets_table(presets: Sequence[Preset]) -> Table:
@@ -63,6 +64,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         *([] if plan.preset_reason is None else [("preset auto", plan.preset_reason)]),
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
+        *dense_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -84,6 +86,30 @@ def others_row(plan: Plan) -> list[tuple[str, RenderableType]]:
         return []
     frames = "" if not given else " and of the given frame" if given == 1 else f" and of {given} given frames"
     return [("beside it", f"{count:,} tokens of sound{frames}, and those of the prompt: exact in every call")]
+
+
+def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What will compute the calls that run dense: one row where there is a choice, on a GPU or by name."""
+    wanted = plan.setup.dense_attention
+    if wanted == "auto" and not will_use_gpu(plan):
+        return []
+    found = {name: package for name, package in PACKAGES.items() if installed(name)}
+    if wanted == "auto":
+        best = next((name for name, package in found.items() if package.recommended), None)
+        words = "sdpa" if best is None else f"{_package_words(best)} where it takes this GPU, otherwise sdpa"
+    else:
+        missing = wanted in PACKAGES and wanted not in found
+        words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
+    return [("dense calls", f"by {words}")]
+
+
+def _package_words(name: str) -> str:
+    """'fa4 (flash-attn-4 4.0.0)'; a backend of torch by its name alone."""
+    package = PACKAGES.get(name)
+    if package is None:
+        return name
+    quantised = ", quantised" if package.quantised else ""
+    return f"{name} ({package.distribution} {package.version}{quantised})"
 
 
 def _sigma_words(plan: Plan) -> str:
@@ -144,6 +170,7 @@ def _memory_json(memory: Footprint) -> dict[str, Any]:
     return {
         "on": "gpu" if memory.on_gpu else "cpu",
         "peak_bytes": memory.peaks,
+        **({"full_frames_peak_bytes": memory.whole} if memory.on_gpu else {}),
         "dtype": memory.dtype,
         **card,
     }
@@ -164,8 +191,15 @@ def memory_rows(memory: Footprint, plans: Sequence[Plan]) -> list[tuple[str, Ren
         return [("memory", f"about {binary_size(memory.peaks['none'])} of this machine in {memory.dtype}")]
     rows: list[tuple[str, RenderableType]] = []
     for mode, peak in memory.peaks.items():
-        fits = "" if memory.free is None else ", fits" if mode in memory.fitting else ", does not fit"
-        rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{fits}"))
+        whole, free = memory.whole[mode], memory.free
+        if free is None:
+            tiles = f", {binary_size(whole)} where frames are not decoded in tiles" if whole > peak else ""
+            rows.append((f"offload {mode}", f"about {binary_size(peak)} of the card in {memory.dtype}{tiles}"))
+            continue
+        in_tiles = peak <= free < whole
+        fits = "does not fit" if peak > free else "fits, decoding in tiles" if in_tiles else "fits"
+        size = binary_size(whole if whole <= free else peak)
+        rows.append((f"offload {mode}", f"about {size} of the card in {memory.dtype}, {fits}"))
     if memory.free is not None:
         rows.append(("a card", f"of {binary_size(memory.free)}: {_advice(memory, plans)}"))
     return rows
@@ -176,7 +210,7 @@ def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
     lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
-    other = "a smaller size, fewer frames, --vae-tiling or --quantize fp8"
+    other = "a smaller size, fewer frames or --quantize fp8"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
 
 

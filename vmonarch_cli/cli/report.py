@@ -19,7 +19,7 @@ from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
-from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 
@@ -38,7 +38,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
-            ("device", f"{machine.device_name}, {machine.dtype}, {_runs_by(plan, machine)}"),
+            ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
@@ -50,9 +50,14 @@ def _others(plan: Plan) -> str:
     return f", beside {plan.other_tokens:,} of sound and given frames" if plan.other_tokens else ""
 
 
-def _runs_by(plan: Plan, machine: Machine) -> str:
+def _attention_words(plan: Plan, machine: Machine) -> str:
+    """'triton, dense calls by fa4, fused blocks by triton'; on a CPU nothing but torch's own runs dense calls."""
+    structured, dense = machine.impl_of(plan.preset), machine.dense[0]
     fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
-    return f"attention by {machine.impl_of(plan.preset)}{fused}"
+    if plan.setup.dense_attention == "auto" and not machine.on_gpu:
+        return structured + fused
+    named = f"{dense} (quantised)" if dense in QUANTISED_DENSE else dense
+    return (f"{named} (dense)" if structured == "dense" else f"{structured}, dense calls by {named}") + fused
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:
@@ -181,6 +186,9 @@ def step_legend(timing: ClipTiming | Sequence[StepAttention]) -> Text:
     parts = []
     if any(s.dense_s for s in steps):
         parts.append("dense and error: on the tensors of a step's first forward, outside its time")
+    ran_by = {s.dense_call_by for s in steps} - {None, "sdpa"}
+    if ran_by:
+        parts.append(f"dense: by {', '.join(sorted(map(str, ran_by)))}, the fastest that is installed")
     if any(s.structured_calls for s in steps):
         parts.append("median: of each column, speedup and error of structured steps alone")
     if any(s.structured_calls for s in steps) and whole:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from vmonarch_cli.batch.lines import Line
 from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.cli.options import (
     MODEL,
@@ -24,10 +23,10 @@ from vmonarch_cli.cli.options import (
     whole_option,
 )
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.cli.prompt_lines import prompt_of
 from vmonarch_cli.cli.tables import table
 from vmonarch_cli.cli.tune_progress import TuneProgress
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
-from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.profile.plot import check_plot
@@ -47,6 +46,7 @@ _NOT_OF_A_CLIP = (
     "steps",
     "num_videos",
     "dense_every",
+    "dense_attention",
     "output",
     "overwrite",
     "image",
@@ -107,7 +107,7 @@ class TuneFlags:
         number_option("--lr", panel=TRAINING, help="Learning rate. Default: 0.001, with --full 0.00001."),
     ] = None
     batch: Annotated[
-        int | None, whole_option("--batch", panel=TRAINING, help="Clips in a step, of each process. Default: 1.")
+        int | None, whole_option("--batch", panel=TRAINING, help="Clips at once, of each process. Default: 1.")
     ] = None
     eval_prompts: Annotated[
         int | None,
@@ -139,10 +139,10 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     out.warn(*plan.warnings)
 
     from vmonarch_cli.pipeline.preflight import check_machine
-    from vmonarch_cli.tune.flow_matching import check_encoder
+    from vmonarch_cli.tune.flow_matching import check_family
     from vmonarch_cli.tune.memory import check_memory, free_bytes
 
-    check_encoder(plan)
+    check_family(plan)
     machine = check_machine(plan.clip)
     check_memory(plan, free_bytes(machine), machine)
     out.say(_header(plan))
@@ -166,7 +166,7 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
 def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePlan:
     texts: list[str] | None = None
     if flags.prompts_file is not None:
-        texts = [_prompt_of(line, flags.prompts_file) for line in read_prompts(flags.prompts_file).checked()]
+        texts = [prompt_of(line, flags.prompts_file, "tuning") for line in read_prompts(flags.prompts_file).checked()]
     given = TuneRequest(
         clip=replace(request, steps=flags.sampler_steps, tuned="none"),
         output=flags.adapter,
@@ -182,16 +182,6 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
         overwrite=flags.replace,
     )
     return resolve_tune(given, texts, world=world)
-
-
-def _prompt_of(line: Line, source: str) -> str:
-    """The prompt of a line, which must set nothing else."""
-    others = [name for name in line.fields if name != "prompt"]
-    if others:
-        raise InputError(
-            f"{source}, line {line.number}: a line for tuning holds a prompt and nothing else, got {others[0]} as well"
-        )
-    return str(line.fields.get("prompt", ""))
 
 
 def _header(plan: TunePlan) -> str:

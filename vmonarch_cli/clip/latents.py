@@ -61,6 +61,8 @@ class Denoised:
     """What the fused blocks ran with; None for stock blocks."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
+    dense_attention: str | None = None
+    """What computed the calls that ran dense."""
     sound: torch.Tensor | None = None
     """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
 

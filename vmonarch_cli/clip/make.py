@@ -41,6 +41,7 @@ from vmonarch_cli.media.write import Frames, write_record
 from vmonarch_cli.models.single_file import weights_facts
 from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
+from vmonarch_cli.pipeline.dense import dense_ready
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
 from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
@@ -122,7 +123,7 @@ class ClipMaker:
         chosen = tuple({adapter.sha256: adapter for adapter in adapters or plan.setup.tuned}.values())
         alone = not to_decode and not (share_clip and read_rank().world > 1)
         self._kernels = start_kernels(plan, machine) if alone else None
-        with stopped_by_errors(self._kernels):
+        with stopped_by_errors(self._kernels), dense_ready(plan, machine):
             self._pipeline = self._load(plan, None if to_decode else chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
@@ -135,7 +136,7 @@ class ClipMaker:
 
     def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
         """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
-        decided = {name: getattr(self._machine, name) for name in ("offload", "vae_dtype", "fused_impl")}
+        setup = self._machine.decided(plan.setup)
         where: dict[str, Any] = {
             "device": self._device,
             "dtype": DTYPES[self._machine.dtype],
@@ -143,8 +144,8 @@ class ClipMaker:
             "image_pipeline": plan.model.image_pipeline if plan.image else None,
         }
         if adapters is None:
-            return load_decoder(plan.model_source, setup=plan.setup.model_copy(update=decided), **where)
-        setup = plan.setup.model_copy(update={**decided, "tuned": adapters})
+            return load_decoder(plan.model_source, setup=setup, **where)
+        setup = setup.model_copy(update={"tuned": adapters})
         return load_pipeline(plan.model_source, setup=setup, share_clip=share_clip, **where)
 
     def denoise(self, plan: Plan, index: int) -> Denoised:
@@ -231,8 +232,10 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
             hidden_compile_s=self._compiled_ahead(),
         )
-        about = (path, written.pixels, file_facts(path), vae_dtype, written.sound)
+        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
+        about = (path, written.pixels, file_facts(path), dtype_name(self._pipeline.vae.dtype), written.sound)
         record = make_record(loaded, denoised, timing, *about)
+        record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -287,6 +290,7 @@ class ClipMaker:
                 seed=seed,
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
+                dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
                 steps=session.steps,
@@ -332,6 +336,7 @@ class ClipMaker:
             on_first_call=self._first_call,
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
+            dense=self._machine.dense,
         ) as session:
             self._sessions[key] = session
             try:

@@ -21,7 +21,6 @@ from vmonarch_cli.media.write import Pixels, record_text
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
-from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -73,7 +72,7 @@ def make_record(
         },
         "file": written,
         "settings": plan.settings(),
-        "preset": plan.preset.model_dump(),
+        "preset": plan.preset.model_dump(exclude={"evidence"}),
         **({} if plan.preset_reason is None else {"preset_reason": plan.preset_reason}),
         "model": {"source": plan.model_source, **plan.model.model_dump(mode="json")},
         "grid": list(denoised.grid),
@@ -85,6 +84,7 @@ def make_record(
         "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "fused": denoised.fused,
+        "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
         **({} if timing is None else {"timing": timing.to_json()}),
         "versions": installed_versions(),
@@ -202,13 +202,16 @@ def plan_again(
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
     origins = dict.fromkeys(plan.origins, _REPEATED)
-    branches = branches_of(plan.model, plan.guidance_scale)
-    work = Work(plan.model, plan.grid, plan.steps, branches, plan.flow_shift, plan.other_tokens)
+    work = plan.work
     step_costs = tuple(work.step_costs(preset))
     costs = {"flops": work.flops(preset, step_costs), "step_costs": step_costs}
     setup = plan.setup
     if vae_dtype is None and (then := _decoded_in(record)) is not None:
         setup = setup.model_copy(update={"vae_dtype": then})
+    if record.decoded_in_tiles:
+        setup = setup.model_copy(update={"vae_tiling": True})
+    if record.dense_attention is not None and record.coverage.dense:
+        setup = setup.model_copy(update={"dense_attention": record.dense_attention})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
     again = {"preset": preset, "setup": setup, **costs, "origins": origins, "warnings": ()}

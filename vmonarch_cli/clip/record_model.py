@@ -136,6 +136,7 @@ class StepFacts(_Part):
     calls: int | None = None
     structured_calls: int | None = None
     dense_call_s: float | None = None
+    dense_call_by: str | None = None
     dense_s: float | None = None
     sampled_attention_s: float | None = None
     error: float | None = None
@@ -190,6 +191,9 @@ class TunedFacts(_Part):
     preset: str
 
 
+DenseName = Literal["sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage"]
+
+
 class Record(_Part):
     """A record that can be trusted to have these fields, of these types."""
 
@@ -213,9 +217,13 @@ class Record(_Part):
     dtype: str | None = None
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the frames were decoded in; None in records of earlier versions."""
+    decoded_in_tiles: bool = False
+    """Tiles were chosen, because full frames did not fit the memory."""
     impl: str | None = None
     fused: str | None = None
     """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
+    dense_attention: DenseName | None = None
+    """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
     versions: dict[str, str | None] = {}
@@ -254,6 +262,7 @@ class Record(_Part):
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
         if self.fused is not None:
             values["fused"] = self.fused
+        values["dense_attention"] = self.dense_attention
         return values
 
 

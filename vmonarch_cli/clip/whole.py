@@ -69,11 +69,12 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
         return False
-    then = {
+    absent = {
         "vae_dtype": "auto",
+        "dense_attention": "auto",
         "quality": DEFAULT_QUALITY,
-        **{name: entry.value for name, entry in record.settings.items()},
-    }
+    }  # of older versions
+    then = absent | {name: entry.value for name, entry in record.settings.items()}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}

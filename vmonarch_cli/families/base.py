@@ -133,6 +133,8 @@ class Family:
     readers: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
     """Of a modular pipeline the components that `from_pretrained` of their class does not read everywhere; each takes
     the component's folder."""
+    batches: bool = False
+    """Each tensor that a forward takes has the samples in front, so that clips can be put side by side."""
     encode: Encoder | None = None
     """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None

@@ -121,6 +121,7 @@ HUNYUAN_VIDEO = Family(
     layers("transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
     at_once(decode_scaled),
     encode=encode_scaled,
+    batches=True,
     forward=ForwardInputs(others=_inputs),
     fused=HUNYUAN_BLOCKS,
 )

@@ -100,6 +100,7 @@ WAN = Family(
     _decode,
     plain_calls=True,
     encode=_encode,
+    batches=True,
     forward=ForwardInputs(),
     fused=WAN_BLOCKS,
 )
@@ -120,4 +121,5 @@ SKYREELS_V2 = Family(
     plain_calls=True,
     encode=_encode,
     fused=SKYREELS_BLOCKS,
+    batches=True,
 )

@@ -21,10 +21,10 @@ from vmonarch_cli.media.pictures import load_picture, to_rgb
 from vmonarch_cli.untrusted.files import require_regular
 
 Frames = NDArray[np.uint8]
+_T = TypeVar("_T")
 _PICTURES = {".gif": ("GIF", 100, 50), ".webp": ("WEBP", 1000, 240)}
 """Ending -> Pillow's name of the format, its ticks of a second, and the most frames that a second has."""
 _MAX_PICTURES = 4096
-_T = TypeVar("_T")
 
 
 def read_clip(path: Path, fps: int | None = None) -> Frames:
@@ -49,9 +49,8 @@ def first_frames(path: Path, count: int, fps: int) -> Iterator[Frames]:
         return _decoded(file, [], ["-vf", f"fps={fps}"])
 
     def read() -> Iterator[Frames]:
-        yield from itertools.islice(
-            _of_kind(path, of_mp4, lambda file: iter(_read_pictures(file, fps)), _in_turn), count
-        )
+        frames = _of_kind(path, of_mp4, lambda pictures: iter(_read_pictures(pictures, fps)), _in_turn)
+        yield from itertools.islice(frames, count)
 
     with _one_sentence(path):  # a generator does its work when it is asked for frames
         yield from read()

@@ -29,6 +29,7 @@ READABLE = frozenset(
         "LTX2VideoTransformer3DModel",
         "MochiTransformer3DModel",
         "MotifVideoTransformer3DModel",
+        "MiniMaxH3Transformer3DModel",
     }
 )
 """Transformers that diffusers reads from one file, in the format of their authors."""
@@ -37,6 +38,7 @@ _NAMES = {
     "WanTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": _WAN,
     "HunyuanVideoTransformer3DModel": r"(double_blocks\.0\.img_attn_qkv|context_embedder\.token_refiner)\.",
+    "MiniMaxH3Transformer3DModel": r"token_refiner\.(refiner_)?blocks\.0\.",
     "LTX2VideoTransformer3DModel": r"audio_(patchify_proj|proj_in)\.weight",
     "LTXVideoTransformer3DModel": r"(adaln_single\.emb\.|time_embed\.emb\.timestep)",
     "MochiTransformer3DModel": r"(blocks\.0\.attn\.qkv_x|time_embed\.pooler)\.",

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import Layout, component_files, read_headers, read_layout
-from vmonarch_cli.presets import Preset, at_steps, format_value
-from vmonarch_cli.text import printable, shown
+from vmonarch_cli.presets import LABELS, Preset, at_steps, format_value
+from vmonarch_cli.text import one_line, printable, shown
 from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_json, parse_text
 
@@ -34,7 +34,7 @@ _SAMPLE = 4096
 """Bytes of each tensor that a fingerprint reads."""
 _MAX_JSON = 1 << 20
 _PIECE = 1 << 22
-_LABELS = ("name", "description", "impl")
+_LABELS = (*LABELS, "impl")
 """Fields of a preset that change no result, or only its rounding."""
 _EXPONENTS: dict[str, tuple[str, int]] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
@@ -87,13 +87,7 @@ class TunedAdapter(BaseModel):
             raise ValueError(f"takes WIDTHxHEIGHT, got {shown(value)}")
         return value
 
-    @field_validator("model", "preset_name")
-    @classmethod
-    def _label(cls, value: str) -> str:
-        """They stand in tables and sentences: one line, without control characters."""
-        if not value.isprintable():
-            raise ValueError("takes one printable line")
-        return value
+    _label = field_validator("model", "preset_name")(one_line)
 
     @field_validator("preset")
     @classmethod

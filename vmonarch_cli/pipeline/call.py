@@ -25,8 +25,13 @@ Embeddings = dict[str, Any]
 
 
 @torch.no_grad()
-def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: float, max_tokens: int) -> Embeddings:
-    """Text embeddings of the prompt and, where guidance uses one, of the negative prompt."""
+def encode(
+    pipeline: Any, prompt: str | list[str], negative_prompt: str, guidance_scale: float, max_tokens: int
+) -> Embeddings:
+    """Text embeddings of the prompt and, where guidance uses one, of the negative prompt.
+
+    prompt: of one clip, or of several that are made together, by a family that has `batches`.
+    """
     facts, family, guided = facts_of(pipeline), family_of(pipeline), guidance_scale > 1.0
     if facts.modular:
         return {"prompt": prompt}
@@ -39,7 +44,7 @@ def encode(pipeline: Any, prompt: str, negative_prompt: str, guidance_scale: flo
 
     if facts.negative == "together":
         return call(prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided)
-    found = call(prompt=family.prompt(prompt))
+    found = call(prompt=family.prompt(prompt) if isinstance(prompt, str) else prompt)
     if facts.negative == "apart" and guided:
         negative = call(prompt=family.prompt(negative_prompt))
         found |= {f"negative_{name}": value for name, value in negative.items()}

@@ -168,6 +168,39 @@ def _kernels() -> list[Finding]:
     return [Finding("attention", words), *map(_judged, tests)]
 
 
+def _dense() -> list[Finding]:
+    """Packages of dense attention that are installed: whether they fit this GPU and are right, and what a run takes."""
+    import torch
+
+    from vmonarch_kernels import DenseUnavailable, dense_choices, dense_obstacle
+    from vmonarch_kernels.dense_facts import PACKAGES, installed
+    from vmonarch_kernels.dense_packages import check
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    tensors = (device, torch.bfloat16, 128)
+    found = []
+    for name, package in PACKAGES.items():
+        if not installed(name):
+            continue
+        label = f"dense {name}"
+        words = f"{package.title}, {package.distribution} {package.version}{', quantised' if package.quantised else ''}"
+        obstacle = dense_obstacle(name, *tensors)
+        if obstacle is not None:
+            found.append(Finding(label, f"{words}: not used, {obstacle}", "note"))
+            continue
+        try:
+            check(name, *tensors)
+            found.append(Finding(label, f"{words}, agrees with softmax attention"))
+        except DenseUnavailable as error:
+            found.append(Finding(label, str(error), "broken"))
+    if device.type == "cuda":
+        chosen = dense_choices("auto", *tensors)
+        others = f"; beside it there are {', '.join(chosen[1:])}" if chosen[1:] else ""
+        hint = "" if found else '; on Hopper and Blackwell pip install "vmonarch[fa4]" is faster'
+        found.append(Finding("dense attention", f"{chosen[0]} in bfloat16{others}{hint}"))
+    return found
+
+
 def _judged(test: SelfTest) -> Finding:
     value = f"relative error {test.error:.1e} against the reference, {test.bound:.1e} allowed"
     return Finding(f"self-test {test.impl}", value, "ok" if test.passed else "broken")
@@ -181,5 +214,6 @@ EXAMINATIONS: dict[str, Callable[[], list[Finding]]] = {
     "hub cache": _disk,
     "demo model": _demo,
     "attention": _kernels,
+    "dense attention": _dense,
 }
 """What is examined, in order, and the function that does it; one that fails is itself a finding under its name."""

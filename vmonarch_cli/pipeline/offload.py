@@ -4,50 +4,88 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.pipeline import modular
-from vmonarch_cli.plan.memory import OFFLOAD_WORDS, largest_peaks, lighter_peaks
+from vmonarch_cli.plan.memory import (
+    OFFLOAD_WORDS,
+    decoding_bytes,
+    largest_peaks,
+    lighter_peaks,
+    shape_of,
+    weight_bytes,
+)
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import binary_size
 
 
-def choose(
-    wanted: str, peaks: dict[str, int], free: int, *, lighter: Mapping[str, int] = MappingProxyType({})
-) -> tuple[str, str]:
-    """(mode, one line that says why) on a GPU. "auto" takes the first mode that fits; a named one is never changed.
+class Placement(NamedTuple):
+    """Where the weights will be, one line that says why, and whether frames are decoded in tiles so that they fit."""
 
-    peaks: estimated bytes of each mode, the fastest first. free: bytes. lighter: least peak of the same clip with a
-    field of its preset changed, the better results first.
+    mode: str
+    words: str
+    tiles: bool = False
+
+
+def choose(
+    wanted: str,
+    peaks: dict[str, int],
+    free: int,
+    *,
+    whole: Mapping[str, int] | None = None,
+    lighter: Mapping[str, int] = MappingProxyType({}),
+) -> Placement:
+    """The placement on a GPU. "auto" takes the first mode that fits; a named one is never changed.
+
+    peaks: estimated bytes of each mode, the fastest first, decoding in tiles where they need less. whole: the same for
+    full frames; tiles are taken where these do not fit and tiles do. free: bytes. lighter: least peak of the same clip
+    with a field of its preset changed, the better results first.
     Raises ModelError when "auto" finds no mode that fits.
     """
+    whole = peaks if whole is None else whole
+
+    def placed(mode: str, why: str) -> Placement:
+        tiles = peaks[mode] <= free < whole[mode]
+        peak = peaks[mode] if tiles else whole[mode]
+        words = f"about {binary_size(peak)} of {binary_size(free)} free"
+        saved = f", decoding in tiles (full frames: {binary_size(whole[mode])})" if tiles else ""
+        return Placement(mode, f"offload {mode}{why}{words}{saved}", tiles)
+
     if wanted != "auto":
-        return wanted, f"offload {wanted}, as asked: about {binary_size(peaks[wanted])} of {binary_size(free)} free"
+        return placed(wanted, ", as asked: ")
     for mode, peak in peaks.items():
         if peak <= free:
-            words = f"about {binary_size(peak)} of {binary_size(free)} free"
-            return mode, f"offload {mode}: {OFFLOAD_WORDS[mode]}, {words}"
+            return placed(mode, f": {OFFLOAD_WORDS[mode]}, ")
     least = min(peaks.values())
     fits = next((change for change, peak in lighter.items() if peak <= free), None)
     way_out = "" if fits is None else f"with --set {fits} it needs about {binary_size(lighter[fits])}, or "
     raise ModelError(
         f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
-        f"{binary_size(free)} are free; {way_out}choose a smaller size, fewer frames, --vae-tiling or "
+        f"{binary_size(free)} are free; {way_out}choose a smaller size, fewer frames or "
         "--quantize fp8"
     )
 
 
-def mode_for(plans: Sequence[Plan], device: str, dtype: str) -> tuple[str, str]:
-    """(mode, one line) of where the weights will be on a GPU while plans of one model take turns.
+def mode_for(plans: Sequence[Plan], device: str, dtype: str) -> Placement:
+    """Where the weights will be on a GPU while plans of one model take turns.
 
     Reads the free memory once. Raises ModelError when a clip fits it in no mode.
     """
     free = torch.cuda.mem_get_info(device)[0]
     lighter = lighter_peaks(plans, dtype)
-    return choose(plans[0].setup.offload, largest_peaks(plans, dtype), free, lighter=lighter)
+    whole = largest_peaks(plans, dtype, tiled=False)
+    return choose(plans[0].setup.offload, largest_peaks(plans, dtype), free, whole=whole, lighter=lighter)
+
+
+def tiles_to_decode(plan: Plan, device: str, dtype: str) -> bool:
+    """Whether the decoder alone needs tiles to fit the free memory of a GPU, and fits it with them."""
+    free = torch.cuda.mem_get_info(device)[0]
+    weights = weight_bytes(plan.model, dtype, to_decode=True)
+    whole, tiles = decoding_bytes(plan.model, shape_of(plan), dtype, plan.setup.vae_dtype)
+    return weights + tiles <= free < weights + whole
 
 
 def place(pipeline: Any, mode: str, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.media.ffmpeg import CODECS, require_encoder
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -30,15 +31,24 @@ class Machine:
     """Where the weights are: "none", "model", "group" or "sequential"."""
     memory: str = ""
     """One line on the offload mode and what it is expected to take; empty on a CPU."""
+    tiles: bool = False
+    """Frames are decoded in tiles, because full ones would not fit the memory."""
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
     fused_impl: str | None = None
     """What fused blocks run with: "triton" or "torch"; None for stock blocks."""
+    dense: tuple[str, ...] = ("sdpa",)
+    """Dense attention, see `vmonarch_kernels.dense_choices`: what runs it, and what else samples compare with."""
 
     @property
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.startswith("cuda")
+
+    def decided(self, setup: Setup) -> Setup:
+        """A plan's setup with what this machine decided."""
+        decided = {name: getattr(self, name) for name in ("offload", "vae_dtype", "fused_impl")}
+        return setup.model_copy(update={**decided, "vae_tiling": setup.vae_tiling or self.tiles})
 
     def impl_of(self, preset: Preset) -> str:
         """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""
@@ -66,11 +76,12 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     # Of thousands of prompts most differ in nothing that counts here.
     kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
     if machine.on_gpu:
-        mode, words = mode_for(list(kinds.values()), machine.device, machine.dtype)
-        machine = replace(machine, offload=mode, memory=words)
+        mode, words, tiles = mode_for(list(kinds.values()), machine.device, machine.dtype)
+        machine = replace(machine, offload=mode, memory=words, tiles=tiles)
     else:
         for plan in kinds.values():
             check_cpu_memory(plan, machine.dtype)
+    machine = replace(machine, dense=_dense(plans[0], machine))
     for preset in {plan.preset for plan in plans if plan.preset.attention != "dense"}:
         _check_impl(preset.impl, machine, plans[0])
     return replace(machine, fused_impl=_fused_impl(plans, machine))
@@ -78,8 +89,11 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
 
 def machine_to_decode(plan: Plan) -> Machine:
     """Where saved latents of a plan are decoded: a decoder alone fits wherever any mode of the whole model does."""
+    from vmonarch_cli.pipeline.offload import tiles_to_decode
+
     _check_encoder([plan])
-    return _machine(plan)
+    machine = _machine(plan)
+    return replace(machine, tiles=machine.on_gpu and tiles_to_decode(plan, machine.device, machine.dtype))
 
 
 def _check_encoder(plans: Sequence[Plan]) -> None:
@@ -97,6 +111,20 @@ def _machine(plan: Plan) -> Machine:
     impl = resolve_impl("auto", device, dtype, plan.model.head_dim)
     vae_dtype = dtype_name(pick_vae_dtype(plan, dtype))
     return Machine(str(device), device_name(device), dtype_name(dtype), impl, vae_dtype=vae_dtype)
+
+
+def _dense(plan: Plan, machine: Machine) -> tuple[str, ...]:
+    import torch
+
+    from vmonarch_cli.pipeline.device import DTYPES
+    from vmonarch_kernels import DenseUnavailable, dense_choices
+
+    try:
+        return dense_choices(
+            plan.setup.dense_attention, torch.device(machine.device), DTYPES[machine.dtype], plan.model.head_dim
+        )
+    except DenseUnavailable as error:
+        raise DeviceError(str(error)) from None
 
 
 def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:

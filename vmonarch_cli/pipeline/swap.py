@@ -20,6 +20,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
 from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.presets import Preset
+from vmonarch_kernels.dense import SDPA
 
 _STAGES = ("transformer", "transformer_2")
 """A pipeline's transformers that take over from one another within a clip."""
@@ -36,6 +37,7 @@ def swapped(
     on_first_call: Callable[[], None] | None = None,
     session: AttentionSession | None = None,
     adapter: str | None = None,
+    dense: Sequence[str] = (SDPA,),
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -44,8 +46,10 @@ def swapped(
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
-    session: one to go on with, warm state and counters included, instead of a new one; the arguments above are then its
-        own. This is how several presets take turns on one model.
+    session: one to go on with, warm state and counters included, instead of a new one; the arguments above, and
+        `dense`, are then its own. This is how several presets take turns on one model.
+    dense: names of `vmonarch_kernels.dense_attention`: what runs the calls that are dense, and what else a sample
+        times; ("auto",) is what suits the first such call.
     adapter: name of a tuned adapter that the transformers have (see `tuned.switch_of`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
@@ -60,6 +64,7 @@ def swapped(
             stages=1 if any(getattr(target, name, None) is not None for name in _PARTITIONS) else None,
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
+            dense=dense,
         )
     session_id = op.register(session)
     with ExitStack() as undo:

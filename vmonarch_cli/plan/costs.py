@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.plan.noise_levels import changeover
 from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels.cost import dense_flops, l_bytes, monarch_flops, residual_bytes
@@ -68,13 +69,15 @@ class Work:
     flow_shift: float | None = None
     others: int = 0
     """Tokens of each call beside those of the grid."""
+    sigmas: tuple[float, ...] | None = None
+    """Noise level at which each step begins, where it is known."""
 
     def step_costs(self, preset: Preset) -> list[StepCost]:
         """The resolved schedule of a clip: a row for each denoising step."""
         model, frames = self.model, self.grid[0]
         schedule = schedule_for(preset, frames, self.steps, model.layers, model.transformers)
         resolved = schedule.preset
-        takes_over = changeover(model, self.steps, self.flow_shift)
+        takes_over = changeover(model, self.steps, self.flow_shift, self.sigmas)
         dense_call = self._dense_call
         dense_layers = model.layers if preset.attention == "dense" else min(model.layers, resolved.dense_layers)
         call = functools.cache(functools.partial(self._call, resolved))
@@ -127,20 +130,6 @@ class Work:
         cost = {**options.cost(), "refresh": due, "others": self.others}
         exact = due + int(preset.first_frame)
         return exact, monarch_flops(self.grid, self.model.heads, self.model.head_dim, **cost)
-
-
-def changeover(model: ModelEntry, steps: int, flow_shift: float | None) -> int | None:
-    """The first step (from 0) of a model's second transformer, by the noise levels of a flow schedule with this shift;
-    None for a model of one.
-    """
-    if model.boundary_ratio is None:
-        return None
-    shift = 1.0 if flow_shift is None else flow_shift
-    for step in range(steps):
-        sigma = 1 - step / steps
-        if shift * sigma / (1 + (shift - 1) * sigma) < model.boundary_ratio:
-            return step
-    return steps
 
 
 def count_flops(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmonarch_cli.models.base import ClipShape, Grid, ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.decoders import decoder_of
 from vmonarch_cli.models.single_file import GGUF
 from vmonarch_cli.plan.costs import kept_by
 from vmonarch_cli.plan.plan import Plan
@@ -45,6 +47,21 @@ def decode_bytes(shape: ClipShape) -> int:
     return num_frames * height * width * 3 * (4 + 1)
 
 
+def decoding_bytes(model: ModelEntry, shape: ClipShape, dtype: str, vae_dtype: str = "auto") -> tuple[int, int]:
+    """Estimated peak bytes of decoding a clip: of full frames, and of tiles.
+
+    Of a VAE that was not measured both are 40 channels of one group of frames at full size, a sixth of it in tiles,
+    beside the frames.
+    """
+    width = _BYTES[dtype if not model.vae_float32 else "float32"] if vae_dtype == "auto" else _BYTES[vae_dtype]
+    frames, peak = decode_bytes(shape), decoder_of(model, PIPELINES[model.pipeline].family)
+    if peak is None:
+        group = model.vae_temporal * shape[0] * shape[1] * 40 * width
+        return frames + group, frames + group // 6
+    whole, tiles = peak.bytes(model, shape, width)
+    return max(whole, frames), max(tiles, frames)
+
+
 def at_least(model: ModelEntry, shape: ClipShape, dtype: str) -> int:
     """Bytes below which a run that keeps all weights in memory cannot succeed."""
     working = max(activation_bytes(model, model.grid(*shape), dtype), decode_bytes(shape))
@@ -57,14 +74,14 @@ def peaks(
     dtype: str,
     *,
     quantize: str | None = None,
-    vae_tiling: bool = False,
+    vae_dtype: str = "auto",
+    tiled: bool = True,
     kept: int = 0,
 ) -> dict[str, int]:
     """Estimated peak bytes on the device in each offload mode, the fastest mode first.
 
-    A step's working set is taken as twice the lower bound of `activation_bytes`, decoding as 40 float32 channels of
-    one group of frames at full size (a sixth of it in tiles) beside the frames. ``kept``: bytes that attention keeps
-    from step to step.
+    A step's working set is taken as twice the lower bound of `activation_bytes`; `decoding` says what decoding takes,
+    which is in tiles unless `tiled` is false. ``kept``: bytes that attention keeps from step to step.
     """
     width_of = _BYTES[dtype]
     transformer = model.transformer_params * (1 if quantize else width_of)
@@ -72,8 +89,7 @@ def peaks(
     vae = model.vae_params * (4 if model.vae_float32 else width_of)
     activations = activation_bytes(model, model.grid(*shape), dtype)
     working = kept + 2 * activations + model.transformer_params // model.layers * width_of
-    group = model.vae_temporal * shape[0] * shape[1] * 40 * (4 if model.vae_float32 else width_of)
-    decoding = decode_bytes(shape) + (group // 6 if vae_tiling else group)
+    decoding = decoding_bytes(model, shape, dtype, vae_dtype)[1 if tiled else 0]
     layer = 4 * (transformer // model.layers)
     return {
         "none": transformer * model.transformers + text + vae + max(working, decoding) + _RESERVE,
@@ -93,16 +109,18 @@ def kept_bytes(plan: Plan) -> int:
     return kept_by(plan.model, plan.grid, plan.preset, plan.guidance_scale)
 
 
-def peaks_of(plan: Plan, dtype: str) -> dict[str, int]:
-    """Estimated peak of each offload mode for a plan, the fastest mode first; with an adapter of whole weights, which
-    are there beside the model's, of the modes that can have one.
+def peaks_of(plan: Plan, dtype: str, *, tiled: bool = True) -> dict[str, int]:
+    """Estimated peak of each offload mode for a plan, the fastest mode first; it decodes in tiles where they need less,
+    unless `tiled` is false and the plan does not ask for them. With an adapter of whole weights, which are there beside
+    the model's, of the modes that can have one.
     """
     found = peaks(
         plan.model,
         shape_of(plan),
         dtype,
         quantize=plan.setup.quantize or (GGUF if (plan.setup.transformer or "").lower().endswith(GGUF) else None),
-        vae_tiling=plan.setup.vae_tiling,
+        vae_dtype=plan.setup.vae_dtype,
+        tiled=tiled or plan.setup.vae_tiling,
         kept=kept_bytes(plan),
     )
     twice = [tuned for tuned in plan.setup.tuned if tuned.adapter.kind == "weights"]
@@ -122,9 +140,11 @@ class Footprint:
     on_gpu: bool
     dtype: str
     peaks: dict[str, int]
-    """Estimated peak bytes by offload mode, the fastest first: on the card, or of the process on a CPU, where nothing
-    is offloaded and the only mode is "none".
+    """Estimated peak bytes by offload mode, the fastest first: on the card, decoding in tiles where they need less, or
+    of the process on a CPU, where nothing is offloaded, frames are decoded whole and the only mode is "none".
     """
+    whole: dict[str, int]
+    """The same without tiles that nobody asked for."""
     free: int | None = None
     """Bytes of the card that was asked about; None where none was named."""
 
@@ -136,16 +156,19 @@ class Footprint:
 
 def footprint(plan: Plan, dtype: str, *, on_gpu: bool, free: int | None = None) -> Footprint:
     """What a plan takes in `dtype`; `free`: bytes of a card to compare with."""
+    whole = peaks_of(plan, dtype, tiled=False)
     if on_gpu:
-        return Footprint(True, dtype, peaks_of(plan, dtype), free)
-    return Footprint(False, dtype, {"none": peaks_of(plan, dtype)["none"] - _RESERVE + _PROCESS}, free)
+        return Footprint(True, dtype, peaks_of(plan, dtype), whole, free)
+    process = {"none": whole["none"] - _RESERVE + _PROCESS}
+    return Footprint(False, dtype, process, process, free)
 
 
 def largest_footprint(plans: Sequence[Plan], dtype: str, *, on_gpu: bool, free: int | None = None) -> Footprint:
     """What plans of one model that take turns need: of each mode the largest peak; `free` as in `footprint`."""
     each = [footprint(plan, dtype, on_gpu=on_gpu, free=free) for plan in plans]
     peaks = {mode: max(one.peaks[mode] for one in each) for mode in each[0].peaks}
-    return Footprint(on_gpu, dtype, peaks, free)
+    whole = {mode: max(one.whole[mode] for one in each) for mode in each[0].whole}
+    return Footprint(on_gpu, dtype, peaks, whole, free)
 
 
 @dataclass(frozen=True)
@@ -172,9 +195,11 @@ def totals(plans: Sequence[Plan], seconds_of: Callable[[Plan], float | None]) ->
     )
 
 
-def largest_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:
-    """Estimated peak of each offload mode for plans of one model that take turns: of each mode the largest."""
-    found = [peaks_of(plan, dtype) for plan in plans]
+def largest_peaks(plans: Sequence[Plan], dtype: str, *, tiled: bool = True) -> dict[str, int]:
+    """Estimated peak of each offload mode for plans of one model that take turns: of each mode the largest; `tiled` as
+    in `peaks_of`.
+    """
+    found = [peaks_of(plan, dtype, tiled=tiled) for plan in plans]
     return {mode: max(peak[mode] for peak in found) for mode in found[0]}
 
 

@@ -116,6 +116,20 @@ def resolve_noise_levels(
     return NoiseLevels(sampler, None, forced=False)
 
 
+def changeover(
+    model: ModelEntry, steps: int, flow_shift: float | None, sigmas: tuple[float, ...] | None = None
+) -> int | None:
+    """The first step (from 0) of a model's second transformer, `steps` where it never takes over; None for a model of
+    one.
+
+    sigmas: noise level at which each step begins, where it is known; else that of an even schedule with this shift.
+    """
+    if model.boundary_ratio is None:
+        return None
+    levels = sigmas or _shifted([1 - i / steps for i in range(steps)], 1.0 if flow_shift is None else flow_shift)
+    return next((step for step, level in enumerate(levels) if level < model.boundary_ratio), steps)
+
+
 def _shifted(levels: list[float], shift: float) -> tuple[float, ...]:
     """The flow shift: s -> shift s / (1 + (shift - 1) s)."""
     return tuple(round(shift * level / (1 + (shift - 1) * level), 6) for level in levels)

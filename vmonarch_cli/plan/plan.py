@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.models.lora_facts import LoraFacts
-from vmonarch_cli.plan.costs import Flops, StepCost
+from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AdapterFile, Setup
@@ -20,9 +20,9 @@ from vmonarch_cli.presets import Preset
 class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
-    `origins` maps a field (a preset's as `preset.band`) to "flag", "preset", "model default", "default" or a
-    place of the user's own defaults (see `defaults.py`); a
-    seed's ends in ", drawn" where it is random.
+    `origins` maps a field (a preset's as `preset.band`) to "flag", "recipe", "preset", "few steps of the
+    preset", "model default", "default" or a place of the user's own defaults (see `defaults.py`); a seed's ends in
+    ", drawn" where it is random.
     Sizes are in pixels, `fps` in frames per second, `steps` in denoising steps, `grid` in tokens (T, H, W).
     """
 
@@ -87,6 +87,12 @@ class Plan(BaseModel):
     def other_tokens(self) -> int:
         """Tokens that the self-attention of a packed sequence has beside those of the grid, the prompt's aside."""
         return self.model.other_tokens(self.height, self.width, self.num_frames, len(self.given_frames))
+
+    @property
+    def work(self) -> Work:
+        """What the clip's attention depends on, beside its preset."""
+        forwards = branches_of(self.model, self.guidance_scale)
+        return Work(self.model, self.grid, self.steps, forwards, self.flow_shift, self.other_tokens, self.noise_levels)
 
     @property
     def tuned(self) -> AdapterFile | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import ModelEntry
@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.noise_levels import check_sampler, check_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.text import near, shown
+from vmonarch_cli.text import near, one_line, shown
 from vmonarch_cli.untrusted.files import read_text, user_path
 from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_toml
@@ -24,15 +24,17 @@ MAX_FILE_BYTES = 1 << 20
 SETTINGS = ("sampler", "steps", "sigmas", "flow_shift", "guidance_scale", "guidance_scale_2", "loras", "preset")
 """The fields of a request that a recipe may give; a flag beats each of them."""
 
+_Line = Annotated[str, AfterValidator(one_line)]
+
 
 class Recipe(BaseModel):
     """Settings for one kind of distilled model (frozen; unknown fields are refused); None or empty is not given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=60)
-    description: str = Field(default="", max_length=500)
-    source: tuple[str, ...] = ()
+    name: _Line = Field(min_length=1, max_length=60)
+    description: _Line = Field(default="", max_length=500)
+    source: tuple[_Line, ...] = ()
     """Where the numbers come from."""
     family: str
     pipelines: tuple[str, ...] = ()
@@ -46,15 +48,6 @@ class Recipe(BaseModel):
     guidance_scale_2: float | None = Field(default=None, ge=0, le=100)
     loras: tuple[str, ...] = ()
     preset: str | None = None
-
-    @field_validator("name", "description", "source")
-    @classmethod
-    def _printable(cls, value: Any) -> Any:
-        """They stand in tables and records: one line each, without control characters."""
-        for text in value if isinstance(value, tuple) else (value,):
-            if not text.isprintable():
-                raise ValueError("takes printable text of one line")
-        return value
 
     @field_validator("family")
     @classmethod

@@ -52,6 +52,7 @@ class GenerateRequest:
     dense_steps: int | float | None = None
     dense_layers: int | None = None
     impl: str | None = None
+    dense_attention: str | None = None
     dense_every: int | None = None
     device: str | None = None
     dtype: str | None = None

@@ -24,12 +24,12 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
-from vmonarch_cli.plan.setup import OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import Use, choose
-from vmonarch_cli.presets import Preset, apply_overrides, at_steps, load_preset, parse_assignment
+from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
-RECIPE = "recipe"
+RECIPE, FEW_STEPS = "recipe", "few steps of the preset"
 DEMO_NOTE = f"no --model given: using the small demo model that comes with vmonarch; {HOW_TO_GET_A_REAL_MODEL}"
 Value = TypeVar("Value")
 
@@ -113,6 +113,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
+    origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     preset = at_steps(preset, steps)
     guidance = take(
         "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
@@ -134,7 +135,9 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     )
     given = sum(path is not None for path in (image, last_image))
     others = model.other_tokens(height, width, num_frames, given)
-    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others)
+    sampler = take("sampler", check_sampler(request.sampler), OWN, DEFAULT)
+    levels = resolve_noise_levels(model, sampler, sigmas, steps, flow_shift)
+    work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others, levels.sigmas)
     step_costs = tuple(work.step_costs(preset))
     flops = work.flops(preset, step_costs)
     use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
@@ -160,9 +163,9 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         ),
         flow_shift=flow_shift,
         recipe=take("recipe", request.recipe, None, DEFAULT),
-        sampler=(sampler := take("sampler", check_sampler(request.sampler), OWN, DEFAULT)),
+        sampler=sampler,
         sigmas=take("sigmas", sigmas or None, (), DEFAULT),
-        noise_levels=(levels := resolve_noise_levels(model, sampler, sigmas, steps, flow_shift)).sigmas,
+        noise_levels=levels.sigmas,
         noise_levels_forced=levels.forced,
         seed=seed,
         num_videos=num_videos,
@@ -212,6 +215,7 @@ def _resolve_setup(
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
         "fuse": request.fuse,
+        "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     origins |= {name: FLAG if name in chosen else DEFAULT for name in given}
@@ -251,7 +255,7 @@ def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, s
             overrides[name] = (f"--{name.replace('_', '-')}", value)
     resolved = apply_overrides(preset, overrides)
     for name in Preset.model_fields:
-        if name not in ("name", "description"):
+        if name not in LABELS:
             written = PRESET if name in preset.model_fields_set else DEFAULT
             origins[f"preset.{name}"] = FLAG if name in overrides else written
     return resolved

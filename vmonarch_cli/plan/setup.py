@@ -12,6 +12,10 @@ from vmonarch_cli.models.tuned import TunedAdapter
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 QUANTIZATIONS = ("fp8", "int8")
+DENSE_ATTENTION = ("auto", "sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage")
+"""Names of dense attention, those of `vmonarch_kernels.dense_attention`."""
+QUANTISED_DENSE = ("sage",)
+"""Those that compute in 8 bit: never chosen unless named."""
 
 
 ADAPTER_NAME = "vmonarch_tuned"
@@ -67,6 +71,8 @@ class Setup(BaseModel):
     """The arithmetic between the products of the transformer's blocks runs in fused passes."""
     fused_impl: str | None = None
     """What these run with, "triton" or "torch", once a machine has decided it."""
+    dense_attention: str = "auto"
+    """What computes the calls that run dense; "auto" is the expected fastest of all that are installed and fit."""
     tuned: tuple[AdapterFile, ...] = ()
     """Adapters to load; a plan has one at most, a model that serves several plans those of all."""
     transformer: str | None = None

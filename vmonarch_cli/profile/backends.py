@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmonarch_cli.profile.results import QUANTISED
-from vmonarch_kernels import dense_attention, dense_backends
+from vmonarch_kernels import dense_attention, dense_backends, dense_obstacle
+from vmonarch_kernels.dense import is_quantised
+from vmonarch_kernels.dense_facts import PACKAGES
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_EXACT_QUERIES = 16384
@@ -29,39 +28,20 @@ class DenseBackend:
     note: str = ""
 
 
-def installed_backends(device: torch.device, dtype: torch.dtype) -> list[DenseBackend]:
-    """Torch's SDPA backends of the device, then the packages found; whether each runs is found out by calling it."""
-    found = [
-        DenseBackend(name, functools.partial(dense_attention, backend=name)) for name in dense_backends(device, dtype)
+def installed_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[DenseBackend]:
+    """Torch's SDPA backends of the device, then the packages that are installed and fit; the first call of each shows
+    whether it works, and checks it.
+    """
+    names = [*dense_backends(device, dtype), *PACKAGES]
+    return [
+        DenseBackend(name, functools.partial(dense_attention, backend=name), _note(name))
+        for name in names
+        if dense_obstacle(name, device, dtype, head_dim) is None
     ]
-    if device.type == "cuda":
-        for name, module, function, note in _PACKAGES:
-            if _present(module):
-                found.append(DenseBackend(name, functools.partial(_package, module, function), note))
-    return found
 
 
-# (name, module, function, note) of attention packages that take (B, N, heads, D).
-_PACKAGES = (
-    ("fa4", "flash_attn.cute", "flash_attn_func", ""),
-    ("fa3", "flash_attn_interface", "flash_attn_func", ""),
-    ("fa2", "flash_attn", "flash_attn_func", ""),
-    ("sage", "sageattention", "sageattn", QUANTISED),
-)
-
-
-def _present(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent package that is missing or broken
-        return False
-
-
-def _package(module: str, function: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    extra: dict[str, Any] = {"tensor_layout": "NHD"} if module == "sageattention" else {}
-    out = getattr(import_module(module), function)(q, k, v, **extra)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+def _note(name: str) -> str:
+    return QUANTISED if is_quantised(name) else ""
 
 
 class ExactSample:

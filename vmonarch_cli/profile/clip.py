@@ -15,6 +15,7 @@ import torch
 from vmonarch_cli.clip.make import ClipMaker
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import load_preset
@@ -50,8 +51,10 @@ def run_clips(
             name: settings.plan.model_copy(update={**changed, "outputs": (_clip(settings.plan, Path(folder), name),)})
             for name, changed in _kinds(settings.plan).items()
         }
-        machine = check_machine_for(list(plans.values()))
+        machine = fastest_first(settings.plan, check_machine_for(list(plans.values())))
         profile = _empty(settings.plan, machine)
+        if machine.on_gpu:
+            profile.notes.append(f"dense attention by {dense_words(machine)}")
         on_work("loading the model")
         maker = ClipMaker(settings.plan, machine, retry_dense=False)
         run = _Run(maker, plans, profile, on_result, _paced(on_work, 2 * (1 + settings.repeats)))

@@ -20,10 +20,12 @@ from vmonarch_cli.pipeline.fuse import fused
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset
-from vmonarch_cli.profile.results import StepRow
+from vmonarch_cli.profile.results import QUANTISED, StepRow
 from vmonarch_cli.profile.variants import adapter_names
-from vmonarch_kernels import dense_backends
+from vmonarch_kernels import dense_backends, dense_choices
 from vmonarch_kernels.cost import refresh_period
+from vmonarch_kernels.dense import is_quantised
+from vmonarch_kernels.dense_facts import PACKAGES
 
 DENSE_ON_CPU = "sdpa"
 _DENSE = {
@@ -64,20 +66,24 @@ def contenders(
     backends: Sequence[str] = (),
     masked: bool = False,
     adapters: Sequence[AdapterFile] = (),
+    head_dim: int = 128,
 ) -> list[Contender]:
-    """Every dense backend of the device (or those named), every structured preset, those with an adapter that the
-    transformer has, and skipped attention.
+    """Every dense backend of the device and every package that fits (or those named), every structured preset, those
+    with an adapter that the transformer has, and skipped attention.
 
     ``masked``: the stock model masks padding of its text, which keeps SDPA from its fastest path (and FlashAttention
     takes no mask), so preset `dense`, which leaves the padding out, takes part as well.
     """
     layers = FAMILIES[type(transformer).__name__].self_attentions(transformer)
-    found = [
-        Contender(StepRow(name, "dense"), functools.partial(_dense, layers, _DENSE[name]))
-        for name in (backends or _dense_names(device, dtype, masked))
-    ]
+    dense = load_preset("dense")
+    found = []
+    for name in backends or _dense_names(device, dtype, masked, head_dim):
+        row = StepRow(name, "dense", note=QUANTISED if is_quantised(name) else "")
+        if name in PACKAGES:
+            found.append(structured(transformer, row, AttentionSession(dense, [len(layers)], dense=(name,))))
+        else:
+            found.append(Contender(row, functools.partial(_dense, layers, _DENSE[name])))
     if masked:
-        dense = load_preset("dense")
         found.append(structured(transformer, StepRow(dense.name, "dense"), AttentionSession(dense, [len(layers)])))
     tuned = [(name, t.adapter.made_for, t.layer_name) for name, t in adapter_names(adapters).items()]
     for name, preset, adapter in [*((preset.name, preset, None) for preset in presets), *tuned]:
@@ -120,11 +126,12 @@ def structured(transformer: Any, row: StepRow, session: AttentionSession, adapte
     return Contender(row, enter, session)
 
 
-def _dense_names(device: torch.device, dtype: torch.dtype, masked: bool) -> list[str]:
+def _dense_names(device: torch.device, dtype: torch.dtype, masked: bool, head_dim: int) -> list[str]:
     if device.type != "cuda":
         return [DENSE_ON_CPU]
     known = [name for name in dense_backends(device, dtype) if not (masked and name == "flash")]
-    return [name for name in known if name in ("cudnn", "flash")] or known[:1]
+    packages = [name for name in dense_choices("auto", device, dtype, head_dim) if name in PACKAGES]
+    return [*packages, *([name for name in known if name in ("cudnn", "flash")] or known[:1])]
 
 
 @contextmanager

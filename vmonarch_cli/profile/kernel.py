@@ -14,6 +14,7 @@ from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.backends import DenseBackend, ExactSample, difference, installed_backends
 from vmonarch_cli.profile.inputs import Kind, attention_inputs
+from vmonarch_cli.profile.peers import PEER, SparsePeer, installed_peers
 from vmonarch_cli.profile.repeat import BURST_S, Budget, OnWork, call_memory, reason, timed, unheard, wall
 from vmonarch_cli.profile.results import QUANTISED, ChipPeak, KernelRow, KernelShape, OutputCheck, Spread
 from vmonarch_cli.timing import Pace
@@ -34,6 +35,7 @@ EAGER_FACTOR = 1.5
 _ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 _DENSE_BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 _QUANTISED_BUDGET = 0.1
+_PEER_BUDGET = 1.0
 _REFERENCE_BYTES = 1 << 30
 _MAX_TIMING_S = 20.0
 
@@ -166,9 +168,13 @@ def _part(on_work: OnWork, pace: Pace, name: str, before: float, cost: float) ->
 def _makers(
     settings: KernelSettings, chip: ChipPeak, tensors: Tensors, frames: int, positions: int
 ) -> list[tuple[str, Callable[[], _Contender]]]:
-    backends = installed_backends(settings.device, settings.dtype)
+    backends = installed_backends(settings.device, settings.dtype, settings.head_dim)
     makers: list[tuple[str, Callable[[], _Contender]]] = [
         (b.name, functools.partial(_dense, settings, chip, tensors, frames, positions, b)) for b in backends
+    ]
+    makers += [
+        (peer.name, functools.partial(_peer, settings, tensors, frames, positions, peer))
+        for peer in installed_peers(settings.device, settings.dtype, settings.head_dim)
     ]
     makers += [
         (p.name, functools.partial(_structured, settings, chip, tensors, frames, positions, p))
@@ -200,7 +206,8 @@ def _first_run(
 def _identity(make: Callable[[], _Contender]) -> tuple[str, str]:
     """Name and kind of a contender that could not even be made."""
     subject = make.args[-1]  # type: ignore[attr-defined]
-    return subject.name, "structured" if isinstance(subject, Preset) else "dense"
+    kind = "structured" if isinstance(subject, Preset) else PEER if isinstance(subject, SparsePeer) else "dense"
+    return subject.name, kind
 
 
 def _dense(
@@ -217,6 +224,16 @@ def _dense(
     )
     budget = _QUANTISED_BUDGET if backend.note == QUANTISED else _DENSE_BUDGET[settings.dtype]
     return _Contender(row, functools.partial(backend.attend, *tensors), functools.partial(_dense_check, budget))
+
+
+def _peer(settings: KernelSettings, tensors: Tensors, frames: int, positions: int, peer: SparsePeer) -> _Contender:
+    """Sparse attention of another package: nothing says what its error should be, only that it must be below 1.
+
+    The chip's peaks are of 16 bit and its products of 8, so that it has no floor.
+    """
+    dense = dense_flops((frames, positions, 1), settings.heads, settings.head_dim, settings.batch)
+    row = KernelRow(peer.name, PEER, note=peer.note, flops=None if peer.share is None else round(dense * peer.share))
+    return _Contender(row, functools.partial(peer.attend, *tensors), functools.partial(_dense_check, _PEER_BUDGET))
 
 
 def _dense_check(budget: float, out: Tensor, error: float) -> OutputCheck:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.attention.structured import Attention
 from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS
@@ -140,11 +141,11 @@ def _row(settings: QualitySettings, pipeline: Any, variant: Variant, dense: _Cli
         variant.group,
         variant.is_preset,
         flops=work,
-        flops_share=work / dense_flops,
+        flops_share=None if work is None else work / dense_flops,
         paper_psnr=variant.paper_psnr,
     )
     try:
-        attention = _session(settings, pipeline, variant.preset, variant.frames_per_block)
+        attention = _session(settings, pipeline, variant.preset, _other_attention(variant))
         adapter = None if variant.tuned is None else variant.tuned.layer_name
         clips = _clips(settings, pipeline, attention, adapter)
         metrics = [_frame_metrics(a, b, settings.device) for a, b in zip(clips.frames, dense.frames, strict=True)]
@@ -160,9 +161,20 @@ def _row(settings: QualitySettings, pipeline: Any, variant: Variant, dense: _Cli
     )
 
 
-def _flops(settings: QualitySettings, variant: Variant) -> int:
-    """Self-attention operations of one clip."""
+def _other_attention(variant: Variant) -> Attention | None:
+    """What attends in the place of the preset's own attention."""
+    if variant.peer is not None:
+        return variant.peer.attention
+    blocks = variant.frames_per_block
+    return attention_in_blocks(variant.preset, blocks) if blocks > 1 else None
+
+
+def _flops(settings: QualitySettings, variant: Variant) -> int | None:
+    """Self-attention operations of one clip; None where the tensors decide."""
     entry, grid = settings.entry, settings.grid
+    if variant.peer is not None:
+        dense = count_flops(entry, grid, load_preset("dense"), settings.steps, settings.forwards).dense
+        return None if variant.peer.share is None else round(dense * variant.peer.share)
     if variant.frames_per_block == 1:
         return count_flops(entry, grid, variant.preset, settings.steps, settings.forwards).planned
     call = block_flops(grid, entry.heads, entry.head_dim, variant.preset, variant.frames_per_block)
@@ -170,11 +182,10 @@ def _flops(settings: QualitySettings, variant: Variant) -> int:
 
 
 def _session(
-    settings: QualitySettings, pipeline: Any, preset: Preset, frames_per_block: int = 1
+    settings: QualitySettings, pipeline: Any, preset: Preset, attention: Attention | None = None
 ) -> tuple[Preset, AttentionSession]:
     count = 1 if getattr(pipeline, "transformer_2", None) is None else 2
     layers = [settings.entry.layers] * count
-    attention = attention_in_blocks(preset, frames_per_block) if frames_per_block > 1 else None
     return preset, AttentionSession(preset, layers, attention=attention)
 
 

@@ -73,9 +73,10 @@ class KernelRow:
 
     name: str
     kind: str
-    """"dense" or "structured"."""
+    """"dense", "structured", or "peer": sparse attention of another package."""
     note: str = ""
-    """"cold", "warm" (from the L of an earlier call) or "exact" of a structured row; what is special of a dense one."""
+    """"cold", "warm" (from the L of an earlier call) or "exact" of a structured row; what is special of a dense one;
+    package and version of a peer."""
     impl: str | None = None
     flops: int | None = None
     floor_s: float | None = None
@@ -102,10 +103,10 @@ class KernelRow:
 
     @property
     def passed(self) -> bool:
-        """A structured row must have run and passed; a dense backend may be missing, but what ran must be right."""
+        """A structured row must have run and passed; any other may be missing, but what ran must be right."""
         if self.check is not None:
             return self.check.passed
-        return self.kind == "dense"
+        return self.kind != "structured"
 
     def to_json(self) -> dict[str, Any]:
         derived = {"flops_per_s": self.flops_per_s, "floor_share": self.floor_share, "passed": self.passed}
@@ -256,7 +257,8 @@ class ModelProfile:
 
     @property
     def fastest_dense(self) -> StepRow | None:
-        ran = [r for r in self.rows if r.kind == "dense" and r.step is not None]
+        """The fastest dense row that ran; quantised ones do not count."""
+        ran = [r for r in self.rows if r.kind == "dense" and r.step is not None and r.note != QUANTISED]
         return min(ran, key=lambda r: r.step.median if r.step else math.inf, default=None)
 
     def speedup(self, row: StepRow, over: StepRow | None = None) -> float | None:

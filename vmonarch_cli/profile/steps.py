@@ -103,7 +103,14 @@ class StepsRun:
         masked = "encoder_attention_mask" in inputs.others
         chosen = self.settings
         kinds = contenders(
-            self.transformer, chosen.presets, chosen.device, chosen.dtype, chosen.backends, masked, chosen.tuned
+            self.transformer,
+            chosen.presets,
+            chosen.device,
+            chosen.dtype,
+            chosen.backends,
+            masked,
+            chosen.tuned,
+            chosen.entry.head_dim,
         )
         if masked:
             self.profile.notes.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
+from vmonarch_cli.profile.peers import PEER, SparsePeer
 
 SWEEPS = ("quick", "full", "paper")
 PAIRED_FRAMES = 2
@@ -35,6 +36,8 @@ class Variant:
     """Latent frames that share one block of the factors; more than one runs eagerly (see `blocks`)."""
     tuned: AdapterFile | None = None
     """The adapter that the row runs with."""
+    peer: SparsePeer | None = None
+    """Sparse attention of another package, in the place of the preset's."""
     paper_psnr: float | None = None
     """PSNR against dense in dB that the paper reports for the same change on Wan2.1-1.3B, before tuning."""
 
@@ -68,6 +71,12 @@ def with_adapters(found: Sequence[Variant], adapters: Sequence[AdapterFile]) -> 
         )
         rows.insert(next(below, -1) + 1, row)
     return rows
+
+
+def with_peers(found: Sequence[Variant], peers: Sequence[SparsePeer]) -> list[Variant]:
+    """The rows, and those of sparse attention of other packages before `exact`, which is the last."""
+    rows = [Variant(peer.name, PEER, Preset(name=peer.name), peer=peer) for peer in peers]
+    return [*found[:-1], *rows, *found[-1:]]
 
 
 def adapter_names(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:

@@ -7,19 +7,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS
-from vmonarch_cli.media.read import first_frames
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import read_text, user_path
 
-_OTHER_CLIPS = (".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_OTHER_CLIPS = (".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 _MAX_CAPTION = 1 << 16
 
 
@@ -73,6 +74,8 @@ def check_clips(
 
     on_clip: gets (how many are done, how many there are).
     """
+    from vmonarch_cli.media.read import first_frames
+
     for done, clip in enumerate(clips):
         on_clip(done, len(clips))
         count = sum(1 for _ in first_frames(clip.path, plan.num_frames, plan.fps))
@@ -85,7 +88,10 @@ def check_clips(
 
 def pixels(clip: CaptionedClip, plan: Plan) -> NDArray[np.uint8]:
     """Frames (F, height, width, 3) of the plan's shape: the first ones, their middle cut to its proportions."""
+    import numpy as np
     from PIL import Image, ImageOps
+
+    from vmonarch_cli.media.read import first_frames
 
     size = (plan.width, plan.height)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.tune.request import TunePlan
-from vmonarch_cli.tune.trajectories import sample
+from vmonarch_cli.tune.trajectories import sample, side_by_side
 
 _MAX_PSNR = 100.0
 """Stands for infinity, which JSON cannot say."""
@@ -71,13 +71,15 @@ def evaluate(
     when: "before" or "after". What is there already is not made again; "after" always is, because the weights are new.
     """
     folder = plan.work / "evaluation"
-    for number in numbers:
-        path = folder / f"{when}-{number:03d}.json"
-        if when == "after" or not path.exists():
-            figures = _compare(pipeline, plan, number, folder, swap)
-            with atomic(path, overwrite=True) as temporary:
-                temporary.write_text(json.dumps(asdict(figures)))
+    paths = {number: folder / f"{when}-{number:03d}.json" for number in numbers}
+    wanted = [number for number in numbers if when == "after" or not paths[number].exists()]
+    for number in sorted(set(numbers) - set(wanted)):
         on_clip(number)
+    for some in side_by_side(pipeline, plan, wanted):
+        for number, figures in zip(some, _compare(pipeline, plan, some, folder, swap), strict=True):
+            with atomic(paths[number], overwrite=True) as temporary:
+                temporary.write_text(json.dumps(asdict(figures)))
+            on_clip(number)
 
 
 def read_figures(plan: TunePlan, when: str) -> Figures | None:
@@ -92,20 +94,26 @@ def read_figures(plan: TunePlan, when: str) -> Figures | None:
     return Figures.of(found) if found else None
 
 
-def _compare(pipeline: Any, plan: TunePlan, number: int, folder: Path, swap: dict[str, Any]) -> ClipFigures:
-    clip, prompt, seed = plan.clip, plan.held_out[number], plan.clip.seed + number
-    path = folder / f"teacher-{number:03d}.safetensors"
-    if path.exists():
-        teacher = load_file(path)["latents"]
+def _compare(
+    pipeline: Any, plan: TunePlan, numbers: Sequence[int], folder: Path, swap: dict[str, Any]
+) -> Iterator[ClipFigures]:
+    """The clips of some held-out prompts, sampled side by side and compared one by one."""
+    clip = plan.clip
+    prompts, seeds = [plan.held_out[number] for number in numbers], [clip.seed + number for number in numbers]
+    paths = [folder / f"teacher-{number:03d}.safetensors" for number in numbers]
+    if all(path.exists() for path in paths):
+        teachers = [load_file(path)["latents"] for path in paths]
     else:
-        teacher = sample(pipeline, clip, prompt, seed, load_preset("dense"))
-        with atomic(path, overwrite=True) as temporary:
-            save_file({"latents": teacher}, temporary)
-    latents = sample(pipeline, clip, prompt, seed, clip.preset, **swap)
-    made, expected = (_frames(pipeline, plan, x) for x in (latents, teacher))
-    ratio = psnr(made, expected)
-    similar = ssim(made, expected) if min(made.shape[-2:]) >= SSIM_WINDOW else None
-    return ClipFigures(relative_error(latents, teacher), _MAX_PSNR if math.isinf(ratio) else ratio, similar)
+        teachers = list(sample(pipeline, clip, prompts, seeds, load_preset("dense")).split(1))
+        for path, teacher in zip(paths, teachers, strict=True):
+            with atomic(path, overwrite=True) as temporary:
+                save_file({"latents": teacher.contiguous()}, temporary)
+    made = sample(pipeline, clip, prompts, seeds, clip.preset, **swap).split(1)
+    for latents, teacher in zip(made, teachers, strict=True):
+        own, expected = (_frames(pipeline, plan, x) for x in (latents, teacher))
+        ratio = psnr(own, expected)
+        similar = ssim(own, expected) if min(own.shape[-2:]) >= SSIM_WINDOW else None
+        yield ClipFigures(relative_error(latents, teacher), _MAX_PSNR if math.isinf(ratio) else ratio, similar)
 
 
 def _frames(pipeline: Any, plan: TunePlan, latents: Tensor) -> Tensor:

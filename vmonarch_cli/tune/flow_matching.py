@@ -26,15 +26,21 @@ from vmonarch_cli.tune.request import TunePlan
 from vmonarch_cli.tune.trajectories import ForwardRecorder, sample, save_clip, trajectory_path
 
 
-def check_encoder(plan: TunePlan) -> None:
-    """InputError for a model whose transformer takes more than noisy latents, which clips alone do not give."""
+def check_family(plan: TunePlan) -> None:
+    """InputError for a model whose transformer takes more than noisy latents, which clips alone do not give, and for a
+    batch of one whose inputs cannot be put side by side.
+    """
     model = plan.clip.model
-    if not plan.videos:
-        return
-    if FAMILIES[PIPELINES[model.pipeline].transformer].encode is None:
+    family = FAMILIES[PIPELINES[model.pipeline].transformer]
+    if plan.videos and family.encode is None:
         raise InputError(
             f"--videos: {model.alias} cannot be tuned on clips, because its transformer takes more than their latents; "
             "without --videos its own dense sampling teaches it"
+        )
+    if plan.batch > 1 and not family.batches:
+        raise InputError(
+            f"--batch {plan.batch}: clips of {model.alias} cannot be put side by side, because its transformer takes "
+            "inputs that are not of one clip each: leave it out"
         )
 
 
@@ -56,7 +62,7 @@ def encode_clip(pipeline: Any, plan: TunePlan, number: int) -> Path:
     latents = encode(pipeline, (frames.to(vae.device).float() / 127.5 - 1).to(vae.dtype))
     recorder = ForwardRecorder()
     with _idle(pipeline):
-        sample(pipeline, plan.clip, plan.videos[number].caption, 0, load_preset("dense"), recorder)
+        sample(pipeline, plan.clip, [plan.videos[number].caption], [0], load_preset("dense"), recorder)
     if recorder.forwards[0].velocity.shape != latents.shape:
         raise ModelError(
             f"clip {plan.videos[number].path} became latents of {tuple(latents.shape)}, and the transformer takes "

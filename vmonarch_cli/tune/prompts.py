@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.demo_vocabulary import GLUE, tokens, vocabulary
@@ -11,7 +12,9 @@ from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.warnings import of_demo
 from vmonarch_cli.text import shown
-from vmonarch_cli.tune.clips import CaptionedClip
+
+if TYPE_CHECKING:
+    from vmonarch_cli.tune.clips import CaptionedClip
 
 DEFAULT_PROMPTS = 64
 """Trajectories of the demo model, where no file of prompts says how many."""
@@ -27,10 +30,7 @@ def split_prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tup
                 f"no prompts to tune {clip.model.alias} with: --prompts-file takes a file with one prompt per line"
             )
         return _demo_prompts(held_out)
-    texts = list(dict.fromkeys(checks.prompt(text) for text in given))
-    if not texts:
-        raise InputError("no prompts: --prompts-file takes a file with one prompt per line")
-    _check_words(clip, texts)
+    texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
             f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
@@ -38,6 +38,15 @@ def split_prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tup
         )
     cut = len(texts) - held_out
     return tuple(texts[:cut]), tuple(texts[cut:])
+
+
+def checked_prompts(clip: Plan, given: Sequence[str]) -> list[str]:
+    """Different prompts of a file; InputError when there is none, or one of which the demo model knows no word."""
+    texts = list(dict.fromkeys(checks.prompt(text) for text in given))
+    if not texts:
+        raise InputError("no prompts: --prompts-file takes a file with one prompt per line")
+    _check_words(clip, texts)
+    return texts
 
 
 def split_clips(

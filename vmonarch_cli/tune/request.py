@@ -156,7 +156,7 @@ class TunePlan:
         clip = self.clip
         return {
             "model": clip.model_source,
-            "preset": clip.preset.model_dump(),
+            "preset": clip.preset.model_dump(exclude={"evidence"}),
             "sampler steps": clip.steps,
             "guidance scale": clip.guidance_scale,
             "size": f"{clip.width}x{clip.height}",
@@ -188,7 +188,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.whole("--batch", request.batch, 1, 1024)
     checks.number("--seconds", request.seconds, 1, 1e7)
     checks.whole("--eval-prompts", request.eval_prompts, 0, 1000)
-    clip = resolve(request.clip, needs_prompt=False)
+    clip = resolve(request.clip, needs_prompt=False).model_copy(update={"outputs": ()})  # no clip is written
     if clip.seed_was_drawn:
         raise InputError("--seed -1 draws another seed each time, so that --resume could not go on: give a seed")
     _check_model(clip, request.full)

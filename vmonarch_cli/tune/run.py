@@ -39,7 +39,7 @@ from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing
 from vmonarch_cli.tune.request import TunePlan
 from vmonarch_cli.tune.student import Student
 from vmonarch_cli.tune.trained import TrainedLora, TrainedWeights, whole
-from vmonarch_cli.tune.trajectories import sample_trajectory, trajectory_path
+from vmonarch_cli.tune.trajectories import sample_trajectories, side_by_side, trajectory_path
 from vmonarch_cli.tune.work import prepare_work, remove_work
 
 TEACHER_SHARE = 0.2
@@ -189,15 +189,20 @@ class _Run:
         """The files of all trajectories, or clips, of which each process makes every n-th."""
         plan, group = self._plan, self._group
         began, words = time.monotonic(), "encoding the clips" if plan.videos else "sampling the teacher"
-        keep = encode_clip if plan.videos else sample_trajectory
         numbers = range(group.rank, len(plan.prompts), group.world)
         self._on_phase(words, 0, len(numbers))
-        for done, number in enumerate(numbers):
+        done = 0
+        for some in side_by_side(self._pipeline, plan, numbers):
             over = plan.seconds is not None and time.monotonic() - began > TEACHER_SHARE * plan.seconds
             if over and done >= _FEWEST:
                 break
-            keep(self._pipeline, plan, number)
-            self._on_phase(words, done + 1, len(numbers))
+            if plan.videos:
+                for number in some:
+                    encode_clip(self._pipeline, plan, number)
+            else:
+                sample_trajectories(self._pipeline, plan, some)
+            done += len(some)
+            self._on_phase(words, done, len(numbers))
         group.wait()
         paths = [trajectory_path(plan, number) for number in range(len(plan.prompts))]
         return [path for path in paths if path.exists()]

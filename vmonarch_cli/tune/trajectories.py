@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import InputError, ModelError, NonFiniteError
+from vmonarch_cli.families.registry import family_of
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.pipeline.call import call, encode, sampling_of
 from vmonarch_cli.pipeline.parts import transformers_of
@@ -101,18 +102,21 @@ class ForwardRecorder:
 def sample(
     pipeline: Any,
     clip: Plan,
-    prompt: str,
-    seed: int,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     preset: Preset,
     recorder: ForwardRecorder | None = None,
     **swap: Any,
 ) -> Tensor:
-    """Final latents (1, C, F, h, w), float32 on the CPU, of a clip made by the pipeline's own loop with a preset.
+    """Final latents (B, C, F, h, w), float32 on the CPU, of clips made side by side by the pipeline's own loop with a
+    preset, one for each prompt and the seed of its noise. More than one only of a family that has `batches`.
 
     swap: further arguments of `swapped`. Raises NonFiniteError when they are not finite.
     """
     tokens = clip.model.max_sequence_length
-    embeddings = encode(pipeline, prompt, clip.negative_prompt, clip.guidance_scale, tokens)
+    texts = prompts[0] if len(prompts) == 1 else list(prompts)
+    embeddings = encode(pipeline, texts, clip.negative_prompt, clip.guidance_scale, tokens)
+    noises = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with swapped(pipeline, preset, **swap) as session, ExitStack() as records:
         if recorder is not None:
             records.enter_context(recorder.recording(pipeline, session))
@@ -120,7 +124,7 @@ def sample(
             pipeline,
             embeddings,
             (clip.height, clip.width, clip.num_frames),
-            **sampling_of(clip, seed),
+            **{**sampling_of(clip, seeds[0]), "generator": noises[0] if len(noises) == 1 else noises},
         )
     if not torch.isfinite(latents).all():
         raise NonFiniteError(
@@ -129,24 +133,51 @@ def sample(
     return latents.float().cpu()
 
 
+def side_by_side(pipeline: Any, plan: TunePlan, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Numbers of clips in groups that can be sampled together: as many as are trained on at once."""
+    size = plan.batch if family_of(pipeline).batches else 1
+    return (numbers[first : first + size] for first in range(0, len(numbers), size))
+
+
 def trajectory_path(plan: TunePlan, number: int) -> Path:
     """The file of a trajectory."""
     return plan.work / "trajectories" / f"{number:05d}.safetensors"
 
 
-def sample_trajectory(pipeline: Any, plan: TunePlan, number: int) -> Path:
-    """Let the teacher make the clip of a prompt, and keep its forwards; the file appears whole or not at all.
-
-    Forwards of steps that the preset runs dense are left out. Returns at once where the file is there.
+def sample_trajectories(pipeline: Any, plan: TunePlan, numbers: Sequence[int]) -> None:
+    """Let the teacher make the clips of prompts, side by side, and keep their forwards; each file appears whole or not
+    at all. Forwards of steps that the preset runs dense are left out, and so are files that are there.
     """
-    path = trajectory_path(plan, number)
-    if path.exists():
-        return path
+    missing = [number for number in numbers if not trajectory_path(plan, number).exists()]
+    if not missing:
+        return
     recorder = ForwardRecorder()
-    noise = plan.noise_seed(number)
-    sample(pipeline, plan.clip, plan.prompts[number], noise, load_preset("dense"), recorder)
-    save_trajectory(path, [forward for forward in recorder.forwards if forward.step >= plan.dense_steps])
-    return path
+    prompts, noises = [plan.prompts[number] for number in missing], [plan.noise_seed(number) for number in missing]
+    sample(pipeline, plan.clip, prompts, noises, load_preset("dense"), recorder)
+    kept = [forward for forward in recorder.forwards if forward.step >= plan.dense_steps]
+    for place, number in enumerate(missing):
+        own = kept if len(missing) == 1 else _of_sample(kept, place, len(missing))
+        save_trajectory(trajectory_path(plan, number), own)
+
+
+def _of_sample(forwards: Sequence[TeacherForward], place: int, count: int) -> list[TeacherForward]:
+    """What forwards of several clips took and gave for one of them."""
+    parts: dict[int, Tensor] = {}
+
+    def part(value: Tensor) -> Tensor:
+        """One tensor for each that forwards share."""
+        if value.dim() == 0 or value.shape[0] != count:
+            return value
+        return parts.setdefault(id(value), value[place : place + 1])
+
+    return [
+        replace(
+            forward,
+            inputs={name: part(value) for name, value in forward.inputs.items()},
+            velocity=part(forward.velocity).contiguous(),
+        )
+        for forward in forwards
+    ]
 
 
 def save_trajectory(path: Path, forwards: Sequence[TeacherForward]) -> None:
@@ -259,7 +290,8 @@ class Trajectories:
 
     def _batched(self, names: Sequence[str], wide: bool) -> Tensor:
         parts = [file.get_tensor(name) for file, name in zip(self._files, names, strict=True)]
-        whole = (torch.cat(parts) if len(parts) > 1 and parts[0].dim() else parts[0]).to(self._device)
+        of_sample = parts[0].dim() > 0 and parts[0].shape[0] == 1
+        whole = (torch.cat(parts) if len(parts) > 1 and of_sample else parts[0]).to(self._device)
         return whole.float() if wide else whole
 
 

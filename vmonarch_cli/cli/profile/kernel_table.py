@@ -20,6 +20,7 @@ from vmonarch_cli.cli.profile.cells import (
     time_unit,
 )
 from vmonarch_cli.cli.tables import maybe, times
+from vmonarch_cli.profile.peers import PEER
 from vmonarch_cli.profile.results import QUANTISED, ChipPeak, KernelRow, KernelShape, OutputCheck
 from vmonarch_cli.text import binary_size, seconds
 
@@ -48,7 +49,7 @@ def kernel_table(shape: KernelShape, caption: str, width: int) -> RenderableType
 def _kernel_cells(
     row: KernelRow, shape: KernelShape, against: Sequence[KernelRow], shown: Callable[[float], str], width: int
 ) -> list[RenderableType]:
-    name = name_cell(row.name, row.kind, row.note)
+    name = name_cell(row.name, row.kind, "" if row.kind == PEER else row.note)
     cells: list[RenderableType] = [
         name if row.passed else name.append(" ✗"),
         maybe(row.time, lambda t: shown(t.median)),
@@ -74,6 +75,9 @@ def _kernel_sentences(rows: Sequence[KernelRow]) -> list[Text]:
             found.append(Text(f"{row.name}: {failed_check(row.check)}", style="red"))
     if any(row.note == QUANTISED and row.time for row in rows):
         found.append(Text("quantised backends are not what speedups refer to: their result is another", style="dim"))
+    peers = sorted({row.note for row in rows if row.kind == PEER})
+    if peers:
+        found.append(Text(f"sol: Sol-Attn, INT8, by top-k share or threshold tau; {', '.join(peers)}", style="dim"))
     return found
 
 

@@ -54,7 +54,8 @@ class ModelFlags:
         option(
             "--backend",
             panel=ATTENTION,
-            help="Dense backend to compare with: cudnn, flash, efficient or math (repeatable). Default: all fast ones.",
+            help="Dense attention to compare with: cudnn, flash, efficient, math, fa4, fa3, fa2 or sage (repeatable). "
+            "Default: all fast ones that are installed.",
         ),
     ] = None
     tuned: TunedFiles = None
@@ -89,10 +90,15 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     run.warn(warnings)
 
     from vmonarch_cli.profile.model import run_model
+    from vmonarch_kernels import dense_obstacle
 
     settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned, fused_impl=_fused(flags, clip, run))
     if backends and not run.on_gpu:
         raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
+    for name in backends:
+        obstacle = dense_obstacle(name, run.device, run.dtype, clip.entry.head_dim)
+        if obstacle is not None:
+            raise InputError(f"--backend {name}: {obstacle}")
     run.start(_recorded(settings), "")
 
     def on_result(found: ModelProfile, verified: list[OutputCheck], lengths: list[KernelShape]) -> None:

@@ -14,7 +14,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.setup import DENSE_ATTENTION, AdapterFile
 from vmonarch_cli.plan.tuned import NONE, Use, choose, read
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
@@ -22,7 +22,7 @@ from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import user_path
 
 WAN = "WanPipeline"
-BACKENDS = ("cudnn", "flash", "efficient", "math")
+BACKENDS = tuple(name for name in DENSE_ATTENTION if name not in ("auto", "sdpa"))
 MAX_TOKENS = 2_000_000
 MAX_FRAMES = 256
 

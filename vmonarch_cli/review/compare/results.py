@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vmonarch_cli.clip.record_model import Record
 from vmonarch_cli.media.sound import Sound
+from vmonarch_cli.presets import LABELS
 
 Frames = NDArray[np.uint8]
 _LEAST_VARIATION = 0.03
@@ -194,7 +195,7 @@ class Comparison:
 
 def _computed(record: Record) -> str:
     """A preset by what it computes: its labels say nothing."""
-    fields = record.preset.model_dump(exclude={"name", "description"})
+    fields = record.preset.model_dump(exclude=set(LABELS))
     return repr(sorted((name, repr(value)) for name, value in {**fields, "impl": record.impl}.items()))
 
 

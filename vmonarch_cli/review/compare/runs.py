@@ -13,6 +13,7 @@ from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, output_path, slug
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.models.registry import DEMO_ALIAS, find_model
+from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.defaults import default_of, without
 from vmonarch_cli.plan.plan import Plan
@@ -70,6 +71,7 @@ def run_comparison(
     from vmonarch_cli.review.compare.figures import changes, distance, flicker, load_lpips
 
     first = plans[REFERENCE]
+    machine = fastest_first(first, machine)
     clips: list[ComparedClip] = []
 
     def counted(event: Event) -> None:
@@ -106,7 +108,11 @@ def run_comparison(
         others=clips[1:],
         facts=shared_facts(clips),
         differing=differing(clips),
-        notes=[*([note] if note else []), *([whose_sound(REFERENCE)] if clips[0].sound is not None else [])],
+        notes=[
+            *([note] if note else []),
+            *([f"dense attention by {dense_words(machine)}"] if machine.on_gpu else []),
+            *([whose_sound(REFERENCE)] if clips[0].sound is not None else []),
+        ],
     )
     return comparison, results
 
