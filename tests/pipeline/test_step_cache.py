@@ -18,7 +18,7 @@ from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
 
-BRANCHED = ["wan", "wan-vace", "skyreels-v2", "hunyuan-video-1.5", "motif-video", "ltx-2"]
+BRANCHED = ["wan", "wan-vace", "skyreels-v2", "hunyuan-video-1.5", "motif-video", "ltx-2", "kandinsky-6"]
 """Families whose step has several forwards, and in whose pipelines caches run."""
 STEPS = 12
 

@@ -80,10 +80,9 @@ def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
     preset = at_steps(preset, steps)
-    guidance = take(
-        "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
-    )
+    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
     fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
+    checks.sound_length(model, num_frames, fps)
     outputs = resolve_targets(
         take("output", request.output, None, DEFAULT),
         prompt,
