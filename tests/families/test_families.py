@@ -34,6 +34,7 @@ DENSE = Preset(name="dense", attention="dense")
 CPU = torch.device("cpu")
 CUDA = torch.cuda.is_available()
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}  # float32, two steps, latents of size one
+_AT_24 = ("ltx-2", "minimax", "kandinsky-6")
 families = pytest.mark.parametrize("name", TINY)
 
 
@@ -205,7 +206,7 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 num_frames=tiny.num_frames,
                 steps=STEPS,
                 guidance_scale=scale,
-                fps=24 if name.startswith(("ltx-2", "minimax")) else 25,  # as the stock call has it by default
+                fps=24 if name.startswith(_AT_24) else 25,  # as the stock call has it by default
                 image=path,
                 output=str(tmp_path / "x.mp4"),
             )

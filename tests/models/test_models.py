@@ -63,6 +63,8 @@ def test_defaults_are_those_of_the_models_own_examples() -> None:
         "mochi-1": (480, 848, 85, 30, 64, 4.5, None, None, None),
         "allegro": (720, 1280, 88, 15, 100, 7.5, None, None, None),
         "kandinsky-5-lite": (512, 768, 121, 24, 50, 5.0, None, None, None),
+        "kandinsky-6-lite": (480, 864, 121, 24, 10, 1.0, None, None, None),
+        "kandinsky-6-pro": (480, 864, 121, 24, 50, 5.0, None, None, None),
         "motif-video-2b": (736, 1280, 121, 24, 50, 8.0, None, None, None),
         "minimax-h3": (768, 1344, 124, 24, 50, 1.0, None, 12.0, None),
     }

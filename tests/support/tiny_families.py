@@ -831,6 +831,72 @@ def kandinsky_5_i2v() -> Any:
     return kandinsky_5("Kandinsky5I2VPipeline", visual_cond=True)
 
 
+def kandinsky_6(velocities: int = 1) -> Any:
+    """velocities: of each latent channel; a distilled checkpoint has several, and the scheduler that takes them."""
+    import diffusers
+    from diffusers import Kandinsky6Transformer3DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(1)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_qwen_text(), vision_config=vision)
+    ).eval()
+    torch.manual_seed(0)
+    transformer = Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4 * velocities,
+        in_text_dim=16,
+        in_text_dim2=32,
+        time_dim=32,
+        model_dim=48,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(8, 8, 8),
+        in_audio_dim=4,
+        out_audio_dim=4 * velocities,
+        model_dim_a=24,
+        ff_dim_a=32,
+        text_token_padding=True,
+        ca_rope=True,
+        cross_gates=True,
+        fix_modulation=True,
+        visual_token_type_num_embeddings=2,
+    )
+    audio_vae = diffusers.MMAudioVAE(
+        mel_bins=8,
+        latent_channels=4,
+        hidden_channels=8,
+        channel_multipliers=(1, 1),
+        layers_per_block=1,
+        sample_rate=16000,
+        n_fft=256,
+        hop_length=160,
+    ).eval()
+    vocoder = diffusers.MMAudioVocoder(
+        num_mels=8,
+        upsample_initial_channel=16,
+        upsample_rates=(16, 10),  # the hop of the spectrogram
+        upsample_kernel_sizes=(32, 20),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3),),
+    ).eval()
+    return quiet(
+        diffusers.Kandinsky6TI2VAPipeline(
+            transformer=sharpen(transformer),
+            vae=hunyuan_vae(),
+            text_encoder=text_encoder,
+            tokenizer=words(),
+            text_encoder_2=clip_text(32),
+            tokenizer_2=words(model_max_length=77),
+            scheduler=_euler() if velocities == 1 else diffusers.PiflowScheduler(n_grid=velocities),
+            audio_vae=audio_vae,
+            vocoder=vocoder,
+        )
+    )
+
+
 def motif_video(kind: str = "MotifVideoPipeline", **more: Any) -> Any:
     import diffusers
     from diffusers import AdaptiveProjectedGuidance, MotifVideoTransformer3DModel
@@ -1147,6 +1213,10 @@ TINY: dict[str, Tiny] = {
         (6, 2, 3),
         num_frames=21,
         options={**_GUIDED, "image": image()},
+    ),
+    "kandinsky-6": Tiny(kandinsky_6, "Kandinsky6Transformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
+    "kandinsky-6-image": Tiny(
+        kandinsky_6, "Kandinsky6Transformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "image": image()}
     ),
     "motif-video": Tiny(
         motif_both,

@@ -117,6 +117,8 @@ class Family:
     """Why a transformer of this class cannot be swapped after all, or None."""
     prompt: Callable[[str], str | list[str]] = lambda text: text
     """A prompt as the pipeline's `encode_prompt` takes it."""
+    encoded: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found
+    """What `encode_prompt` returned for one text, by name -> what of it the pipeline's call takes."""
     adjusted: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]] = unchanged
     """(pipeline, arguments of its call) -> a context that gives the arguments to use, and puts right what the call
     would do otherwise."""

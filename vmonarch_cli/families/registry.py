@@ -8,7 +8,7 @@ from vmonarch_cli.families.allegro import ALLEGRO
 from vmonarch_cli.families.base import Family, ForwardInputs
 from vmonarch_cli.families.cogvideox import COGVIDEOX
 from vmonarch_cli.families.hunyuan import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
-from vmonarch_cli.families.kandinsky import KANDINSKY_5
+from vmonarch_cli.families.kandinsky import KANDINSKY_5, KANDINSKY_6
 from vmonarch_cli.families.ltx import LTX, LTX2
 from vmonarch_cli.families.minimax import MINIMAX_H3
 from vmonarch_cli.families.mochi import MOCHI
@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     "MochiTransformer3DModel": MOCHI,
     "AllegroTransformer3DModel": ALLEGRO,
     "Kandinsky5Transformer3DModel": KANDINSKY_5,
+    "Kandinsky6Transformer3DModel": KANDINSKY_6,
     "MotifVideoTransformer3DModel": MOTIF_VIDEO,
     "MiniMaxH3Transformer3DModel": MINIMAX_H3,
 }

@@ -86,6 +86,8 @@ class PipelineFacts:
     """It takes a last frame, with a first one or alone."""
     modular: tuple[str, ...] = ()
     """Of a modular pipeline the components that its text and frame workflows use; empty for an ordinary one."""
+    needed: tuple[str, ...] = ("transformer", "text_encoder", "vae")
+    """Components without which an ordinary pipeline's folder is not complete."""
     distilled: bool = False
     """Guidance is in its weights: it takes neither a scale nor a second text."""
     compiles: bool = True
@@ -145,6 +147,10 @@ class ModelEntry(BaseModel):
     """Of a VAE that encodes a clip in chunks, from which latent frames are dropped at the end."""
     packed: PackedRows | None = None
     """Of a model whose self-attention has more than the video in one sequence; the prompt's tokens are not among it."""
+    longest_sound: float | None = None
+    """Seconds of sound that its positions reach; None where there is no limit, or no sound."""
+    distilled: bool = False
+    """Guidance is in these weights: a scale above 1 is not valid. Its pipeline also runs others, which take one."""
     min_steps: int = 1
     """Fewest denoising steps that its noise schedule can be made of."""
     scheduler: str | None = None

@@ -16,8 +16,8 @@ from vmonarch_cli.models.weights import count_parameters
 from vmonarch_cli.text import printable, shown
 from vmonarch_cli.untrusted.files import read_json
 
-_NEEDED = ("transformer", "text_encoder", "vae")
 _BESIDE_THE_TEXT = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")  # counted with the text encoder
+_OF_SOUND = ("audio_vae", "vocoder")
 _COMPONENTS = ("transformer", "transformer_2", "vae", *_BESIDE_THE_TEXT)
 INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 """Where a pipeline of diffusers names its components; a modular one does so in a file of its own."""
@@ -44,7 +44,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
     index = read_index(folder)
     present = [name for name in _COMPONENTS if _is_component(index.get(name))]
     facts = _facts(folder, index)
-    for name in facts.modular or _NEEDED:
+    for name in (needed := facts.modular or facts.needed):
         if not _is_component(index.get(name)):
             index_name = MODULAR_INDEX if facts.modular else INDEX
             raise ModelError(f"{folder} is not a complete model: its {index_name} names no {name}")
@@ -65,7 +65,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
         "boundary_ratio": _boundary(folder, index, two="transformer_2" in present),
         "transformer_params": params["transformer"],
         "text_encoder_params": sum(params.get(name, 0) for name in _BESIDE_THE_TEXT),
-        "vae_params": params["vae"] + (count(folder / "audio_vae") if "audio_vae" in facts.modular else 0),
+        "vae_params": params["vae"] + sum(count(folder / name) for name in _OF_SOUND if name in needed),
     }
     name = folder.resolve().name
     try:
@@ -163,10 +163,12 @@ def _defaults(figures: dict[str, Any]) -> Defaults:
     smallest where no model of the pipeline is known, without a prompt.
     """
     same = ("pipeline", "heads", "head_dim", "layers", "ffn_dim", "latent_channels", "transformers")
+    distilled = figures.get("distilled", False)
     for entry in PUBLISHED:
-        if all(getattr(entry, key) == figures[key] for key in same):
+        if all(getattr(entry, key) == figures[key] for key in same) and entry.distilled == distilled:
             return entry.defaults
     relatives = [entry for entry in PUBLISHED if entry.pipeline == figures["pipeline"]]
+    relatives = [entry for entry in relatives if entry.distilled == distilled] or relatives
     relatives = relatives or [entry for entry in PUBLISHED if entry.family == figures["family"]]
     smallest = min(relatives, key=lambda entry: entry.transformer_params)
     return smallest.defaults.model_copy(

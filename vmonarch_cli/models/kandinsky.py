@@ -1,4 +1,6 @@
-"""Kandinsky 5 Lite, the dense five-second model; the ten-second and Pro models have a sparse attention of their own."""
+"""Kandinsky 5 Lite, the dense five-second model (the ten-second and Pro models have a sparse attention of their own),
+and Kandinsky 6, which makes sound with the frames and continues a first frame with the same weights.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,11 @@ from typing import Any
 
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 from vmonarch_cli.models.config import Config
+from vmonarch_cli.models.shapes import PackedRows
 
-_MAX_GRID = (128, 128, 128)  # of diffusers' Kandinsky5RoPE3D, which no config changes
+_MAX_GRID = (128, 128, 128)  # of diffusers' Kandinsky5RoPE3D and Kandinsky6RoPE3D, which no config changes
+_SOUND_POSITIONS = 2048  # of diffusers' Kandinsky6RoPE1D
+_SOUND_LATENTS_PER_SECOND = 44100 / 1024
 
 KANDINSKY_5_LITE = ModelEntry(
     alias="kandinsky-5-lite",
@@ -40,7 +45,62 @@ KANDINSKY_5_LITE = ModelEntry(
     ),
 )
 
-ENTRIES = (KANDINSKY_5_LITE,)
+_FIXED_6: dict[str, Any] = {
+    "max_grid": _MAX_GRID,
+    "max_sequence_length": 1024,
+    "longest_sound": _SOUND_POSITIONS / _SOUND_LATENTS_PER_SECOND,
+    "packed": PackedRows(per_position=1),  # a first frame's latents stand behind the clip's
+}
+"""What all Kandinsky 6 checkpoints have in common, and no config says."""
+
+KANDINSKY_6_LITE = ModelEntry(
+    alias="kandinsky-6-lite",
+    title="Kandinsky 6.0 Lite 5s, distilled",
+    family="kandinsky-6",
+    pipeline="Kandinsky6TI2VAPipeline",
+    image_pipeline="Kandinsky6TI2VAPipeline",
+    hub_id="kandinskylab/Kandinsky-6.0-Lite-distill-5s-Diffusers",
+    licence="MIT",
+    heads=28,
+    head_dim=64,
+    layers=32,
+    ffn_dim=7168,
+    text_dim=3584,
+    distilled=True,
+    scheduler="PiflowScheduler",
+    transformer_params=3_177_988_112,
+    text_encoder_params=8_292_166_656 + 123_060_480,  # Qwen2.5-VL 7B, CLIP-L
+    vae_params=246_478_803 + 305_479_682 + 122_152_752,  # of video and of sound, and the vocoder
+    **_FIXED_6,
+    defaults=Defaults(height=480, width=864, num_frames=121, fps=24, steps=10, guidance_scale=1.0),
+)
+
+KANDINSKY_6_PRO = KANDINSKY_6_LITE.model_copy(
+    update={
+        "alias": "kandinsky-6-pro",
+        "title": "Kandinsky 6.0 Pro 5s",
+        "hub_id": "kandinskylab/Kandinsky-6.0-Pro-sft-5s-Diffusers",
+        "aliases": ("kandinsky-6",),
+        "heads": 32,
+        "head_dim": 128,
+        "layers": 60,
+        "ffn_dim": 16384,
+        "distilled": False,
+        "scheduler": None,
+        "transformer_params": 30_136_326_248,
+        "defaults": Defaults(
+            height=480,
+            width=864,
+            num_frames=121,
+            fps=24,
+            steps=50,
+            guidance_scale=5.0,
+            negative_prompt=KANDINSKY_5_LITE.defaults.negative_prompt,
+        ),
+    }
+)
+
+ENTRIES = (KANDINSKY_5_LITE, KANDINSKY_6_LITE, KANDINSKY_6_PRO)
 
 
 def _figures(config: Config, vae: Config) -> dict[str, Any]:
@@ -65,6 +125,22 @@ def _from_image(config: Config, vae: Config) -> dict[str, Any]:
     return {**found, "min_frames": 4 * found["vae_temporal"] + 1}
 
 
+def _figures_6(config: Config, vae: Config) -> dict[str, Any]:
+    """A distilled checkpoint predicts several velocities for each latent channel. A first frame needs the channels and
+    the kind of frame that it comes with.
+    """
+    found = _figures(config, vae)
+    channels = config.whole("in_visual_dim", 16)
+    takes_image = config.flag("visual_cond") and config.whole("visual_token_type_num_embeddings", 0, least=0) >= 2
+    return {
+        **found,
+        **_FIXED_6,
+        "latent_channels": channels,
+        "distilled": found["latent_channels"] != channels,
+        "image_pipeline": "Kandinsky6TI2VAPipeline" if takes_image else None,
+    }
+
+
 _TEXT = ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens")
 _CLASS = "Kandinsky5Transformer3DModel"
 
@@ -82,5 +158,21 @@ PIPELINES = (
         negative="apart",
         takes_image=True,
         caches=_CACHES,
+    ),
+    PipelineFacts(
+        "Kandinsky6TI2VAPipeline",
+        "kandinsky-6",
+        "Kandinsky6Transformer3DModel",
+        (
+            *("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+            *("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_attention_mask"),
+        ),
+        _figures_6,
+        negative="apart",
+        caches=("pab",),  # first-block does not know what these blocks return, taylorseer not what they are called
+        lora=False,
+        sound=True,
+        image_pipeline="Kandinsky6TI2VAPipeline",
+        needed=("transformer", "text_encoder", "vae", "audio_vae", "vocoder"),
     ),
 )

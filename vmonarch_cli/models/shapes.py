@@ -42,21 +42,24 @@ class Chunks(BaseModel):
 
 
 class PackedRows(BaseModel):
-    """What is in a packed sequence beside the video that is made and the prompt, at a frame rate that never changes."""
+    """What is in a packed sequence beside the video that is made and the prompt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    fps: int
-    sound_per_second: int
+    fps: int | None = None
+    """The one frame rate at which its sound keeps in step; None where the sequence has no sound."""
+    sound_per_second: int = 0
     """Rows of sound for each second of a clip, of each of its channels."""
-    sound_channels: int
-    sound_width: int
+    sound_channels: int = 0
+    sound_width: int = 0
     """Numbers in the latents of such a row."""
     per_position: int
     """Rows for each position of a frame that is given: its latents, and what the text encoder makes of it."""
 
     def sound_rows(self, num_frames: int) -> int:
         """Rows of sound of a clip."""
+        if self.fps is None:
+            return 0
         return round(num_frames / self.fps * self.sound_per_second) * self.sound_channels
 
 

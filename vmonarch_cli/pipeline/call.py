@@ -40,13 +40,14 @@ def encode(
 
     def call(**given: Any) -> Embeddings:
         values = pipeline.encode_prompt(**_accepted(pipeline.encode_prompt, max_sequence_length=max_tokens, **given))
-        return dict(zip(facts.text, values, strict=True))
+        return family.encoded(dict(zip(facts.text, values, strict=True)))
 
     if facts.negative == "together":
         return call(prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided)
-    found = call(prompt=family.prompt(prompt) if isinstance(prompt, str) else prompt)
+    texts = family.prompt(prompt) if isinstance(prompt, str) else prompt
+    found = call(prompt=texts, do_classifier_free_guidance=False)
     if facts.negative == "apart" and guided:
-        negative = call(prompt=family.prompt(negative_prompt))
+        negative = call(prompt=family.prompt(negative_prompt), do_classifier_free_guidance=False)
         found |= {f"negative_{name}": value for name, value in negative.items()}
     return found
 

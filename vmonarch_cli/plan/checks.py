@@ -183,12 +183,34 @@ def transformer_files(model: ModelEntry, facts: PipelineFacts, request: Generate
 def fps(model: ModelEntry, value: int | None, *, sound: bool) -> int | None:
     """Frames per second within what files take; InputError for a rate that a clip with sound cannot have."""
     whole("--fps", value, 1, 240)
-    if value is not None and sound and model.packed is not None and value != model.packed.fps:
+    only = None if model.packed is None else model.packed.fps
+    if value is not None and sound and only is not None and value != only:
         raise InputError(
-            f"--fps {value} does not fit {model.alias}: it makes {model.packed.fps} frames per second, and no other "
+            f"--fps {value} does not fit {model.alias}: it makes {only} frames per second, and no other "
             "rate keeps in step with its sound, which --no-audio leaves out"
         )
     return value
+
+
+def sound_length(model: ModelEntry, num_frames: int, fps: int) -> None:
+    """InputError for a clip that lasts longer than the model's positions of sound reach; the pipeline makes sound with
+    every clip.
+    """
+    if model.longest_sound is not None and num_frames / fps > model.longest_sound:
+        raise InputError(
+            f"{num_frames} frames at --fps {fps} do not fit {model.alias}: they last {num_frames / fps:.1f} seconds, "
+            f"and its positions of sound reach {model.longest_sound:.1f}"
+        )
+
+
+def guidance(model: ModelEntry, value: float | None) -> float | None:
+    """A guidance scale; InputError for one above 1 of a model whose weights hold guidance already."""
+    if model.distilled and value is not None and value > 1:
+        raise InputError(
+            f"--guidance-scale {value:g} does not fit {model.alias}: guidance is in its weights, and the valid scale "
+            "is 1"
+        )
+    return number("--guidance-scale", value, 0, 100)
 
 
 def last_image(model: ModelEntry, facts: PipelineFacts, text: str | None) -> str | None:

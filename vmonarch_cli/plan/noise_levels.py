@@ -23,6 +23,7 @@ _OF_FAMILY = {
     "ltx-video": "euler",
     "ltx-2": "euler",
     "kandinsky-5": "euler",
+    "kandinsky-6": "euler",
     "motif-video": "euler",
 }
 _KNOWN_LEVELS = ("wan", "skyreels-v2", "hunyuan-video", "hunyuan-video-1.5")

@@ -115,10 +115,9 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     checks.latent_frames(preset, model, grid[0], num_frames)
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     preset = at_steps(preset, steps)
-    guidance = take(
-        "guidance_scale", checks.number("--guidance-scale", request.guidance_scale, 0, 100), defaults.guidance_scale
-    )
+    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
     fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
+    checks.sound_length(model, num_frames, fps)
     outputs = resolve_targets(
         take("output", request.output, None, DEFAULT),
         prompt,
