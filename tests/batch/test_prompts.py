@@ -68,7 +68,7 @@ def test_yaml_has_a_list_of_texts_or_mappings() -> None:
 def test_every_field_can_be_set_in_every_structured_format() -> None:
     texts = (
         *("prompt", "negative_prompt", "size", "preset", "image", "output", "sampler", "recipe", "tuned"),
-        *("transformer", "transformer_2", "last_image"),
+        *("transformer", "transformer_2", "last_image", "video"),
     )
     values = {
         name: "t" if name in texts else 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import NEGATIVE, PROMPT, TINY, Tiny, latents_of
+from tiny_families import NEGATIVE, PROMPT, TINY, Tiny, latents_of, save_video
 
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.families.registry import FAMILIES, facts_of
@@ -179,10 +179,13 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
     options = {key: value for key, value in tiny.options.items() if key not in ("negative_prompt", "guidance_scale")}
     tokens = options.pop("max_sequence_length", 16)
     image = options.pop("image", None)
-    path = None
+    path = film = None
     if image is not None:
         path = str(tmp_path / "first.png")
         image.save(path)
+    pictures, strength = options.pop("video", None), options.pop("strength", None)
+    if pictures is not None:
+        film = str(save_video(tmp_path / "film.gif", pictures))
     with swapped(pipeline, EXACT) as session:
         embeddings = run.encode(pipeline, PROMPT, NEGATIVE, scale, tokens)
         if options:  # LTX-2 with an image, which a run compresses itself
@@ -208,6 +211,8 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
                 guidance_scale=scale,
                 fps=24 if name.startswith(_AT_24) else 25,  # as the stock call has it by default
                 image=path,
+                video=film,
+                strength=strength,
                 output=str(tmp_path / "x.mp4"),
             )
             plan = resolve(asked).model_copy(update={"guidance_scale_2": None})

@@ -67,7 +67,7 @@ def test_without_guidance_a_step_is_one_forward(folders: dict[str, Path], name: 
             part.register_forward_pre_hook(
                 lambda _, args, kwargs: batches.append(_batch(args, kwargs)), with_kwargs=True
             )
-    options = {key: value for key, value in tiny.options.items() if key in ("image", "image_crf")}
+    options = {key: value for key, value in tiny.options.items() if key in ("image", "image_crf", "video", "strength")}
     tokens = tiny.options.get("max_sequence_length", 512)
     given = encode(pipeline, PROMPT, "", 1.0, tokens)
     seeded = torch.Generator("cpu").manual_seed(0)

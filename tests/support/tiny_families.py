@@ -59,17 +59,18 @@ class Tiny:
 
 
 def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **options: Any) -> torch.Tensor:
-    """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image.
+    """The pipeline's own call, up to the latents; HunyuanVideo-1.5 takes its size from the image, and a video has as
+    many frames as the clip.
 
     A modular pipeline decodes in any case, and counts one step more than it makes.
     """
     if is_modular(pipeline):
         return latents_of_blocks(pipeline, tiny, steps, seed, **options)
-    sized = "height" in inspect.signature(type(pipeline).__call__).parameters
+    known = inspect.signature(type(pipeline).__call__).parameters
+    shape = {"height": tiny.height, "width": tiny.width, "num_frames": tiny.num_frames}
     result: torch.Tensor = pipeline(
         prompt=PROMPT,
-        **({"height": tiny.height, "width": tiny.width} if sized else {}),
-        num_frames=tiny.num_frames,
+        **{name: value for name, value in shape.items() if name in known},
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
         **{"output_type": "latent", **tiny.options, **options},
@@ -228,6 +229,12 @@ def wan() -> Any:
     from diffusers import WanPipeline
 
     return quiet(WanPipeline(transformer=_wan_transformer(), **_wan_parts()))
+
+
+def wan_video() -> Any:
+    from diffusers import WanVideoToVideoPipeline
+
+    return quiet(WanVideoToVideoPipeline(transformer=_wan_transformer(), **_wan_parts()))
 
 
 def wan_two_stage() -> Any:
@@ -1100,6 +1107,22 @@ def image(width: int = 48, height: int = 32) -> Any:
     return picture
 
 
+def video(frames: int = 17, width: int = 48, height: int = 32) -> list[Any]:
+    """A red square that moves to the right on blue."""
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (width, height), "blue") for _ in range(frames)]
+    for number, picture in enumerate(pictures):
+        picture.paste("red", (number, 8, number + 16, 24))
+    return pictures
+
+
+def save_video(path: Path, pictures: list[Any]) -> Path:
+    """A GIF of 25 frames a second, which keeps these few colours exactly."""
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
+    return path
+
+
 _WAN: dict[str, Any] = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
 _I2V = {**_WAN, "max_sequence_length": 512}
 _GUIDED = {"guidance_scale": 4.0, "negative_prompt": NEGATIVE, "max_sequence_length": 16}
@@ -1112,6 +1135,15 @@ TINY: dict[str, Tiny] = {
     "wan-i2v-two-stage": Tiny(
         wan_i2v_two_stage, "WanTransformer3DModel", 2, 2, (5, 2, 3), options={**_WAN, "image": image()}
     ),
+    "wan-video": Tiny(
+        wan_video,
+        "WanTransformer3DModel",
+        2,
+        2,
+        (5, 2, 3),
+        options={**_WAN, "video": video(), "strength": 1.0},  # all steps run
+    ),
+    "wan-vace-video": Tiny(wan_vace, "WanVACETransformer3DModel", 5, 2, (5, 2, 3), options={**_WAN, "video": video()}),
     "wan-vace": Tiny(wan_vace, "WanVACETransformer3DModel", 5, 2, (5, 2, 3), options=_WAN),
     "skyreels-v2": Tiny(skyreels, "SkyReelsV2Transformer3DModel", 2, 2, (5, 2, 3), options=_WAN),
     "skyreels-v2-i2v": Tiny(

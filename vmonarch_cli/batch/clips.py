@@ -19,6 +19,7 @@ from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
+from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.auto import MARK
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
@@ -140,7 +141,7 @@ def loaded_as(plan: Plan) -> tuple[str, ...]:
     """What plans of one model must share to run on one loaded pipeline."""
     files = plan.setup.single_files
     return (
-        "image" if plan.image is not None else "",
+        "" if plan.pipeline == plan.model.pipeline else plan.pipeline,
         *(files.get(name, "") for name in ("transformer", "transformer_2")),
     )
 
@@ -208,12 +209,15 @@ class _Planner:
         known = (name, repr(value))
         if name == "tuned":  # whether it fits the line's preset is known with the rest of the line alone
             return self._sentence_of(lambda: value == NONE or read(user_path(value, "--tuned")))
+        if name == "strength":  # whether there is a video is known with the rest of the line alone
+            return self._sentence_of(lambda: checks.number("--strength", value, *checks.STRENGTHS))
         if known not in self._alone:
             model = GenerateRequest(
                 model=self._request.model,
                 revision=self._request.revision,
                 image=self._request.image,
                 defaults=self._request.defaults,
+                video=self._request.video,
                 prompt=STAND_IN,
             )
             self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
@@ -304,16 +308,18 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     for name in ("vae_dtype", "dense_attention"):
         if content["setup"][name] == "auto":  # as it was before anybody could choose: batches of earlier versions go on
             del content["setup"][name]
-    for name, default in (("sampler", OWN), ("sigmas", []), ("quality", DEFAULT_QUALITY)):  # the same
+    defaults = {"sampler": OWN, "sigmas": [], "quality": DEFAULT_QUALITY, "strength": None}
+    for name, default in defaults.items():  # the same
         if content[name] == default:
             del content[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = file_sha256(Path(plan.image))
-    if plan.last_image is None:  # as before there was one
-        del content["last_image"]
-    else:
-        content["last_image"] = file_sha256(Path(plan.last_image))
+    for name, given in (("last_image", plan.last_image), ("video", plan.video)):
+        if given is None:  # as before there was one
+            del content[name]
+        else:
+            content[name] = file_sha256(Path(given))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs

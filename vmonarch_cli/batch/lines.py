@@ -19,10 +19,10 @@ PRESET_FIELD = "preset."
 _REQUEST = {field.name for field in fields(GenerateRequest)}
 _TEXTS = (
     *("prompt", "negative_prompt", "size", "preset", "transformer", "transformer_2", "image", "tuned", "output"),
-    *("last_image", "sampler", "recipe"),
+    *("last_image", "video", "sampler", "recipe"),
 )
 _WHOLES = ("seed", "height", "width", "num_frames", "fps", "steps", "dense_steps", "dense_layers", "quality")
-_NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift")
+_NUMBERS = ("guidance_scale", "guidance_scale_2", "flow_shift", "strength")
 LINE_FIELDS = tuple(name for name in (*_TEXTS, *_WHOLES, *_NUMBERS, "sigmas") if name in _REQUEST)
 """What a line may set, by the names of the request's fields; and any preset.FIELD."""
 _PRESET_FIELDS = tuple(name for name in Preset.model_fields if name not in ("name", "description"))

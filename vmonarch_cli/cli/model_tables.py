@@ -89,6 +89,7 @@ def model_table(model: ModelEntry) -> Group:
         ("frames", _frames(model)),
         ("first frame", f"--image is {image}"),
         *([("last frame", "--last-image is possible, with a first one or alone")] if pipeline.last_image else []),
+        *([("video", _video(model))] if model.video_pipeline else []),
         *([("sound", "made with the frames; --no-audio leaves it out")] if pipeline.sound else []),
         ("beside it", _additions(pipeline)),
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
@@ -102,6 +103,12 @@ def _guidance(model: ModelEntry, facts: PipelineFacts) -> str:
     if facts.distilled:
         return "in the weights"
     return f"{model.defaults.guidance_scale:g}{' (embedded)' if model.embedded_guidance else ''}"
+
+
+def _video(model: ModelEntry) -> str:
+    noised = PIPELINES[model.video_pipeline or model.pipeline].noises_video
+    how = "noised as far as --strength says and denoised again" if noised else "which the clip follows"
+    return f"--video is {'needed' if model.takes_video else 'possible'}, {how}"
 
 
 def _frames(model: ModelEntry) -> str:

@@ -202,6 +202,14 @@ class RequestFlags(TypedDict, total=False):
     ]
     image: Annotated[str | None, option("--image", panel=MODEL, help="First frame, for models that continue one.")]
     last_image: Annotated[str | None, option("--last-image", panel=MODEL, help="Last frame, for models that take one.")]
+    video: Annotated[
+        str | None,
+        option("--video", panel=MODEL, metavar="FILE", help="Video to make the clip from, for models that take one."),
+    ]
+    strength: Annotated[
+        float | None,
+        option("--strength", panel=MODEL, help="How far --video is noised, up to 1 (default 0.8): all steps run."),
+    ]
     audio: Annotated[
         bool | None,
         option("--audio/--no-audio", panel=OUTPUT, help="Sound, of models that make it: the default, and none."),

@@ -51,6 +51,8 @@ _NOT_OF_A_CLIP = (
     "overwrite",
     "image",
     "last_image",
+    "video",
+    "strength",
     "offload",
     "vae_tiling",
     "vae_dtype",

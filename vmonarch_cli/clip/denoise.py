@@ -11,6 +11,7 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.media.pictures import load_picture
+from vmonarch_cli.media.read import read_frames
 from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, sampling_of, takes_callback
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
@@ -59,10 +60,22 @@ def denoise(
             **sampling_of(plan, seed),
             image=picture(plan.image),
             last_image=picture(plan.last_image),
+            **({} if plan.video is None else _video(plan)),
             callback_on_step_end=after_step if by_callback else None,
         )
     finally:
         session.on_sample = None
+
+
+def _video(plan: Plan) -> dict[str, Any]:
+    """The given video as a pipeline takes it, frame by frame cut as a picture is. How far it is noised is in the plan's
+    noise levels, of which the pipeline is to leave out none.
+    """
+    from PIL import Image, ImageOps
+
+    frames = read_frames(Path(plan.video or ""), plan.num_frames)
+    pictures = [ImageOps.fit(Image.fromarray(frame), (plan.width, plan.height)) for frame in frames]
+    return {"video": pictures, "strength": 1.0}
 
 
 def conditioning_image(path: str, height: int, width: int) -> Any:

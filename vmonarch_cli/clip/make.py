@@ -141,7 +141,7 @@ class ClipMaker:
             "device": self._device,
             "dtype": DTYPES[self._machine.dtype],
             "revision": plan.revision,
-            "image_pipeline": plan.model.image_pipeline if plan.image else None,
+            "given_pipeline": plan.pipeline,
         }
         if adapters is None:
             return load_decoder(plan.model_source, setup=setup, **where)

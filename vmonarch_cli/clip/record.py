@@ -221,7 +221,7 @@ def plan_again(
 
 def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> AdapterFile:
     """The adapter of a record, if it is the same file still; the model's own may lie elsewhere by now."""
-    facts = PIPELINES[plan.model.image_pipeline or plan.model.pipeline if plan.image else plan.model.pipeline]
+    facts = PIPELINES[plan.pipeline]
     shape = (plan.height, plan.width, plan.num_frames)
     use = Use(plan.model_source, plan.revision, facts, preset, plan.steps, plan.guidance_scale, *shape)
     path = Path(then.path)
@@ -260,6 +260,8 @@ def _loads(plan: Plan) -> Iterator[str]:
         yield f"the record loads the transformer {_place(file)}"
     for path in plan.given_frames:
         yield f"the record reads the image {path}"
+    if plan.video is not None:
+        yield f"the record reads the video {plan.video}"
 
 
 def _place(source: str) -> str:

@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 _PICTURES = {".gif": ("GIF", 100, 50), ".webp": ("WEBP", 1000, 240)}
 """Ending -> Pillow's name of the format, its ticks of a second, and the most frames that a second has."""
 _MAX_PICTURES = 4096
+_VIDEO_ENDINGS = (".mp4", ".webm", ".gif", ".webp")
 
 
 def read_clip(path: Path, fps: int | None = None) -> Frames:
@@ -56,6 +57,30 @@ def first_frames(path: Path, count: int, fps: int) -> Iterator[Frames]:
         yield from read()
 
 
+def read_frames(path: Path, count: int) -> Frames:
+    """The first frames (count, H, W, 3), uint8, of a user's video file; of an .mp4 or a .webm no more are decoded.
+
+    InputError when it cannot be read, or has fewer.
+    """
+    if path.suffix.lower() not in _VIDEO_ENDINGS:
+        raise InputError(f"video {path} cannot be read: valid are files that end in {', '.join(_VIDEO_ENDINGS)}")
+
+    def of_mp4(file: Path) -> Frames:
+        return np.stack(list(itertools.islice(_decoded(file, []), count)))
+
+    frames = _of_kind(path, of_mp4, lambda pictures: _read_pictures(pictures, None)[:count], _no_folder, "video")
+    if len(frames) < count:
+        raise InputError(
+            f"video {path} has {len(frames)} frames and the clip {count}: choose fewer frames with --num-frames, or a "
+            "longer video"
+        )
+    return frames
+
+
+def _no_folder(path: Path) -> Frames:
+    raise InputError(f"video {path} is a folder, not a file")
+
+
 def one_frame(path: Path, seconds: float) -> Frames:
     """The frame (H, W, 3) shown at a time, of a GIF, a WebP or a folder the middle one; InputError as read_clip."""
 
@@ -74,27 +99,33 @@ def one_frame(path: Path, seconds: float) -> Frames:
     return _of_kind(path, of_mp4, of_gif, of_folder)
 
 
-def _of_kind(path: Path, mp4: Callable[[Path], _T], gif: Callable[[Path], _T], folder: Callable[[Path], _T]) -> _T:
-    """What the reader of a clip's kind makes of it."""
+def _of_kind(
+    path: Path,
+    mp4: Callable[[Path], _T],
+    gif: Callable[[Path], _T],
+    folder: Callable[[Path], _T],
+    thing: str = "clip",
+) -> _T:
+    """What the reader of a clip's kind makes of it; `thing` names it in sentences."""
     if not path.exists():
-        raise InputError(f"there is no clip {path}")
+        raise InputError(f"there is no {thing} {path}")
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise InputError(f"{path} is not a clip: valid endings are {', '.join(ENDINGS)}")
-    with _one_sentence(path):
+    with _one_sentence(path, thing):
         if path.is_dir() or ending == ".png":
             return folder(path)
-        require_regular(path, f"clip {path}")
+        require_regular(path, f"{thing} {path}")
         return gif(path) if ending in _PICTURES else mp4(path)
 
 
 @contextlib.contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
+def _one_sentence(path: Path, thing: str = "clip") -> Iterator[None]:
     """Whatever the readers raise for a damaged file becomes an InputError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, StopIteration, SyntaxError, IndexError, EOFError):
-        raise InputError(f"clip {path} cannot be read: it is damaged or not what its name says") from None
+        raise InputError(f"{thing} {path} cannot be read: it is damaged or not what its name says") from None
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -82,6 +82,12 @@ class PipelineFacts:
     """diffusers loads LoRA weights into it."""
     sound: bool = False
     """It makes sound with the frames."""
+    takes_video: bool = False
+    """It needs a video that the clip is made from."""
+    video_pipeline: str | None = None
+    """The class that the same checkpoint is used with when a video is given."""
+    noises_video: bool = False
+    """A given video is encoded and noised up to a level of the schedule, from which the clip is denoised."""
     last_image: bool = False
     """It takes a last frame, with a first one or alone."""
     modular: tuple[str, ...] = ()
@@ -161,6 +167,10 @@ class ModelEntry(BaseModel):
     """The model needs a first frame, which `--image` gives."""
     image_pipeline: str | None = None
     """Pipeline class that continues a first frame with the same weights, for a model that also works without one."""
+    takes_video: bool = False
+    """The model needs a video to make the clip from, which `--video` gives."""
+    video_pipeline: str | None = None
+    """Pipeline class that makes a clip from a given video with the same weights."""
     embedded_guidance: bool = False
     """The guidance scale is an input of the transformer, and a step has one forward."""
     extra_forwards: int = 0

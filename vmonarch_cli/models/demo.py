@@ -13,6 +13,7 @@ DEMO = ModelEntry(
     alias="demo",
     title="vmonarch demo",
     licence="Apache-2.0",
+    video_pipeline="WanVideoToVideoPipeline",
     vae_spatial=4,
     heads=4,
     head_dim=64,

@@ -59,6 +59,8 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
         "pipeline": facts.name,
         "takes_image": facts.takes_image,
         "image_pipeline": _image_pipeline(facts, index),
+        "takes_video": facts.takes_video,
+        "video_pipeline": _video_pipeline(facts, index),
         **facts.figures(config, vae),
         "scheduler": index["scheduler"][1] if _is_component(index.get("scheduler")) else None,
         "transformers": 2 if "transformer_2" in present else 1,
@@ -137,6 +139,12 @@ def _image_pipeline(facts: PipelineFacts, index: dict[str, Any]) -> str | None:
     if facts.family == "motif-video" and not _is_component(index.get("feature_extractor")):
         return None
     return facts.image_pipeline
+
+
+def _video_pipeline(facts: PipelineFacts, index: dict[str, Any]) -> str | None:
+    """Wan's takes one transformer, whose timestep is one for all tokens."""
+    alone = not (index.get("expand_timesteps") or _is_component(index.get("transformer_2")))
+    return facts.video_pipeline if alone or facts.video_pipeline == facts.name else None
 
 
 def _facts(folder: Path, index: dict[str, Any]) -> PipelineFacts:

@@ -18,6 +18,7 @@ _DEFAULTS = Defaults(
 
 T2V_14B = wan.WAN21_14B.model_copy(
     update={
+        "video_pipeline": None,
         "alias": "skyreels-v2-t2v",
         "title": "SkyReels-V2-T2V-14B-720P",
         "family": "skyreels-v2",

@@ -14,6 +14,8 @@ NEGATIVE_PROMPT = (
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+_VIDEO_TO_VIDEO = "WanVideoToVideoPipeline"
+
 _UMT5_XXL_PARAMS = 5_680_910_336
 _CLIP_H_PARAMS = 630_766_080  # image encoder of Wan 2.1 I2V
 _VAE_21_PARAMS = 126_892_531
@@ -25,6 +27,7 @@ WAN21_1_3B = ModelEntry(
     hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     aliases=("wan2.1-t2v-1.3b", "wan-1.3b", "wan1.3b"),
     licence="Apache-2.0",
+    video_pipeline=_VIDEO_TO_VIDEO,
     vae_float32=True,
     max_grid=(1024, 1024, 1024),
     heads=12,
@@ -67,6 +70,7 @@ WAN22_5B = WAN21_1_3B.model_copy(
         "hub_id": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         "aliases": ("wan2.2-ti2v-5b", "wan-5b", "wan5b"),
         "image_pipeline": "WanImageToVideoPipeline",
+        "video_pipeline": None,
         "vae_spatial": 16,
         "latent_channels": 48,
         "heads": 24,
@@ -86,6 +90,7 @@ WAN22_A14B = WAN21_14B.model_copy(
         "title": "Wan2.2-T2V-A14B",
         "hub_id": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         "aliases": ("wan2.2-t2v-a14b", "wan-a14b"),
+        "video_pipeline": None,
         "transformers": 2,
         "boundary_ratio": 0.875,
         "defaults": WAN21_14B.defaults.model_copy(
@@ -101,6 +106,7 @@ WAN21_I2V_480P = WAN21_14B.model_copy(
         "pipeline": "WanImageToVideoPipeline",
         "hub_id": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
         "aliases": ("wan2.1-i2v-14b-480p",),
+        "video_pipeline": None,
         "takes_image": True,
         "transformer_params": 16_394_878_784,
         "text_encoder_params": _UMT5_XXL_PARAMS + _CLIP_H_PARAMS,
@@ -142,6 +148,7 @@ WAN_VACE_1_3B = WAN21_1_3B.model_copy(
         "pipeline": "WanVACEPipeline",
         "hub_id": "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
         "aliases": ("wan-vace-1.3b",),
+        "video_pipeline": "WanVACEPipeline",
         "layers": 30 + 15,
         "transformer_params": 2_153_972_032,
     }
@@ -154,6 +161,7 @@ WAN_VACE_14B = WAN21_14B.model_copy(
         "pipeline": "WanVACEPipeline",
         "hub_id": "Wan-AI/Wan2.1-VACE-14B-diffusers",
         "aliases": ("wan-vace-14b",),
+        "video_pipeline": "WanVACEPipeline",
         "layers": 40 + 8,
         "transformer_params": 17_337_592_896,
     }
@@ -222,11 +230,32 @@ PIPELINES = (
         _TEXT,
         figures,
         image_pipeline="WanImageToVideoPipeline",
+        video_pipeline=_VIDEO_TO_VIDEO,
         fuses=True,
         transformer_config=transformer_config,
     ),
     PipelineFacts(
         "WanImageToVideoPipeline", "wan", "WanTransformer3DModel", _TEXT, figures, takes_image=True, fuses=True
     ),
-    PipelineFacts("WanVACEPipeline", "wan", "WanVACETransformer3DModel", _TEXT, figures, fuses=True),
+    PipelineFacts(
+        _VIDEO_TO_VIDEO,
+        "wan",
+        "WanTransformer3DModel",
+        _TEXT,
+        figures,
+        takes_video=True,
+        video_pipeline=_VIDEO_TO_VIDEO,
+        noises_video=True,
+        fuses=True,
+        caches=(),  # it names no cache_context for its forwards, without which the two would share one state
+    ),
+    PipelineFacts(
+        "WanVACEPipeline",
+        "wan",
+        "WanVACETransformer3DModel",
+        _TEXT,
+        figures,
+        video_pipeline="WanVACEPipeline",
+        fuses=True,
+    ),
 )

@@ -58,7 +58,7 @@ def pick_vae_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
     """
     if plan.setup.vae_dtype != "auto":
         return DTYPES[plan.setup.vae_dtype]
-    facts = PIPELINES.get((plan.model.image_pipeline if plan.image else None) or plan.model.pipeline)
+    facts = PIPELINES.get(plan.pipeline)
     if not plan.model.vae_float32 or (facts is not None and facts.vae_in_dtype):
         return dtype
     return torch.float32

@@ -45,15 +45,15 @@ def load_pipeline(
     flow_shift: float | None = None,
     revision: str | None = None,
     setup: Setup = Setup(offload="none"),  # noqa: B008 - frozen
-    image_pipeline: str | None = None,
+    given_pipeline: str | None = None,
     share_clip: bool = False,
 ) -> Any:
     """A diffusers pipeline from a local folder or a hub id, ready to run.
 
     Transformers and text encoders are in ``dtype``, the VAE in float32 where its family needs it. ``setup.offload`` is
-    a mode that was decided, not "auto"; ``image_pipeline`` names the class to use the weights with when there is a
-    first frame; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read and no code
-    from the model runs.
+    a mode that was decided, not "auto"; ``given_pipeline`` names the class to use the weights with when there is a
+    first frame or a video; with ``share_clip`` the processes of a torchrun split every clip. Only safetensors are read
+    and no code from the model runs.
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     check_tuned_weights(setup)
@@ -70,14 +70,14 @@ def load_pipeline(
     config = quantization_config(setup, quantized)
     with _one_sentence(source, device):
         loras = read_loras(setup.loras, entry.transformers)
-        dtypes = _dtypes(entry, dtype, image_pipeline, setup.vae_dtype)
+        dtypes = _dtypes(entry, dtype, given_pipeline, setup.vae_dtype)
         given = load_encoders(folder, dtypes)
         for name, file in single_files.items():
             given[name] = load_transformer(Path(file), folder, name, dtype)
         pipeline = _pipeline(folder, entry, dtypes, given, config)
         check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
-        if image_pipeline not in (None, entry.pipeline):
-            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        if given_pipeline not in (None, entry.pipeline):
+            pipeline = _under_class(pipeline, given_pipeline)
         prepare(pipeline, setup, dtype, loras)
         if share_clip:
             split(pipeline, device)
@@ -95,7 +95,7 @@ def load_decoder(
     dtype: torch.dtype,
     revision: str | None = None,
     setup: Setup = Setup(),  # noqa: B008 - frozen
-    image_pipeline: str | None = None,
+    given_pipeline: str | None = None,
 ) -> Any:
     """The same without transformers and text encoders, to decode saved latents; all of it is on the device. Of the
     setup only what concerns the VAE counts.
@@ -106,11 +106,11 @@ def load_decoder(
     _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
     without = dict.fromkeys(name for name in _ONLY_DENOISING if name in read_index(folder))
     with _one_sentence(source, device):
-        pipeline = _pipeline(folder, entry, _dtypes(entry, dtype, image_pipeline, setup.vae_dtype), without)
+        pipeline = _pipeline(folder, entry, _dtypes(entry, dtype, given_pipeline, setup.vae_dtype), without)
         pipeline.loaded_for_decoding = dtype
         check_complete(pipeline, folder)
-        if image_pipeline not in (None, entry.pipeline):
-            pipeline = _as_image_pipeline(pipeline, image_pipeline)
+        if given_pipeline not in (None, entry.pipeline):
+            pipeline = _under_class(pipeline, given_pipeline)
         prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype)
         place(pipeline, "none", device)
     _hide_progress(pipeline)
@@ -127,11 +127,11 @@ def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.devi
 
 
 def _dtypes(
-    entry: ModelEntry, dtype: torch.dtype, image_pipeline: str | None, vae_dtype: str
+    entry: ModelEntry, dtype: torch.dtype, given_pipeline: str | None, vae_dtype: str
 ) -> dict[str, torch.dtype]:
     """The dtype of each component, as from_pretrained takes them; `vae_dtype`: a name, or "auto"."""
     dtypes = {**dict.fromkeys(_IN_DTYPE, dtype), "default": torch.float32}
-    as_image = PIPELINES.get(image_pipeline or "")
+    as_image = PIPELINES.get(given_pipeline or "")
     if not entry.vae_float32 or (as_image is not None and as_image.vae_in_dtype):
         dtypes["vae"] = dtype
     if vae_dtype != "auto":
@@ -241,8 +241,8 @@ def _local_folder(source: str, revision: str | None) -> Path:
         raise hub.explain(error, source, revision) from error
 
 
-def _as_image_pipeline(pipeline: Any, name: str) -> Any:
-    """The same components under the class that continues a first frame; what only that class has stays empty."""
+def _under_class(pipeline: Any, name: str) -> Any:
+    """The same components under the class that takes a first frame or a video; what only that class has stays empty."""
     import diffusers
 
     kind = getattr(diffusers, name)

@@ -8,7 +8,9 @@ from dataclasses import fields
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
+from vmonarch_cli.media.read import read_frames
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
+from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
@@ -16,6 +18,10 @@ from vmonarch_cli.text import near, shown
 from vmonarch_cli.untrusted.files import user_path
 from vmonarch_kernels.spec import MAX_FRAMES
 
+STRENGTHS = (0.01, 1.0)
+"""Least and largest `--strength`."""
+_STRENGTH = 0.8
+"""Of diffusers' own pipelines."""
 EXAMPLE_PROMPT = "a red circle moves from left to right on a blue background"
 DTYPES = {
     "auto": "auto",
@@ -234,6 +240,41 @@ def image(model: ModelEntry, text: str | None) -> str | None:
     if not (model.takes_image or model.image_pipeline):
         raise InputError(f"{model.alias} makes clips from text alone: leave out --image, or choose an i2v model")
     return _picture(text, "image")
+
+
+def video(model: ModelEntry, text: str | None, num_frames: int, image: str | None) -> str | None:
+    """The path of a video that a clip is made from; InputError when the model needs one, takes none, or the file cannot
+    be read or is shorter than the clip.
+    """
+    if text is None:
+        if model.takes_video:
+            raise InputError(f"{model.alias} changes a video and none was given: add --video FILE")
+        return None
+    if model.video_pipeline is None:
+        *first, last = [entry.alias for entry in ENTRIES if entry.video_pipeline]
+        raise InputError(
+            f"{model.alias} takes no video: leave out --video, which is for models that do, as {', '.join(first)} and "
+            f"{last}"
+        )
+    if image is not None:
+        raise InputError("--image and --video both say what the clip is made from: give one of them")
+    path = user_path(text, "video")
+    read_frames(path, num_frames)
+    return str(path)
+
+
+def strength(facts: PipelineFacts, video: str | None, value: float | None, sigmas: tuple[float, ...]) -> float | None:
+    """How much of the noise schedule a given video goes through, None where none is noised or `sigmas` say so."""
+    if value is None:
+        return _STRENGTH if video is not None and facts.noises_video and not sigmas else None
+    number("--strength", value, *STRENGTHS)
+    if video is None:
+        raise InputError("--strength is how far a given video is changed, and none was given: add --video FILE")
+    if not facts.noises_video:
+        raise InputError(f"--strength is for videos that are noised, and a {facts.name} follows one: leave it out")
+    if sigmas:
+        raise InputError("--sigmas and --strength both say at which noise level the clip begins: give one of them")
+    return value
 
 
 def _picture(text: str, thing: str) -> str:

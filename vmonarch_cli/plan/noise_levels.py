@@ -84,13 +84,21 @@ def own_sampler(model: ModelEntry) -> str | None:
 
 
 def resolve_noise_levels(
-    model: ModelEntry, sampler: str, sigmas: tuple[float, ...], steps: int, flow_shift: float | None
+    model: ModelEntry,
+    sampler: str,
+    sigmas: tuple[float, ...],
+    steps: int,
+    flow_shift: float | None,
+    strength: float | None = None,
 ) -> NoiseLevels:
     """The noise levels of a clip; InputError for what a model cannot have.
 
-    sigmas: as given, empty for none. flow_shift: what is resolved so far, None for the scheduler's own.
+    sigmas: as given, empty for none. flow_shift: what is resolved so far, None for the scheduler's own. strength: the
+    part of the schedule, up to its end, that the steps are of; None for all of it.
     """
     own = own_sampler(model)
+    if strength is not None:
+        return _end_of_schedule(model, sampler, steps, flow_shift, strength)
     changes = sampler not in (OWN, own) or bool(sigmas)
     if changes and own is None:
         flag = "--sigmas" if sigmas else "--sampler"
@@ -110,8 +118,8 @@ def resolve_noise_levels(
         return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=True)
     if flow_shift is None or own is None or model.family not in _KNOWN_LEVELS:
         return NoiseLevels(sampler, None, forced=False)
-    if own == "unipc":  # diffusers' levels begin at 0.999, before they are shifted
-        return NoiseLevels(sampler, _shifted([0.999 * (1 - i / steps) for i in range(steps)], flow_shift), forced=False)
+    if own == "unipc":
+        return NoiseLevels(sampler, _shifted(_of_unipc(steps), flow_shift), forced=False)
     if model.family.startswith("hunyuan"):
         return NoiseLevels(sampler, _shifted([1 - i / steps for i in range(steps)], flow_shift), forced=False)
     return NoiseLevels(sampler, None, forced=False)
@@ -129,6 +137,26 @@ def changeover(
         return None
     levels = sigmas or _shifted([1 - i / steps for i in range(steps)], 1.0 if flow_shift is None else flow_shift)
     return next((step for step, level in enumerate(levels) if level < model.boundary_ratio), steps)
+
+
+def _end_of_schedule(
+    model: ModelEntry, sampler: str, steps: int, flow_shift: float | None, strength: float
+) -> NoiseLevels:
+    """The last levels of a longer schedule, of which the steps are the part `strength`."""
+    own = own_sampler(model)
+    if own is None or flow_shift is None:
+        raise InputError(
+            f"--video needs --sigmas: the noise levels of {model.alias} are known only when its own schedule runs"
+        )
+    all_steps = max(steps, round(steps / strength))
+    by_unipc = sampler == OWN and own == "unipc"
+    levels = _of_unipc(all_steps) if by_unipc else [1 - i / all_steps for i in range(all_steps)]
+    return NoiseLevels(sampler, _shifted(levels[-steps:], flow_shift), forced=True)
+
+
+def _of_unipc(steps: int) -> list[float]:
+    """diffusers' levels begin at 0.999, before they are shifted."""
+    return [0.999 * (1 - i / steps) for i in range(steps)]
 
 
 def _shifted(levels: list[float], shift: float) -> tuple[float, ...]:

@@ -69,6 +69,10 @@ class Plan(BaseModel):
     revision: str | None = None
     image: str | None = None
     last_image: str | None = None
+    video: str | None = None
+    strength: float | None = None
+    """How much of the noise schedule a given video goes through, from 0 to 1; None where none is noised, or where
+    `sigmas` say so."""
     audio: bool | None = None
     """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
@@ -82,6 +86,12 @@ class Plan(BaseModel):
     def given_frames(self) -> tuple[str, ...]:
         """Files of the frames that the clip is made around."""
         return tuple(path for path in (self.image, self.last_image) if path is not None)
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline class that it runs in: the model's own, or the one that takes what is given."""
+        given = self.model.video_pipeline if self.video else self.model.image_pipeline if self.image else None
+        return given or self.model.pipeline
 
     @property
     def other_tokens(self) -> int:

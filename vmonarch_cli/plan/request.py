@@ -64,6 +64,8 @@ class GenerateRequest:
     transformer_2: str | None = None
     image: str | None = None
     last_image: str | None = None
+    video: str | None = None
+    strength: float | None = None
     audio: bool | None = None
     offload: str | None = None
     vae_tiling: bool = False

@@ -93,8 +93,9 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     model.check_shape(height, width, num_frames)
 
     image = checks.image(model, request.image)
-    pipeline = model.pipeline if image is None else model.image_pipeline or model.pipeline
-    facts = PIPELINES[pipeline]
+    video = checks.video(model, request.video, num_frames, image)
+    given_class = model.video_pipeline if video else model.image_pipeline if image else None
+    facts = PIPELINES[given_class or model.pipeline]
     last_image = checks.last_image(model, facts, request.last_image)
     audio = checks.audio(model, facts, request.audio)
     take("audio", request.audio, audio)
@@ -110,6 +111,8 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     given_steps = checks.whole("--steps", request.steps, 1, 1000)
     steps = take("steps", given_steps if given_steps or not sigmas else len(sigmas), defaults.steps)
     checks.steps(model, steps)
+    strength = checks.strength(facts, video, request.strength, sigmas)
+    origins["strength"] = DEFAULT if request.strength is None else FLAG
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
@@ -135,7 +138,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     given = sum(path is not None for path in (image, last_image))
     others = model.other_tokens(height, width, num_frames, given)
     sampler = take("sampler", check_sampler(request.sampler), OWN, DEFAULT)
-    levels = resolve_noise_levels(model, sampler, sigmas, steps, flow_shift)
+    levels = resolve_noise_levels(model, sampler, sigmas, steps, flow_shift, strength)
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others, levels.sigmas)
     step_costs = tuple(work.step_costs(preset))
     flops = work.flops(preset, step_costs)
@@ -184,6 +187,8 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         revision=revision,
         image=take("image", image, None, DEFAULT),
         last_image=take("last_image", last_image, None, DEFAULT),
+        video=take("video", video, None, DEFAULT),
+        strength=strength,
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
@@ -192,6 +197,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         warnings=(
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, facts, guidance),
+            *warnings.of_video(video, facts, levels.sigmas),
             *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),

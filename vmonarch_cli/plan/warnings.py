@@ -15,6 +15,8 @@ from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.presets import Preset, parse_assignment
 
+ALL_NOISE = 0.99
+"""Noise level from which on a video that is noised cannot be made out."""
 COSTLY = 1.1
 """Times dense attention above which a preset's cost is said; below, the two are alike."""
 FEW_STEPS = 8
@@ -62,6 +64,15 @@ def of_flags(request: GenerateRequest, model: ModelEntry, facts: PipelineFacts, 
                 "which begins above 1"
             )
     return found
+
+
+def of_video(video: str | None, facts: PipelineFacts, sigmas: Sequence[float] | None) -> Iterator[str]:
+    """A given video of which the first noise level leaves nothing."""
+    if video is not None and facts.noises_video and sigmas and sigmas[0] >= ALL_NOISE:
+        yield (
+            f"--video has next to no effect: the clip begins at noise level {sigmas[0]:g}, and 1 is noise alone; a "
+            "smaller --strength keeps more of it"
+        )
 
 
 def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops) -> Iterator[str]:

@@ -264,6 +264,8 @@ def _obstacle(facts: PipelineFacts) -> str | None:
     """Why a pipeline's forwards cannot be repeated from a file, or None."""
     if facts.takes_image or facts.text_with_image:
         return "it continues a first frame, and trajectories come from prompts"
+    if facts.takes_video:
+        return "it changes a video, and trajectories come from prompts"
     if not facts.text:
         return "its pipeline is modular, and takes no text that was encoded before"
     if facts.guider:
