@@ -148,6 +148,8 @@ def test_a_run_that_is_stopped_writes_nothing(
         ("-o a.toml --prompts-file none.txt", "prompts file none.txt does not exist"),
         ("-o a.toml --prompts-file one.txt --eval-prompts 1", "--eval-prompts 1 leaves no prompt to measure with"),
         ("-o a.toml --prompts-file none_in_it.txt", "has no prompts"),
+        ("-o a.toml --seed random", "--seed -1 draws another seed each time"),
+        ("-o a.toml --video a.mp4", "No such option: --video"),
         ("-o a.toml a red circle", "words without a flag are not taken"),
     ],
 )

@@ -112,8 +112,14 @@ def _check_clip(clip: Plan) -> None:
             f"preset {preset.name} is exact on {clip.grid[0]} latent frame{'' if clip.grid[0] == 1 else 's'}, so that "
             "there is nothing to measure: choose more frames or another preset"
         )
-    if PIPELINES[model.pipeline].takes_image:
-        raise InputError(f"{model.alias} cannot be calibrated: it needs a first frame, and clips come from prompts")
+    facts = PIPELINES[model.pipeline]
+    if facts.takes_image or facts.takes_video:
+        needed = "a first frame" if facts.takes_image else "a video"
+        raise InputError(f"{model.alias} cannot be calibrated: it needs {needed}, and clips come from prompts")
+    if clip.seed_was_drawn:
+        raise InputError(
+            "--seed -1 draws another seed each time, so that nobody could repeat the evidence: give a seed"
+        )
 
 
 def _budget(request: CalibrateRequest, clip: Plan) -> float:
