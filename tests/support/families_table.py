@@ -59,11 +59,11 @@ def cell(outcomes: list[str]) -> str:
 
 
 def main() -> int:
-    """Run the tests and write the table; pytest's exit code."""
+    """Run the tests, in one process, which the collector is in, and write the table; pytest's exit code."""
     collector = Collector()
     parts = ("apply_setup", "offload", "lora", "context_parallel", "step_cache")
     files = [TESTS / "families" / "test_families.py", *(TESTS / "pipeline" / f"test_{part}.py" for part in parts)]
-    code = pytest.main([*map(str, files), "-q"], plugins=[collector])
+    code = pytest.main([*map(str, files), "-q", "-n", "0"], plugins=[collector])
     lines = [
         "# Families and the tests they pass",
         "",

@@ -38,11 +38,11 @@ class Collector:
 
 
 def main() -> int:
-    """Run the tests and write the table; pytest's exit code."""
+    """Run the tests, in one process, which the collector is in, and write the table; pytest's exit code."""
     collector = Collector()
     files = [TESTS / "families" / "test_lora_formats.py", TESTS / "pipeline" / "test_lora_formats.py"]
     files.append(TESTS / "pipeline" / "test_lora_parameters.py")
-    code = pytest.main([*map(str, files), "-q"], plugins=[collector])
+    code = pytest.main([*map(str, files), "-q", "-n", "0"], plugins=[collector])
     families: list[str] = []
     signs: dict[str, dict[str, str]] = {}
     alone: dict[str, bool] = {}
