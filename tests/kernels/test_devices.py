@@ -60,7 +60,8 @@ def inputs(frames: int) -> Inputs:
 
 def test_every_launch_is_on_the_tensors_device(machine: Machine) -> None:
     q = inputs(5).q
-    calls = [(inputs(5), Options()), (inputs(5), Options(band=0)), (inputs(70), Options())]
+    text = replace(inputs(5), extra=(torch.randn_like(q), torch.zeros(1, 10, 1, device=DEVICE)))
+    calls = [(inputs(5), Options()), (inputs(5), Options(band=0)), (text, Options(band=0)), (inputs(70), Options())]
     for call, options in calls:
         _, factor = attend(call, options, impl="triton", return_l=True)
         attend(replace(call, l_prev=factor), options, impl="triton")

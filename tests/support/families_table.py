@@ -63,7 +63,7 @@ def main() -> int:
     collector = Collector()
     parts = ("apply_setup", "offload", "lora", "context_parallel", "step_cache")
     files = [TESTS / "families" / "test_families.py", *(TESTS / "pipeline" / f"test_{part}.py" for part in parts)]
-    code = pytest.main([*map(str, files), "-q", "-n", "0"], plugins=[collector])
+    code = pytest.main([*map(str, files), "-q", "-n", "0", "-m", "slow or not slow"], plugins=[collector])
     lines = [
         "# Families and the tests they pass",
         "",

@@ -42,7 +42,7 @@ def main() -> int:
     collector = Collector()
     files = [TESTS / "families" / "test_lora_formats.py", TESTS / "pipeline" / "test_lora_formats.py"]
     files.append(TESTS / "pipeline" / "test_lora_parameters.py")
-    code = pytest.main([*map(str, files), "-q", "-n", "0"], plugins=[collector])
+    code = pytest.main([*map(str, files), "-q", "-n", "0", "-m", "slow or not slow"], plugins=[collector])
     families: list[str] = []
     signs: dict[str, dict[str, str]] = {}
     alone: dict[str, bool] = {}

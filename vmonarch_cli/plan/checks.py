@@ -8,7 +8,6 @@ from dataclasses import fields
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.media.read import read_frames
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import ENTRIES
 from vmonarch_cli.models.single_file import GGUF, check_single_file
@@ -258,6 +257,8 @@ def video(model: ModelEntry, text: str | None, num_frames: int, image: str | Non
         )
     if image is not None:
         raise InputError("--image and --video both say what the clip is made from: give one of them")
+    from vmonarch_cli.media.read import read_frames
+
     path = user_path(text, "video")
     read_frames(path, num_frames)
     return str(path)
