@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import bench_script
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -20,12 +20,7 @@ LINK = re.compile(r"(?:\]\(|srcset=\"|src=\")([^)\"#]+)")
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "kernels" / "bench" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("readme")
 
 
 def test_tables_are_what_the_records_give(readme: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

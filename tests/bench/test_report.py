@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import bench_script
 from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
@@ -19,12 +19,7 @@ SMALL = ("--shape", "3x16", "--heads", "1", "--head-dim", "16", "--repeats", "1"
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "kernels" / "bench" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("report")
 
 
 @pytest.fixture

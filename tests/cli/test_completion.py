@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from command import call
 
 from vmonarch_cli.cli import opening
-from vmonarch_cli.cli.app import app
 
 
 @pytest.mark.parametrize(
@@ -57,12 +56,6 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_thread: None) ->
 
     monkeypatch.setattr(opening.typer, "launch", launch)
     return asked
-
-
-def call(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_nothing_is_opened_where_there_is_no_terminal(opened: list[str]) -> None:

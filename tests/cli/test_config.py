@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
-
-from vmonarch_cli.cli.app import app
+from command import call
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +19,6 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> P
     path = tmp_path / "xdg" / "vmonarch" / "config.toml"
     path.parent.mkdir(parents=True)
     return path
-
-
-def call(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def settings(*flags: str) -> dict[str, dict[str, object]]:

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from command import call
 
-from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip.whole import damage
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.media.tags import read_tag, write_tags
@@ -30,12 +29,6 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".webm"])

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from command import call
+from typer.testing import CliRunner
 
 from vmonarch_cli.batch.claims import Claims
 from vmonarch_cli.batch.manifest import Manifest
@@ -19,12 +20,6 @@ SMALL = ("--size", "32x32", "--num-frames", "5", "--steps", "1")
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_a_drawn_seed_is_told_and_recorded_and_makes_the_same_clip_again() -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from command import call
 from dense_packages import fit_everywhere, install
 from tiny_wan import tiny_pipeline
-from typer.testing import CliRunner
 
 from vmonarch_cli import PresetError, monarch
 from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.attention.steps import Step
-from vmonarch_cli.cli.app import app
 from vmonarch_cli.pipeline.dense import fastest_first
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.request import GenerateRequest
@@ -27,12 +26,6 @@ from vmonarch_cli.plan.resolve import resolve
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = "--size 48x32 --num-frames 17 --steps 2 --guidance-scale 1 --device cpu --dtype bf16"
 CALLS = 3  # self-attention layers of the tiny model
-
-
-def call(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
-    return result
 
 
 def generate(model: Path, path: Path, *more: str, code: int = 0) -> Result:

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from batches import request
-from typer.testing import CliRunner, Result
+from command import call
 
 from vmonarch_cli.batch.clips import _identity
-from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.media.read import read_clip
@@ -25,12 +24,6 @@ from vmonarch_cli.plan.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = torch.bfloat16
-
-
-def call(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    return result
 
 
 def generate(model: Path, path: Path, *more: str) -> dict[str, Any]:
