@@ -40,6 +40,10 @@ def make(opened: Batch, on_event: Callable[[Any], None] = lambda event: None) ->
     return run_batch(opened, machine_of(opened), Limits(), Interrupts(), on_event=on_event)
 
 
+LATER = ("vae_dtype", "dense_attention", "quality", "fuse", "sampler", "sigmas", "last_image", "video", "strength")
+"""Settings that there were not always."""
+
+
 def status(folder: Path) -> list[str]:
     return [entry.status for entry in Manifest(folder).read().values()]
 
@@ -380,9 +384,16 @@ def test_a_folder_in_a_clips_place_fails_that_clip_alone(tiny_wan_folder: Path, 
     assert status(tmp_path) == ["failed", "failed", "done"]
 
 
-def test_a_torn_tail_is_mended_from_the_record(tiny_wan_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unknown", [(), LATER], ids=["this version", "an earlier one"])
+def test_a_torn_tail_is_mended_from_the_record(tiny_wan_folder: Path, tmp_path: Path, unknown: tuple[str, ...]) -> None:
+    """Also from the record of an earlier version, which did not know some settings."""
     opened = batch(tiny_wan_folder, tmp_path, TWO)
     make(opened)
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert set(unknown) <= set(record["settings"])
+        record["settings"] = {name: entry for name, entry in record["settings"].items() if name not in unknown}
+        path.write_text(json.dumps(record))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
     kept = [line for line in opened.manifest.path.read_text().splitlines() if json.loads(line)["event"] in _EARLY]
     opened.manifest.path.write_text("\n".join(kept) + '\n{"event": "deno')

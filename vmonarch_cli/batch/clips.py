@@ -17,11 +17,10 @@ from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
-from vmonarch_cli.media.paths import DEFAULT_FOLDER, DEFAULT_QUALITY, ENDINGS, is_taken, output_path, slug
+from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.auto import MARK
-from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -33,6 +32,9 @@ from vmonarch_cli.untrusted.files import file_sha256, user_path
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
+_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse")
+_LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
+"""Settings that came after the first batches: where nobody chooses, clips keep the keys that these gave them."""
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
 _NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
@@ -293,8 +295,6 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content["seed"] = RANDOM
     for decided in ("offload", "fused_impl"):  # by the machine
         content["setup"].pop(decided, None)
-    if not plan.setup.fuse:  # batches of earlier versions go on
-        del content["setup"]["fuse"]
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
@@ -305,20 +305,15 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
     if not plan.audio:  # clips that were planned before there was sound keep their keys
         del content["audio"]
-    for name in ("vae_dtype", "dense_attention"):
-        if content["setup"][name] == "auto":  # as it was before anybody could choose: batches of earlier versions go on
-            del content["setup"][name]
-    defaults = {"sampler": OWN, "sigmas": [], "quality": DEFAULT_QUALITY, "strength": None}
-    for name, default in defaults.items():  # the same
-        if content[name] == default:
-            del content[name]
+    for part, names in ((content["setup"], _LATER_IN_SETUP), (content, _LATER)):
+        for name in names:
+            if part[name] == Plan.default_of(name):
+                del part[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
         content["image"] = file_sha256(Path(plan.image))
     for name, given in (("last_image", plan.last_image), ("video", plan.video)):
-        if given is None:  # as before there was one
-            del content[name]
-        else:
+        if given is not None:
             content[name] = file_sha256(Path(given))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS

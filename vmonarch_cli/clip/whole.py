@@ -10,7 +10,7 @@ from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.paths import DEFAULT_QUALITY, record_path, sound_path
+from vmonarch_cli.media.paths import record_path, sound_path
 from vmonarch_cli.plan.plan import Plan
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -69,13 +69,9 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
         return False
-    absent = {
-        "vae_dtype": "auto",
-        "dense_attention": "auto",
-        "quality": DEFAULT_QUALITY,
-    }  # of older versions
-    then = absent | {name: entry.value for name, entry in record.settings.items()}
+    then = {name: entry.value for name, entry in record.settings.items()}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}
+    then = {name: plan.default_of(name) for name in now.keys() - then.keys()} | then  # an earlier version had no choice
     differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     return not differing - {"output", "num_videos", "device", "offload", "dense_every"}
 

@@ -114,6 +114,14 @@ class Plan(BaseModel):
         """Whether nobody chose the seed."""
         return self.origins.get("seed", "").endswith(DRAWN)
 
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """What a setting is where nobody chooses, ready for JSON; None for one that each clip resolves."""
+        field = Setup.model_fields.get(name) or cls.model_fields.get(name)
+        if field is None or field.is_required():
+            return None
+        return list(field.default) if isinstance(field.default, tuple) else field.default
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting as {"value", "origin"}, ready for JSON; preset fields are named `preset.FIELD`."""
         values: dict[str, Any] = {"model": self.model.alias}
