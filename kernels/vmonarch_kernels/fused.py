@@ -5,7 +5,7 @@ autograd can follow, and "triton", one kernel as a custom operator. "auto" is "t
 attention, and "torch" elsewhere and where a gradient is wanted, which the kernels do not have.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -256,9 +256,7 @@ def _(
     cos: Tensor | None,
     sin: Tensor | None,
     heads: int,
-    eps: float,
-    per_head: bool,
-    layout: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     size = (q.shape[0], q.shape[1], heads, q.shape[2] // heads)
     return q.new_empty(size), q.new_empty(0) if k is None else k.new_empty(size)
@@ -290,20 +288,7 @@ def _residual_norm_op(
 
 
 @_residual_norm_op.register_fake
-def _(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    gate_table: Tensor | None,
-    scale: Tensor | None,
-    scale_table: Tensor | None,
-    shift: Tensor | None,
-    shift_table: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(0) if y is None else x.new_empty(x.shape), x.new_empty(x.shape)
 
 

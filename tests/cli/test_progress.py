@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.cli.phase_progress import PhaseProgress
 from vmonarch_cli.cli.progress import RunProgress
 from vmonarch_cli.cli.report import step_table
-from vmonarch_cli.cli.tune_progress import TuneProgress
 from vmonarch_cli.clip.events import ClipDone, ClipStarted, Decoding, FramesDecoded, ModelLoading, StepDone
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
@@ -189,7 +189,7 @@ def test_training_says_what_is_left_on_the_same_clock(monkeypatch: pytest.Monkey
     time = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: time[0])
     stream = io.StringIO()
-    bar = TuneProgress(Output(stderr=Console(file=stream, width=120)))
+    bar = PhaseProgress(Output(stderr=Console(file=stream, width=120)))
     with bar:
         bar.phase("sampling the teacher", 0, 4)
         time[0] += 40

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import AttentionCall, StructuredAttention
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.cli.tune_progress import TuneProgress
+from vmonarch_cli.cli.phase_progress import PhaseProgress
 from vmonarch_cli.clip.interrupts import Interrupted
 from vmonarch_cli.models.tuned import fingerprint
 from vmonarch_cli.plan.costs import Work
@@ -117,11 +117,11 @@ def test_an_error_that_no_preset_reaches_is_one_sentence_and_no_file(
 def test_a_run_that_is_stopped_writes_nothing(
     tiny_wan_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: TuneProgress, words: str, done: int, total: int | None) -> None:
+    def stop(self: PhaseProgress, words: str, done: int, total: int | None) -> None:
         if "balanced" in words:
             raise Interrupted(2)
 
-    monkeypatch.setattr(TuneProgress, "phase", stop)
+    monkeypatch.setattr(PhaseProgress, "phase", stop)
     file = tmp_path / "stopped.toml"
     flags = f"{SHAPE} --steps 2 --eval-prompts 1 --prompts-file {prompts} -o {file}"
     result = run("-m", str(tiny_wan_folder), *flags.split())

@@ -10,7 +10,6 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.cli.options import (
     ATTENTION,
     MODEL,
@@ -24,9 +23,9 @@ from vmonarch_cli.cli.options import (
     takes_request,
     whole_option,
 )
-from vmonarch_cli.cli.prompt_lines import prompt_of
+from vmonarch_cli.cli.phase_progress import PhaseProgress
+from vmonarch_cli.cli.prompt_lines import prompts_of
 from vmonarch_cli.cli.tables import table
-from vmonarch_cli.cli.tune_progress import TuneProgress
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.profile.calibrate.request import CalibratePlan, CalibrateRequest, resolve_calibrate
@@ -41,6 +40,7 @@ _NOT_OF_A_CLIP = (
     "dense_steps",
     "dense_layers",
     "dense_every",
+    "dense_attention",
     "output",
     "overwrite",
     "image",
@@ -112,7 +112,7 @@ def calibrate(
 
     from vmonarch_cli.profile.calibrate.run import calibrate as run
 
-    progress = TuneProgress(out)
+    progress = PhaseProgress(out)
     try:
         with stoppable(out.insist), progress:
             result = run(plan, machine, on_phase=progress.phase)
@@ -125,11 +125,6 @@ def calibrate(
 
 
 def _resolved(request: GenerateRequest, flags: CalibrateFlags) -> CalibratePlan:
-    texts: list[str] | None = None
-    if flags.prompts_file is not None:
-        texts = [
-            prompt_of(line, flags.prompts_file, "calibration") for line in read_prompts(flags.prompts_file).checked()
-        ]
     given = CalibrateRequest(
         clip=replace(request, tuned="none"),
         output=flags.preset_file,
@@ -138,7 +133,7 @@ def _resolved(request: GenerateRequest, flags: CalibrateFlags) -> CalibratePlan:
         eval_prompts=flags.eval_prompts,
         overwrite=flags.replace,
     )
-    return resolve_calibrate(given, texts)
+    return resolve_calibrate(given, prompts_of(flags.prompts_file, "calibration"))
 
 
 def _header(plan: CalibratePlan) -> str:

@@ -66,6 +66,18 @@ def number_option(*names: str, panel: str, help: str) -> Any:
     return option(*names, panel=panel, help=help, parser=parse, metavar="<float>")
 
 
+Model = Annotated[
+    str | None,
+    option(
+        "--model",
+        "-m",
+        panel=MODEL,
+        autocompletion=model_names,
+        help="Alias, hub id or local diffusers folder. Default: the demo model.",
+    ),
+]
+
+
 class RequestFlags(TypedDict, total=False):
     """Every flag that describes a clip, named as the field of `GenerateRequest` that it fills."""
 
@@ -73,16 +85,7 @@ class RequestFlags(TypedDict, total=False):
     negative_prompt: Annotated[
         str | None, option("--negative-prompt", panel=MODEL, help="What it should not show. Default: the model's own.")
     ]
-    model: Annotated[
-        str | None,
-        option(
-            "--model",
-            "-m",
-            panel=MODEL,
-            autocompletion=model_names,
-            help="Alias, hub id or local diffusers folder. Default: the demo model.",
-        ),
-    ]
+    model: Model
     size: Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]
     height: Annotated[int | None, whole_option("--height", panel=SHAPE, help="Height in pixels.")]
     width: Annotated[int | None, whole_option("--width", panel=SHAPE, help="Width in pixels.")]

@@ -1,4 +1,4 @@
-"""The progress of `vmonarch tune` on stderr: phases, and the loss, the learning rate and the time left."""
+"""The progress of `vmonarch tune` and `calibrate` on stderr: phases, the time left, and the loss of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SMOOTH = 0.9
 
 
-class TuneProgress(OnTerminal):
+class PhaseProgress(OnTerminal):
     """A context manager. On a terminal a bar that vanishes at the end, with one clock for the run and the time that its
     phase has left; elsewhere a line per phase and now and then one of where a long one stands.
     """

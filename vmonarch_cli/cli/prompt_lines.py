@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from vmonarch_cli.batch.lines import Line
+from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.errors import InputError
 
 
-def prompt_of(line: Line, source: str, purpose: str) -> str:
-    """The prompt of a line, which must set nothing else."""
-    others = [name for name in line.fields if name != "prompt"]
-    if others:
-        raise InputError(
-            f"{source}, line {line.number}: a line for {purpose} holds a prompt and nothing else, "
-            f"got {others[0]} as well"
-        )
-    return str(line.fields.get("prompt", ""))
+def prompts_of(source: str | None, purpose: str) -> list[str] | None:
+    """The prompts of a file, of which no line may set anything else; None without a file."""
+    if source is None:
+        return None
+    found = []
+    for line in read_prompts(source).checked():
+        others = [name for name in line.fields if name != "prompt"]
+        if others:
+            raise InputError(
+                f"{source}, line {line.number}: a line for {purpose} holds a prompt and nothing else, "
+                f"got {others[0]} as well"
+            )
+        found.append(str(line.fields.get("prompt", "")))
+    return found

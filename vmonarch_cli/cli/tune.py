@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.cli.options import (
     MODEL,
     OUTPUT,
@@ -23,9 +22,9 @@ from vmonarch_cli.cli.options import (
     whole_option,
 )
 from vmonarch_cli.cli.output import Output
-from vmonarch_cli.cli.prompt_lines import prompt_of
+from vmonarch_cli.cli.phase_progress import PhaseProgress
+from vmonarch_cli.cli.prompt_lines import prompts_of
 from vmonarch_cli.cli.tables import table
-from vmonarch_cli.cli.tune_progress import TuneProgress
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.request import GenerateRequest
@@ -152,7 +151,7 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
 
     from vmonarch_cli.tune.run import tune as run
 
-    progress = TuneProgress(out)
+    progress = PhaseProgress(out)
     try:
         with stoppable(out.insist), progress:
             tuned = run(plan, machine, on_phase=progress.phase, on_step=progress.step)
@@ -167,9 +166,6 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
 
 
 def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePlan:
-    texts: list[str] | None = None
-    if flags.prompts_file is not None:
-        texts = [prompt_of(line, flags.prompts_file, "tuning") for line in read_prompts(flags.prompts_file).checked()]
     given = TuneRequest(
         clip=replace(request, steps=flags.sampler_steps, tuned="none"),
         output=flags.adapter,
@@ -184,7 +180,7 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
         resume=flags.resume,
         overwrite=flags.replace,
     )
-    return resolve_tune(given, texts, world=world)
+    return resolve_tune(given, prompts_of(flags.prompts_file, "tuning"), world=world)
 
 
 def _header(plan: TunePlan) -> str:

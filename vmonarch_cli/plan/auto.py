@@ -13,7 +13,6 @@ from __future__ import annotations
 from vmonarch_cli.errors import VmonarchError
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.history import will_use_gpu
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.presets import at_steps, load_preset
@@ -57,6 +56,5 @@ def _gain(plan: Plan, name: str) -> float | None:
         checks.latent_frames(preset, plan.model, plan.grid[0], plan.num_frames)
     except VmonarchError:
         return None
-    work = Work(plan.model, plan.grid, plan.steps, branches_of(plan.model, plan.guidance_scale), plan.flow_shift)
-    flops = work.flops(preset, work.step_costs(preset))
+    flops = plan.work.flops(preset, plan.work.step_costs(preset))
     return flops.dense / flops.planned

@@ -34,7 +34,8 @@ FILE_VARIABLE = "VMONARCH_CONFIG"
 """Another file in place of the user's; empty: none."""
 _OTHER_VARIABLES = {FILE_VARIABLE, "VMONARCH_CACHE", "VMONARCH_COMMIT"}
 """What else begins with the prefix and is no default."""
-_NOT_A_DEFAULT = {"prompt", "output", "overwrite", "num_videos", "image", "defaults"}
+_NOT_A_DEFAULT = {"prompt", "output", "overwrite", "num_videos", "defaults"}
+_NOT_A_DEFAULT |= {"image", "last_image", "video", "strength"}  # of one clip
 _OWN_VARIABLES = {"cache": "VMONARCH_STEP_CACHE"}
 """Of fields whose plain name is taken: VMONARCH_CACHE is a folder."""
 _MAX_FILE_BYTES = 1 << 20

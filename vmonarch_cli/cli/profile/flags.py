@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from vmonarch_cli.cli.completion import model_names, preset_names
-from vmonarch_cli.cli.options import ATTENTION, MODEL, OUTPUT, SAMPLING, SHAPE, number_option, option, whole_option
+from vmonarch_cli.cli.completion import preset_names
+from vmonarch_cli.cli.options import (
+    ATTENTION,
+    OUTPUT,
+    SAMPLING,
+    SHAPE,
+    Model,
+    number_option,
+    option,
+    whole_option,
+)
 
 Presets = Annotated[
     list[str] | None,
@@ -15,16 +24,6 @@ Presets = Annotated[
         panel=ATTENTION,
         autocompletion=preset_names,
         help="Name or .toml file of a preset to measure (repeatable).",
-    ),
-]
-Model = Annotated[
-    str | None,
-    option(
-        "--model",
-        "-m",
-        panel=MODEL,
-        autocompletion=model_names,
-        help="Alias, hub id or local diffusers folder. Default: the demo model.",
     ),
 ]
 Size = Annotated[str | None, option("--size", panel=SHAPE, help="WIDTHxHEIGHT in pixels, as in 832x480.")]

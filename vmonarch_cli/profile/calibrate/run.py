@@ -109,7 +109,7 @@ def calibrate(
         device=torch.device(machine.device),
         dtype=DTYPES[machine.dtype],
         revision=clip.revision,
-        setup=clip.setup.model_copy(update={"offload": machine.offload, "vae_dtype": machine.vae_dtype}),
+        setup=machine.decided(clip.setup),
     )
     return _Run(plan, pipeline, on_phase).run()
 
@@ -123,7 +123,8 @@ class _Run:
         self._scheduler = pipeline.scheduler
         self._teachers: list[Tensor] = []
         """Final latents of the held-out prompts' dense clips."""
-        self._dense: dict[int, Tensor] = {}
+        self._dense: list[Tensor] = []
+        """Final latents of the measured prompts' dense clips."""
 
     def run(self) -> CalibrateResult:
         plan, clip = self._plan, self._clip
@@ -150,7 +151,7 @@ class _Run:
         for number, prompt in enumerate(self._plan.prompts):
             self._on_phase("measuring calls of dense clips", number, len(self._plan.prompts))
             recorder = LackRecorder(self._bare, self._layers, self._clip.steps)
-            self._dense[number] = self._sampled(prompt, self._plan.noise_seed(number), recorder)
+            self._dense.append(self._sampled(prompt, self._plan.noise_seed(number), recorder))
             found.append(recorder.lacks())
         return found
 
@@ -160,9 +161,7 @@ class _Run:
         words, total, done = f"measuring {noun} alone", len(prompts) * len(groups), 0
         squares = np.zeros(len(groups))
         for number, prompt in enumerate(prompts):
-            seed = self._plan.noise_seed(number)
-            self._on_phase(words, done, total)
-            dense = self._measured_dense(number)
+            seed, dense = self._plan.noise_seed(number), self._dense[number]
             for place, group in enumerate(groups):
                 self._on_phase(words, done, total)
                 probe = Probe(self._bare, self._layers, partial(where, group))
@@ -213,7 +212,7 @@ class _Run:
             total, done = len(left) * len(rows), 0
             for number in rows:
                 seed = self._plan.noise_seed(number)
-                dense = self._measured_dense(number)
+                dense = self._dense[number]
                 for found in left:
                     self._on_phase(f"trying {len(left)} presets on {len(rows)} prompts", done, total)
                     made = self._sample(prompts[number], seed, found.preset)
@@ -222,13 +221,6 @@ class _Run:
             left = sorted(left, key=lambda found: statistics.fmean(errors[found.preset]))
             left = left[: max(1, (len(left) + 1) // 2)]
         return left[0]
-
-    def _measured_dense(self, number: int) -> Tensor:
-        """Final latents of a measured prompt's dense clip, made once."""
-        if number not in self._dense:
-            seed = self._plan.noise_seed(number)
-            self._dense[number] = self._sample(self._plan.prompts[number], seed, load_preset("dense"))
-        return self._dense[number]
 
     def _reaching(self, allocator: Allocator, wanted: float) -> Found:
         """About the least work whose forecast is within an error."""
