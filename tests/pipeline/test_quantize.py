@@ -109,6 +109,21 @@ def test_fp8_has_scales_for_rows_and_computes_beside_bfloat16(folders: dict[str,
     assert 0 < float((latents - stock).norm() / stock.norm()) < 0.1
 
 
+def test_fp8_is_the_same_within_compiled_blocks(able: None) -> None:
+    """There torchao's operations take the place of the kernel that quantises activations."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 32, bias=False))
+    blocks = torch.nn.Module()
+    blocks.blocks = torch.nn.ModuleList([layers.to(torch.bfloat16).requires_grad_(False)])
+    x = torch.randn(2, 40, 64, dtype=torch.bfloat16)
+    stock = layers(x)
+    assert compute_in(blocks, "fp8", CPU) == 2
+    eager, compiled = layers(x), torch.compile(layers, backend="aot_eager", fullgraph=True)(x)
+    errors = [float((found - stock).float().norm() / stock.float().norm()) for found in (eager, compiled)]
+    assert all(0.01 < error < 0.1 for error in errors)
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+
+
 @pytest.mark.parametrize("mode", ["model", "group"])
 def test_converted_weights_are_offloaded(folders: dict[str, Path], able: None, mode: str) -> None:
     latents = []

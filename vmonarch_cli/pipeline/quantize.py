@@ -9,12 +9,14 @@ that make modulations from the timestep, which run once for a whole sample and w
 from __future__ import annotations
 
 import importlib.util
+from types import MethodType
 from typing import Any
 
 import torch
 
 from vmonarch_cli.errors import DeviceError, InputError
 from vmonarch_cli.plan.setup import COMPUTED, NEEDS_TORCHAO, STORED, QuantizeFacts
+from vmonarch_kernels import linear_e4m3
 
 _MODULATION = ("norm", "modulation", "adaln")
 """In the names of layers that make scales, shifts and gates."""
@@ -92,9 +94,21 @@ def compute_in(transformer: Any, kind: str, device: torch.device, *, back: bool 
         before = layer.weight.device
         layer.to(device)
         quantize_(layer, _config(kind))
+        if kind == "fp8":
+            layer.forward = MethodType(_forward_fp8, layer)  # type: ignore[method-assign]
         if back:
             layer.to(before)
     return len(found)
+
+
+def _forward_fp8(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer's product: eager torch quantises x in one kernel of ours, where torchao's would take six passes; a
+    compiler makes one pass of those, or none beside what wrote x.
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+    weight: Any = self.weight
+    return linear_e4m3(x, weight.qdata, weight.scale, self.bias)
 
 
 def _config(kind: str) -> Any:
