@@ -118,6 +118,26 @@ def test_random_weights_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["checks_passed"]
 
 
+def test_fewer_layers_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    real = model.random_transformer
+
+    def made(entry: ModelEntry, *rest: Any) -> Any:
+        built.append(entry.layers)
+        return real(entry, *rest)
+
+    monkeypatch.setattr(model, "random_transformer", made)
+    arguments = ("-m", "demo", "--random-weights", "--size", "32x32", "--num-frames", "9", "--device", "cpu")
+    data = json.loads(call(*arguments, "--layers", "2", "--steps", "1", "--json", "-").stdout)
+    assert built == [2]
+    assert data["settings"]["layers"] == 2
+    assert f"2 of the model's {DEMO.layers} layers: all times are theirs alone" in data["model"]["notes"]
+    assert data["checks_passed"]
+    wrong = call(*arguments, "--layers", "99", code=2).stderr
+    assert f"--layers takes a whole number from 1 to {DEMO.layers}, got 99" in wrong
+    assert "--layers leaves out layers of random weights" in call("-m", "demo", "--layers", "2", code=2).stderr
+
+
 def test_the_random_transformer_is_the_published_one() -> None:
     from diffusers import WanTransformer3DModel
 
