@@ -35,6 +35,7 @@ MODELS = (
     "kandinsky-5-lite",
     "motif-video-2b",
     "minimax-h3",
+    "cosmos-predict2.5-2b",
 )
 PRESETS = ("paper", "fast", "balanced", "quality", "exact", "dense")
 PROMPT = '-p "a red circle moving from left to right on a blue background"'
