@@ -164,6 +164,13 @@ def test_the_fused_operations_compile_without_spills() -> None:
     check_fused(90, 1536, calls=["heads, all", "gate and modulation", "gelu", "swiglu"])
 
 
+@pytest.mark.parametrize(("arch", "width"), [(90, 1536), (90, 8960), (89, 13824)])
+def test_rows_in_e4m3_compile_without_spills(arch: int, width: int) -> None:
+    (found,) = compiled(arch=arch, dtype="bfloat16", width=width, calls=["rows in e4m3"])
+    assert (found["kernel"], found["stack"]) == ("quantize_rows_kernel", 0)
+    assert found["registers"] <= 128
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("width", [1536, 3072, 5120])
