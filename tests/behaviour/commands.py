@@ -58,7 +58,7 @@ def helps() -> Iterator[Command]:
     for words in (
         *("", "generate", "plan", "decode", "compare", "gallery", "rerun", "doctor", "presets", "presets show"),
         *("presets check", "models", "models show", "profile", "profile kernel", "profile model", "profile quality"),
-        *("profile clip", "tune"),
+        *("profile clip", "tune", "demo"),
     ):
         yield Command("help", words or "vmonarch", f"{words} --help".strip())
     yield Command("help", "no command", "")
