@@ -35,6 +35,7 @@ MODELS = (
     "kandinsky-5-lite",
     "motif-video-2b",
     "minimax-h3",
+    "cosmos-predict2.5-2b",
 )
 PRESETS = ("paper", "fast", "balanced", "quality", "exact", "dense")
 PROMPT = '-p "a red circle moving from left to right on a blue background"'
@@ -57,7 +58,7 @@ def helps() -> Iterator[Command]:
     for words in (
         *("", "generate", "plan", "decode", "compare", "gallery", "rerun", "doctor", "presets", "presets show"),
         *("presets check", "models", "models show", "profile", "profile kernel", "profile model", "profile quality"),
-        *("profile clip", "tune"),
+        *("profile clip", "tune", "demo"),
     ):
         yield Command("help", words or "vmonarch", f"{words} --help".strip())
     yield Command("help", "no command", "")

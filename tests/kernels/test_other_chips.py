@@ -122,6 +122,18 @@ def test_everything_compiles_for_amd(arch: str, dtype: str) -> None:
     assert all(entry["shared"] <= 64 * KB for entry in found)
 
 
+# Chips that do not convert e4m3
+
+
+@pytest.mark.parametrize("arch", [80, "gfx1100"])
+def test_bytes_of_8_bit_states_are_converted_in_the_kernels(arch: int | str) -> None:
+    kernels = {"l_output_kernel", "r_queries_kernel", "merge_splits_kernel"}
+    found = compiled(arch=arch, dtype="bfloat16", dim=128, calls=["warm", "refresh"], kernels=sorted(kernels))
+    assert {entry["kernel"] for entry in found} == kernels
+    if arch == 80:
+        assert [entry for entry in found if entry["stack"]] == [], "nothing is spilled"
+
+
 # The backward pass on NVIDIA's GPUs
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import InputError, ModelError, VmonarchError
+from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.base import ModelEntry
@@ -62,6 +63,7 @@ def load_pipeline(
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    _check_packages(entry)
     for adapter in setup.tuned:
         check_file(adapter, folder)
     on_card = device.type == "cuda" and setup.offload == "none"
@@ -105,6 +107,7 @@ def load_decoder(
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    _check_packages(entry)
     _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
     without = dict.fromkeys(name for name in _ONLY_DENOISING if name in read_index(folder))
     with _one_sentence(source, device):
@@ -117,6 +120,14 @@ def load_decoder(
         place(pipeline, "none", device)
     _hide_progress(pipeline)
     return pipeline
+
+
+def _check_packages(entry: ModelEntry) -> None:
+    """ModelError when a package is not installed that the model's pipelines need."""
+    missing = FAMILIES[PIPELINES[entry.pipeline].transformer].missing()
+    if missing is not None:
+        name = missing.split(",")[0]
+        raise ModelError(f"{entry.alias} needs {missing}, and the package is not here: pip install {name}")
 
 
 def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -122,6 +122,10 @@ def _load(settings: ModelSettings, profile: ModelProfile) -> tuple[Any, Any, tup
         shape = (profile.forwards, 1, entry.max_sequence_length, entry.text_dim)
         contexts = torch.randn(shape, generator=generator).to(device, dtype)
         profile.notes.append("random weights and prompt embeddings: times are those of the model, errors are not")
+        if settings.of_layers not in (None, entry.layers):
+            profile.notes.append(
+                f"{entry.layers} of the model's {settings.of_layers} layers: all times are theirs alone"
+            )
         return None, transformer, tuple(contexts)
     setup = Setup(offload="none", quantize=settings.quantize, tuned=tuple(settings.tuned))
     pipeline = load_pipeline(settings.source, device=device, dtype=dtype, flow_shift=settings.flow_shift, setup=setup)

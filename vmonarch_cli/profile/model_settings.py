@@ -34,6 +34,8 @@ class ModelSettings:
     compile: bool
     prompt: str
     seed: int = 0
+    of_layers: int | None = None
+    """Layers of the whole model, of which the entry may have fewer; None for those of the entry."""
     backends: Sequence[str] = ()
     """Dense backends to measure; every one of the device when empty."""
     fused_impl: str | None = None

@@ -42,6 +42,12 @@ class ModelFlags:
         bool,
         option("--random-weights", panel=MODEL, help="Build the true transformer with random weights; load nothing."),
     ] = False
+    layers: Annotated[
+        int | None,
+        whole_option(
+            "--layers", panel=MODEL, help="Build only so many layers, of a model that does not fit or takes long."
+        ),
+    ] = None
     prompt: Annotated[str | None, option("--prompt", "-p", panel=MODEL, help="What the clip should show.")] = None
     steps: Annotated[
         int | None, whole_option("--steps", panel=SAMPLING, help="Denoising steps to measure, of the model's own.")
@@ -87,7 +93,8 @@ class ModelFlags:
 @takes_request()
 def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = False) -> None:
     """Time whole denoising steps, dense and structured in turn on the same inputs, and say whether it is worth it."""
-    clip = request.model_shape(shape, random=flags.random_weights)
+    whole = request.model_shape(shape, random=flags.random_weights)
+    clip = request.fewer_layers(whole, flags.layers, random=flags.random_weights)
     chosen = request.presets(flags.presets, (clip.entry.defaults.preset,))
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     backends = request.backends(flags.backend)
@@ -101,7 +108,12 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     from vmonarch_kernels import dense_obstacle
 
     check_quantize(flags.quantize, run.device, run.dtype)
-    settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned, fused_impl=_fused(flags, clip, run))
+    settings = replace(
+        _settings(flags, clip, chosen, backends, run),
+        tuned=tuned,
+        fused_impl=_fused(flags, clip, run),
+        of_layers=whole.entry.layers,
+    )
     if backends and not run.on_gpu:
         raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
     for name in backends:
@@ -191,6 +203,7 @@ def _recorded(settings: ModelSettings) -> dict[str, object]:
     return {
         "model": settings.entry.alias,
         "random_weights": settings.random_weights,
+        "layers": settings.entry.layers,
         "guidance_scale": settings.guidance_scale,
         "flow_shift": settings.flow_shift,
         "steps": settings.steps,
