@@ -224,16 +224,22 @@ def test_a_plan_counts_what_stays_in_16_bits() -> None:
     assert "the transformer's wait in fp8: less memory, no gain in time" in shown
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in ENTRIES if PIPELINES[e.pipeline].transformer_config], ids=lambda e: e.alias
-)
+def test_every_transformer_has_its_share_of_projections() -> None:
+    assert set(memory.PROJECTIONS) == {facts.transformer for facts in PIPELINES.values()}
+
+
+BUILT = [entry for entry in ENTRIES if PIPELINES[entry.pipeline].transformer_config and entry.alias != "demo"]
+
+
+@pytest.mark.parametrize("entry", BUILT, ids=lambda entry: entry.alias)
 def test_the_share_of_projections_is_that_of_the_class(entry: Any) -> None:
+    """Or a little less, where a class has models of several sizes."""
     facts = PIPELINES[entry.pipeline]
     assert facts.transformer_config is not None
     with torch.device("meta"):
         transformer = getattr(diffusers, facts.transformer)(**facts.transformer_config(entry))
     share = sum(layer.weight.numel() for layer in projections(transformer).values()) / entry.transformer_params
-    assert memory.PROJECTIONS[facts.transformer] == pytest.approx(share, abs=0.08)
+    assert 0 <= share - memory.PROJECTIONS[facts.transformer] < 0.1
 
 
 def test_records_of_what_was_only_stored_keep_their_meaning(tmp_path: Path, tiny_wan_folder: Path) -> None:
