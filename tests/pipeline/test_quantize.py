@@ -224,6 +224,16 @@ def test_a_plan_counts_what_stays_in_16_bits() -> None:
     assert "the transformer's wait in fp8: less memory, no gain in time" in shown
 
 
+def test_int8_without_a_compiler_is_warned_of() -> None:
+    def warned(**flags: Any) -> str:
+        return " ".join(resolve(GenerateRequest(prompt="a", **{"model": "wan2.1-1.3b", **flags})).warnings)
+
+    assert "int8 saves memory and, without --compile, no time: add --compile, or take fp8" in warned(quantize="int8")
+    assert "diffusers compiles no CogVideoXTransformer3DModel" in warned(quantize="int8", model="cogvideox-5b")
+    for flags in ({"quantize": "int8", "compile": True}, {"quantize": "fp8"}, {"quantize": "int8-storage"}):
+        assert "no time" not in warned(**flags)
+
+
 def test_every_transformer_has_its_share_of_projections() -> None:
     assert set(memory.PROJECTIONS) == {facts.transformer for facts in PIPELINES.values()}
 
