@@ -929,6 +929,29 @@ def kandinsky_6(velocities: int = 1) -> Any:
     )
 
 
+def anyflow() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.AnyFlowTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    return quiet(
+        diffusers.AnyFlowPipeline(
+            transformer=sharpen(transformer),
+            **_wan_parts(scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)),
+        )
+    )
+
+
 def cosmos() -> Any:
     """As published: a mask of given frames and one of padding beside the latents, Karras noise levels."""
     import diffusers
@@ -1368,6 +1391,7 @@ TINY: dict[str, Tiny] = {
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
     ),
+    "anyflow": Tiny(anyflow, "AnyFlowTransformer3DModel", 2, 1, (5, 2, 3), options=_GUIDED),
     "cosmos-2.5": Tiny(cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
     "cosmos-2.5-image": Tiny(
         cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "image": image()}
