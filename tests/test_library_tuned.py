@@ -94,6 +94,7 @@ def test_what_does_not_fit_is_one_sentence_and_changes_nothing(folder: Path, ada
     )
     assert "cannot run with fast: band is 0 there and 1 here" in refused("fast", tuned=adapter, band=1)
     assert "is for structured attention, and preset dense is dense" in refused("dense", tuned=adapter)
+    assert refused("fast", tuned=3) == "tuned takes the path of an adapter's file, got int"
     assert "none.safetensors does not exist" in refused("fast", tuned=tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     assert "text.safetensors" in refused("fast", tuned=tmp_path / "text.safetensors")

@@ -162,6 +162,8 @@ def enable_monarch(
         raise PresetError(f"dense_every takes a whole number from 0, got {shown(dense_every)}")
     if dense_attention not in DENSE_NAMES:
         raise PresetError(f"dense_attention takes {', '.join(DENSE_NAMES)}, got {shown(dense_attention)}")
+    if tuned is not None and not isinstance(tuned, str | os.PathLike):
+        raise ModelError(f"tuned takes the path of an adapter's file, got {type(tuned).__name__}")
     if not hasattr(pipeline, "scheduler"):
         raise ModelError(f"{type(pipeline).__name__} is no diffusers pipeline with a transformer and a scheduler")
     with ExitStack() as undo:
