@@ -17,6 +17,7 @@ from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -65,7 +66,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
-        *quantize_rows(plan),
+        *_quantize_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -102,6 +103,19 @@ def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
         missing = wanted in PACKAGES and wanted not in found
         words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
     return [("dense calls", f"by {words}")]
+
+
+def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """As in the header of a run, and where this machine would refuse to run it so, that it would."""
+    facts_of = COMPUTED.get(plan.setup.quantize or "")
+    rows = quantize_rows(plan)
+    if facts_of is None or will_use_gpu(plan):
+        return rows
+    least = ".".join(map(str, facts_of.capability))
+    return [
+        (name, f"{words}; not here, without an NVIDIA GPU of compute capability {least} or later")
+        for name, words in rows
+    ]
 
 
 def _package_words(name: str) -> str:

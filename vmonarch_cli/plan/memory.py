@@ -31,6 +31,7 @@ PROJECTIONS = {
     "LTX2VideoTransformer3DModel": 0.98,
     "AllegroTransformer3DModel": 0.98,
     "CogVideoXTransformer3DModel": 0.78,
+    "CosmosTransformer3DModel": 0.85,
     "HunyuanVideoTransformer3DModel": 0.70,
     "HunyuanVideo15Transformer3DModel": 0.65,
     "MochiTransformer3DModel": 0.72,

@@ -203,6 +203,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
             *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),
+            *warnings.of_quantize(setup, facts),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),
