@@ -59,6 +59,8 @@ class TunedAdapter(BaseModel):
     """The name or the folder that was asked for when it was made."""
     fingerprint: str
     """Of the transformers' weights, see `fingerprint`."""
+    also_for: dict[str, str] = Field(default={}, max_length=20)
+    """Models of the same base that it may be used with, too, as a distilled student: name or folder -> fingerprint."""
     preset_name: str = Field(min_length=1, max_length=60)
     preset: dict[str, Any]
     """All fields of the `Preset`."""
@@ -79,6 +81,11 @@ class TunedAdapter(BaseModel):
         if not re.fullmatch(r"[0-9a-f]{64}", value):
             raise ValueError(f"takes 64 hexadecimal digits, got {shown(value)}")
         return value
+
+    @field_validator("also_for")
+    @classmethod
+    def _others(cls, value: dict[str, str]) -> dict[str, str]:
+        return {one_line(name): cls._hash(stamp) for name, stamp in value.items()}
 
     @field_validator("size")
     @classmethod
@@ -273,27 +280,39 @@ def shipped_adapter(folder: Path, preset: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
-    """InputError unless the model in a folder has the weights that an adapter was tuned on."""
+def other_base(adapter: TunedAdapter, folder: Path) -> str | None:
+    """The name under which an adapter allows the model in a folder beside its own, or None."""
     here = fingerprint(folder)
-    if here != adapter.fingerprint:
+    return next((name for name, stamp in adapter.also_for.items() if stamp == here), None)
+
+
+def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
+    """InputError unless the model in a folder has weights that an adapter is for: its own, or those of also_for."""
+    here = fingerprint(folder)
+    if here not in (adapter.fingerprint, *adapter.also_for.values()):
+        others = "".join(f", or of {name} ({short(stamp)})" for name, stamp in adapter.also_for.items())
         raise InputError(
             f"adapter {path} was tuned on other weights: those of {adapter.model} (fingerprint "
-            f"{short(adapter.fingerprint)}), and {folder} has {short(here)}"
+            f"{short(adapter.fingerprint)}){others}, and {folder} has {short(here)}"
         )
     if adapter.kind == "weights":
         _check_weights(path, folder)
 
 
-def _check_weights(path: str, folder: Path) -> None:
-    """InputError unless every tensor of a file of whole weights is in the model, in its shape."""
-    shapes = {
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of the transformers in a model's folder, by `transformer.NAME`."""
+    return {
         f"{name}.{key}": tensor.shape
         for name in _TRANSFORMERS
         if (folder / name).is_dir()
         for found in read_headers(folder / name).values()
         for key, tensor in found.items()
     }
+
+
+def _check_weights(path: str, folder: Path) -> None:
+    """InputError unless every tensor of a file of whole weights is in the model, in its shape."""
+    shapes = shapes_of(folder)
     for key, tensor in read_layout(Path(path), "adapter").tensors.items():
         if shapes.get(key) != tensor.shape:
             has = f"has it as {shapes[key]}" if key in shapes else "has no such weight"
