@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.models.finite import FLOATS, first_not_finite
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import Layout, component_files, read_headers, read_layout
 from vmonarch_cli.presets import LABELS, Preset, at_steps, format_value
@@ -33,16 +34,8 @@ _TRANSFORMERS = ("transformer", "transformer_2")
 _SAMPLE = 4096
 """Bytes of each tensor that a fingerprint reads."""
 _MAX_JSON = 1 << 20
-_PIECE = 1 << 22
 _LABELS = (*LABELS, "impl")
 """Fields of a preset that change no result, or only its rounding."""
-_EXPONENTS: dict[str, tuple[str, int]] = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
-"""Type of a tensor -> integers of its width, and the bits that are all set in a number that is not finite."""
 
 
 class TunedAdapter(BaseModel):
@@ -150,7 +143,7 @@ def read_adapter(path: Path) -> TunedAdapter:
     text = layout.metadata.get(METADATA_KEY)
     if not _says_weights(text):
         _check_lora(layout, path, name)
-    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
+    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in FLOATS), None)
     if odd is not None:
         raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
     if text is None:
@@ -206,21 +199,12 @@ def _parsed(text: str, name: str) -> TunedAdapter:
 
 def check_finite(path: Path) -> None:
     """InputError when a weight of an adapter, that `read_adapter` has read, is not finite."""
-    import numpy as np  # slow to import, and most commands need none of it
-
-    layout = read_layout(path, "adapter")
-    with path.open("rb") as file:
-        for name, (begin, end) in sorted(layout.spans.items(), key=lambda item: item[1]):
-            kind, exponent = _EXPONENTS[layout.tensors[name].dtype]
-            file.seek(begin)
-            while begin < end:
-                piece = file.read(min(_PIECE, end - begin))
-                if not piece:
-                    raise InputError(f"adapter {path} became shorter while it was read")
-                begin += len(piece)
-                bits = np.frombuffer(piece, kind) & np.array(exponent, kind)
-                if (bits == exponent).any():
-                    raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(name)}")
+    try:
+        odd = first_not_finite(path, "adapter")
+    except ModelError as error:
+        raise InputError(error.message) from None
+    if odd is not None:
+        raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(odd)}")
 
 
 def fingerprint(folder: Path) -> str:
