@@ -36,6 +36,7 @@ MODELS = (
     "motif-video-2b",
     "minimax-h3",
     "cosmos-predict2.5-2b",
+    "anyflow-14b",
 )
 PRESETS = ("paper", "fast", "balanced", "quality", "exact", "dense")
 PROMPT = '-p "a red circle moving from left to right on a blue background"'

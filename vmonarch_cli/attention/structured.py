@@ -76,8 +76,11 @@ class StructuredAttention:
         """The call's output."""
         return self._run(call, self.warm)
 
+    @torch.no_grad()
     def rehearse(self, call: AttentionCall) -> torch.Tensor:
-        """The same work without keeping anything: what it kept would make this clip differ from the next one."""
+        """The same work without keeping anything: what it kept would make this clip differ from the next one, and what
+        it kept for gradients would be missing where a layer runs again in the backward pass.
+        """
         return self._run(call, self.warm.rehearsal())
 
     def replay(self, call: AttentionCall, before: WarmState) -> torch.Tensor:

@@ -124,6 +124,8 @@ class Family:
     adjusted: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]] = unchanged
     """(pipeline, arguments of its call) -> a context that gives the arguments to use, and puts right what the call
     would do otherwise."""
+    conditions: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda pipeline, options: options
+    """(pipeline, options of a run) -> the options with an image or a video as this pipeline's call takes it."""
     always_tiled: bool = False
     """diffusers decodes with its VAE in tiles only."""
     plain_calls: bool = False

@@ -17,6 +17,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.unfit import UNFIT
 from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
 from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.presets import Preset
@@ -97,10 +98,13 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
         return [target], None
     if isinstance(target, Sequence):
         return list(target), None
+    kind = type(target).__name__
+    if kind in UNFIT:
+        raise ModelError(f"attention of a {kind} cannot be swapped: {UNFIT[kind]}")
     found = [getattr(target, name, None) for name in (*_STAGES, *_PARTITIONS)]
     transformers = [transformer for transformer in found if transformer is not None]
     if not transformers or getattr(target, "scheduler", None) is None:
-        raise ModelError(f"{type(target).__name__} has no transformer and scheduler to work with")
+        raise ModelError(f"{kind} has no transformer and scheduler to work with")
     return transformers, target.scheduler
 
 
