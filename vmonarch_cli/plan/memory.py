@@ -30,6 +30,7 @@ PROJECTIONS = {
     "LTXVideoTransformer3DModel": 0.97,
     "LTX2VideoTransformer3DModel": 0.98,
     "AllegroTransformer3DModel": 0.98,
+    "AnyFlowTransformer3DModel": 0.98,
     "CogVideoXTransformer3DModel": 0.78,
     "CosmosTransformer3DModel": 0.85,
     "HunyuanVideoTransformer3DModel": 0.70,
