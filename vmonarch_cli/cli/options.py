@@ -253,6 +253,10 @@ class RequestFlags(TypedDict, total=False):
             help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
         ),
     ]
+    cuda_graphs: Annotated[
+        bool | None,
+        option("--cuda-graphs/--no-cuda-graphs", panel=SPEED, help="Replay small attention calls. Default: on a GPU."),
+    ]
 
 
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]

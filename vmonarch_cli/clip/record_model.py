@@ -222,6 +222,8 @@ class Record(_Part):
     impl: str | None = None
     fused: str | None = None
     """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
+    replayed_calls: int = 0
+    """Structured calls that were replayed from CUDA graphs."""
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
