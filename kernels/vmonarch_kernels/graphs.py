@@ -114,7 +114,7 @@ class Graphs:
 
     def _buffers(self, inputs: Inputs, options: Options, return_l: bool) -> _Buffers:
         shapes = tuple((name, x.shape, x.stride(), x.dtype) for name, x in inputs.tensors())
-        kind = (inputs.q.device, inputs.grid, shapes, options, return_l)
+        kind = (inputs.q.device, inputs.grid, shapes, options, return_l, torch.is_inference_mode_enabled())
         if kind not in self._kept:
             if len(self._kept) == _MOST_BUFFERS:
                 self._kept.clear()
