@@ -293,7 +293,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     if plan.seed_was_drawn:  # the manifest keeps it
         content["seed"] = RANDOM
-    for decided in ("offload", "fused_impl", "cuda_graphs"):  # by the machine, or the same to the bit
+    for decided in ("offload", "fused_impl", "graphs"):  # by the machine, or the same to the bit
         content["setup"].pop(decided, None)
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read

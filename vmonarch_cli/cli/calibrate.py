@@ -50,7 +50,7 @@ _NOT_OF_A_CLIP = (
     "audio",
     "quality",
     "fuse",
-    "cuda_graphs",
+    "graphs",
     "vae_tiling",
     "vae_dtype",
     "cache",

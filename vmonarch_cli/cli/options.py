@@ -253,9 +253,9 @@ class RequestFlags(TypedDict, total=False):
             help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
         ),
     ]
-    cuda_graphs: Annotated[
+    graphs: Annotated[
         bool | None,
-        option("--cuda-graphs/--no-cuda-graphs", panel=SPEED, help="Replay small attention calls. Default: on a GPU."),
+        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small attention calls. Default: --graphs."),
     ]
 
 

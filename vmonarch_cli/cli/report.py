@@ -65,7 +65,7 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
 
 def _replays(plan: Plan, machine: Machine) -> bool:
     """Whether the structured calls are small, and launched together."""
-    runs = machine.on_gpu and plan.setup.cuda_graphs and machine.impl_of(plan.preset) == "triton"
+    runs = machine.on_gpu and plan.setup.graphs and machine.impl_of(plan.preset) == "triton"
     return runs and is_small(plan.tokens, plan.model.heads)
 
 

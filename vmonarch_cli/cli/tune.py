@@ -60,7 +60,7 @@ _NOT_OF_A_CLIP = (
     "cache",
     "compile",
     "fuse",
-    "cuda_graphs",
+    "graphs",
     "quality",
     "tuned",
     "transformer",

@@ -331,7 +331,7 @@ class ClipMaker:
         """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
-        key = (preset, plan.dense_every, plan.setup.cuda_graphs)
+        key = (preset, plan.dense_every, plan.setup.graphs)
         with swapped(
             self._pipeline,
             preset,
@@ -340,7 +340,7 @@ class ClipMaker:
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
             dense=self._machine.dense,
-            graphs=plan.setup.cuda_graphs,
+            graphs=plan.setup.graphs,
         ) as session:
             self._sessions[key] = session
             try:
