@@ -105,7 +105,9 @@ def of_quantize(setup: Setup, facts: PipelineFacts) -> Iterator[str]:
     """int8 products without a compiler, whose results pass the memory three times before they are numbers again."""
     if setup.quantize == "int8" and not setup.compile:
         way_out = "add --compile" if facts.compiles else f"diffusers compiles no {facts.transformer}"
-        yield f"--quantize int8 saves memory and, without --compile, no time: {way_out}, or take fp8 where the GPU has it"
+        yield (
+            f"--quantize int8 saves memory and, without --compile, no time: {way_out}, or take fp8 where the GPU has it"
+        )
 
 
 def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path]) -> Iterator[str]:
