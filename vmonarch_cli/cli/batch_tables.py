@@ -21,18 +21,22 @@ from vmonarch_cli.timing import ClipResult
 
 @dataclass(frozen=True)
 class Overlapped:
-    """Whether clips were decoded beside the next one's denoising, and what that hid."""
+    """Whether clips were decoded beside the next one's denoising, and for how long."""
 
     decided: Overlap
     ended: OverlapDone | None = None
 
     @property
     def hidden(self) -> str:
-        """'the batch took 41.2 s; overlap hid 8.3 s of decoding and writing'; empty where nothing was hidden."""
+        """'the batch took 41.2 s; 8.3 s of decoding and writing went on beside denoising, which slows both down'; empty
+        where nothing did.
+        """
         if self.ended is None or not self.ended.hidden_s:
             return ""
-        hidden = seconds(self.ended.hidden_s)
-        return f"the batch took {seconds(self.ended.seconds)}; overlap hid {hidden} of decoding and writing"
+        took, hidden = seconds(self.ended.seconds), seconds(self.ended.hidden_s)
+        return (
+            f"the batch took {took}; {hidden} of decoding and writing went on beside denoising, which slows both down"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The decision, and seconds of the whole run and of what was hidden, where there was overlap."""
