@@ -164,6 +164,16 @@ def make_timing(
     )
 
 
+def overlap_facts(denoised: Denoised, decoded_beside: bool) -> dict[str, Any]:
+    """What the record says of a clip whose times were measured beside another clip's work; nothing of one that was
+    alone. `decoded_beside`: another one was denoised while it was decoded and written.
+    """
+    steps = list(denoised.steps_beside_decoding)
+    if not steps and not decoded_beside:
+        return {}
+    return {"overlap": {"steps_beside_decoding": steps, "decoded_beside_denoising": decoded_beside}}
+
+
 def plan_again(
     file: Path,
     output: str | None,
