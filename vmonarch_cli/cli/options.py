@@ -228,11 +228,7 @@ class RequestFlags(TypedDict, total=False):
     ]
     quantize: Annotated[
         str | None,
-        option(
-            "--quantize",
-            panel=MEMORY,
-            help="fp8 or int8: linear layers compute in 8 bits; fp8-storage or int8-storage: weights wait in 8 bits.",
-        ),
+        option("--quantize", panel=MEMORY, help="fp8 or int8: compute in 8 bits; fp8-storage or int8-storage: store."),
     ]
     loras: Annotated[
         list[str] | None,
@@ -259,6 +255,10 @@ class RequestFlags(TypedDict, total=False):
             panel=SPEED,
             help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
         ),
+    ]
+    graphs: Annotated[
+        bool | None,
+        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small attention calls. Default: --graphs."),
     ]
 
 

@@ -15,7 +15,14 @@ from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
-from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
+from vmonarch_cli.plan.memory import (
+    Footprint,
+    kept_bytes,
+    largest_footprint,
+    lighter_peaks,
+    overlapped_peak,
+    totals,
+)
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
@@ -160,6 +167,27 @@ def totals_rows(plans: Sequence[Plan], vram: float | None = None) -> list[tuple[
         *memory_rows(memory_of(plans, vram), plans),
         ("time", time),
     ]
+
+
+def overlap_rows(
+    plans: Sequence[Plan], wanted: bool | None, vram: float | None = None
+) -> list[tuple[str, RenderableType]]:
+    """Whether clips of a batch will be decoded beside the next one's denoising, as far as a plan can know; `wanted`: as
+    asked for. No row for a single clip.
+    """
+    if len(plans) < 2:
+        return []
+    memory = memory_of(plans, vram)
+    if wanted is False:
+        words = "none, as asked"
+    elif not memory.on_gpu:
+        words = "a clip is decoded while the next is denoised, as asked" if wanted else "none on a CPU"
+    else:
+        need = overlapped_peak(plans, memory.dtype)
+        words = f"about {binary_size(need)} of the card to decode a clip while the next is denoised"
+        if memory.free is not None:
+            words += ", fits" if need <= memory.free else ", does not fit"
+    return [("overlap", words)]
 
 
 def totals_json(plans: Sequence[Plan], vram: float | None = None) -> dict[str, Any] | None:

@@ -223,6 +223,7 @@ def _resolve_setup(
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
         "fuse": request.fuse,
+        "graphs": request.graphs,
         "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
