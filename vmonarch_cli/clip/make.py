@@ -130,7 +130,7 @@ class ClipMaker:
         self._scheduler = self._pipeline.scheduler
         self._waited_s, self._asked = 0.0, False
         self._weights = () if to_decode else weights_facts(plan.setup.single_files)
-        self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
+        self._sessions: dict[tuple[Preset, int, bool], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
@@ -287,6 +287,8 @@ class ClipMaker:
                     f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
                     f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
+            for sentence in session.warnings:
+                self._on_event(ClipWarning(index, sentence))
             return Denoised(
                 latents=latents.frames,
                 sound=latents.sound if plan.audio else None,
@@ -294,6 +296,8 @@ class ClipMaker:
                 seed=seed,
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
+                linear_dtype=plan.setup.linear_dtype,
+                replayed_calls=session.replayed_calls,
                 dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
@@ -311,7 +315,7 @@ class ClipMaker:
                     "threads": torch.get_num_threads(),
                 },
                 dtype=self._machine.dtype,
-                warnings=tuple(part.sentence() for part in left_out),
+                warnings=(*(part.sentence() for part in left_out), *session.warnings),
             )
 
     def _first_call(self) -> None:
@@ -332,7 +336,7 @@ class ClipMaker:
         """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
-        key = (preset, plan.dense_every)
+        key = (preset, plan.dense_every, plan.setup.graphs)
         with swapped(
             self._pipeline,
             preset,
@@ -341,6 +345,7 @@ class ClipMaker:
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
             dense=self._machine.dense,
+            graphs=plan.setup.graphs,
         ) as session:
             self._sessions[key] = session
             try:
