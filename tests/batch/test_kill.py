@@ -94,7 +94,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder, time.monotonic() - began
 
 
-@pytest.mark.parametrize(("overlap", "count"), [(False, KILLS), (True, KILLS // 2)])
+@pytest.mark.parametrize(("overlap", "count"), [(False, KILLS), (True, KILLS // 5)])
 def test_killed_at_random_moments_and_resumed(
     undisturbed: tuple[Path, float], tmp_path: Path, overlap: bool, count: int
 ) -> None:

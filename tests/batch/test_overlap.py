@@ -301,6 +301,7 @@ def test_where_it_cannot_be_had() -> None:
     for machine, other, words in (
         (card(100, offload="model"), plan, "offload model moves the weights from one to the other"),
         (card(500), plan_of("minimax-h3"), "denoises and decodes in one sequence of blocks"),
+        (card(500), plan_of("wan2.1-vace-1.3b"), "denoising these clips runs the VAE itself"),
     ):
         found = overlap_of([other], machine, None)
         assert not found.on

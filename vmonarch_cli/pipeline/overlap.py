@@ -30,7 +30,7 @@ def overlap_of(plans: Sequence[Plan], machine: Machine, wanted: bool | None) -> 
     """
     if wanted is False:
         return Overlap(False, "as asked")
-    obstacle = _obstacle(plans[0], machine)
+    obstacle = _obstacle(plans, machine)
     if obstacle is not None:
         if wanted:
             raise InputError(f"--overlap cannot be had: {obstacle}")
@@ -52,10 +52,12 @@ def needs_vae(plan: Plan) -> bool:
     return bool(plan.given_frames or plan.video or facts.video_pipeline == facts.name)
 
 
-def _obstacle(plan: Plan, machine: Machine) -> str | None:
+def _obstacle(plans: Sequence[Plan], machine: Machine) -> str | None:
     """Why one clip cannot be decoded while another is denoised, whatever the memory."""
-    if PIPELINES[plan.pipeline].modular:
-        return f"a {plan.pipeline} denoises and decodes in one sequence of blocks"
+    if PIPELINES[plans[0].pipeline].modular:
+        return f"a {plans[0].pipeline} denoises and decodes in one sequence of blocks"
     if machine.offload != "none":
         return f"offload {machine.offload} moves the weights from one to the other"
+    if all(needs_vae(plan) for plan in plans):
+        return "denoising these clips runs the VAE itself"
     return None
