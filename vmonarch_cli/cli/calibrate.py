@@ -50,6 +50,7 @@ _NOT_OF_A_CLIP = (
     "audio",
     "quality",
     "fuse",
+    "graphs",
     "vae_tiling",
     "vae_dtype",
     "cache",

@@ -60,6 +60,7 @@ _NOT_OF_A_CLIP = (
     "cache",
     "compile",
     "fuse",
+    "graphs",
     "quality",
     "tuned",
     "transformer",
