@@ -75,7 +75,7 @@ def test_no_preset_costs_more_than_it_says_or_than_dense(name: str, steps: int, 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_no_preset_costs_more_than_dense_on_the_demo(name: str, steps: int, forwards: int) -> None:
     """With 13 latent frames exact ones weigh more than in the table of `presets show`."""
-    said = {"paper": 14.8, "fast": 16.0, "balanced": 22.9, "quality": 35.2}
+    said = {"paper": 14.8, "fast": 16.0, "balanced": 22.9, "quality": 35.6}
     assert mean_units(Work(DEMO, (13, 12, 12), steps, forwards).step_costs(load_preset(name))) <= said[name] < 52
 
 
