@@ -200,8 +200,7 @@ FIELD_DOCS: dict[str, FieldDoc] = {
 
 def few_steps_of(preset: Preset, steps: int) -> dict[str, Any]:
     """The fields that `few_steps` replaces in a clip of so many denoising steps, with their values there."""
-    few = preset.few_steps
-    return {} if few is None or steps > few.up_to else few.changes()
+    return preset.few_steps.changes() if preset.few_steps and steps <= preset.few_steps.up_to else {}
 
 
 def at_steps(preset: Preset, steps: int | None) -> Preset:
