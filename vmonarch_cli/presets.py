@@ -157,8 +157,9 @@ FIELD_DOCS: dict[str, FieldDoc] = {
     "first_turns": FieldDoc(
         "share of the turns",
         'a number from 0 to 1, or "none"',
-        "How many of a clip's turns the first structured step takes, at most one for every frame; the others come "
-        "evenly. None: a third of a forward's, for at most half of the frames, and then most turns early.",
+        "How many of a clip's turns the first structured step takes, at most one for every frame; what is more comes "
+        "in the next, and the others evenly. None: a third of a forward's, for at most half of the frames, and then "
+        "most turns early.",
     ),
     "step_refresh": FieldDoc(
         "latent frames per forward, by step",
@@ -199,8 +200,7 @@ FIELD_DOCS: dict[str, FieldDoc] = {
 
 def few_steps_of(preset: Preset, steps: int) -> dict[str, Any]:
     """The fields that `few_steps` replaces in a clip of so many denoising steps, with their values there."""
-    few = preset.few_steps
-    return {} if few is None or steps > few.up_to else few.changes()
+    return preset.few_steps.changes() if preset.few_steps and steps <= preset.few_steps.up_to else {}
 
 
 def at_steps(preset: Preset, steps: int | None) -> Preset:

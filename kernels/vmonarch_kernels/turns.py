@@ -30,15 +30,17 @@ def turns_before(
 
     A residual serves every later call, so most turns come early: some in the first call, where structured attention
     is farthest from dense, then one for every frame, or most of what is left where that is fewer; the rest come evenly.
-    ``first`` is the share of the turns of all forwards that the first call takes, at most one for every frame; then
-    all others come evenly.
+    ``first`` is the share of the turns of all forwards that the first call takes; then all others come evenly. No call
+    takes more than one for every frame: what is more comes in the next.
     """
     mean = refresh * forwards
     if calls is None or call == 0 or (calls < 3 if first is None else calls < 2):
         return math.ceil(mean * call - 1e-9)
-    taken = math.floor(first_call_turns(refresh, frames, calls, forwards, first) + 1e-9)
     if first is not None:
-        return taken + math.ceil((mean * calls - taken) * (call - 1) / (calls - 1) - 1e-9)
+        leading = math.floor(first * mean * calls + 1e-9)
+        evenly = (mean * calls - leading) * (call - 1) / (calls - 1)
+        return min(call * frames, math.ceil(leading + evenly - 1e-9))
+    taken = math.floor(first_call_turns(refresh, frames, calls, forwards, first) + 1e-9)
     early_calls = max(1, round(EARLY_CALLS * calls))
     left, late_calls = mean * calls - taken, calls - 1 - early_calls
     early = max(min(frames, EARLY_TURNS * left), left * early_calls / (calls - 1)) if late_calls else left

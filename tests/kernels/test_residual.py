@@ -216,6 +216,12 @@ def test_the_first_call_takes_the_share_of_all_turns_that_it_is_given() -> None:
     assert [turns_before(call, 1, 13, 2, first=0.9) for call in range(3)] == [0, 1, 2]
 
 
+def test_turns_that_the_first_call_has_no_frames_for_come_in_the_next() -> None:
+    before = [turns_before(call, 2.75, 13, 8, 2, first=0.6) for call in range(9)]
+    assert before == [0, 13, 26, 32, 34, 37, 39, 42, 44]
+    assert [turns_before(call, 2, 3, 4, 2, first=1.0) for call in range(5)] == [0, 3, 6, 9, 12]
+
+
 def test_a_call_takes_every_frame_once() -> None:
     order = turns(13, first_frame=False)
     assert sorted(next_turns(order, 0, 13)[0]) == list(range(13))

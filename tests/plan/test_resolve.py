@@ -44,8 +44,8 @@ def test_model_defaults_and_their_origins() -> None:
 
 
 def test_flags_beat_presets_and_presets_beat_defaults() -> None:
-    p = plan(preset="quality", overrides=("band=3",), dense_layers=1, steps=7, negative_prompt="", size="640*352")
-    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 1, 1), "a fifth of 7 steps"
+    p = plan(preset="quality", overrides=("band=3",), dense_layers=1, steps=12, negative_prompt="", size="640*352")
+    assert (p.preset.band, p.preset.dense_steps, p.preset.dense_layers) == (3, 2, 1), "a fifth of 12 steps"
     assert [p.origins[f"preset.{name}"] for name in ("band", "dense_steps", "dense_layers", "impl")] == [
         "flag",
         "preset",
@@ -56,6 +56,7 @@ def test_flags_beat_presets_and_presets_beat_defaults() -> None:
 
 
 def test_a_field_that_few_steps_set_says_so() -> None:
+    assert plan(preset="quality", steps=10).preset.dense_steps == 0, "no step of few is dense"
     few = plan(preset="balanced", steps=8, overrides=("first_frame=true",))
     assert few.preset.shared_refresh
     fields = ("shared_refresh", "refresh", "first_turns", "first_frame", "band", "num_steps")

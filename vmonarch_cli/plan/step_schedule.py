@@ -50,7 +50,7 @@ class ClipSchedule:
         preset = self.preset
         weight = 1.0 if preset.layer_refresh is None else preset.layer_refresh[layer]
         lead = forwards if preset.shared_refresh else 1
-        index = step - int(preset.dense_steps)
+        index, most = step - int(preset.dense_steps), self.frames - int(preset.first_frame)
         if index < 0 or not weight:
             return 0
         if preset.step_refresh is not None:
@@ -60,12 +60,13 @@ class ClipSchedule:
             due = self._staged(step, weight, lead, stage)
         else:
             calls = None if self.steps is None else self.steps - int(preset.dense_steps)
+            able = self.frames if preset.first_turns is None else most
             before, after = (
-                turns_before(call, weight * preset.refresh, self.frames, calls, lead, first=preset.first_turns)
+                turns_before(call, weight * preset.refresh, able, calls, lead, first=preset.first_turns)
                 for call in (index, index + 1)
             )
             due = after - before
-        return min(due, self.frames - int(preset.first_frame))
+        return min(due, most)
 
     def _staged(self, step: int, weight: float, lead: int, stage: Stage) -> int:
         """A transformer that takes over has no residuals: its first step takes many turns, and all others share what is
