@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, tuned_words
+from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lora_rows
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
@@ -65,7 +65,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
-        *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
+        *(("adapter", words) for words in adapter_words(plan)),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
         *memory_rows(memory_of([plan], vram), [plan]),

@@ -37,7 +37,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
-            *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
+            *(("tuned", words) for words in adapter_words(plan)),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
@@ -60,15 +60,17 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
     return (f"{named} (dense)" if structured == "dense" else f"{structured}, dense calls by {named}") + fused
 
 
+def adapter_words(plan: Plan) -> list[str]:
+    """The adapter that a plan runs with, or why the model's own are not used; nothing where there are none."""
+    if plan.tuned is not None:
+        return [tuned_words(plan.tuned, plan.origins["tuned"])]
+    return [] if plan.tuned_note is None else [f"none: {plan.tuned_note}"]
+
+
 def tuned_words(tuned: AdapterFile, origin: str) -> str:
     """An adapter's file, where it came from, and what it was made for."""
-    said = tuned.adapter
     whose = f" ({origin})" if origin == MODEL_DEFAULT else ""
-    error = "" if said.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*said.gain)
-    return (
-        f"{tuned.path}{whose}, made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}, "
-        f"{said.size}, {said.num_frames} frames{error}"
-    )
+    return f"{tuned.path}{whose}, {tuned.adapter.words}"
 
 
 def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
