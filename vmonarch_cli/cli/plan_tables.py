@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -17,6 +18,7 @@ from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -55,6 +57,8 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         if name == "output":  # the files follow below
             continue
         value = _shown(entry["value"])
+        if name == "tuned" and entry["origin"] == MODEL_DEFAULT:
+            value = Path(value).name
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
         made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -69,8 +70,9 @@ def adapter_words(plan: Plan) -> list[str]:
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:
     """An adapter's file, where it came from, and what it was made for."""
-    whose = f" ({origin})" if origin == MODEL_DEFAULT else ""
-    return f"{tuned.path}{whose}, {tuned.adapter.words}"
+    if origin == MODEL_DEFAULT:
+        return f"{Path(tuned.path).name} of the model, {tuned.adapter.words}"
+    return f"{tuned.path}, {tuned.adapter.words}"
 
 
 def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

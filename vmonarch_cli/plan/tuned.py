@@ -182,11 +182,14 @@ def _shipped(use: Use) -> Choice:
         what = f"{name} was" if len(found) == 1 else f"the model's adapters for {use.preset.name} were"
         return Choice(note=f"{what} made for {made}; this run has {_sampling(use.steps, use.guidance_scale)}")
     tuned = fitting[0]
+    misfit = tuned.adapter.misfit(use.preset, use.steps)
+    if misfit is not None:
+        return Choice(note=f"{name} was made for other fields of it: {misfit}")
     try:
         check(tuned, use)
     except InputError as error:
         return Choice(warnings=(f"{name} is not used: {error.message}",))
-    return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use)))
+    return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use, name)))
 
 
 def _is_named_for(tuned: AdapterFile, use: Use) -> bool:
@@ -198,8 +201,8 @@ def _sampling_of(adapter: TunedAdapter) -> tuple[int, float]:
     return adapter.steps, adapter.guidance_scale
 
 
-def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
-    """A sentence where steps, guidance or shape are not those that an adapter was made for."""
+def _made_for_others(tuned: AdapterFile, use: Use, name: str | None = None) -> Iterator[str]:
+    """A sentence, that calls it `name`, where steps, guidance or shape are not those that an adapter was made for."""
     said, size = tuned.adapter, f"{use.width}x{use.height}"
     pairs = [
         (f"{said.steps} steps", f"{use.steps}", said.steps != use.steps),
@@ -210,7 +213,7 @@ def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
     others = [(there, here) for there, here, differs in pairs if differs]
     if others:
         there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
-        yield f"adapter {tuned.path} was made for {there}, and this run has {here}: it may correct less"
+        yield f"{name or f'adapter {tuned.path}'} was made for {there}, and this run has {here}: it may correct less"
 
 
 def _sampling(steps: int, guidance_scale: float) -> str:
