@@ -80,7 +80,7 @@ def test_an_untrained_student_repeats_the_sampling_of_its_preset(
         assert max(list(losses)[chosen.dense_steps :]) > 1e-2
 
 
-@pytest.mark.parametrize("preset", ["paper", "fast", "balanced"])
+@pytest.mark.parametrize("preset", ["paper", "fast", "balanced", "exact"])
 def test_gradient_checkpointing_gives_the_same_gradients(preset: str, clip: Plan, tmp_path: Path) -> None:
     """Layers that run again in the backward pass start from what they had started from."""
     dense = trajectory(tiny_pipeline(), clip, tmp_path / "dense.safetensors", load_preset("dense"))

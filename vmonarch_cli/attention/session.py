@@ -247,8 +247,8 @@ class AttentionSession:
         )
         run_dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
-        if replayed is not None and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
-            return run_dense(self._dense_names(q)[0])
+        if replayed is not None:
+            return run_dense(self._dense_names(q)[0]) if reason else self._structured.replay(call, replayed.warm)
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
                 raise ModelError(
@@ -261,8 +261,6 @@ class AttentionSession:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
             return self._meter.dense(q, functools.partial(self._structured, call))
-        if replayed is not None:
-            return self._structured.replay(call, replayed.warm)
         self._structured_calls += 1
         if self._attention is not None:
             return self._meter.structured(functools.partial(self._attention, call))

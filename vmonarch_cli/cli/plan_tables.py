@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lora_rows
+from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lora_rows, quantize_rows
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
@@ -69,6 +69,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
+        *quantize_rows(plan),
         *(("adapter", words) for words in adapter_words(plan)),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -214,7 +215,7 @@ def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
     lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
-    other = "a smaller size, fewer frames or --quantize fp8"
+    other = "a smaller size, fewer frames or --quantize fp8-storage"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
 
 

@@ -29,7 +29,7 @@ _TELLS = 0.01
 
 
 def header(plan: Plan, machine: Machine) -> Table:
-    """What is about to run, in seven lines, or eight with an adapter."""
+    """What is about to run, in seven lines, and one more each for an adapter and 8-bit weights."""
     shape = " x ".join(str(n) for n in plan.grid)
     return facts(
         [
@@ -40,6 +40,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *(("tuned", words) for words in adapter_words(plan)),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
+            *quantize_rows(plan),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
@@ -66,6 +67,16 @@ def adapter_words(plan: Plan) -> list[str]:
     if plan.tuned is not None:
         return [tuned_words(plan.tuned, plan.origins["tuned"])]
     return [] if plan.tuned_note is None else [f"none: {plan.tuned_note}"]
+
+
+def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What `--quantize` does to the transformer's weights: one row, none where it does nothing."""
+    kind = plan.setup.quantize
+    if kind is None:
+        return []
+    if plan.setup.linear_dtype is None:
+        return [("weights", f"the transformer's wait in {kind.removesuffix('-storage')}: less memory, no gain in time")]
+    return [("weights", f"projections of the blocks compute in {kind}, a scale for each token and each output channel")]
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:

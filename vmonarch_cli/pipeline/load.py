@@ -28,6 +28,7 @@ from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.modular import hide_progress, is_modular, read_modular
 from vmonarch_cli.pipeline.offload import place
+from vmonarch_cli.pipeline.quantize import check_quantize
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup, check_tuned_weights
@@ -58,6 +59,7 @@ def load_pipeline(
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     check_tuned_weights(setup)
+    check_quantize(setup.quantize, device, dtype)
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
@@ -80,7 +82,7 @@ def load_pipeline(
         check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
         if given_pipeline not in (None, entry.pipeline):
             pipeline = _under_class(pipeline, given_pipeline)
-        prepare(pipeline, setup, dtype, loras)
+        prepare(pipeline, setup, dtype, device, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)
@@ -114,7 +116,7 @@ def load_decoder(
         check_complete(pipeline, folder)
         if given_pipeline not in (None, entry.pipeline):
             pipeline = _under_class(pipeline, given_pipeline)
-        prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype)
+        prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype, device)
         place(pipeline, "none", device)
     _hide_progress(pipeline)
     return pipeline

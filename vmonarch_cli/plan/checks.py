@@ -180,8 +180,11 @@ def transformer_files(model: ModelEntry, facts: PipelineFacts, request: Generate
                 f"--quantize {request.quantize}: the weights of {path} are quantised already, leave it out"
             )
         found[name] = str(path)
-    if found and request.quantize == "int8":
-        raise InputError("--quantize int8 reads the weights of a folder alone: with --transformer use --quantize fp8")
+    if found and request.quantize == "int8-storage":
+        raise InputError(
+            "--quantize int8-storage reads the weights of a folder alone: with --transformer use --quantize "
+            "fp8-storage, or int8, which computes in 8 bits"
+        )
     return found
 
 

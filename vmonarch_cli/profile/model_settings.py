@@ -40,6 +40,8 @@ class ModelSettings:
     """Dense backends to measure; every one of the device when empty."""
     fused_impl: str | None = None
     """What fused blocks run with, "triton" or "torch", in rows of their own; None for no such rows."""
+    quantize: str | None = None
+    """What the projections of the blocks compute in, "fp8" or "int8", in every row; None for `dtype`."""
     tuned: Sequence[AdapterFile] = ()
     """Adapters that have a row of their own, with the preset that each was made for."""
 

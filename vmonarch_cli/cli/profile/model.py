@@ -23,7 +23,7 @@ from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.setup import COMPUTED, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import NONE
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
@@ -68,6 +68,12 @@ class ModelFlags:
     compile_: Annotated[
         bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
     ] = False
+    quantize: Annotated[
+        str | None,
+        option(
+            "--quantize", panel=ATTENTION, help="fp8 or int8: linear layers compute in 8 bits, for every row alike."
+        ),
+    ] = None
     fuse: Annotated[
         bool,
         option(
@@ -93,12 +99,15 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     backends = request.backends(flags.backend)
     tuned, warnings = _adapters(flags, clip, chosen)
+    checks.one_of("--quantize", flags.quantize, tuple(COMPUTED))
     run = ProfileRun("model", where, flags.fail_below)
     run.warn(warnings)
 
+    from vmonarch_cli.pipeline.quantize import check_quantize
     from vmonarch_cli.profile.model import run_model
     from vmonarch_kernels import dense_obstacle
 
+    check_quantize(flags.quantize, run.device, run.dtype)
     settings = replace(
         _settings(flags, clip, chosen, backends, run),
         tuned=tuned,
@@ -129,7 +138,7 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
         plot_model(found, run.caption, run.plot)
     failures = [f"{check.against}: error {check.error:.2g}" for check in verified if not check.passed]
     failures += [row.name for row in found.rows if row.failure and row.kind == "structured"]
-    if not failures:
+    if not failures and settings.quantize is None:
         remember_profile(found, clip.entry, clip.source, chosen, str(run.device), run.dtype_name)
     run.finish([], failures, _too_slow(found, flags.fail_below), measured=any(row.step for row in found.rows))
 
@@ -182,6 +191,7 @@ def _settings(
         steps=flags.steps or min(defaults.steps, 5),
         presets=presets,
         compile=flags.compile_,
+        quantize=flags.quantize,
         prompt=checks.prompt(flags.prompt or checks.EXAMPLE_PROMPT),
         seed=run.seed,
         backends=backends,
@@ -198,6 +208,7 @@ def _recorded(settings: ModelSettings) -> dict[str, object]:
         "flow_shift": settings.flow_shift,
         "steps": settings.steps,
         "compile": settings.compile,
+        "quantize": settings.quantize,
         "fused": settings.fused_impl,
         "presets": [preset.model_dump() for preset in settings.presets],
         "tuned": [tuned.facts() for tuned in settings.tuned],
