@@ -132,9 +132,11 @@ def test_what_a_model_brings_is_used_where_it_fits(own: Path) -> None:
     assert plan["tuned_note"] == note
     given = " ".join(call("plan", *flags(own, "--tuned", path, preset="fast"), code=2).stderr.split())
     assert given.endswith("; --preset paper fits it")
-    value, _, said = planned("--size", "64x32")
-    assert value == str(path)
-    assert "the model's adapter for paper was made for 48x32, and this run has 64x32" in said
+    plan = json.loads(call("plan", *flags(own, "--size", "64x32", "--json")).stdout)
+    note = "the model's adapter for paper was made for 48x32, and this run has 64x32"
+    assert (plan["tuned"], plan["tuned_note"]) == (None, note)
+    said = " ".join(call("plan", *flags(own, "--tuned", path, "--size", "64x32")).stderr.split())
+    assert f"adapter {path} was made for 48x32, and this run has 64x32: it may correct less" in said
 
 
 def test_of_several_the_one_for_steps_and_guidance_is_used(own: Path) -> None:

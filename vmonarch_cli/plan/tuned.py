@@ -181,7 +181,11 @@ def _shipped(use: Use) -> Choice:
         made = _listed([_sampling(*_sampling_of(tuned.adapter)) for tuned in found])
         what = f"{name} was" if len(found) == 1 else f"the model's adapters for {use.preset.name} were"
         return Choice(note=f"{what} made for {made}; this run has {_sampling(use.steps, use.guidance_scale)}")
-    tuned = fitting[0]
+    shape = f"{use.width}x{use.height}", use.num_frames
+    tuned = next((one for one in fitting if (one.adapter.size, one.adapter.num_frames) == shape), fitting[0])
+    others = _differences(tuned, use)
+    if others is not None:
+        return Choice(note=f"{name} was made for {others}")
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         return Choice(note=f"{name} was made for other fields of it: {misfit}")
@@ -189,7 +193,7 @@ def _shipped(use: Use) -> Choice:
         check(tuned, use)
     except InputError as error:
         return Choice(warnings=(f"{name} is not used: {error.message}",))
-    return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use, name)))
+    return Choice(tuned, is_shipped=True)
 
 
 def _is_named_for(tuned: AdapterFile, use: Use) -> bool:
@@ -201,8 +205,15 @@ def _sampling_of(adapter: TunedAdapter) -> tuple[int, float]:
     return adapter.steps, adapter.guidance_scale
 
 
-def _made_for_others(tuned: AdapterFile, use: Use, name: str | None = None) -> Iterator[str]:
-    """A sentence, that calls it `name`, where steps, guidance or shape are not those that an adapter was made for."""
+def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
+    """A sentence where steps, guidance or shape are not those that an adapter was made for."""
+    words = _differences(tuned, use)
+    if words is not None:
+        yield f"adapter {tuned.path} was made for {words}: it may correct less"
+
+
+def _differences(tuned: AdapterFile, use: Use) -> str | None:
+    """'96x96, and this run has 80x64', where steps, guidance or shape are not those that an adapter was made for."""
     said, size = tuned.adapter, f"{use.width}x{use.height}"
     pairs = [
         (f"{said.steps} steps", f"{use.steps}", said.steps != use.steps),
@@ -211,9 +222,8 @@ def _made_for_others(tuned: AdapterFile, use: Use, name: str | None = None) -> I
         (f"{said.num_frames} frames", f"{use.num_frames}", said.num_frames != use.num_frames),
     ]
     others = [(there, here) for there, here, differs in pairs if differs]
-    if others:
-        there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
-        yield f"{name or f'adapter {tuned.path}'} was made for {there}, and this run has {here}: it may correct less"
+    there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
+    return f"{there}, and this run has {here}" if others else None
 
 
 def _sampling(steps: int, guidance_scale: float) -> str:
@@ -221,4 +231,4 @@ def _sampling(steps: int, guidance_scale: float) -> str:
 
 
 def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"
