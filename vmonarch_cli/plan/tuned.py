@@ -12,7 +12,14 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
-from vmonarch_cli.models.tuned import TunedAdapter, check_base, check_finite, read_adapter, shipped_adapters
+from vmonarch_cli.models.tuned import (
+    TunedAdapter,
+    check_base,
+    check_finite,
+    other_base,
+    read_adapter,
+    shipped_adapters,
+)
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
@@ -193,7 +200,7 @@ def _shipped(use: Use) -> Choice:
         check(tuned, use)
     except InputError as error:
         return Choice(warnings=(f"{name} is not used: {error.message}",))
-    return Choice(tuned, is_shipped=True)
+    return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use)))
 
 
 def _is_named_for(tuned: AdapterFile, use: Use) -> bool:
@@ -206,7 +213,15 @@ def _sampling_of(adapter: TunedAdapter) -> tuple[int, float]:
 
 
 def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
-    """A sentence where steps, guidance or shape are not those that an adapter was made for."""
+    """A sentence where steps, guidance or shape are not those that an adapter was made for, and one where the model is
+    another one that it allows.
+    """
+    other = None if use.folder is None else other_base(tuned.adapter, use.folder)
+    if other is not None:
+        yield (
+            f"adapter {tuned.path} was tuned and measured on {tuned.adapter.model}, and says that it may go with "
+            f"{other}, too"
+        )
     words = _differences(tuned, use)
     if words is not None:
         yield f"adapter {tuned.path} was made for {words}: it may correct less"
