@@ -27,6 +27,8 @@ KERNEL, QUALITY = "h200-kernel.json", "h200-quality-demo.json"
 STEPS = ("h200-wan2.1-1.3b-480p-compiled.json", "h200-wan2.1-1.3b-720p-compiled.json")
 SMALL_CARDS = ("h200-card-wan2.1-1.3b.json", "h200-card-wan2.2-5b.json")
 LARGEST = "h200-wan2.1-14b-largest.json"
+TUNED = ", tuned"
+"""Ends the name of a row that ran with an adapter."""
 PRESETS, DEFAULT = ("paper", "fast", "balanced", "quality"), "balanced"
 _BLOCK = re.compile(r"(?P<begin><!-- measured: (?P<name>[a-z-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 _THEMES = {"overview.png": ("#ffffff", "#1f2328"), "overview-dark.png": ("#0d1117", "#e6edf3")}
@@ -94,22 +96,35 @@ def cards(records: dict[str, Record]) -> list[str]:
 
 
 def closeness(records: dict[str, Record]) -> list[str]:
-    """How far the shipped demo model's clips are from dense ones."""
+    """How far the shipped demo model's clips are from dense ones, and with the adapters that the record has rows of."""
     quality = records[QUALITY]["quality"]
     by_name = {row["name"]: row for row in quality["rows"]}
+    has_adapters = any(name + TUNED in by_name for name in PRESETS)
     rows = [
         [
             f"`{name}`{' (default)' * (name == DEFAULT)}",
             tomllib.loads((ROOT / "presets" / f"{name}.toml").read_text(encoding="utf-8"))["description"],
             f"{100 * by_name[name]['flops_share']:.0f} %",
-            f"{by_name[name]['latent_error']:.3f}",
-            f"{by_name[name]['psnr']:.1f}\u00a0dB",
+            *_close(by_name[name]),
+            *(_close(by_name.get(name + TUNED)) if has_adapters else ()),
         ]
         for name in PRESETS
     ]
-    titles, _, *rows = table(["preset", "what it does", "work", "error", "PSNR"], rows)
+    names = ["preset", "what it does", "work", "error", "PSNR", *["error with its adapter", "PSNR"] * has_adapters]
+    titles, _, *rows = table(names, rows)
     what = f"Means of {len(quality['prompts'])} prompts, {quality['steps']} steps, against dense from the same noise. "
-    return [titles, "|---|---|---:|---:|---:|", *rows, "", what + _origin(records[QUALITY])]
+    return [
+        titles,
+        "|---|---|---:|---:|---:|" + "---:|---:|" * has_adapters,
+        *rows,
+        "",
+        what + _origin(records[QUALITY]),
+    ]
+
+
+def _close(row: Record | None) -> list[str]:
+    """Error and PSNR of a row; of one that is not there, dashes."""
+    return ["-", "-"] if row is None else [f"{row['latent_error']:.3f}", f"{row['psnr']:.1f}\u00a0dB"]
 
 
 TABLES: dict[str, Callable[[dict[str, Record]], list[str]]] = {"calls": calls, "cards": cards, "closeness": closeness}
@@ -173,11 +188,17 @@ def _draw_error(axis: Any, rows: list[Record], ink: str) -> None:
     for name in PRESETS:
         at = (100 * by_name[name]["flops_share"], by_name[name]["latent_error"])
         axis.plot(*at, marker="o", markersize=9, color=_COLOURS[name])
+        tuned = by_name.get(name + TUNED)
+        if tuned is not None:  # below its preset: the same work, a smaller error
+            below = (at[0], tuned["latent_error"])
+            axis.annotate("", below, at, arrowprops={"arrowstyle": "-", "color": _COLOURS[name], "linestyle": ":"})
+            axis.plot(*below, marker="o", markersize=9, color=_COLOURS[name], fillstyle="none")
         axis.annotate(name, at, xytext=(9, 3), textcoords="offset points", color=ink)
     axis.plot(100, 0, marker="s", markersize=8, color="#888888", clip_on=False)
     axis.annotate("dense", (100, 0), xytext=(-42, 6), textcoords="offset points", color=ink)
     axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error of the final latents")
-    axis.set_title("demo model against dense, same noise", loc="left", fontsize=11)
+    hollow = "; hollow: with its adapter" * any(name + TUNED in by_name for name in PRESETS)
+    axis.set_title(f"demo model against dense, same noise{hollow}", loc="left", fontsize=11)
 
 
 def _origin(record: Record) -> str:

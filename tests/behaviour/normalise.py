@@ -125,6 +125,7 @@ class _Tidy:
         """Without what is of this machine or this run: folders, the device, versions."""
         text = text.replace(str(self._folder), "<folder>").replace(str(self._folder.parent / "home"), "<home>")
         text = re.sub(r"[^\s\"'=]*/weights\b", "<demo weights>", text)
+        text = re.sub(r"[^\s\"'=]*/demo/tuned\b", "<demo adapters>", text)
         text = re.sub(r"(needs at least [^:]* and )[\d.]+ \w+( are free)", r"\1<size>\2", text)
         text = _DEVICE.sub("<machine>", text)
         for pattern, plain in _DOCTOR:

@@ -39,6 +39,21 @@ def test_a_changed_figure_is_found_and_put_right(readme: ModuleType, tmp_path: P
     assert readme.filled(copy.read_text(), records) == text
 
 
+def test_rows_with_an_adapter_have_columns_of_their_own(readme: ModuleType, tmp_path: Path) -> None:
+    records = dict(readme.load(readme.HERE / "results"))
+    rows = [row for row in records[readme.QUALITY]["quality"]["rows"] if not row["name"].endswith(readme.TUNED)]
+    fast = next(row for row in rows if row["name"] == "fast")
+    tuned = {**fast, "name": "fast, tuned", "latent_error": 0.0123, "psnr": 45.6}
+    quality = {**records[readme.QUALITY]["quality"], "rows": [*rows, tuned]}
+    records[readme.QUALITY] = {**records[readme.QUALITY], "quality": quality}
+    lines = readme.closeness(records)
+    assert "| 0.012 | 45.6\u00a0dB |" in next(line for line in lines if line.startswith("| `fast`"))
+    assert next(line for line in lines if line.startswith("| `paper`")).endswith("| - | - |")
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    pytest.importorskip("matplotlib")
+    readme.draw(records, tmp_path)
+
+
 def test_no_figure_stands_outside_the_tables() -> None:
     prose = CODE.sub("", GENERATED.sub("", README.read_text()))
     assert not FIGURE.findall(prose)

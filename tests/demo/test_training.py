@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import write
 from diffusers import AutoencoderKLWan
 
 from vmonarch_cli.demo import score
@@ -19,6 +20,8 @@ from vmonarch_cli.demo.training.flags import parse_phases
 from vmonarch_cli.demo.training.loop import Schedule, learning_rate
 from vmonarch_cli.demo.training.step_inputs import sigmas_for
 from vmonarch_cli.demo.training.train_text import all_facts, facts
+from vmonarch_cli.plan.tuned import read
+from vmonarch_cli.presets import load_preset
 
 VAE = [
     "vae", "--preset", "tiny", "--size", "32", "--batch", "1", "--image-batch", "4", "--phases", "1:0.5,5:1",
@@ -132,6 +135,23 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
     card = (trained / "weights" / "MODEL_CARD.md").read_text()
     assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
     assert "| text encoder | 2 | 32 captions |" in card
+
+
+def test_an_adapter_has_a_row_of_its_own(trained: Path, tmp_path: Path) -> None:
+    made_for = {"size": "32x32", "num_frames": 5, "steps": 1, "training": {"device": "NVIDIA H200", "seconds": 1.0}}
+    path = write(trained / "weights", tmp_path / "mine.safetensors", load_preset("paper"), **made_for)
+    settings = score.Settings(prompts=1, steps=1, batch=1, size=32, num_frames=5)
+    result = score.score(
+        trained / "weights", settings, ["dense", "paper", read(path)], device=torch.device("cpu"), reader_clips=1,
+        vae_clips=1,
+    )  # fmt: skip
+    assert list(result["presets"]) == ["dense", "paper", "paper, tuned"]
+    errors = [result["presets"][name]["against_first"]["latent_error_mean"] for name in ("paper", "paper, tuned")]
+    assert errors[0] != errors[1]
+    vae, dit = (json.loads((trained / f"{name}_report.json").read_text()) for name in ("vae", "dit"))
+    card = model_card(vae, dit, result, vae_parameters=1, adapters=[read(path).adapter])
+    assert "| preset `paper` with its adapter |" in card
+    assert "| `paper` | 1 | 3 | NVIDIA H200, 1 s | 0.400 | 0.250 |" in card
 
 
 def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_model_defaults_and_their_origins() -> None:
         "default",
     ]
     assert p.preset.name == "balanced"
-    assert plan(model="demo").preset.name == "paper", "it was tuned with it"
+    assert plan(model="demo").preset.name == "fast"
 
 
 def test_flags_beat_presets_and_presets_beat_defaults() -> None:

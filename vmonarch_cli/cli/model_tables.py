@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.tuned import read_adapter
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
 from vmonarch_cli.presets import at_steps, load_preset
@@ -63,8 +65,8 @@ def models_json(models: Sequence[ModelEntry]) -> list[dict[str, Any]]:
     ]
 
 
-def model_table(model: ModelEntry) -> Group:
-    """Everything known about one model."""
+def model_table(model: ModelEntry, adapters: Sequence[Path] = ()) -> Group:
+    """Everything known about one model; `adapters`: files of those that it brings."""
     d, cost = model.defaults, _step(model)
     pipeline = PIPELINES[model.pipeline]
     grid = " x ".join(str(n) for n in model.grid(d.height, d.width, d.num_frames))
@@ -95,6 +97,7 @@ def model_table(model: ModelEntry) -> Group:
         ("grid", f"{grid} = {_tokens(model):,} tokens (latent frames x rows x columns)"),
         ("one call", f"{flops(cost.dense_call)} dense, {flops(cost.structured_call)} with preset {d.preset}"),
     ]
+    rows += [("tuned", read_adapter(path).words) for path in adapters]
     rows += [(f"offload {mode}", f"about {binary_size(peak)} in bfloat16") for mode, peak in _peaks(model).items()]
     return Group(Text(model.title, style="bold"), facts(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,5 +35,8 @@ def show(
     """Show what is known about a model: its names, layout, defaults, valid shapes, cost and memory."""
     from vmonarch_cli.cli.model_tables import model_table
     from vmonarch_cli.models.registry import find_model
+    from vmonarch_cli.plan.tuned import brought
 
-    Output().show(model_table(find_model(name, revision)[0]))
+    model, source = find_model(name, revision)
+    folder = Path(source)
+    Output().show(model_table(model, brought(folder) if folder.is_dir() else ()))

@@ -73,6 +73,7 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         "settings": resolved.settings(),
         "model_source": resolved.model_source,
         "tuned": None if resolved.tuned is None else resolved.tuned.facts(),
+        **({} if resolved.tuned_note is None else {"tuned_note": resolved.tuned_note}),
         **({} if resolved.preset_reason is None else {"preset_reason": resolved.preset_reason}),
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,

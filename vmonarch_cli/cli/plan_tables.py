@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, quantize_rows, tuned_words
+from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lora_rows, quantize_rows
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
@@ -24,6 +25,7 @@ from vmonarch_cli.plan.memory import (
     totals,
 )
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
@@ -63,6 +65,8 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         if name == "output":  # the files follow below
             continue
         value = _shown(entry["value"])
+        if name == "tuned" and entry["origin"] == MODEL_DEFAULT:
+            value = Path(value).name
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
         made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
@@ -74,7 +78,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
         *_quantize_rows(plan),
-        *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
+        *(("adapter", words) for words in adapter_words(plan)),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
         *memory_rows(memory_of([plan], vram), [plan]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -38,7 +39,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
-            *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
+            *(("tuned", words) for words in adapter_words(plan)),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
             *quantize_rows(plan),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
@@ -64,6 +65,13 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
     return (f"{named} (dense)" if structured == "dense" else f"{structured}, dense calls by {named}") + fused
 
 
+def adapter_words(plan: Plan) -> list[str]:
+    """The adapter that a plan runs with, or why the model's own are not used; nothing where there are none."""
+    if plan.tuned is not None:
+        return [tuned_words(plan.tuned, plan.origins["tuned"])]
+    return [] if plan.tuned_note is None else [f"none: {plan.tuned_note}"]
+
+
 def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
     """What `--quantize` does to the transformer's weights: one row, none where it does nothing."""
     kind = plan.setup.quantize
@@ -82,13 +90,9 @@ def _replays(plan: Plan, machine: Machine) -> bool:
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:
     """An adapter's file, where it came from, and what it was made for."""
-    said = tuned.adapter
-    whose = f" ({origin})" if origin == MODEL_DEFAULT else ""
-    error = "" if said.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*said.gain)
-    return (
-        f"{tuned.path}{whose}, made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}, "
-        f"{said.size}, {said.num_frames} frames{error}"
-    )
+    if origin == MODEL_DEFAULT:
+        return f"{Path(tuned.path).name} of the model, {tuned.adapter.words}"
+    return f"{tuned.path}, {tuned.adapter.words}"
 
 
 def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
+from vmonarch_cli.models.tuned import TunedAdapter, read_adapter, shipped_adapters
+from vmonarch_cli.plan.tuned import TUNED_ROW
 
 _TEMPLATE = """---
 license: apache-2.0
@@ -58,7 +61,7 @@ middle, and the loss weighs more where objects are; both fade out. The transform
 {dit_loss:.4f}.{structured}
 
 To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text --out DIR`, then
-`dit --vae DIR/vae --text DIR --out DIR`.
+`dit --vae DIR/vae --text DIR --out DIR`.{adapters}
 
 ## Measured
 
@@ -92,11 +95,29 @@ In the training marked as tuned, half of every batch repeats the other half's cl
 preset `paper` runs it, one with every frame's own keys exact besides), and the loss asks that both halves agree: the
 paper tunes its models with its attention, too. Presets are therefore closer to dense here than on a model that never
 saw them."""
+_ADAPTERS = """
+
+## Adapters
+
+`vmonarch_cli/demo/tuned` has adapters that `vmonarch tune` made of these weights, from prompts alone. Each belongs to
+one preset at so many steps and such a guidance, and is used there without being asked for; `--tuned none` leaves it
+out. Dense attention never runs with one. Mean relative error of the latents on {prompts} further held-out prompts:
+
+| preset | steps | guidance | made on | error before | after |
+| --- | --- | --- | --- | --- | --- |
+{rows}"""
 
 Report = dict[str, Any]
 
 
-def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, text_alone: Report | None = None) -> str:
+def model_card(
+    vae: Report,
+    dit: Report,
+    score: Report,
+    vae_parameters: int,
+    text_alone: Report | None = None,
+    adapters: Sequence[TunedAdapter] = (),
+) -> str:
     """The card's text.
 
     Args:
@@ -105,6 +126,7 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
         score: the scorer's JSON; its first preset and its reader and autoencoder parts are used.
         vae_parameters: number of parameters of the autoencoder.
         text_alone: `text_report.json`, where the text encoder was trained on its own first.
+        adapters: what those that come with the model say of themselves.
 
     """
     presets = score["presets"]
@@ -145,6 +167,7 @@ def model_card(vae: Report, dit: Report, score: Report, vae_parameters: int, tex
         steps=score["settings"]["steps"],
         score_device=score["device"],
         structured=_STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
+        adapters=_adapters(adapters),
         agreement="\n".join(_agreement(presets)),
         distances="\n".join(_distances(presets)),
         reader_clips=score["reader"]["clips"],
@@ -179,11 +202,28 @@ def _chain(report: Report) -> list[Report]:
     return chain
 
 
+def _adapters(adapters: Sequence[TunedAdapter]) -> str:
+    """The section of the adapters; nothing where none come with the model."""
+    rows = []
+    for said in adapters:
+        before, after = said.gain or (math.nan, math.nan)
+        made = f"{said.training['device']}, {said.training['seconds']:.0f} s"
+        sampling = f"{said.steps} | {said.guidance_scale:g}"
+        rows.append(f"| `{said.preset_name}` | {sampling} | {made} | {before:.3f} | {after:.3f} |")
+    return _ADAPTERS.format(prompts=adapters[0].evaluation["prompts"], rows="\n".join(rows)) if adapters else ""
+
+
+def _name(row: str) -> str:
+    """How the card calls a row of the score: 'preset `fast` with its adapter'."""
+    preset, tuned, _ = row.partition(TUNED_ROW)
+    return f"preset `{preset}`{' with its adapter' * bool(tuned)}"
+
+
 def _agreement(presets: dict[str, Report]) -> list[str]:
     """Rows of the table of agreement: every preset, and the first one's clips of one and of two objects."""
     rows = []
     for number, (name, entry) in enumerate(presets.items()):
-        rows.append(f"| preset `{name}` | {_row(entry)} |")
+        rows.append(f"| {_name(name)} | {_row(entry)} |")
         if not number:
             rows += [f"| its clips of {kind} | {_row(entry[key])} |" for kind, key in _KINDS_OF_CLIPS]
     return rows
@@ -203,7 +243,7 @@ def _distances(presets: dict[str, Report]) -> list[str]:
         "| | PSNR | SSIM | relative error of the latents |",
         "| --- | --- | --- | --- |",
         *(
-            f"| preset `{name}` | {c['psnr_median']:.1f} dB | {c['ssim_median']:.3f} | {c['latent_error_median']:.3f} |"
+            f"| {_name(name)} | {c['psnr_median']:.1f} dB | {c['ssim_median']:.3f} | {c['latent_error_median']:.3f} |"
             for name, c in compared.items()
         ),
         "",
@@ -233,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {part: args.reports / f"{part}_report.json" for part in ("vae", "dit", "text")}
     vae, dit = (json.loads(found[part].read_text()) for part in ("vae", "dit"))
     text_alone = json.loads(found["text"].read_text()) if found["text"].is_file() else None
-    card = model_card(vae, dit, json.loads(args.score.read_text()), vae_parameters, text_alone)
+    adapters = [read_adapter(path) for path in shipped_adapters(args.weights.parent)]
+    card = model_card(vae, dit, json.loads(args.score.read_text()), vae_parameters, text_alone, adapters)
     (args.weights / "MODEL_CARD.md").write_text(card)
 
 

@@ -2,7 +2,8 @@
 
 `python -m vmonarch_cli.demo.score --weights DIR --json FILE` checks the reader on rendered clips, measures the
 autoencoder on held-out clips, generates held-out prompts and reads the clips. `--preset` (repeatable) generates once
-per preset; every preset after the first is compared with the first, pair by pair, from the same noise.
+per preset; every preset after the first is compared with the first, pair by pair, from the same noise. `--tuned FILE`
+(repeatable) adds a row with that adapter, for the preset that it was made for.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vmonarch_cli.demo.reader import Reading
+    from vmonarch_cli.plan.setup import AdapterFile
+
 DENSE = "dense"
 _HELD_OUT_SEED = 2  # the prompts' own name space; 0 is the autoencoder's clips, 1 the training's samples
 _EQUAL_PSNR = 100.0  # stands for infinity, which JSON cannot say
 
-SwapAttention = Callable[[Any, str], AbstractContextManager[Any]]
+SwapAttention = Callable[..., AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,16 @@ class Settings:
     num_frames: int = 49
 
 
-def swap_attention(pipeline: Any, preset: str) -> AbstractContextManager[Any]:
-    """Run the pipeline's self-attention as a preset says; the only tie between the scorer and the command line."""
+def swap_attention(pipeline: Any, preset: str, tuned: AdapterFile | None = None) -> AbstractContextManager[Any]:
+    """Run the pipeline's self-attention as a preset says, with an adapter that the pipeline has loaded."""
     if preset == DENSE:
         return nullcontext()
     from vmonarch_cli.pipeline.swap import swapped
     from vmonarch_cli.presets import load_preset
 
-    context: AbstractContextManager[Any] = swapped(pipeline, load_preset(preset))
+    chosen = load_preset(preset) if tuned is None else tuned.adapter.made_for
+    adapter = None if tuned is None else tuned.layer_name
+    context: AbstractContextManager[Any] = swapped(pipeline, chosen, adapter=adapter)
     return context
 
 
@@ -80,14 +86,17 @@ def check_reader(count: int, device: Any, size: int = 96, vae: Any = None) -> di
     return {name: value / count for name, value in right.items()}
 
 
-def load(weights: Path, device: Any) -> Any:
+def load(weights: Path, device: Any, tuned: Sequence[AdapterFile] = ()) -> Any:
     """The pipeline as users run it: bfloat16 transformer and text encoder on a GPU, float32 otherwise."""
     import torch
     from diffusers import WanPipeline
 
+    from vmonarch_cli.pipeline.tuned import load_adapters
+
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = WanPipeline.from_pretrained(weights, dtype={"vae": torch.float32, "default": low}).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    load_adapters(pipeline, tuned)
     return pipeline
 
 
@@ -97,6 +106,7 @@ def generate(
     settings: Settings,
     preset: str = DENSE,
     swap: SwapAttention = swap_attention,
+    **adapter: AdapterFile,
 ) -> tuple[Tensor, Tensor]:
     """Final latents (N, z, T, h, w) and clips (N, 3, F, H, W) in [-1, 1] of the specs' prompts, both on the CPU.
 
@@ -110,7 +120,7 @@ def generate(
     latents, clips = [], []
     for start in range(0, len(specs), settings.batch):
         rows = range(start, min(start + settings.batch, len(specs)))
-        with swap(pipeline, preset):
+        with swap(pipeline, preset, **adapter):
             final = pipeline(
                 [plain_caption(specs[i]) for i in rows],
                 height=settings.size,
@@ -129,14 +139,20 @@ def generate(
     return torch.cat(latents), torch.cat(clips)
 
 
+def read_clips(clips: Tensor) -> list[Reading]:
+    """What each of the clips (N, 3, F, H, W) in [-1, 1] shows."""
+    from vmonarch_cli.demo.reader import read_clip
+
+    return [read_clip(clip) for clip in clips]
+
+
 def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
     """Share of clips that show each attribute of their prompt, for single objects and pairs, and every miss."""
     from vmonarch_cli.demo.captions import plain_caption
-    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
+    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement
 
     rows, misses = [], []
-    for spec, clip in zip(specs, clips, strict=True):
-        reading = read_clip(clip)
+    for spec, reading in zip(specs, read_clips(clips), strict=True):
         found = asdict(agreement(spec, reading))
         rows.append({**found, "pair": len(spec.objects) == 2})
         if not all(found.values()):
@@ -158,15 +174,19 @@ def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
     }
 
 
-def compare(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict[str, float | int]:
-    """How far the second preset's clips are from the first's: medians, the mean error and the worst."""
+def compare(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], device: Any = "cpu") -> dict[str, float | int]:
+    """How far the second preset's clips are from the first's: medians, the mean error and the worst.
+
+    Each is (latents, clips), as `generate` gives them; `device` computes.
+    """
     from statistics import fmean, median
 
     from vmonarch_cli.media.metrics import psnr, relative_error, ssim
 
     count = len(first[0])
-    psnrs = [min(_EQUAL_PSNR, psnr((second[1][i] + 1) / 2, (first[1][i] + 1) / 2)) for i in range(count)]
-    ssims = [ssim((second[1][i] + 1) / 2, (first[1][i] + 1) / 2) for i in range(count)]
+    ours, theirs = ([(clip.to(device) + 1) / 2 for clip in side[1]] for side in (second, first))
+    psnrs = [min(_EQUAL_PSNR, psnr(a, b)) for a, b in zip(ours, theirs, strict=True)]
+    ssims = [ssim(a, b) for a, b in zip(ours, theirs, strict=True)]
     errors = [relative_error(second[0][i], first[0][i]) for i in range(count)]
     return {
         "prompts": count,
@@ -183,7 +203,7 @@ def compare(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict
 def score(
     weights: Path,
     settings: Settings,
-    presets: Sequence[str] = (DENSE,),
+    presets: Sequence[str | AdapterFile] = (DENSE,),
     *,
     device: Any,
     reader_clips: int = 120,
@@ -191,15 +211,17 @@ def score(
     swap: SwapAttention = swap_attention,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything the scorer measures, as plain data."""
+    """Everything the scorer measures, as plain data; `presets`: names, and adapters with the preset of each."""
     from vmonarch_cli.demo.training.loop import save_sheet
     from vmonarch_cli.demo.training.vae_quality import score_vae
     from vmonarch_cli.pipeline.device import device_name
+    from vmonarch_cli.plan.tuned import adapter_names
 
     result: dict[str, Any] = {"device": device_name(device), "settings": asdict(settings)}
     if reader_clips:
         result["reader"] = {"clips": reader_clips, **check_reader(reader_clips, device, settings.size)}
-    pipeline = load(weights, device)
+    tuned = [one for one in presets if not isinstance(one, str)]
+    pipeline = load(weights, device, tuned)
     if vae_clips:
         result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, size=settings.size)[0]
         shares = check_reader(vae_clips, device, settings.size, pipeline.vae)
@@ -207,9 +229,11 @@ def score(
     specs = held_out_specs(settings.prompts)
     result["presets"] = {}
     reference: tuple[Tensor, Tensor] | None = None
-    for preset in presets:
+    rows: dict[str, tuple[str, dict[str, AdapterFile]]] = {one: (one, {}) for one in presets if isinstance(one, str)}
+    rows |= {name: (one.adapter.preset_name, {"tuned": one}) for name, one in adapter_names(tuned).items()}
+    for name, (preset, adapter) in rows.items():
         start = time.monotonic()
-        generated = generate(pipeline, specs, settings, preset, swap)
+        generated = generate(pipeline, specs, settings, preset, swap, **adapter)
         seconds = time.monotonic() - start
         entry = {**read_agreement(specs, generated[1]), "seconds": seconds}
         if reference is None:
@@ -217,8 +241,8 @@ def score(
             if sheet is not None:
                 save_sheet(sheet, list(generated[1]), columns=max(1, len(specs) // 16))
         else:
-            entry["against_first"] = compare(reference, generated)
-        result["presets"][preset] = entry
+            entry["against_first"] = compare(reference, generated, device)
+        result["presets"][name] = entry
     return result
 
 
@@ -287,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--size", type=int, default=defaults.size)
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
+    parser.add_argument("--tuned", action="append", type=Path, help="an adapter, for a row of its own (repeatable)")
     parser.add_argument("--device")
     parser.add_argument("--reader-clips", type=int, default=120, help="rendered clips to check the reader on; 0: none")
     parser.add_argument("--vae-clips", type=int, default=16, help="clips for the autoencoder; 0: none")
@@ -295,13 +320,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from vmonarch_cli.pipeline.device import pick_device
     from vmonarch_cli.pipeline.load import quiet_libraries
+    from vmonarch_cli.plan.tuned import read
 
     quiet_libraries()
     settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size)
     result = score(
         args.weights,
         settings,
-        args.preset or (DENSE,),
+        [*(args.preset or (DENSE,)), *map(read, args.tuned or ())],
         device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,
         vae_clips=args.vae_clips,

@@ -29,7 +29,7 @@ METADATA_KEY = "vmonarch"
 """Under which the metadata of the safetensors file has the JSON of a `TunedAdapter`."""
 ADAPTER_SCHEMA = 1
 FOLDER = "tuned"
-"""Where a model's folder brings its adapters, as tuned/PRESET.safetensors."""
+"""Where a model's folder brings its adapters, as tuned/PRESET.safetensors or tuned/PRESET-ANYTHING.safetensors."""
 _TRANSFORMERS = ("transformer", "transformer_2")
 _SAMPLE = 4096
 """Bytes of each tensor that a fingerprint reads."""
@@ -112,6 +112,15 @@ class TunedAdapter(BaseModel):
         errors = [table.get("latent_error_mean") for table in tables if isinstance(table, dict)]
         numbers = [float(error) for error in errors if isinstance(error, float)]
         return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
+    @property
+    def words(self) -> str:
+        """What it was made for, and its gain: 'made for paper, 20 steps, guidance 4, 96x96, 49 frames, error ...'."""
+        error = "" if self.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*self.gain)
+        return (
+            f"made for {self.preset_name}, {self.steps} steps, guidance {self.guidance_scale:g}, {self.size}, "
+            f"{self.num_frames} frames{error}"
+        )
 
     def to_json(self) -> str:
         """The text for the metadata."""
@@ -256,12 +265,15 @@ def short(fingerprint: str) -> str:
     return fingerprint[:12]
 
 
-def shipped_adapter(folder: Path, preset: str) -> Path | None:
-    """The adapter that a model's folder brings for a preset of this name, if any."""
-    if not re.fullmatch(r"[\w.-]+", preset):
-        return None
-    path = folder / FOLDER / f"{preset}.safetensors"
-    return path if path.is_file() else None
+def shipped_adapters(folder: Path, preset: str | None = None) -> list[Path]:
+    """Files of the adapters that a model's folder brings, of all or for a preset of this name by the files' names.
+
+    What begins with the preset's name and a dash may be for another preset, of a longer name: its metadata says.
+    """
+    files = sorted(path for path in (folder / FOLDER).glob("*.safetensors") if path.is_file())
+    if preset is None:
+        return files
+    return [path for path in files if path.stem == preset or path.stem.startswith(f"{preset}-")]
 
 
 def other_base(adapter: TunedAdapter, folder: Path) -> str | None:

@@ -158,7 +158,27 @@ def _demo() -> list[Finding]:
     except ModelError as error:
         return [Finding("demo model", error.message, "broken")]
     params = entry.transformer_params + entry.text_encoder_params + entry.vae_params
-    return [Finding("demo model", f"{params / 1e6:.1f} million parameters")]
+    return [Finding("demo model", f"{params / 1e6:.1f} million parameters"), *_demo_adapters()]
+
+
+def _demo_adapters() -> list[Finding]:
+    """Whether the adapters that come with the demo model are for its weights."""
+    from vmonarch_cli.errors import InputError
+    from vmonarch_cli.models.demo import WEIGHTS
+    from vmonarch_cli.models.tuned import check_base
+    from vmonarch_cli.plan.tuned import brought, read
+
+    found = []
+    for path in brought(WEIGHTS):
+        try:
+            said = read(path).adapter
+            check_base(said, str(path), WEIGHTS)
+        except InputError as error:
+            found.append(Finding("demo adapter", error.message, "broken"))
+            continue
+        words = f"made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}"
+        found.append(Finding("demo adapter", words))
+    return found
 
 
 def _kernels() -> list[Finding]:

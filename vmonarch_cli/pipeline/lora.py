@@ -38,7 +38,7 @@ def read_loras(texts: tuple[str, ...], transformers: int) -> list[ReadLora]:
     What is wrong with a file is found here, before the model is read.
     """
     if texts and importlib.util.find_spec("peft") is None:
-        raise InputError('--lora needs peft: pip install "vmonarch[lora]"')
+        raise InputError("--lora needs peft: pip install peft")
     files = [(file, lora.scale) for lora in map(parse_lora, texts) for file in lora_files(lora, transformers)]
     return [ReadLora(file, scale, read_weights(file)) for file, scale in files]
 

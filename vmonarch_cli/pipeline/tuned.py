@@ -81,7 +81,7 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
     if not hasattr(pipeline, "load_lora_weights"):
         raise InputError(f"--tuned: diffusers loads no LoRA into a {type(pipeline).__name__}")
     if importlib.util.find_spec("peft") is None:
-        raise InputError('--tuned needs peft: pip install "vmonarch[lora]"')
+        raise InputError("--tuned needs peft: pip install peft")
     before = active_adapters(pipeline)
     file = LoraFile(path, str(path), _expert(pipeline, path))
     load_lora(pipeline, ReadLora(file, 1.0, read_weights(file)), name)

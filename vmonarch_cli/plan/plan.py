@@ -76,6 +76,8 @@ class Plan(BaseModel):
     audio: bool | None = None
     """Whether the clip has the sound that its model makes; None for a model that makes none."""
     setup: Setup = Setup()
+    tuned_note: str | None = None
+    """Why none of the adapters that the model brings for the preset is used; None where it brings none."""
     loras: tuple[LoraFacts, ...] = ()
     """Of the LoRA files that lie on this disk; those of the hub are looked at when they are there."""
     origins: dict[str, str]

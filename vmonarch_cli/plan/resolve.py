@@ -119,7 +119,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     grid = model.grid(height, width, num_frames)
     checks.latent_frames(preset, model, grid[0], num_frames)
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
-    preset = at_steps(preset, steps)
+    chosen, preset = preset, at_steps(preset, steps)
     guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
     fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
     checks.sound_length(model, num_frames, fps)
@@ -144,7 +144,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others, levels.sigmas)
     step_costs = tuple(work.step_costs(preset))
     flops = work.flops(preset, step_costs)
-    use = Use(source, revision, facts, preset, steps, guidance, height, width, num_frames, replaced=bool(files))
+    use = Use(source, revision, facts, chosen, steps, guidance, height, width, num_frames, replaced=bool(files))
     choice = choose(request.tuned, use)
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
     if choice.is_shipped:
@@ -194,6 +194,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
         loras=(loras := _describe_loras(setup.loras, model)),
+        tuned_note=choice.note,
         origins={"prompt": DEFAULT if without else FLAG, **origins, **dict.fromkeys(of_recipe, RECIPE)},
         notes=(DEMO_NOTE,) if model.alias == DEMO_ALIAS and request.model is None else (),
         warnings=(

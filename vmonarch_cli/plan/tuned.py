@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,23 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
-from vmonarch_cli.models.tuned import check_base, check_finite, other_base, read_adapter, shipped_adapter
+from vmonarch_cli.models.tuned import (
+    TunedAdapter,
+    check_base,
+    check_finite,
+    other_base,
+    read_adapter,
+    shipped_adapters,
+)
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 NONE = "none"
 """What `--tuned` takes for no adapter."""
-_PEFT = 'needs peft: pip install "vmonarch[lora]"'
+TUNED_ROW = ", tuned"
+"""Ends the name of a measured row that runs with an adapter, before a number where several rows have the name."""
+_PEFT = "needs peft: pip install peft"
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Use:
     revision: str | None
     facts: PipelineFacts
     preset: Preset
+    """As it was chosen, or as `at_steps` resolved it."""
     steps: int
     guidance_scale: float
     height: int
@@ -45,12 +55,9 @@ class Use:
         folder = Path(self.source).expanduser()
         return folder if folder.is_dir() else snapshot_at_hand(self.source, self.revision)
 
-    def shipped(self) -> Iterator[Path]:
-        """What the model brings for a preset of this name; the demo's lie beside its weights."""
-        folder = self.folder
-        places = [] if folder is None else [folder, *([WEIGHTS.parent] if folder == WEIGHTS else [])]
-        found = (shipped_adapter(place, self.preset.name) for place in places)
-        return (path for path in found if path is not None)
+    def shipped(self) -> list[Path]:
+        """What the model brings for a preset of this name."""
+        return [] if self.folder is None else brought(self.folder, self.preset.name)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,16 @@ class Choice:
     tuned: AdapterFile | None = None
     is_shipped: bool = False
     warnings: tuple[str, ...] = ()
+    note: str | None = None
+    """Why none of those that the model brings for the preset is used."""
+
+
+def brought(folder: Path, preset: str | None = None) -> list[Path]:
+    """Files of the adapters that a model's folder brings, for all presets or by a preset's name; the demo's lie beside
+    its weights.
+    """
+    places = [folder, *([WEIGHTS.parent] if folder == WEIGHTS else [])]
+    return [path for place in places for path in shipped_adapters(place, preset)]
 
 
 def choose(given: str | None, use: Use) -> Choice:
@@ -105,12 +122,25 @@ def check(tuned: AdapterFile, use: Use) -> None:
         )
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
-        raise InputError(
-            f"adapter {tuned.path} was tuned with preset {tuned.adapter.preset_name} and cannot run with "
-            f"{use.preset.name}: {misfit}{_hint(tuned)}"
-        )
+        raise InputError(_of_another_preset(tuned, use, misfit))
     if use.folder is not None:
         check_base(tuned.adapter, tuned.path, use.folder)
+
+
+def _of_another_preset(tuned: AdapterFile, use: Use, misfit: str) -> str:
+    """The refusal: the preset is another one, or it is the same and few steps change it."""
+    said, name = tuned.adapter, use.preset.name
+    few = use.preset.few_steps
+    if few is not None and said.misfit(use.preset, said.steps) is None:
+        return (
+            f"adapter {tuned.path} was tuned with preset {name} at {said.steps} steps and cannot run at {use.steps}: "
+            f"up to {few.up_to} steps {name} computes otherwise ({misfit}); "
+            f"`vmonarch tune --sampler-steps {use.steps}` makes one"
+        )
+    return (
+        f"adapter {tuned.path} was tuned with preset {said.preset_name} and cannot run with {name}: "
+        f"{misfit}{_hint(tuned)}"
+    )
 
 
 def _hint(tuned: AdapterFile) -> str:
@@ -118,6 +148,18 @@ def _hint(tuned: AdapterFile) -> str:
     name = tuned.adapter.preset_name
     fits = name in shipped_names() and tuned.adapter.misfit(load_preset(name), tuned.adapter.steps) is None
     return f"; --preset {name} fits it" if fits else ""
+
+
+def adapter_names(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
+    """Names of the rows that run with adapters: the preset's and "tuned", with a number where several have it."""
+    names: dict[str, AdapterFile] = {}
+    for tuned in adapters:
+        name, number = f"{tuned.adapter.preset_name}{TUNED_ROW}", 1
+        while name in names:
+            number += 1
+            name = f"{tuned.adapter.preset_name}{TUNED_ROW} {number}"
+        names[name] = tuned
+    return names
 
 
 def check_file(tuned: AdapterFile, folder: Path) -> None:
@@ -130,39 +172,64 @@ def check_file(tuned: AdapterFile, folder: Path) -> None:
 
 
 def _shipped(use: Use) -> Choice:
-    """The adapter of the model's own folder for a preset of this name, and why it is not used where it does not fit."""
-    path = next(use.shipped(), None)
-    if path is None:
-        return Choice()
+    """The adapter that the model brings for this preset, steps and guidance, or why none of its own is used."""
+    paths = use.shipped()
     name = f"the model's adapter for {use.preset.name}"
-    if importlib.util.find_spec("peft") is None:
+    if paths and importlib.util.find_spec("peft") is None:
         return Choice(warnings=(f"{name} is not used: it {_PEFT}",))
     try:
-        tuned = read(path)
+        found = [tuned for tuned in map(read, paths) if _is_named_for(tuned, use)]
     except InputError as error:
         raise InputError(f"{error.message}; --tuned none goes without it") from None
+    if not found:
+        return Choice()
+    fitting = [tuned for tuned in found if _sampling_of(tuned.adapter) == (use.steps, use.guidance_scale)]
+    if not fitting:
+        made = _listed([_sampling(*_sampling_of(tuned.adapter)) for tuned in found])
+        what = f"{name} was" if len(found) == 1 else f"the model's adapters for {use.preset.name} were"
+        return Choice(note=f"{what} made for {made}; this run has {_sampling(use.steps, use.guidance_scale)}")
+    shape = f"{use.width}x{use.height}", use.num_frames
+    tuned = next((one for one in fitting if (one.adapter.size, one.adapter.num_frames) == shape), fitting[0])
+    others = _differences(tuned, use)
+    if others is not None:
+        return Choice(note=f"{name} was made for {others}")
+    misfit = tuned.adapter.misfit(use.preset, use.steps)
+    if misfit is not None:
+        return Choice(note=f"{name} was made for other fields of it: {misfit}")
     try:
         check(tuned, use)
     except InputError as error:
         return Choice(warnings=(f"{name} is not used: {error.message}",))
-    if (tuned.adapter.steps, tuned.adapter.guidance_scale) != (use.steps, use.guidance_scale):
-        made, here = (
-            _sampling(tuned.adapter.steps, tuned.adapter.guidance_scale),
-            _sampling(use.steps, use.guidance_scale),
-        )
-        sentence = f"{name} is not used: it was made for {made}, and this run has {here}; --tuned {path} uses it"
-        return Choice(warnings=(sentence,))
     return Choice(tuned, is_shipped=True, warnings=tuple(_made_for_others(tuned, use)))
+
+
+def _is_named_for(tuned: AdapterFile, use: Use) -> bool:
+    """Whether a file is for the preset; PRESET-ANYTHING may be another one's."""
+    return Path(tuned.path).stem == use.preset.name or tuned.adapter.preset_name == use.preset.name
+
+
+def _sampling_of(adapter: TunedAdapter) -> tuple[int, float]:
+    return adapter.steps, adapter.guidance_scale
 
 
 def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
     """A sentence where steps, guidance or shape are not those that an adapter was made for, and one where the model is
     another one that it allows.
     """
-    said, size = tuned.adapter, f"{use.width}x{use.height}"
-    other = None if use.folder is None else other_base(said, use.folder)
+    other = None if use.folder is None else other_base(tuned.adapter, use.folder)
     if other is not None:
-        yield f"adapter {tuned.path} was tuned and measured on {said.model}, and says that it may go with {other}, too"
+        yield (
+            f"adapter {tuned.path} was tuned and measured on {tuned.adapter.model}, and says that it may go with "
+            f"{other}, too"
+        )
+    words = _differences(tuned, use)
+    if words is not None:
+        yield f"adapter {tuned.path} was made for {words}: it may correct less"
+
+
+def _differences(tuned: AdapterFile, use: Use) -> str | None:
+    """'96x96, and this run has 80x64', where steps, guidance or shape are not those that an adapter was made for."""
+    said, size = tuned.adapter, f"{use.width}x{use.height}"
     pairs = [
         (f"{said.steps} steps", f"{use.steps}", said.steps != use.steps),
         (f"guidance {said.guidance_scale:g}", f"{use.guidance_scale:g}", said.guidance_scale != use.guidance_scale),
@@ -170,14 +237,13 @@ def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
         (f"{said.num_frames} frames", f"{use.num_frames}", said.num_frames != use.num_frames),
     ]
     others = [(there, here) for there, here, differs in pairs if differs]
-    if others:
-        there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
-        yield f"adapter {tuned.path} was made for {there}, and this run has {here}: it may correct less"
+    there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
+    return f"{there}, and this run has {here}" if others else None
 
 
 def _sampling(steps: int, guidance_scale: float) -> str:
-    return f"{steps} steps and guidance {guidance_scale:g}"
+    return f"{steps} steps with guidance {guidance_scale:g}"
 
 
 def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -19,9 +19,9 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.pipeline.fuse import fused
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.tuned import adapter_names
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.results import QUANTISED, StepRow
-from vmonarch_cli.profile.variants import adapter_names
 from vmonarch_kernels import dense_backends, dense_choices
 from vmonarch_kernels.cost import refresh_period
 from vmonarch_kernels.dense import is_quantised

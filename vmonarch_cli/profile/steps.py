@@ -16,12 +16,12 @@ from vmonarch_cli.families.base import LatentClip
 from vmonarch_cli.families.registry import FAMILIES, forward_inputs
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.pipeline.fuse import fused
+from vmonarch_cli.plan.tuned import adapter_names
 from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.profile.contenders import Contender, contenders, fused_blocks, structured
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, call_memory, order_of_round, reason, timed, wall
 from vmonarch_cli.profile.results import ModelProfile, OutputCheck, Spread, StepRow
-from vmonarch_cli.profile.variants import adapter_names
 from vmonarch_cli.timing import Pace
 
 COLD_REPEATS = 3

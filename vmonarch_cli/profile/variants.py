@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.tuned import adapter_names
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.peers import PEER, SparsePeer
 
@@ -77,18 +78,6 @@ def with_peers(found: Sequence[Variant], peers: Sequence[SparsePeer]) -> list[Va
     """The rows, and those of sparse attention of other packages before `exact`, which is the last."""
     rows = [Variant(peer.name, PEER, Preset(name=peer.name), peer=peer) for peer in peers]
     return [*found[:-1], *rows, *found[-1:]]
-
-
-def adapter_names(adapters: Sequence[AdapterFile]) -> dict[str, AdapterFile]:
-    """Names of the rows that run with adapters: the preset's and "tuned", with a number where several have it."""
-    names: dict[str, AdapterFile] = {}
-    for tuned in adapters:
-        name, number = f"{tuned.adapter.preset_name}, tuned", 1
-        while name in names:
-            number += 1
-            name = f"{tuned.adapter.preset_name}, tuned {number}"
-        names[name] = tuned
-    return names
 
 
 def _presets() -> list[Variant]:

@@ -269,7 +269,7 @@ def _check_model(clip: Plan, full: bool) -> None:
         able = [name for name, other in PIPELINES.items() if (other.lora or full) and _obstacle(other) is None]
         raise InputError(f"{model.alias} cannot be tuned: {reason}; {', '.join(able)} can")
     if not full and find_spec("peft") is None:
-        raise InputError('tuning needs peft: pip install "vmonarch[lora]"')
+        raise InputError("tuning needs peft: pip install peft")
 
 
 def _obstacle(facts: PipelineFacts) -> str | None:

@@ -92,7 +92,8 @@ def adapters(
     else:
         choices = [choose(None, use(preset)) for preset in chosen]
     found = {choice.tuned.sha256: choice.tuned for choice in choices if choice.tuned is not None}
-    return list(found.values()), [sentence for choice in choices for sentence in choice.warnings]
+    said = [(*choice.warnings, *([] if choice.note is None else [choice.note])) for choice in choices]
+    return list(found.values()), [sentence for sentences in said for sentence in sentences]
 
 
 def backends(names: Sequence[str] | None) -> tuple[str, ...]:

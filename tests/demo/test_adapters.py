@@ -1,0 +1,67 @@
+"""The adapters that come with the demo model: they are for its weights and presets, small, and used where they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from vmonarch_cli.models.demo import WEIGHTS
+from vmonarch_cli.models.tuned import check_base, read_adapter
+from vmonarch_cli.pipeline.doctor import EXAMINATIONS
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.tuned import brought
+from vmonarch_cli.presets import load_preset
+
+FILES = brought(WEIGHTS)
+
+
+def planned(**flags: object) -> Plan:
+    return resolve(GenerateRequest(model="demo", prompt="a red circle", **flags))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_is_for_these_weights_and_its_preset_as_it_is_now(path: Path) -> None:
+    said = read_adapter(path)
+    check_base(said, str(path), WEIGHTS)
+    assert path.stem == said.preset_name or path.stem.startswith(f"{said.preset_name}-")
+    assert said.misfit(load_preset(said.preset_name), said.steps) is None
+    before, after = said.gain or (0.0, 0.0)
+    assert after < before
+    with safe_open(path, framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_they_leave_the_package_small() -> None:
+    assert len(FILES) == 4
+    folder = WEIGHTS.parent
+    files = [path for name in ("weights", "tuned") for path in (folder / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, "fast"),
+        ({"preset": "paper"}, "paper"),
+        ({"preset": "balanced"}, "balanced"),
+        ({"preset": "fast", "steps": 4, "guidance_scale": 1.0}, "fast-4-steps"),
+        ({"preset": "fast", "steps": 4}, None),
+        ({"preset": "quality"}, None),
+        ({"preset": "dense"}, None),
+        ({"tuned": "none"}, None),
+    ],
+)
+def test_the_one_that_fits_is_used_and_named(flags: dict[str, object], name: str | None) -> None:
+    plan = planned(**flags)
+    assert plan.tuned is None if name is None else plan.tuned is not None and Path(plan.tuned.path).stem == name
+    assert (plan.tuned_note is not None) == (flags == {"preset": "fast", "steps": 4})
+
+
+def test_doctor_names_them() -> None:
+    found = [finding for finding in EXAMINATIONS["demo model"]() if finding.name == "demo adapter"]
+    assert [finding.status for finding in found] == ["ok"] * 4
+    assert "made for paper, 20 steps, guidance 4" in [finding.value for finding in found]
