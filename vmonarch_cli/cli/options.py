@@ -250,11 +250,7 @@ class RequestFlags(TypedDict, total=False):
     compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
     fuse: Annotated[
         bool | None,
-        option(
-            "--fuse/--no-fuse",
-            panel=SPEED,
-            help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
-        ),
+        option("--fuse/--no-fuse", panel=SPEED, help="Fused kernels between products, not measured yet. Default: off."),
     ]
     graphs: Annotated[
         bool | None,

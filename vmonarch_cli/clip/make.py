@@ -274,14 +274,8 @@ class ClipMaker:
                 texts_of = (plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
                 embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
-                latents = denoise(
-                    self._pipeline,
-                    session,
-                    embeddings,
-                    plan,
-                    seed=seed,
-                    on_step=lambda step: self._on_event(StepDone(index, step)),
-                )
+                given = (self._pipeline, session, embeddings, plan)
+                latents = denoise(*given, seed=seed, on_step=lambda step: self._on_event(StepDone(index, step)))
             except torch.OutOfMemoryError:
                 raise TooLargeError(
                     f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
@@ -309,11 +303,7 @@ class ClipMaker:
                 peak_memory_bytes=peak_memory(self._device)[0],
                 warm_state_bytes=session.kept_bytes,
                 skipped_calls=session.skipped_calls,
-                device={
-                    "type": str(self._device),
-                    "name": self._machine.device_name,
-                    "threads": torch.get_num_threads(),
-                },
+                device=self._machine.facts(torch.get_num_threads()),
                 dtype=self._machine.dtype,
                 warnings=(*(part.sentence() for part in left_out), *session.warnings),
             )

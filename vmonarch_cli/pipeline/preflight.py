@@ -47,6 +47,10 @@ class Machine:
         """Whether the device is a GPU."""
         return self.device.startswith("cuda")
 
+    def facts(self, threads: int) -> dict[str, str | int]:
+        """What a record says of the device; `threads`: of torch on the CPU."""
+        return {"type": self.device, "name": self.device_name, "threads": threads}
+
     def decided(self, setup: Setup) -> Setup:
         """A plan's setup with what this machine decided."""
         decided = {name: getattr(self, name) for name in ("offload", "vae_dtype", "fused_impl")}
