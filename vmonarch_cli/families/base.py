@@ -13,7 +13,7 @@ import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.joint import Packed
-from vmonarch_cli.families.fusing import FusedBlock
+from vmonarch_cli.families.fusing import FusedBlock, StreamShape
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -152,6 +152,8 @@ class Family:
     """None for families whose whole models are not profiled."""
     fused: Mapping[str, FusedBlock] = field(default_factory=dict)
     """Class name of a block -> its fused form; empty for families that have none."""
+    rehearse_fused: Callable[[StreamShape], None] | None = None
+    """Calls the fused operations of a block, whose shapes follow from a clip's alone; None where they do not."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""
