@@ -24,7 +24,8 @@ from vmonarch_cli.plan.resolve import resolve
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = ["--size", "48x32", "--num-frames", "17", "--seed", "3", "--device", "cpu"]
 SHAPE += ["--flow-shift", "3", "--guidance-scale", "4"]
-TAKERS = "demo, wan2.1-1.3b, wan2.1-14b, wan2.1-vace-1.3b and wan2.1-vace-14b"
+TAKERS = "demo, wan2.1-1.3b, wan2.1-14b, wan2.1-vace-1.3b, wan2.1-vace-14b, ltx-2, "
+TAKERS += "cosmos-predict2.5-2b and cosmos-predict2.5-14b"
 
 
 @pytest.fixture(scope="module")
