@@ -184,11 +184,15 @@ class RunProgress(OnTerminal):
             case ClipDone(result=result):
                 self.steps = []
                 self._end_clip()
-                if self._bar:
-                    self._bar.stop()
-                self._on_clip(result, self._load_s)
-                if self._bar:
-                    self._bar.start()
+                self.aside(lambda: self._on_clip(result, self._load_s))
+
+    def aside(self, write: Callable[[], None]) -> None:
+        """Let something write on the terminal, with the bar out of the way."""
+        if self._bar:
+            self._bar.stop()
+        write()
+        if self._bar:
+            self._bar.start()
 
     def drop_clip(self) -> None:
         """A clip will not be finished here: it failed, or another process makes it."""

@@ -9,6 +9,8 @@ from types import FrameType
 
 FIRST = "stopping as soon as this clip is written; a second signal stops at once"
 """What a first signal is answered with while a clip is being finished."""
+EARLY = "finishing with what this step predicts; a second signal stops at once"
+"""What a first Ctrl-C is answered with while a clip is being denoised in view of the user."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -28,6 +30,10 @@ class Interrupts:
         self._on_first = on_first
         self._finishing = False
         self._waiting: int | None = None
+        self.may_stop_early = False
+        """Whether a first Ctrl-C only asks the clip that is being denoised to end with its step."""
+        self.stops_early = False
+        """Whether it was asked."""
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -49,12 +55,16 @@ class Interrupts:
             raise Interrupted(self._waiting) from None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._finishing and self._waiting is None:
+        if self.stops_early or (self._finishing and self._waiting is not None):
+            raise Interrupted(number)
+        if self._finishing:
             self._waiting = number
-            with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
-                self._on_first(FIRST)
+        elif self.may_stop_early and number == signal.SIGINT:
+            self.stops_early = True
         else:
             raise Interrupted(number)
+        with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
+            self._on_first(FIRST if self._finishing else EARLY)
 
 
 @contextmanager
