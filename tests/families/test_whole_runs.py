@@ -130,11 +130,9 @@ def test_a_pipeline_of_an_unknown_family_says_what_was_found(folders: dict[str, 
     folder = tmp_path / "unknown"
     shutil.copytree(folders["ltx-video"], folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "CosmosPipeline", "transformer": ["diffusers", "CosmosTransformer3DModel"]}
+    index |= {"_class_name": "LattePipeline", "transformer": ["diffusers", "LatteTransformer3DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ModelError, match=r"a CosmosPipeline with a CosmosTransformer3DModel, and the layout of its tok"
-    ):
+    with pytest.raises(ModelError, match=r"a LattePipeline with a LatteTransformer3DModel, and the layout of its tok"):
         find_model(str(folder))
 
 
@@ -142,7 +140,7 @@ def test_bad_flags_are_found_before_anything_loads(folders: dict[str, Path], tmp
     for more, expected in [
         ({"image": "/nowhere.png"}, r"hunyuan-video makes clips from text alone"),
         ({"offload": "disk"}, r"--offload takes auto, none, model, group or sequential, got 'disk'"),
-        ({"quantize": "fp4"}, r"--quantize takes fp8 or int8, got 'fp4'"),
+        ({"quantize": "fp4"}, r"--quantize takes fp8, int8, fp8-storage or int8-storage, got 'fp4'"),
         ({"cache": "teacache"}, r"--cache takes first-block, pab or taylorseer, got 'teacache'"),
         ({"loras": ("missing.safetensors:1",)}, r"there is no LoRA missing\.safetensors"),
     ]:

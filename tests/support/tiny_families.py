@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cosmos_checks import put_in_place
 
 from vmonarch_cli.families.minimax import pictures_alone
 from vmonarch_cli.pipeline.modular import hide_progress, is_modular
@@ -68,14 +69,28 @@ def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **op
         return latents_of_blocks(pipeline, tiny, steps, seed, **options)
     known = inspect.signature(type(pipeline).__call__).parameters
     shape = {"height": tiny.height, "width": tiny.width, "num_frames": tiny.num_frames}
+    given = {"output_type": "latent", **tiny.options, **options}
+    if "conditions" in known:
+        given = as_conditions(pipeline, given)
     result: torch.Tensor = pipeline(
         prompt=PROMPT,
         **{name: value for name, value in shape.items() if name in known},
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
-        **{"output_type": "latent", **tiny.options, **options},
+        **given,
     ).frames
     return result
+
+
+def as_conditions(pipeline: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """An image or a video as LTX's pipelines of conditions take it: at the beginning of the clip."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    image, video = given.pop("image", None), given.pop("video", None)
+    if type(pipeline).__name__ == "LTXConditionPipeline":
+        return {**given, "conditions": LTXVideoCondition(image=image, video=video)}
+    return {**given, "conditions": LTX2VideoCondition(frames=video if image is None else image)}
 
 
 def latents_of_blocks(pipeline: Any, tiny: Tiny, steps: int, seed: int, **options: Any) -> Any:
@@ -579,6 +594,16 @@ def ltx_i2v() -> Any:
     return ltx_video("LTXImageToVideoPipeline")
 
 
+def ltx_condition() -> Any:
+    pipeline = ltx_video("LTXConditionPipeline")
+    pipeline.scheduler = _euler(shift=1.0)  # as published: its noise levels are the pipeline's own
+    return pipeline
+
+
+def ltx2_condition() -> Any:
+    return ltx2("LTX2ConditionPipeline")
+
+
 def ltx2(kind: str = "LTX2Pipeline") -> Any:
     import diffusers
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
@@ -653,7 +678,7 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
         spatio_temporal_scaling=(True,),
         decoder_spatio_temporal_scaling=(True,),
         decoder_inject_noise=(False, False),
-        downsample_type=("spatial",),
+        downsample_type=("spatiotemporal",),
         upsample_residual=(False,),
         upsample_factor=(1,),
         timestep_conditioning=False,
@@ -900,6 +925,75 @@ def kandinsky_6(velocities: int = 1) -> Any:
             scheduler=_euler() if velocities == 1 else diffusers.PiflowScheduler(n_grid=velocities),
             audio_vae=audio_vae,
             vocoder=vocoder,
+        )
+    )
+
+
+def anyflow() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.AnyFlowTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    return quiet(
+        diffusers.AnyFlowPipeline(
+            transformer=sharpen(transformer),
+            **_wan_parts(scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)),
+        )
+    )
+
+
+def cosmos() -> Any:
+    """As published: a mask of given frames and one of padding beside the latents, Karras noise levels."""
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    put_in_place()
+    torch.manual_seed(1)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_qwen_text(), vision_config=vision)
+    ).eval()
+    torch.manual_seed(0)
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        adaln_lora_dim=8,
+        max_size=(32, 32, 32),
+        rope_scale=(1.0, 3.0, 3.0),
+        extra_pos_embed_type=None,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=3 * 16,
+        encoder_hidden_states_channels=32,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        use_karras_sigmas=True,
+        sigma_max=200.0,
+        sigma_min=0.01,
+    )
+    return quiet(
+        diffusers.Cosmos2_5_PredictBasePipeline(
+            text_encoder=text_encoder,
+            tokenizer=words(chat_template="{{ messages[-1]['content'][0]['text'] }}"),
+            transformer=sharpen(transformer),
+            vae=wan_vae(),
+            scheduler=scheduler,
         )
     )
 
@@ -1224,6 +1318,37 @@ TINY: dict[str, Tiny] = {
         num_frames=9,
         options={**_GUIDED, "image": image(32), "image_crf": 0},
     ),
+    "ltx-video-condition": Tiny(
+        ltx_condition,
+        "LTXVideoTransformer3DModel",
+        2,
+        1,
+        (5, 8, 8),
+        height=32,
+        width=32,
+        options={**_GUIDED, "image": image(32)},
+    ),
+    "ltx-video-continued": Tiny(
+        ltx_condition,
+        "LTXVideoTransformer3DModel",
+        2,
+        1,
+        (5, 8, 8),
+        height=32,
+        width=32,
+        options={**_GUIDED, "video": video(9, 32, 32)},
+    ),
+    "ltx-2-continued": Tiny(
+        ltx2_condition,
+        "LTX2VideoTransformer3DModel",
+        2,
+        3,
+        (6, 16, 16),
+        height=32,
+        width=32,
+        num_frames=11,
+        options={**_GUIDED, "video": video(9, 32, 32)},
+    ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
     "allegro": Tiny(
         allegro,
@@ -1265,6 +1390,14 @@ TINY: dict[str, Tiny] = {
         2,
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
+    ),
+    "anyflow": Tiny(anyflow, "AnyFlowTransformer3DModel", 2, 1, (5, 2, 3), options=_GUIDED),
+    "cosmos-2.5": Tiny(cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
+    "cosmos-2.5-image": Tiny(
+        cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "image": image()}
+    ),
+    "cosmos-2.5-video": Tiny(
+        cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "video": video()}
     ),
     "minimax-h3": Tiny(
         minimax_h3, "MiniMaxH3Transformer3DModel", 2, 1, (37, 2, 3), height=64, width=96, num_frames=124

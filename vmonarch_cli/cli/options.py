@@ -226,7 +226,14 @@ class RequestFlags(TypedDict, total=False):
         str | None,
         option("--vae-dtype", panel=MEMORY, help="The VAE decodes in auto (default), float32, bfloat16 or float16."),
     ]
-    quantize: Annotated[str | None, option("--quantize", panel=MEMORY, help="fp8 or int8 weights for the transformer.")]
+    quantize: Annotated[
+        str | None,
+        option(
+            "--quantize",
+            panel=MEMORY,
+            help="fp8 or int8: linear layers compute in 8 bits; fp8-storage or int8-storage: weights wait in 8 bits.",
+        ),
+    ]
     loras: Annotated[
         list[str] | None,
         option(
@@ -253,12 +260,15 @@ class RequestFlags(TypedDict, total=False):
             help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
         ),
     ]
+    graphs: Annotated[
+        bool | None,
+        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small attention calls. Default: --graphs."),
+    ]
 
 
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only the paths.")]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")]
-
 
 Stray = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")]
 """Words without a flag, which would otherwise be an "unexpected extra argument"."""

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, tuned_words
+from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, quantize_rows, tuned_words
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
@@ -17,6 +17,7 @@ from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -65,6 +66,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
+        *_quantize_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -101,6 +103,19 @@ def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
         missing = wanted in PACKAGES and wanted not in found
         words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
     return [("dense calls", f"by {words}")]
+
+
+def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """As in the header of a run, and where this machine would refuse to run it so, that it would."""
+    facts_of = COMPUTED.get(plan.setup.quantize or "")
+    rows = quantize_rows(plan)
+    if facts_of is None or will_use_gpu(plan):
+        return rows
+    least = ".".join(map(str, facts_of.capability))
+    return [
+        (name, f"{words}; not here, without an NVIDIA GPU of compute capability {least} or later")
+        for name, words in rows
+    ]
 
 
 def _package_words(name: str) -> str:
@@ -210,7 +225,7 @@ def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
     lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
-    other = "a smaller size, fewer frames or --quantize fp8"
+    other = "a smaller size, fewer frames or --quantize fp8-storage"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
 
 

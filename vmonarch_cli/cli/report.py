@@ -22,13 +22,14 @@ from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
+from vmonarch_kernels.cost import is_small
 
 _TELLS = 0.01
 """Seconds of hidden work below which nobody needs to hear of it."""
 
 
 def header(plan: Plan, machine: Machine) -> Table:
-    """What is about to run, in seven lines, or eight with an adapter."""
+    """What is about to run, in seven lines, and one more each for an adapter and 8-bit weights."""
     shape = " x ".join(str(n) for n in plan.grid)
     return facts(
         [
@@ -39,6 +40,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
+            *quantize_rows(plan),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
@@ -54,10 +56,28 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
     """'triton, dense calls by fa4, fused blocks by triton'; on a CPU nothing but torch's own runs dense calls."""
     structured, dense = machine.impl_of(plan.preset), machine.dense[0]
     fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
+    if _replays(plan, machine):
+        fused += ", small calls replayed as CUDA graphs"
     if plan.setup.dense_attention == "auto" and not machine.on_gpu:
         return structured + fused
     named = f"{dense} (quantised)" if dense in QUANTISED_DENSE else dense
     return (f"{named} (dense)" if structured == "dense" else f"{structured}, dense calls by {named}") + fused
+
+
+def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What `--quantize` does to the transformer's weights: one row, none where it does nothing."""
+    kind = plan.setup.quantize
+    if kind is None:
+        return []
+    if plan.setup.linear_dtype is None:
+        return [("weights", f"the transformer's wait in {kind.removesuffix('-storage')}: less memory, no gain in time")]
+    return [("weights", f"projections of the blocks compute in {kind}, a scale for each token and each output channel")]
+
+
+def _replays(plan: Plan, machine: Machine) -> bool:
+    """Whether the structured calls are small, and launched together."""
+    runs = machine.on_gpu and plan.setup.graphs and machine.impl_of(plan.preset) == "triton"
+    return runs and is_small(plan.tokens, plan.model.heads)
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:

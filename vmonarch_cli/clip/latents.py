@@ -61,12 +61,21 @@ class Denoised:
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
     fused: str | None = None
     """What the fused blocks ran with; None for stock blocks."""
+    linear_dtype: str | None = None
+    """What the blocks' projections computed in, by its torch name, where that is another than `dtype`."""
+    replayed_calls: int = 0
+    """Structured calls that were replayed from CUDA graphs."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
     dense_attention: str | None = None
     """What computed the calls that ran dense."""
     sound: torch.Tensor | None = None
     """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
+
+
+def device_facts(device: torch.device, name: str) -> dict[str, Any]:
+    """What latents were made on: "type", "name" and how many "threads" a CPU had."""
+    return {"type": str(device), "name": name, "threads": torch.get_num_threads()}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vmonarch_cli.clip.events import (
     Retrying,
     StepDone,
 )
-from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
+from vmonarch_cli.clip.latents import Denoised, device_facts, remove_latents, save_latents
 from vmonarch_cli.clip.preview import Preview, Previews
 from vmonarch_cli.clip.record import make_record, make_timing, tags_of
 from vmonarch_cli.clip.saving import save_as_free
@@ -70,8 +70,7 @@ def generate(
     """Make every clip of a plan and its record; clip i has seed ``plan.seed + i`` and does not depend on the others.
 
     `machine`: what preflight decided for the plan. Latents are saved beside the clip before they are decoded, and
-    removed when the clip is written. `finishing` is around what an interrupt should not cut short. A clip that
-    `preview` stopped early is the last one.
+    removed when the clip is written. `finishing` is around what no interrupt cuts short, `preview` may end a run early.
     Raises ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not written, the clips
     before it are), OutputError when a file cannot be written.
     """
@@ -136,7 +135,7 @@ class ClipMaker:
         self._scheduler = self._pipeline.scheduler
         self._waited_s = 0.0
         self._weights = () if to_decode else weights_facts(plan.setup.single_files)
-        self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
+        self._sessions: dict[tuple[Preset, int, bool], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
@@ -286,6 +285,8 @@ class ClipMaker:
                     on_step=lambda step: self._on_event(StepDone(index, step)),
                     previews=previews,
                 )
+            for sentence in session.warnings:
+                self._on_event(ClipWarning(index, sentence))
             return Denoised(
                 latents=latents.frames,
                 sound=latents.sound if plan.audio else None,
@@ -293,6 +294,8 @@ class ClipMaker:
                 seed=seed,
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
+                linear_dtype=plan.setup.linear_dtype,
+                replayed_calls=session.replayed_calls,
                 dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
@@ -305,13 +308,9 @@ class ClipMaker:
                 peak_memory_bytes=peak_memory(self._device)[0],
                 warm_state_bytes=session.kept_bytes,
                 skipped_calls=session.skipped_calls,
-                device={
-                    "type": str(self._device),
-                    "name": self._machine.device_name,
-                    "threads": torch.get_num_threads(),
-                },
+                device=device_facts(self._device, self._machine.device_name),
                 dtype=self._machine.dtype,
-                warnings=tuple(part.sentence() for part in left_out),
+                warnings=(*(part.sentence() for part in left_out), *session.warnings),
             )
 
     def _first_call(self) -> None:
@@ -332,7 +331,7 @@ class ClipMaker:
         """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
-        key = (preset, plan.dense_every)
+        key = (preset, plan.dense_every, plan.setup.graphs)
         with swapped(
             self._pipeline,
             preset,
@@ -341,6 +340,7 @@ class ClipMaker:
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
             dense=self._machine.dense,
+            graphs=plan.setup.graphs,
         ) as session:
             self._sessions[key] = session
             try:

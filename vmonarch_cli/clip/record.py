@@ -84,6 +84,8 @@ def make_record(
         "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "fused": denoised.fused,
+        **({} if denoised.linear_dtype is None else {"linear_dtype": denoised.linear_dtype}),
+        **({"replayed_calls": denoised.replayed_calls} if denoised.replayed_calls else {}),
         "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
         **({} if timing is None else {"timing": timing.to_json()}),

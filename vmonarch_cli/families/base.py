@@ -13,7 +13,7 @@ import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.joint import Packed
-from vmonarch_cli.families.fusing import FusedBlock
+from vmonarch_cli.families.fusing import FusedBlock, StreamShape
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -94,6 +94,8 @@ class ForwardInputs:
     """What it takes beside latents, timestep and text embeddings."""
     timestep: Callable[[float], float] = lambda sigma: 1000 * sigma
     """Its timestep at a noise level from 1 to 0."""
+    timed_frames: bool = False
+    """It takes a timestep for each latent frame, (1, 1, frames, 1, 1)."""
     towards_clip: bool = False
     """Its velocity points from the noise to the clip; most models' points from the clip to the noise."""
 
@@ -122,6 +124,8 @@ class Family:
     adjusted: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]] = unchanged
     """(pipeline, arguments of its call) -> a context that gives the arguments to use, and puts right what the call
     would do otherwise."""
+    conditions: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda pipeline, options: options
+    """(pipeline, options of a run) -> the options with an image or a video as this pipeline's call takes it."""
     always_tiled: bool = False
     """diffusers decodes with its VAE in tiles only."""
     plain_calls: bool = False
@@ -137,12 +141,19 @@ class Family:
     the component's folder."""
     batches: bool = False
     """Each tensor that a forward takes has the samples in front, so that clips can be put side by side."""
+    missing: Callable[[], str | None] = lambda: None
+    """Which package its pipelines need that is not installed, or None."""
+    check_prompt: Callable[[Any, str], None] | None = None
+    """(pipeline, prompt) -> InputError where the model's own safety checks refuse it; the pipeline's call checks only
+    prompts that it encodes itself."""
     encode: Encoder | None = None
     """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None
     """None for families whose whole models are not profiled."""
     fused: Mapping[str, FusedBlock] = field(default_factory=dict)
     """Class name of a block -> its fused form; empty for families that have none."""
+    rehearse_fused: Callable[[StreamShape], None] | None = None
+    """Calls the fused operations of a block, whose shapes follow from a clip's alone; None where they do not."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""

@@ -19,7 +19,7 @@ from vmonarch_cli.families.base import (
     start_offloaded,
 )
 from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
-from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS
+from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS, rehearse
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
 _WHOLE_PIXELS = 1 << 20
@@ -72,7 +72,8 @@ def _causal(transformer: Any) -> str | None:
     return None
 
 
-def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+def decode_wan(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+    """The decoder of the pipelines with Wan's VAE."""
     vae = pipeline.vae
     latents = latents.to(vae.dtype)
     mean, std = mean_and_std(pipeline, latents)
@@ -97,18 +98,19 @@ def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
 WAN = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
-    _decode,
+    decode_wan,
     plain_calls=True,
     encode=_encode,
     batches=True,
     forward=ForwardInputs(),
     fused=WAN_BLOCKS,
+    rehearse_fused=rehearse,
 )
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
 WAN_VACE = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1", "vace_blocks.N.attn1"),
-    _decode,
+    decode_wan,
     plain_calls=True,
     encode=_encode,
     fused=WAN_VACE_BLOCKS,
@@ -116,7 +118,7 @@ WAN_VACE = Family(
 SKYREELS_V2 = Family(
     {"SkyReelsV2AttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
-    _decode,
+    decode_wan,
     obstacle=_causal,
     plain_calls=True,
     encode=_encode,

@@ -33,6 +33,9 @@ def encode(
     prompt: of one clip, or of several that are made together, by a family that has `batches`.
     """
     facts, family, guided = facts_of(pipeline), family_of(pipeline), guidance_scale > 1.0
+    if family.check_prompt is not None:
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            family.check_prompt(pipeline, text)
     if facts.modular:
         return {"prompt": prompt}
     if facts.text_with_image:
@@ -86,7 +89,7 @@ def call_with_sound(pipeline: Any, embeddings: Embeddings, shape: Shape, **optio
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
     if facts_of(pipeline).modular:
         return _call_modular(pipeline, {**given, **embeddings})
-    known = _accepted(type(pipeline).__call__, **given)
+    known = _accepted(type(pipeline).__call__, **family_of(pipeline).conditions(pipeline, given))
     step_cache.forget(pipeline)
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.

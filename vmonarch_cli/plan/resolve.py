@@ -78,6 +78,8 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
 
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
+    if revision is None and model.revision is not None:
+        revision, origins["revision"] = model.revision, MODEL_DEFAULT
     defaults = model.defaults
     recipe = None if request.recipe is None else load_recipe(request.recipe)
     of_recipe: set[str] = set()
@@ -201,6 +203,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
             *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),
+            *warnings.of_quantize(setup, facts),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),
@@ -220,6 +223,7 @@ def _resolve_setup(
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
         "fuse": request.fuse,
+        "graphs": request.graphs,
         "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
