@@ -132,6 +132,8 @@ class ClipTiming:
     """What the peak counts: "device" memory allocated by torch, or the "process" resident size (never falls)."""
     warm_state_bytes: int = 0
     """Memory that the warm start kept between steps, at its largest."""
+    preview_s: float = 0.0
+    """Pictures of the steps, with the fit of their colours; in no time of a step or of denoising."""
     load_s: float | None = None
     """Loading the model, of the first clip of a run alone; in no other figure."""
     hidden_write_s: float = 0.0
@@ -155,6 +157,7 @@ class ClipTiming:
             "samples": max(0.0, self.excluded_s - compile_s),
             "attention": self.attention_s,
             "rest": max(0.0, self.denoise_s - self.attention_s),
+            "previews": self.preview_s,
             "decode": self.decode_s,
             "write": self.write_s,
         }
@@ -217,7 +220,11 @@ class ClipTiming:
     def to_json(self) -> dict[str, Any]:
         worst = self.worst_step
         return {
-            **{key: value for key, value in self.__dict__.items() if key != "steps"},
+            **{
+                key: value
+                for key, value in self.__dict__.items()
+                if key != "steps" and (key, value) != ("preview_s", 0.0)
+            },
             "parts": {f"{name}_s": value for name, value in self.parts.items()},
             "attention_s": self.attention_s,
             "attention_speedup": self.attention_speedup,

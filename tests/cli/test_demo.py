@@ -10,6 +10,7 @@ import pytest
 from command import call
 from rich.console import Console
 
+from vmonarch_cli.cli.demo import busy
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.race import RaceProgress, over_reference
 from vmonarch_cli.clip.events import ClipStarted, Decoding, StepDone
@@ -59,6 +60,11 @@ def test_only_steps_that_both_made_are_held_against_each_other() -> None:
     assert over_reference(reference, [], "step_s") is None
     assert over_reference(reference, reference, "step_s") is None
     assert over_reference(reference[:1], [step(0, 2.0, 1.0), step(1, 2.0, 1.0)], "step_s") is None
+
+
+def test_a_busy_machine_is_named() -> None:
+    assert busy(2.4, 2) == []
+    assert busy(13.0, 2) == ["other programs kept this machine busy (load 13.0 on 2 cores): the times say little"]
 
 
 @pytest.fixture(scope="module")

@@ -483,6 +483,32 @@ def test_the_plot_marks_what_the_paper_reports(tmp_path: Path, on_gpu: bool, pap
     assert CAPTION in text
 
 
+@pytest.mark.parametrize(
+    ("shapes", "lines"),
+    [
+        pytest.param([(13, 144), (13, 256), (13, 576)], 1, id="each length has a frame size of its own"),
+        pytest.param([(13, 144), (25, 144), (13, 576)], 2, id="two lengths of one frame size, and another"),
+    ],
+)
+def test_points_of_a_preset_are_joined(tmp_path: Path, shapes: list[tuple[int, int]], lines: int) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    drawn: list[tuple[str, int]] = []
+    plotted = matplotlib.axes.Axes.plot
+
+    def watched(self: Any, x: Any, y: Any, *args: Any, **more: Any) -> Any:
+        drawn.append((more.get("color", ""), len(x)))
+        return plotted(self, x, y, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.axes.Axes, "plot", watched)
+        plot.plot_kernel([shape_of(*shape, on_gpu=False) for shape in shapes], CAPTION, tmp_path / "x.svg")
+    first = [count for colour, count in drawn if colour == drawn[0][0]]
+    assert len(first) % lines == 0
+    assert sum(first) % len(shapes) == 0
+    assert max(first) == (3 if lines == 1 else 2)
+    assert "latent frames x positions in a frame" in (tmp_path / "x.svg").read_text()
+
+
 def test_a_plot_is_drawn_by_the_command() -> None:
     pytest.importorskip("matplotlib")
     call("kernel", *SMALL, "--preset", "paper", "--plot", "x.png")

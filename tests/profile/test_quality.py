@@ -232,6 +232,20 @@ def test_the_frontier_is_what_nothing_beats() -> None:
     assert [row.name for row in invented().frontier()] == ["fast", "balanced"]
 
 
+def test_the_plot_explains_its_groups_and_names_what_it_cannot_draw(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    profile = invented()
+    profile.rows += [
+        QualityRow("exact", "preset", True, flops=1, flops_share=1.0, latent_errors=[0.0]),
+        QualityRow("2 iterations, band 1", "band", False, flops=1, flops_share=0.5, latent_errors=[0.1]),
+    ]
+    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    text = (tmp_path / "frontier.svg").read_text()
+    assert "not drawn, as its error is 0: exact" in text
+    assert "band: exact frames on each side" in text
+    assert "nothing has less work and less error" in text
+
+
 def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     profile = invented()

@@ -252,6 +252,14 @@ def test_one_model_load_makes_every_file(made: tuple[Path, Result, int]) -> None
         assert sheet.width > 1000
 
 
+def test_on_a_narrow_screen_every_cell_names_its_column(made: tuple[Path, Result, int]) -> None:
+    text = (made[0] / "report.html").read_text(encoding="utf-8")
+    for title in ("PSNR", "SSIM", "flicker", "attention work", "attention", "end to end"):
+        assert text.count(f'<td data-title="{title}">') == 3, title  # one for each clip
+    assert '<td data-title="fast">' in text  # of the settings that differ
+    assert "@media (max-width: 640px)" in text
+
+
 def test_the_report_is_self_contained_and_escapes_the_prompt(made: tuple[Path, Result, int]) -> None:
     page = Page(made[0] / "report.html")
     page.check_self_contained()

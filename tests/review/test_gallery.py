@@ -62,6 +62,18 @@ def test_the_gallery_is_self_contained_and_escapes_everything(batch: Path) -> No
         assert words in page.text
 
 
+def test_a_card_has_the_steps_and_room_for_the_controls(batch: Path) -> None:
+    page = Page(write_gallery(batch).path)
+    assert "oldest first" in page.text
+    record_file = next(path for path in batch.rglob("*.json") if path.with_suffix(".mp4").exists())
+    record = json.loads(record_file.read_text())
+    record["stopped_after"] = 1
+    record_file.write_text(json.dumps(record))
+    text = write_gallery(batch).path.read_text()
+    assert f"1 of {record['settings']['steps']['value']}, stopped early" in text
+    assert f"--tall:{record['frames']['height'] / record['frames']['width']:.4f}" in text  # the picture's own height
+
+
 def test_the_gallery_in_chromium(batch: Path, tmp_path: Path) -> None:
     with Image.open(screenshot(write_gallery(batch).path, tmp_path / "page.png", 500, 1200)) as picture:
         assert np.asarray(picture.convert("L")).std() > 10

@@ -70,6 +70,8 @@ class AttentionSession:
         """Self-attention calls of the current clip that a step cache, or the model itself, left out."""
         self.on_sample: Callable[[torch.Tensor], None] | None = None
         """Gets each step's new latents from a watched scheduler, for pipelines without a callback."""
+        self.on_clean: Callable[[torch.Tensor], None] | None = None
+        """Gets the clean latents that each step of a watched flow-matching scheduler predicts, in float32."""
         self.grid: Grid | None = None
         """(T, H, W) tokens of the last forward, None before one."""
         self.recomputes = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,9 +98,19 @@ def demo(
     out.say("; ".join(f"{name} shows {what}" for name, what in seen.items()) + ", as the pixels read")
     for sentence in sentences:
         out.say(sentence, "bold")
+    out.warn(*busy(os.getloadavg()[0], len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ())
     out.paths(*files)
     if open_page:
         open_file(files[-1], out)
+
+
+def busy(load: float, cores: int) -> list[str]:
+    """What times are worth on a machine with this load (processes that want to run) on so many cores: a sentence, or
+    none where it is about this program's own.
+    """
+    if load <= cores + 1.5:
+        return []
+    return [f"other programs kept this machine busy (load {load:.1f} on {cores} cores): the times say little"]
 
 
 def read_clips(comparison: Comparison) -> dict[str, str]:

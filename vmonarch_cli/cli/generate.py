@@ -13,7 +13,8 @@ from vmonarch_cli.cli import batch, plan
 from vmonarch_cli.cli.opening import Open, open_file
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
-from vmonarch_cli.clip.events import Event, LatentsSaved
+from vmonarch_cli.cli.previews import ShownPreviews, WantsPreview
+from vmonarch_cli.clip.events import ClipDone, ClipStarted, CompilingKernels, Event, LatentsSaved, StepDone
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.torchrun import read_rank
@@ -33,6 +34,7 @@ def generate(
     dry_run: Annotated[
         bool, option("--dry-run", panel=OUTPUT, help="Print the resolved settings and their origins; load nothing.")
     ] = False,
+    preview: WantsPreview = False,
     open_result: Open = False,
     debug: Debug = False,
     words: Stray = None,
@@ -41,6 +43,8 @@ def generate(
     refuse_stray(words)
     request = configured(request)
     if options.prompts_file is not None:
+        if preview:
+            raise InputError("--preview shows the steps of one prompt's clips, and --prompts-file makes a batch")
         batch.run_prompts_file(request, options, shown, dry_run=dry_run, debug=debug, open_page=open_result)
         return
     out = shown.output(main=read_rank().is_main)
@@ -51,18 +55,21 @@ def generate(
     if dry_run:
         plan.show_plan(resolved, out)
     else:
-        paths = _run(resolved, out, options.retry_dense)
+        paths = _run(resolved, out, options.retry_dense, preview)
         if open_result and paths:
             open_file(paths[0], out)
 
 
-def _run(resolved: Plan, out: Output, retry_dense: bool) -> list[Path]:
+def _run(resolved: Plan, out: Output, retry_dense: bool, preview: bool) -> list[Path]:
     """Run a plan: the header first, a report per clip, the paths last; returns these."""
     from vmonarch_cli.cli import report
     from vmonarch_cli.cli.progress import RunProgress
+    from vmonarch_cli.clip.preview import Preview, check_preview
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.plan.history import remember
 
+    if preview:
+        check_preview(resolved)
     resolved = with_hub_loras(resolved)
     machine = check_machine(resolved)
     out.show(report.header(resolved, machine))
@@ -80,15 +87,27 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> list[Path]:
 
     progress = RunProgress(out, on_clip, live=report.step_table)
 
-    def on_event(event: Event) -> None:
-        if isinstance(event, LatentsSaved):
-            saved.append(event.path)
-        progress(event)
+    shown = ShownPreviews(out, dict(enumerate(resolved.outputs)), progress.aside)
 
     try:
         with stoppable(out.insist) as interrupts, progress:
+
+            def on_event(event: Event) -> None:
+                if isinstance(event, LatentsSaved):
+                    saved.append(event.path)
+                if preview:
+                    interrupts.may_stop_early = isinstance(event, ClipStarted | CompilingKernels | StepDone)
+                    if isinstance(event, ClipDone):
+                        shown.remove(event.result.index)
+                progress(event)
+
             results = run_generate(
-                resolved, machine, retry_dense=retry_dense, finishing=interrupts.finishing, on_event=on_event
+                resolved,
+                machine,
+                retry_dense=retry_dense,
+                finishing=interrupts.finishing,
+                on_event=on_event,
+                preview=Preview(shown, lambda: interrupts.stops_early) if preview else None,
             )
     except BaseException as error:
         if progress.steps:
@@ -101,8 +120,19 @@ def _run(resolved: Plan, out: Output, retry_dense: bool) -> list[Path]:
     if out.as_json:
         clips = [{"path": str(result.path), **result.record} for result in results]
         out.json({**plan.plan_json(resolved), "clips": clips})
+    _tell_stopped(results, resolved, out)
     out.paths(*(result.path for result in results))
     return [result.path for result in results]
+
+
+def _tell_stopped(results: Sequence[ClipResult], resolved: Plan, out: Output) -> None:
+    """Of a run that the user stopped early: what its last clip is, and which were not begun."""
+    done = len(results[-1].timing.steps) if results else resolved.steps
+    if done >= resolved.steps:
+        return
+    left = resolved.num_videos - len(results)
+    rest = f"; {left} more {'was' if left == 1 else 'were'} not begun" if left else ""
+    out.insist(f"stopped after step {done} of {resolved.steps}: the clip is what that step predicts{rest}")
 
 
 def _name_saved_latents(saved: Sequence[Path], out: Output) -> None:

@@ -262,7 +262,6 @@ AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON obj
 Quiet = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only the paths.")]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")]
 
-
 Stray = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")]
 """Words without a flag, which would otherwise be an "unexpected extra argument"."""
 

@@ -86,6 +86,12 @@ class Output:
         """The same even when silent: a traceback that was asked for, what to do about saved work."""
         self._tell(text)
 
+    def picture(self, sequence: str) -> None:
+        """A picture as a terminal's control sequence, on stderr; not when silent."""
+        if not self.silent:
+            sys.stderr.write(sequence)
+            sys.stderr.flush()
+
     def tabulate_failures(self, table: RenderableType) -> None:
         """A table of what failed, on stderr; not when silent, where `fail` says the same in sentences."""
         if not self.silent:

@@ -186,11 +186,15 @@ class RunProgress(OnTerminal):
                 self._out.retry(sentence)
             case ClipDone(result=result):
                 self._end_clip(result.index)
-                if self._bar:
-                    self._bar.stop()
-                self._on_clip(result, self._load_s)
-                if self._bar:
-                    self._bar.start()
+                self.aside(lambda: self._on_clip(result, self._load_s))
+
+    def aside(self, write: Callable[[], None]) -> None:
+        """Let something write on the terminal, with the bar out of the way."""
+        if self._bar:
+            self._bar.stop()
+        write()
+        if self._bar:
+            self._bar.start()
 
     def drop_clip(self, index: int) -> None:
         """Clip `index` will not be finished here: it failed, or another process makes it."""

@@ -19,6 +19,7 @@ _STYLES = {
     "samples": "bright_black",
     "attention": "green",
     "rest": "yellow",
+    "previews": "bright_cyan",
     "decode": "red",
     "write": "bright_blue",
 }

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vmonarch_cli.attention.session import AttentionSession
-from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.clip.preview import Previews, StoppedEarly
+from vmonarch_cli.errors import NonFiniteError, TooLargeError
 from vmonarch_cli.media.pictures import load_picture
 from vmonarch_cli.media.read import last_frames, read_frames
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, sampling_of, takes_callback
+from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
 
@@ -26,11 +29,13 @@ def denoise(
     *,
     seed: int,
     on_step: Callable[[StepAttention], None] = lambda step: None,
+    previews: Previews | None = None,
 ) -> Latents:
     """Latents (1, C, F, h, w), float32, of one clip of a plan, and those of its sound, made by the pipeline's own loop
     inside ``swapped``.
 
-    The noise comes from a CPU generator of this clip, so that a seed means the same on every device.
+    The noise comes from a CPU generator of this clip, so that a seed means the same on every device. `previews` see
+    what each step predicts, and may end the loop: the latents are then the prediction.
     Raises NonFiniteError, with the step's number, as soon as a latent is not finite.
     """
 
@@ -41,6 +46,8 @@ def denoise(
                 "a wider --dtype or --preset dense may help"
             )
         on_step(session.steps[-1])
+        if previews is not None:
+            previews.after_step(index, plan.steps)
 
     def after_step(_: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         check(index, tensors["latents"])
@@ -49,6 +56,7 @@ def denoise(
     # A pipeline without callbacks is followed through its scheduler.
     by_callback = takes_callback(pipeline)
     session.on_sample = None if by_callback else lambda sample: check(len(session.steps) - 1, sample)
+    session.on_clean = None if previews is None else previews.on_clean
 
     def picture(path: str | None) -> Any:
         return None if path is None else conditioning_image(path, plan.height, plan.width)
@@ -64,8 +72,22 @@ def denoise(
             **({} if plan.video is None else _video(plan)),
             callback_on_step_end=after_step if by_callback else None,
         )
+    except StoppedEarly as stopped:
+        return Latents(stopped.latents, None)
     finally:
-        session.on_sample = None
+        session.on_sample = session.on_clean = None
+
+
+@contextmanager
+def fits_memory(plan: Plan, machine: Machine) -> Iterator[None]:
+    """TooLargeError with what to do in the place of an out-of-memory error inside the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TooLargeError(
+            f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
+            f"{machine.device_name}: choose a smaller size or fewer frames"
+        ) from None
 
 
 def _video(plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from types import FrameType
 FIRST = "stopping as soon as this clip is written; a second signal stops at once"
 """What a first signal is answered with while a clip is being finished."""
 _SHELL = 128
+EARLY = "finishing with what this step predicts; a second signal stops at once"
+"""What a first Ctrl-C is answered with while a clip is being denoised in view of the user."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -29,6 +31,10 @@ class Interrupts:
         self._on_first = on_first
         self._finishing = False
         self._waiting: int | None = None
+        self.may_stop_early = False
+        """Whether a first Ctrl-C only asks the clip that is being denoised to end with its step."""
+        self.stops_early = False
+        """Whether it was asked."""
 
     @contextmanager
     def finishing(self, stopped_by: BaseException | None = None) -> Iterator[None]:
@@ -55,15 +61,23 @@ class Interrupts:
             raise Interrupted(self._waiting) from None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._finishing and self._waiting is None:
+        if self.stops_early or (self._finishing and self._waiting is not None):
+            raise Interrupted(number)
+        if self._finishing:
             self._hold_back(number)
+        elif self.may_stop_early and number == signal.SIGINT:
+            self.stops_early = True
+            self._say(EARLY)
         else:
             raise Interrupted(number)
 
     def _hold_back(self, number: int) -> None:
         self._waiting = number
+        self._say(FIRST)
+
+    def _say(self, sentence: str) -> None:
         with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
-            self._on_first(FIRST)
+            self._on_first(sentence)
 
 
 @contextmanager

@@ -55,6 +55,8 @@ class Denoised:
     warnings: tuple[str, ...] = ()
     """What the model could not follow."""
     save_s: float = 0.0
+    preview_s: float = 0.0
+    """Pictures of the steps, with the fit of their colours; in no time of a step or of denoising."""
     skipped_calls: int = 0
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
     fused: str | None = None

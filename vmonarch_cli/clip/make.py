@@ -14,7 +14,7 @@ import torch
 
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.clip.beside import Beside
-from vmonarch_cli.clip.denoise import denoise
+from vmonarch_cli.clip.denoise import denoise, fits_memory
 from vmonarch_cli.clip.events import (
     ClipDone,
     ClipStarted,
@@ -30,12 +30,13 @@ from vmonarch_cli.clip.events import (
     StepDone,
 )
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
+from vmonarch_cli.clip.preview import Preview, Previews
 from vmonarch_cli.clip.record import make_record, make_timing, overlap_facts, tags_of
 from vmonarch_cli.clip.saving import save_as_free
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.stream import Target, write_decoded
 from vmonarch_cli.clip.whole import file_facts
-from vmonarch_cli.errors import NonFiniteError, TooLargeError
+from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import Frames, write_record
@@ -65,16 +66,17 @@ def generate(
     retry_dense: bool = True,
     finishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     on_event: OnEvent = lambda event: None,
+    preview: Preview | None = None,
 ) -> list[ClipResult]:
     """Make every clip of a plan and its record; clip i has seed ``plan.seed + i`` and does not depend on the others.
 
     `machine`: what preflight decided for the plan. Latents are saved beside the clip before they are decoded, and
-    removed when the clip is written. `finishing` is around what an interrupt should not cut short.
+    removed when the clip is written. `finishing` is around what no interrupt cuts short, `preview` may end a run early.
     Raises ModelError before anything is written, NonFiniteError when a clip goes wrong (it is not written, the clips
     before it are), OutputError when a file cannot be written.
     """
     context_parallel.check_tokens(plan.tokens)
-    maker = ClipMaker(plan, machine, retry_dense=retry_dense, on_event=on_event, share_clip=True)
+    maker = ClipMaker(plan, machine, retry_dense=retry_dense, on_event=on_event, share_clip=True, preview=preview)
     results = []
     for index in range(plan.num_videos):
         denoised = maker.denoise(plan, index)
@@ -88,6 +90,8 @@ def generate(
             results.append(
                 maker.finish(plan, index, denoised, on_written=lambda result: remove_latents(latents_path(result.path)))
             )
+        if len(denoised.steps) < plan.steps:
+            break
     return results
 
 
@@ -108,15 +112,17 @@ class ClipMaker:
         share_clip: bool = False,
         to_decode: bool = False,
         adapters: Sequence[AdapterFile] = (),
+        preview: Preview | None = None,
     ) -> None:
         """Load the plan's model where the machine has it.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
         torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
-        than `finish` needs. adapters: those of all plans to come, the first one's by default.
+        than `finish` needs. adapters: those of all plans to come, the first one's by default. preview: see `Preview`.
         """
         self._on_event = on_event
         self._retry_dense = retry_dense
+        self._preview = preview
         self._machine = machine
         self._device = torch.device(machine.device)
         on_event(ModelLoading(plan.model_source))
@@ -261,6 +267,7 @@ class ClipMaker:
     def _denoise(self, plan: Plan, preset: Preset, index: int) -> Denoised:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        previews = None if self._preview is None else Previews(self._pipeline, self._preview, index)
         watch = Stopwatch(self._device)
         seed = plan.seed + index
         texts = text_limits.watched(
@@ -270,17 +277,13 @@ class ClipMaker:
             on_found=lambda part: self._on_event(ClipWarning(index, part.sentence(short=True))),
         )
         with self._swapped(plan, preset, seed) as session, texts as left_out:
-            try:
+            with fits_memory(plan, self._machine):
                 texts_of = (plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
                 embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
                 given = (self._pipeline, session, embeddings, plan)
-                latents = denoise(*given, seed=seed, on_step=lambda step: self._on_event(StepDone(index, step)))
-            except torch.OutOfMemoryError:
-                raise TooLargeError(
-                    f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
-                    f"{self._machine.device_name}: choose a smaller size or fewer frames"
-                ) from None
+                heard = {"on_step": lambda step: self._on_event(StepDone(index, step)), "previews": previews}
+                latents = denoise(*given, seed=seed, **heard)
             for sentence in session.warnings:
                 self._on_event(ClipWarning(index, sentence))
             return Denoised(
@@ -297,7 +300,8 @@ class ClipMaker:
                 coverage=session.coverage(),
                 steps=session.steps,
                 text_encode_s=text_encode_s,
-                denoise_s=watch.lap() - session.excluded_s,
+                denoise_s=watch.lap() - session.excluded_s - (0.0 if previews is None else previews.drawn_s),
+                preview_s=0.0 if previews is None else previews.seconds,
                 excluded_s=session.excluded_s,
                 total_s=watch.total(),
                 peak_memory_bytes=peak_memory(self._device)[0],

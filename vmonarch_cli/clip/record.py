@@ -98,6 +98,7 @@ def make_record(
         "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
         "skipped_calls": denoised.skipped_calls,
+        **({"stopped_after": len(denoised.steps)} if len(denoised.steps) < plan.steps else {}),
         **({"weights": list(denoised.weights)} if denoised.weights else {}),
         **({} if sound is None else {"audio": _sound_facts(sound, clip)}),
     }
@@ -158,6 +159,7 @@ def make_timing(
         peak_memory_bytes=max(peak[0], denoised.peak_memory_bytes),
         peak_memory_kind=peak[1],
         warm_state_bytes=denoised.warm_state_bytes,
+        preview_s=denoised.preview_s,
         load_s=load_s,
         hidden_write_s=hidden_write_s,
         hidden_compile_s=hidden_compile_s,

@@ -237,6 +237,8 @@ class Record(_Part):
     setup: dict[str, Simple] = {}
     tuned: TunedFacts | None = None
     skipped_calls: int = 0
+    stopped_after: int | None = None
+    """Steps that were made of a clip that was stopped early; None for one that is whole."""
 
     @field_validator("grid", mode="before")
     @classmethod

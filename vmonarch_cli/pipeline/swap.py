@@ -232,6 +232,9 @@ def _watched(scheduler: Any, session: AttentionSession) -> Iterator[None]:
         result = kind.step(self, *args, **kwargs)
         if self is scheduler:
             session.watch_step(_sigma(self))
+            if session.on_clean is not None and (sigma := _sigma(self)) is not None:
+                velocity, _, noisy, *_ = (*args, *kwargs.values())
+                session.on_clean(noisy.float() - sigma * velocity.float())
             if session.on_sample is not None:
                 session.on_sample(result[0])
         return result

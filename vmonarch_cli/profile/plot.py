@@ -20,6 +20,20 @@ PAPER_POINTS = ((28_000, 2.3, ""), (62_000, 5.0, ">"), (68_000, 5.6, ""))
 # Okabe and Ito's colours, which stay apart for colour-blind eyes, and two more; one per preset or group.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6F2B", "#882255")
 _GREY = "#777777"
+# Colours alone do not tell nine groups apart for every eye: each has a shape of its own, too.
+_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", "*")
+_GROUPS = {
+    "preset": "preset (shipped)",
+    "iterations": "iterations of the factors in a call",
+    "first frame": "first frame not exact (no first)",
+    "frame pairs": "two latent frames to a block",
+    "band": "band: exact frames on each side",
+    "warm start": "warm start: from the step before",
+    "frame refresh": "refresh: exact frames in turn",
+    "c_floor": "c_floor: lower bound of a weight",
+    "dense steps": "first steps dense",
+}
+"""What is varied in a group of `profile quality`, in words for who does not know the fields."""
 
 
 def check_plot(target: str | None, overwrite: bool = False) -> Path | None:
@@ -38,7 +52,8 @@ def check_plot(target: str | None, overwrite: bool = False) -> Path | None:
 def plot_kernel(shapes: Sequence[KernelShape], caption: str, path: Path) -> None:
     """Speedup over length, against FlashAttention-2 (with the paper's points) and against the fastest dense backend.
 
-    Lines join lengths of one frame size; the preset `exact`, which is dense attention, is left out.
+    Lines join lengths of one frame size, or all where every length has a size of its own; the preset `exact`, which is
+    dense attention, is left out.
     """
     ordered = sorted(shapes, key=lambda s: (s.tokens, s.frames))
     rows = [row for shape in ordered for row in shape.rows if row.time is not None]
@@ -57,7 +72,7 @@ def plot_kernel(shapes: Sequence[KernelShape], caption: str, path: Path) -> None
         if panel == "flash" and on_gpu:
             _paper_points(axis)
         axis.axhline(1, color=_GREY, linewidth=0.8, linestyle=":")
-        _log_axes(axis, "tokens")
+        _log_axes(axis, "tokens = latent frames x positions in a frame (grey)")
         axis.margins(x=0.08, y=0.12)
         for shape in ordered:
             axis.annotate(
@@ -85,6 +100,8 @@ def _speedup_lines(axis: Any, ordered: Sequence[KernelShape], name: str, over_fl
         value = shape.speedup(row, over) if row is not None else None
         if value is not None:
             by_size.setdefault(shape.positions, []).append((shape.tokens, value))
+    if all(len(points) == 1 for points in by_size.values()):
+        by_size = {0: [point for points in by_size.values() for point in points]}
     for index, points in enumerate(by_size.values()):
         label = name if index == 0 else None
         axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=label)
@@ -92,7 +109,7 @@ def _speedup_lines(axis: Any, ordered: Sequence[KernelShape], name: str, over_fl
 
 def _paper_points(axis: Any) -> None:
     tokens, speedups, bounds = zip(*PAPER_POINTS, strict=True)
-    label = "VMonarch paper, as it reports"
+    label = "VMonarch paper, as it reports of its own kernel"
     axis.plot(tokens, speedups, "D", color="black", fillstyle="none", markersize=5, label=label)
     for count, speedup, bound in zip(tokens, speedups, bounds, strict=True):
         offset, align = ((-6, -3), "right") if bound else ((6, -3), "left")
@@ -133,19 +150,19 @@ _NO_ROOM_LEFT = 0.16  # of the work of dense attention: names to the left would 
 
 def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
     """Latent error over work, presets named, the frontier as a line."""
-    figure, axes = _figure(1, caption)
-    axis = axes[0]
     rows = [r for r in profile.rows if r.latent_error and r.flops_share]
     groups = list(dict.fromkeys(row.group for row in rows))
-    for colour, group in zip(_cycle(len(groups)), groups, strict=True):
+    figure, axes = _figure(1, caption, width=8.4 if len(groups) > 1 else 6.4)
+    axis = axes[0]
+    for number, (colour, group) in enumerate(zip(_cycle(len(groups)), groups, strict=True)):
         of_group = [row for row in rows if row.group == group]
         axis.plot(
             [100 * (row.flops_share or 0) for row in of_group],
             [row.latent_error for row in of_group],
-            "o",
+            _MARKERS[number % len(_MARKERS)],
             color=colour,
-            markersize=6 if group == "preset" else 4,
-            label=group,
+            markersize=7 if group == "preset" else 5,
+            label=_GROUPS.get(group, group),
         )
     frontier = [row for row in profile.frontier() if row.latent_error]
     axis.plot(
@@ -161,8 +178,11 @@ def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
     axis.margins(x=0.18, y=0.12)
     axis.set_xlim(left=0)
     clips = f"{len(profile.prompts)} prompt{'s' if len(profile.prompts) > 1 else ''}"
-    title = f"{profile.model}: {clips}, {profile.steps} steps; line: the frontier"
-    axis.set_title(title, fontsize=10, loc="left")
+    title = f"{profile.model}: {clips}, {profile.steps} steps\nline: the frontier, nothing has less work and less error"
+    equal = [r.name for r in profile.rows if r.latent_error == 0]
+    if equal:
+        title += f"\nnot drawn, as {'its error is' if len(equal) == 1 else 'their errors are'} 0: {', '.join(equal)}"
+    axis.set_title(title, fontsize=9, loc="left")
     if len(groups) > 1:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     _name_points(figure, axis, list({row.name: row for row in [*frontier, *(r for r in rows if r.is_preset)]}.values()))
@@ -193,10 +213,11 @@ def _name_points(figure: Any, axis: Any, rows: list[QualityRow]) -> None:
         taken.append(name.get_window_extent())
 
 
-def _figure(panels: int, caption: str) -> tuple[Any, list[Any]]:
+def _figure(panels: int, caption: str, width: float = 6.4) -> tuple[Any, list[Any]]:
+    """A figure on white paper, which stays white on a dark page; `width` in inches, of one panel."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 if panels == 1 else 10.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(width if panels == 1 else 10.4, 4.4), layout="constrained", facecolor="white")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -125,6 +125,7 @@ def _measured(record: Record) -> list[tuple[str, str]]:
     rows = [
         ("preset", record.preset.name),
         ("seed", str(record.seed)),
+        ("steps", _steps(record)),
         ("clip", f"{frames.width}x{frames.height}, {frames.count} frames, {frames.fps} fps"),
     ]
     if record.audio is not None:
@@ -141,8 +142,15 @@ def _measured(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
+def _steps(record: Record) -> str:
+    """How many denoising steps the clip has, and of how many where it was stopped early."""
+    planned = record.setting("steps")
+    whole = str(planned if planned is not None else len(record.timing.steps) or "?")
+    return whole if record.stopped_after is None else f"{record.stopped_after} of {whole}, stopped early"
+
+
 def _settings(record: Record) -> list[tuple[str, str]]:
-    shown = ("steps", "guidance_scale", "guidance_scale_2", "flow_shift")
+    shown = ("guidance_scale", "guidance_scale_2", "flow_shift")
     rows = [("model", str(record.setting("model")))]
     rows += [(name.replace("_", " "), str(record.setting(name))) for name in shown if record.setting(name) is not None]
     if record.flops.planned is not None:
@@ -156,7 +164,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
 
 def _subtitle(clips: list[GalleryClip]) -> str:
     """How many clips the page has, their models and presets."""
-    count = "1 clip" if len(clips) == 1 else f"{len(clips)} clips"
+    count = "1 clip" if len(clips) == 1 else f"{len(clips)} clips, oldest first"
     if not clips:
         return count
     models = dict.fromkeys(entry.record.model.title for entry in clips)

@@ -49,6 +49,11 @@ def check_record(file: Path) -> Record:
     record = read_record(file)
     if not record.frames.sha256:
         raise InputError(f"record {file} has no hash of its frames, so that a repetition could not be checked")
+    if record.stopped_after is not None:
+        raise InputError(
+            f"record {file} is of a clip that was stopped after step {record.stopped_after}, which a run with its "
+            "settings does not repeat"
+        )
     if record.retries:
         raise InputError(
             f"record {file} is of a clip that was made with a fallback ({record.retries[0].get('with')}), which a "
