@@ -282,7 +282,7 @@ class ClipMaker:
                 embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
                 given = (self._pipeline, session, embeddings, plan)
-                heard = {"on_step": lambda step: self._on_event(StepDone(index, step)), "previews": previews}
+                heard: Any = {"on_step": lambda step: self._on_event(StepDone(index, step)), "previews": previews}
                 latents = denoise(*given, seed=seed, **heard)
             for sentence in session.warnings:
                 self._on_event(ClipWarning(index, sentence))
