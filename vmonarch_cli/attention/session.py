@@ -52,7 +52,7 @@ class AttentionSession:
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
         dense: Sequence[str] = (SDPA,),
-        graphs: bool = True,
+        graphs: bool = False,
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 

@@ -250,11 +250,13 @@ class RequestFlags(TypedDict, total=False):
     compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
     fuse: Annotated[
         bool | None,
-        option("--fuse/--no-fuse", panel=SPEED, help="Fused kernels between products, not measured yet. Default: off."),
+        option(
+            "--fuse/--no-fuse", panel=SPEED, help="Fused kernels between the products of Wan-like blocks. Default: off."
+        ),
     ]
     graphs: Annotated[
         bool | None,
-        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small attention calls. Default: --graphs."),
+        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small calls, not measured yet. Default: off."),
     ]
 
 

@@ -39,7 +39,7 @@ def swapped(
     session: AttentionSession | None = None,
     adapter: str | None = None,
     dense: Sequence[str] = (SDPA,),
-    graphs: bool = True,
+    graphs: bool = False,
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
