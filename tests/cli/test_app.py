@@ -468,7 +468,18 @@ def test_missing_demo_weights_are_said(tmp_path: Path, monkeypatch: pytest.Monke
 def test_generate_end_to_end_with_a_local_folder(tiny_wan_folder: Path, tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
-    command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(tiny_wan_folder), "-p", "a red circle"]
+    command = [
+        sys.executable,
+        "-m",
+        "vmonarch_cli",
+        "generate",
+        "-m",
+        str(tiny_wan_folder),
+        "-p",
+        "a red circle",
+        "--preset",
+        "paper",
+    ]
     command += ["--size", "64x48", "--num-frames", "17", "--steps", "3", "--fps", "12", "-o", f"{tmp_path}/x.mp4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stderr
