@@ -13,19 +13,22 @@ from diffusers import AutoencoderKLWan
 from vmonarch_cli.demo import score
 from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
+from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.training.__main__ import main
+from vmonarch_cli.demo.training.buckets import parse_buckets
 from vmonarch_cli.demo.training.flags import parse_phases
-from vmonarch_cli.demo.training.loop import Schedule, learning_rate
+from vmonarch_cli.demo.training.loop import Schedule, compare_compiled, learning_rate
 from vmonarch_cli.demo.training.step_inputs import sigmas_for
-from vmonarch_cli.demo.training.train_text import all_facts, facts
+from vmonarch_cli.demo.training.train_text import all_facts, facts, load_text_encoder
+from vmonarch_cli.models.demo_vocabulary import vocabulary
 
 VAE = [
     "vae", "--preset", "tiny", "--size", "32", "--batch", "1", "--image-batch", "4", "--phases", "1:0.5,5:1",
     "--no-compile", "--device", "cpu", "--max-steps", "4", "--eval-clips", "1", "--latent-clips", "2",
 ]  # fmt: skip
 DIT = [
-    "dit", "--preset", "tiny", "--size", "32", "--batch", "2", "--bank", "4", "--encode-batch", "4", "--no-compile",
+    "dit", "--preset", "tiny", "--clips", "49x32", "--batch", "2", "--bank", "4", "--encode-batch", "4", "--no-compile",
     "--device", "cpu", "--max-steps", "4", "--refresh-every", "2", "--refresh", "1", "--sample-steps", "1",
 ]  # fmt: skip
 
@@ -79,6 +82,68 @@ def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     _assert_same_state(
         trained / "dit_checkpoint.pt", tmp_path / "dit_checkpoint.pt", ["transformer", "outline_head", "averaged"]
     )
+
+
+MIXED = ["--clips", "17x32:1,49x32:1,97x32:2,17x48:1", "--small-until", "0.3", "--max-steps", "8"]
+
+
+def test_the_transformer_trains_at_mixed_lengths_and_sizes(trained: Path, tmp_path: Path) -> None:
+    parts = ["--vae", str(trained / "vae"), "--text", str(trained), "--samples", "0", *MIXED]
+    main([*DIT, *parts, "--out", str(tmp_path / "whole"), "--profile-steps", "8"])
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "dit_log.jsonl").read_text().splitlines()]
+    banks = [line["bucket"] for line in lines if line["event"] == "bank_full"]
+    assert banks == ["17x16", "49x16", "97x16", "17x24", "17x32", "49x32", "97x32", "17x48"]
+    assert any(len(line["losses"]) > 1 for line in lines if line["event"] == "step")
+    report = json.loads((tmp_path / "whole" / "dit_report.json").read_text())
+    assert report["mixed"] == {"17x32": 0.2, "49x32": 0.2, "97x32": 0.4, "17x48": 0.2}
+    main([*DIT, *parts, "--out", str(tmp_path / "two"), "--stop-after", "5"])
+    main([*DIT, *parts, "--out", str(tmp_path / "two"), "--resume"])
+    keys = ["transformer", "outline_head", "averaged"]
+    _assert_same_state(tmp_path / "whole" / "dit_checkpoint.pt", tmp_path / "two" / "dit_checkpoint.pt", keys)
+
+
+def test_steps_of_all_lengths_and_sizes_have_as_many_tokens() -> None:
+    first, *others = parse_buckets("49x96:2,17x96,97x96,193x96,193x128:0.5")
+    assert sum(b.share for b in (first, *others)) == pytest.approx(1)
+    assert (first.grid, first.tokens, first.share) == ((13, 24, 24), 1872, pytest.approx(2 / 5.5))
+    for bucket in others:
+        tokens = bucket.equal_count(64, first) * bucket.tokens
+        assert tokens == pytest.approx(64 * 1872, rel=0.06)
+
+
+@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96,49x96:2"])
+def test_clips_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--clips: got"):
+        parse_buckets(text)
+
+
+def test_compilation_that_changes_gradients_is_found_out() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    scale = [1.0, 1.01, 1.0, 1.2]  # once as it is, once compiled
+
+    def backward() -> None:
+        (weight.sum() * scale.pop(0)).backward()
+
+    compare_compiled([weight], backward)
+    with pytest.raises(ArithmeticError, match=r"norm is 2\.078 compiled and 1\.732 otherwise"):
+        compare_compiled([weight], backward)
+
+
+def test_the_text_encoder_grows_by_later_words(trained: Path, tmp_path: Path) -> None:
+    """Known tokens keep their numbers and embeddings; an encoder that lacks words trains no transformer."""
+    main([*TEXT, "--out", str(tmp_path / "old"), "--steps", "1"])
+    smaller = build_text_encoder(DIT_PRESETS["tiny"][1])
+    smaller.resize_token_embeddings(len(vocabulary()) - 1)
+    smaller.save_pretrained(tmp_path / "old" / "text_encoder")
+    with pytest.raises(ValueError, match=r"--text: the text encoder in .* knows 179 of 180 words"):
+        main([*DIT, "--vae", str(trained / "vae"), "--text", str(tmp_path / "old"), "--out", str(tmp_path)])
+    main([*TEXT, "--out", str(tmp_path / "new"), "--init", str(tmp_path / "old"), "--steps", "1", "--lr", "0"])
+    grown = build_text_encoder(DIT_PRESETS["tiny"][1])
+    load_text_encoder(grown, tmp_path / "new")
+    torch.testing.assert_close(grown.shared.weight[:-1], smaller.shared.weight)
+    report = json.loads((tmp_path / "new" / "text_report.json").read_text())
+    assert report["before"]["steps"] == 1
+    assert "order" in report["read_right"]
 
 
 def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path) -> None:
@@ -151,7 +216,19 @@ def test_facts_name_everything_a_clip_shows() -> None:
         assert ("background", spec.background) in found
         for item in spec.objects:
             assert ("colour", item.colour, "shape", item.shape) in found
-            assert ("shape", item.shape, "motion", item.motion) in found
+            assert all(("shape", item.shape, "motion", motion) in found for motion in item.motions)
+
+
+def test_facts_say_which_motion_comes_when() -> None:
+    known, names = set(all_facts()), ("first", "second", "third", "fourth")
+    for spec in (sample_spec("train", 0, i, 193) for i in range(100)):
+        found, motions = facts(spec), spec.objects[0].motions
+        assert found <= known
+        if len(motions) > 1:
+            wanted = {("turn", name, "motion", motion) for name, motion in zip(names, motions, strict=False)}
+            assert {fact for fact in found if fact[0] == "turn"} == wanted
+        else:
+            assert not {fact for fact in found if fact[0] == "turn"}
 
 
 def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_path: Path) -> None:

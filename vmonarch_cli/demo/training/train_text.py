@@ -25,7 +25,17 @@ from vmonarch_cli.demo.captions import caption, plain_caption
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder, build_tokenizer, config_dict, encode_prompts
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MAX_TOKENS, MOTIONS, PLACES, SHAPES, SIZES
+from vmonarch_cli.models.demo_vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    MAX_TOKENS,
+    MOTIONS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    vocabulary,
+)
 from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _OBJECT_FACTS: dict[str, tuple[str, ...]] = {
@@ -38,14 +48,21 @@ _OBJECT_FACTS: dict[str, tuple[str, ...]] = {
 # Which facts belong to the same object is a fact too, or two objects would share theirs.
 _BOUND = (("colour", "shape"), ("colour", "motion"), ("shape", "motion"), ("colour", "size"), ("colour", "place"))
 
+_FRAMES = (49, 97, 193)  # captions of longer clips tell more motions
+_TURNS = ("first", "second", "third", "fourth")  # of an object's motions
+
 
 def facts(spec: ClipSpec) -> frozenset[tuple[str, ...]]:
     """Everything true of a clip, as names: ("background", "navy"), ("colour", "red", "shape", "star"), ..."""
     found: set[tuple[str, ...]] = {("background", spec.background), ("kind", spec.kind)}
     for item in spec.objects:
-        values = {name: getattr(item, name) for name in _OBJECT_FACTS if getattr(item, name) is not None}
-        found |= set(values.items())
-        found |= {(a, values[a], b, values[b]) for a, b in _BOUND if a in values and b in values}
+        once = {name: getattr(item, name) for name in ("shape", "colour", "size", "place") if getattr(item, name)}
+        for motion in item.motions:
+            values = {**once, "motion": motion}
+            found |= set(values.items())
+            found |= {(a, values[a], b, values[b]) for a, b in _BOUND if a in values and b in values}
+        if len(item.motions) > 1:
+            found |= {("turn", turn, "motion", motion) for turn, motion in zip(_TURNS, item.motions, strict=False)}
     return frozenset(found)
 
 
@@ -54,6 +71,7 @@ def all_facts() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [("background", name) for name in BACKGROUNDS]
     found += [("kind", name) for name in KINDS]
     found += [(name, value) for name, values in _OBJECT_FACTS.items() for value in values]
+    found += [("turn", turn, "motion", motion) for turn in _TURNS for motion in MOTIONS]
     for a, b in _BOUND:
         found += [(a, x, b, y) for x, y in itertools.product(_OBJECT_FACTS[a], _OBJECT_FACTS[b])]
     return found
@@ -69,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.init is None:
         look_nearby(encoder)
     else:
-        load_text_encoder(encoder, args.init)
+        load_text_encoder(encoder, args.init, grow=True)
     names = all_facts()
     index = {name: i for i, name in enumerate(names)}
     reader = nn.Linear(config.d_model, len(names)).to(device)
@@ -78,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = last = time.monotonic()
     for step in range(args.steps):
         rng = random.Random(f"{args.seed}/{step}")
-        specs = [sample_spec("train", args.seed, rng.randrange(10**9)) for _ in range(args.batch)]
+        specs = [sample_spec("train", args.seed, rng.randrange(10**9), rng.choice(_FRAMES)) for _ in range(args.batch)]
         prompts = [caption(spec, rng) for spec in specs]
         hidden, real = _hidden(tokenizer, encoder, prompts)
         logits = _pooled(reader(hidden), real)
@@ -92,13 +110,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if time.monotonic() - last > 10 or step + 1 == args.steps:
             last = time.monotonic()
             log.write("step", step=step, loss=float(loss.detach()))
+    read_of = [sample_spec("heldout", 1, i, frames) for frames in (49, 193) for i in range(256)]
     report = {
         "text_encoder": config_dict(config),
+        "words": len(vocabulary()),
         "steps": args.steps,
         "captions": args.steps * args.batch,
         "seconds": time.monotonic() - start,
         "device": device_name(device),
-        "read_right": read_share(tokenizer, encoder, reader, [sample_spec("heldout", 1, i) for i in range(256)]),
+        "read_right": read_share(tokenizer, encoder, reader, read_of),
+        "before": loop.report_of_init(args.init, "text_report.json"),
     }
     encoder.save_pretrained(args.out / "text_encoder", safe_serialization=True)
     (args.out / "text_report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -126,19 +147,40 @@ def look_nearby(encoder: Any) -> None:
                 bias[buckets.to(bias.device), head] = -distance
 
 
-def load_text_encoder(encoder: Any, weights: Path) -> None:
-    """Load the values of an exported folder's text encoder."""
+def load_text_encoder(encoder: Any, weights: Path, *, grow: bool = False) -> None:
+    """Load the values of an exported folder's text encoder.
+
+    Args:
+        encoder: takes the values.
+        weights: the folder.
+        grow: take one that knows fewer words, too: the later ones stay as `encoder` has them.
+
+    Raises:
+        ValueError: the folder's encoder does not know all words, and is not to grow.
+
+    """
     from transformers import UMT5EncoderModel
 
-    encoder.load_state_dict(UMT5EncoderModel.from_pretrained(weights / "text_encoder").float().state_dict())
+    state = UMT5EncoderModel.from_pretrained(weights / "text_encoder").float().state_dict()
+    for name, value in encoder.state_dict().items():
+        known, words = len(state[name]), len(value)
+        if state[name].shape[1:] == value.shape[1:] and known < words:
+            if not grow:
+                raise ValueError(
+                    f"--text: the text encoder in {weights} knows {known} of {words} words; train it on with "
+                    f"`text --init {weights}`"
+                )
+            state[name] = torch.cat([state[name], value[known:].cpu()])
+    encoder.load_state_dict(state)
 
 
 @torch.no_grad()
 def read_share(tokenizer: Any, encoder: Any, reader: nn.Module, specs: Iterable[ClipSpec]) -> dict[str, float]:
     """Share of clips whose plain caption lets the reader name each attribute, from the last token.
 
-    Shape, colour and motion are read from one-object clips; "two objects" is the share of pairs of which it is read
-    which colour goes with which shape and which motion.
+    Shape, colour and motion are read from one-object clips of one motion; "two objects" is the share of pairs of which
+    it is read which colour goes with which shape and which motion, "order" that of clips of several motions of which it
+    is read which comes when.
     """
     specs = list(specs)
     hidden, real = _hidden(tokenizer, encoder, [plain_caption(spec) for spec in specs])
@@ -154,10 +196,21 @@ def read_share(tokenizer: Any, encoder: Any, reader: nn.Module, specs: Iterable[
         by_clip = [all(right[i : i + len(kinds)]) for i in range(0, len(right), len(kinds))]
         return sum(by_clip) / max(len(by_clip), 1)
 
-    singles = [row for row, spec in enumerate(specs) if len(spec.objects) == 1]
+    def in_order(row: int) -> bool:
+        wanted = facts(specs[row])
+        turns = _TURNS[: len(specs[row].objects[0].motions)]
+        columns = [[i for i, name in enumerate(names) if name[:2] == ("turn", turn)] for turn in turns]
+        return all(names[column[int(scores[row, column].argmax())]] in wanted for column in columns)
+
+    singles = [row for row, spec in enumerate(specs) if len(spec.objects) == len(spec.objects[0].motions) == 1]
+    several = [row for row, spec in enumerate(specs) if len(spec.objects[0].motions) > 1]
     pairs = [row for row, spec in enumerate(specs) if len(spec.objects) == 2]
     shares = {name: share([(name,)], singles, 1) for name in ("background", "shape", "colour", "motion")}
-    return {**shares, "two objects": share([("colour", "shape"), ("colour", "motion")], pairs, 2)}
+    return {
+        **shares,
+        "two objects": share([("colour", "shape"), ("colour", "motion")], pairs, 2),
+        "order": sum(map(in_order, several)) / max(len(several), 1),
+    }
 
 
 def _hidden(tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
