@@ -197,6 +197,28 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
     card = (trained / "weights" / "MODEL_CARD.md").read_text()
     assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
     assert "| text encoder | 2 | 32 captions |" in card
+    assert "49 frames of 96 x 96" not in card.replace("grid of 49 frames of 96 x 96", "")
+
+
+def test_the_card_of_a_model_for_several_lengths(trained: Path) -> None:
+    settings = score.Settings(prompts=6, steps=1, batch=6, size=32, num_frames=97)
+    result = score.score(trained / "weights", settings, device=torch.device("cpu"), reader_clips=2, vae_clips=1)
+    entry = result["presets"]["dense"]
+    assert entry["several_motions"] > 0
+    assert set(entry["several"]) == {"colour", "background", "motion", "shape"}
+    score.show(result)
+    vae, text, dit = (json.loads((trained / f"{part}_report.json").read_text()) for part in ("vae", "text", "dit"))
+    dit = {**dit, "mixed": {"17x32": 0.2, "49x32": 0.4, "97x32": 0.2, "193x48": 0.2}, "before": dit}
+    short = _score_of_nothing()
+    card = model_card(vae, dit, [short, result], 1, {**text, "captions": 7, "before": text})
+    assert "shapes: 17 to 193 frames of 32 x 32 and 48 x 48 pixels" in card
+    assert "were trained at 97 and 193. There" in card
+    assert "### 49 frames of 32 x 32\n" in card
+    assert "### 97 frames of 32 x 32\n" in card
+    assert f"; {entry['several_motions']} with several motions" in card
+    assert "| its clips of several motions |" in card
+    rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith(("| text", "| transformer"))]
+    assert rows[2:] == ["| text encoder", "| transformer", "| text encoder, continued", "| transformer, continued"]
 
 
 def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_pa
     report = json.loads((tmp_path / "dit_report.json").read_text())
     assert report["before"] == json.loads((trained / "dit_report.json").read_text())
     card = model_card(
-        json.loads((trained / "vae_report.json").read_text()), report, _score_of_nothing(), vae_parameters=1
+        json.loads((trained / "vae_report.json").read_text()), report, [_score_of_nothing()], vae_parameters=1
     )  # fmt: skip
     assert "| transformer | 4 | 20 (" in card
     assert "| transformer, continued | 4 | 20 (" in card
@@ -251,7 +273,7 @@ def _score_of_nothing() -> dict[str, Any]:
     vae = dict.fromkeys(("psnr", "psnr_worst_clip", "psnr_first", "psnr_middle", "psnr_last"), 0.0)
     return {
         "device": "CPU",
-        "settings": {"size": 32, "guidance": 4.0, "steps": 1},
+        "settings": {"size": 32, "num_frames": 49, "guidance": 4.0, "steps": 1},
         "reader": {"clips": 0, **shares},
         "reader_through_vae": {"clips": 0, **shares},
         "vae": {"clips": 0, **vae},

@@ -119,6 +119,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", type=Path, help="start from the text encoder of an exported weights folder")
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, help="end, and lower the learning rate, by this time at the latest")
     parser.add_argument("--batch", type=int, default=128, help="captions a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

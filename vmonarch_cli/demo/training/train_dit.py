@@ -46,6 +46,7 @@ from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.structured import halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
@@ -327,6 +328,7 @@ class TransformerTraining:
             "text_encoder": config_dict(self.text_config),
             "transformer_parameters": sum(p.numel() for p in self.transformer.parameters()),
             "text_encoder_parameters": sum(p.numel() for p in self.text_encoder.parameters()),
+            "words": len(vocabulary()),
             "steps": self.step,
             "clips": self.clips_seen,
             "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),

@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _OBJECT_FACTS: dict[str, tuple[str, ...]] = {
 _BOUND = (("colour", "shape"), ("colour", "motion"), ("shape", "motion"), ("colour", "size"), ("colour", "place"))
 
 _FRAMES = (49, 97, 193)  # captions of longer clips tell more motions
+_CLIPS = 5000  # of each length; what varies are their captions
 _TURNS = ("first", "second", "third", "fourth")  # of an object's motions
 
 
@@ -94,28 +96,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     parameters = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     start = last = time.monotonic()
-    for step in range(args.steps):
+    step = 0
+    while (position := _position(args, step, start)) < 1:
         rng = random.Random(f"{args.seed}/{step}")
-        specs = [sample_spec("train", args.seed, rng.randrange(10**9), rng.choice(_FRAMES)) for _ in range(args.batch)]
+        specs = [_clip(args.seed, rng.randrange(_CLIPS), rng.choice(_FRAMES)) for _ in range(args.batch)]
         prompts = [caption(spec, rng) for spec in specs]
         hidden, real = _hidden(tokenizer, encoder, prompts)
         logits = _pooled(reader(hidden), real)
         loss = F.binary_cross_entropy_with_logits(logits, _targets(specs, index, device)) * len(names)
         for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate(args.lr, step / args.steps, step)
+            group["lr"] = loop.learning_rate(args.lr, position, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if time.monotonic() - last > 10 or step + 1 == args.steps:
+        step += 1
+        if time.monotonic() - last > 10 or step == args.steps:
             last = time.monotonic()
             log.write("step", step=step, loss=float(loss.detach()))
     read_of = [sample_spec("heldout", 1, i, frames) for frames in (49, 193) for i in range(256)]
     report = {
         "text_encoder": config_dict(config),
         "words": len(vocabulary()),
-        "steps": args.steps,
-        "captions": args.steps * args.batch,
+        "steps": step,
+        "captions": step * args.batch,
         "seconds": time.monotonic() - start,
         "device": device_name(device),
         "read_right": read_share(tokenizer, encoder, reader, read_of),
@@ -125,6 +129,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (args.out / "text_report.json").write_text(json.dumps(report, indent=2) + "\n")
     log.write("exported", **report)
     return report
+
+
+def _position(args: argparse.Namespace, step: int, start: float) -> float:
+    """Progress in [0, 1], of the steps or of the seconds, whichever end earlier."""
+    in_time = 0.0 if args.seconds is None else (time.monotonic() - start) / args.seconds
+    return max(step / int(args.steps), in_time)
+
+
+@cache
+def _clip(seed: int, number: int, frames: int) -> ClipSpec:
+    return sample_spec("train", seed, number, frames)
 
 
 @torch.no_grad()
