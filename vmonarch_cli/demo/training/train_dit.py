@@ -73,6 +73,8 @@ class TransformerTraining:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
         if args.structured and args.batch % 4:
             raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+        from diffusers import WanTransformer3DModel
+
         self.args, self.device, self.log = args, device, log
         vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
@@ -82,7 +84,8 @@ class TransformerTraining:
         self.tokenizer = build_tokenizer()
         load_text_encoder(self.text_encoder, args.text)
         if args.init is not None:
-            self._load_transformer(args.init)
+            start = WanTransformer3DModel.from_pretrained(args.init / "transformer").float()
+            self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
@@ -130,12 +133,6 @@ class TransformerTraining:
         """Render and encode what the banks hold."""
         for bank in self.banks:
             bank.fill()
-
-    def _load_transformer(self, directory: Path) -> None:
-        from diffusers import WanTransformer3DModel
-
-        transformer = WanTransformer3DModel.from_pretrained(directory / "transformer").float()
-        self.transformer.load_state_dict(transformer.state_dict())
 
     def train(self) -> None:
         longest = max(self.banks, key=lambda bank: bank.bucket.tokens)
@@ -202,7 +199,8 @@ class TransformerTraining:
 
     def _compile(self) -> None:
         """Compile the blocks and try them on every bucket; if that fails, say so and go on eagerly."""
-        # One compilation serves all lengths and sizes; with one of them, a special one is faster.
+        # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
+        torch.fx.experimental._config.use_duck_shape = False
         self.transformer.compile_repeated_blocks(dynamic=len(self.banks) > 1)
         self.outline_head.listen_to(self.transformer)
         if not self._trial():
