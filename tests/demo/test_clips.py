@@ -44,7 +44,7 @@ def test_times_can_differ_between_clips() -> None:
 def test_one_motion_begins_where_another_ends() -> None:
     """Around every change of motion the picture changes no more than it does on the way."""
     specs = [spec for spec in (sample_spec("train", 4, i, 193) for i in range(60)) if spec.motions > 1]
-    assert {spec.motions for spec in specs} == {2, 3, 4}
+    assert {spec.motions for spec in specs} == {2, 3}
     for spec in specs[:24]:
         count = spec.motions
         changes = torch.arange(1, count) / count

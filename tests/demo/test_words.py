@@ -83,8 +83,7 @@ def test_longer_clips_show_more_motions() -> None:
 
     assert counts(17) == counts(49) == counts(81) == {1}
     assert counts(97) == {1, 2}
-    assert counts(145) == {1, 2, 3}
-    assert counts(193) == {1, 2, 3, 4}
+    assert counts(145) == counts(193) == {1, 2, 3}
 
 
 def test_motions_that_repeat_keep_their_speed_in_longer_clips() -> None:

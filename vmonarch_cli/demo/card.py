@@ -80,7 +80,7 @@ _LONGER = """
 
 Clips longer than 49 frames were trained at {lengths}. There, motions that repeat keep their speed and the others take
 their time, and one object may move in several ways, one after the other ("rises, then circles"): in two in 97 frames,
-in up to four in 193. Shorter clips show a whole motion, faster."""
+in up to three from 145 on. Shorter clips show a whole motion, faster."""
 
 _MEASURED = """### {frames} frames of {size} x {size}
 

@@ -27,7 +27,7 @@ Split = Literal["train", "heldout"]
 SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.25, 0.28), "medium": (0.33, 0.37), "large": (0.44, 0.50)}
 BEAT_FRAMES = 48
 """Frames from the first to the last of a clip of 49: how long one motion takes at its normal speed."""
-MAX_MOTIONS = 4
+MAX_MOTIONS = 3
 _MANY_MOTIONS_SHARE = 0.65  # of clips of one object that are long enough for two motions
 
 PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}

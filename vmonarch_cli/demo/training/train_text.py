@@ -4,11 +4,15 @@ Run it with `python -m vmonarch_cli.demo.training text --out DIR`: it needs no a
 cores. A linear reading of the tokens must name the clip's background, its objects and what belongs to which object. The
 transformer alone learns words only through what they do to noisy latents, which is slow where a word changes little
 (left for right).
+
+An encoder that goes on learning (`--init`) keeps its embeddings of captions of one motion, which a transformer may know
+by now, and learns to tell the order of several.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import random
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 
 from vmonarch_cli.demo.captions import caption, plain_caption
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder, build_tokenizer, config_dict, encode_prompts
-from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.specs import MAX_MOTIONS, ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.models.demo_vocabulary import (
     BACKGROUNDS,
@@ -51,7 +55,8 @@ _BOUND = (("colour", "shape"), ("colour", "motion"), ("shape", "motion"), ("colo
 
 _FRAMES = (49, 97, 193)  # captions of longer clips tell more motions
 _CLIPS = 5000  # of each length; what varies are their captions
-_TURNS = ("first", "second", "third", "fourth")  # of an object's motions
+_TURNS = {2: ("first", "last"), 3: ("first", "middle", "last")}  # of an object's motions, by their number
+_KEEP_WEIGHT = 100.0  # of how far embeddings that the transformer knows have moved, relative to their size
 
 
 def facts(spec: ClipSpec) -> frozenset[tuple[str, ...]]:
@@ -64,7 +69,8 @@ def facts(spec: ClipSpec) -> frozenset[tuple[str, ...]]:
             found |= set(values.items())
             found |= {(a, values[a], b, values[b]) for a, b in _BOUND if a in values and b in values}
         if len(item.motions) > 1:
-            found |= {("turn", turn, "motion", motion) for turn, motion in zip(_TURNS, item.motions, strict=False)}
+            turns = zip(_TURNS[len(item.motions)], item.motions, strict=True)
+            found |= {("turn", turn, "motion", motion) for turn, motion in turns}
     return frozenset(found)
 
 
@@ -73,7 +79,7 @@ def all_facts() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [("background", name) for name in BACKGROUNDS]
     found += [("kind", name) for name in KINDS]
     found += [(name, value) for name, values in _OBJECT_FACTS.items() for value in values]
-    found += [("turn", turn, "motion", motion) for turn in _TURNS for motion in MOTIONS]
+    found += [("turn", turn, "motion", motion) for turn in _TURNS[MAX_MOTIONS] for motion in MOTIONS]
     for a, b in _BOUND:
         found += [(a, x, b, y) for x, y in itertools.product(_OBJECT_FACTS[a], _OBJECT_FACTS[b])]
     return found
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         look_nearby(encoder)
     else:
         load_text_encoder(encoder, args.init, grow=True)
+    before = None if args.init is None else copy.deepcopy(encoder).requires_grad_(False)
     names = all_facts()
     index = {name: i for i, name in enumerate(names)}
     reader = nn.Linear(config.d_model, len(names)).to(device)
@@ -104,6 +111,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         hidden, real = _hidden(tokenizer, encoder, prompts)
         logits = _pooled(reader(hidden), real)
         loss = F.binary_cross_entropy_with_logits(logits, _targets(specs, index, device)) * len(names)
+        kept = torch.zeros(())
+        if before is not None:
+            known = [row for row, spec in enumerate(specs) if spec.motions == 1]
+            kept = _moved(hidden[known], _hidden(tokenizer, before, [prompts[row] for row in known])[0])
+            loss = loss + _KEEP_WEIGHT * kept
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate(args.lr, position, step)
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         step += 1
         if time.monotonic() - last > 10 or step == args.steps:
             last = time.monotonic()
-            log.write("step", step=step, loss=float(loss.detach()))
+            log.write("step", step=step, loss=float(loss.detach()), moved=float(kept.detach()))
     read_of = [sample_spec("heldout", 1, i, frames) for frames in (49, 193) for i in range(256)]
     report = {
         "text_encoder": config_dict(config),
@@ -129,6 +141,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (args.out / "text_report.json").write_text(json.dumps(report, indent=2) + "\n")
     log.write("exported", **report)
     return report
+
+
+def _moved(hidden: Tensor, before: Tensor) -> Tensor:
+    """Mean squared difference of embeddings (B, tokens, d_model) from what they were, relative to their mean square."""
+    return (hidden - before).square().mean() / before.square().mean()
 
 
 def _position(args: argparse.Namespace, step: int, start: float) -> float:
@@ -213,12 +230,12 @@ def read_share(tokenizer: Any, encoder: Any, reader: nn.Module, specs: Iterable[
 
     def in_order(row: int) -> bool:
         wanted = facts(specs[row])
-        turns = _TURNS[: len(specs[row].objects[0].motions)]
+        turns = _TURNS[specs[row].motions]
         columns = [[i for i, name in enumerate(names) if name[:2] == ("turn", turn)] for turn in turns]
         return all(names[column[int(scores[row, column].argmax())]] in wanted for column in columns)
 
-    singles = [row for row, spec in enumerate(specs) if len(spec.objects) == len(spec.objects[0].motions) == 1]
-    several = [row for row, spec in enumerate(specs) if len(spec.objects[0].motions) > 1]
+    singles = [row for row, spec in enumerate(specs) if len(spec.objects) == spec.motions == 1]
+    several = [row for row, spec in enumerate(specs) if spec.motions > 1]
     pairs = [row for row, spec in enumerate(specs) if len(spec.objects) == 2]
     shares = {name: share([(name,)], singles, 1) for name in ("background", "shape", "colour", "motion")}
     return {
