@@ -213,6 +213,7 @@ def test_the_card_of_a_model_for_several_lengths(trained: Path) -> None:
     card = model_card(vae, dit, [short, result], 1, {**text, "captions": 7, "before": text})
     assert "shapes: 17 to 193 frames of 32 x 32 and 48 x 48 pixels" in card
     assert "were trained at 97 and 193. There" in card
+    assert "--clips 17x32:0.2,49x32:0.4,97x32:0.2,193x48:0.2 --out DIR" in card
     assert "### 49 frames of 32 x 32\n" in card
     assert "### 97 frames of 32 x 32\n" in card
     assert f"; {entry['several_motions']} with several motions" in card

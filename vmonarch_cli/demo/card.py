@@ -61,7 +61,7 @@ middle, and the loss weighs more where objects are; both fade out. The transform
 {dit_loss:.4f}.{structured}
 
 To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text --out DIR`, then
-`dit --vae DIR/vae --text DIR --out DIR`.
+`dit --vae DIR/vae --text DIR --out DIR`{again}.
 
 ## Measured
 
@@ -75,6 +75,9 @@ To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text
 - It says nothing about how structured attention does on large models: attention here is over {tokens} tokens, and
   the clips are simple.
 """
+
+_AGAIN = """; for the last training, `text --init WEIGHTS --out DIR`
+and `dit --vae WEIGHTS/vae --text DIR --init WEIGHTS --small-until 0 --clips {clips} --out DIR`"""
 
 _LONGER = """
 
@@ -132,6 +135,7 @@ def model_card(
         megabytes=dit["folder_megabytes"],
         frames=_span(lengths),
         sizes_trained=" and ".join(f"{side} x {side}" for side in sorted(sides)),
+        again=_AGAIN.format(clips=_clips(dit)) if "mixed" in dit else "",
         longer=_LONGER.format(lengths=_listed(longer)) if longer else "",
         layers=dit["transformer"]["num_layers"],
         heads=dit["transformer"]["num_heads"],
@@ -163,6 +167,11 @@ def _trained_at(dit: Report) -> list[tuple[int, int]]:
     """Frames and sides of the clips that the transformer was trained at last."""
     found = [name.split("x") for name in dit.get("mixed", {f"{NUM_FRAMES}x{SIZE}": 1.0})]
     return [(int(frames), int(side)) for frames, side in found]
+
+
+def _clips(dit: Report) -> str:
+    """What `--clips` was."""
+    return ",".join(f"{name}:{share:.3g}" for name, share in dit["mixed"].items())
 
 
 def _span(numbers: Collection[int]) -> str:
@@ -297,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae, dit = (json.loads(found[part].read_text()) for part in ("vae", "dit"))
     text_alone = json.loads(found["text"].read_text()) if found["text"].is_file() else None
     scores = [json.loads(path.read_text()) for path in args.score]
+    scores.sort(key=lambda score: (score["settings"]["size"], score["settings"]["num_frames"]))
     card = model_card(vae, dit, scores, vae_parameters, text_alone)
     (args.weights / "MODEL_CARD.md").write_text(card)
 

@@ -56,6 +56,7 @@ _BOUND = (("colour", "shape"), ("colour", "motion"), ("shape", "motion"), ("colo
 _FRAMES = (49, 97, 193)  # captions of longer clips tell more motions
 _CLIPS = 5000  # of each length; what varies are their captions
 _TURNS = {2: ("first", "last"), 3: ("first", "middle", "last")}  # of an object's motions, by their number
+_READER_ALONE = 200  # steps in which only the reading of an encoder that goes on is learned
 _KEEP_WEIGHT = 100.0  # of how far embeddings that the transformer knows have moved, relative to their size
 
 
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         specs = [_clip(args.seed, rng.randrange(_CLIPS), rng.choice(_FRAMES)) for _ in range(args.batch)]
         prompts = [caption(spec, rng) for spec in specs]
         hidden, real = _hidden(tokenizer, encoder, prompts)
-        logits = _pooled(reader(hidden), real)
+        # What a fresh reader asks for at first would only harm an encoder that has learned already.
+        read = hidden.detach() if before is not None and step < _READER_ALONE else hidden
+        logits = _pooled(reader(read), real)
         loss = F.binary_cross_entropy_with_logits(logits, _targets(specs, index, device)) * len(names)
         kept = torch.zeros(())
         if before is not None:
