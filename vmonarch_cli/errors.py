@@ -52,6 +52,12 @@ class DeviceError(VmonarchError):
     """A device, dtype or implementation that this machine does not have."""
 
 
+class RefusedError(VmonarchError):
+    """Frames that a model's own safety checks refuse; nothing is written."""
+
+    exit_code = EXIT_CLIP_FAILED
+
+
 class NonFiniteError(VmonarchError):
     """Latents or frames that are not finite; the clip stops and nothing is written."""
 

@@ -19,6 +19,7 @@ What is public; all else may change between versions:
 - ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
   block's products, each in one pass.
 - ``gelu_tanh_``, ``gated_activation``: activations, in place, or of half the channels.
+- ``quantize_rows``, ``linear_e4m3``: rows in e4m3 with a scale each, and a linear layer whose product takes them.
 - ``HeadNorm``, ``Rotation``, ``Norm``, ``Term``: what these take beside their tensors.
 - ``resolve_fused_impl``: the implementation of these that a device and dtype get.
 """
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         resolve_fused_impl,
     )
     from vmonarch_kernels.fused_spec import HeadNorm, Norm, Rotation, Term
+    from vmonarch_kernels.linear8 import linear_e4m3, quantize_rows
     from vmonarch_kernels.reference import Factors, monarch_factors
     from vmonarch_kernels.residual import Residual
     from vmonarch_kernels.spec import Inputs, Options
@@ -68,6 +70,8 @@ _HOMES = {
     "qk_norm_rope": "fused",
     "residual_norm": "fused",
     "resolve_fused_impl": "fused",
+    "quantize_rows": "linear8",
+    "linear_e4m3": "linear8",
     "HeadNorm": "fused_spec",
     "Norm": "fused_spec",
     "Rotation": "fused_spec",
@@ -96,9 +100,11 @@ __all__ = [
     "gated_residual",
     "gelu_tanh_",
     "layer_norm_modulate",
+    "linear_e4m3",
     "monarch_attention",
     "monarch_factors",
     "qk_norm_rope",
+    "quantize_rows",
     "residual_norm",
     "resolve_fused_impl",
     "resolve_impl",

@@ -15,6 +15,38 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def from_8bit(x):
+    """float32 of e4m3, or of its bytes (uint8) where the chip does not convert it.
+
+    Exponent and mantissa are float16's in other places: shifted there they are the value over 2 ** 8, subnormals too.
+    """
+    if x.dtype == tl.uint8:
+        # The sign comes along twice, and the second one is masked out.
+        bits = (x.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where(tl.abs(value) == 480.0, float("nan"), value)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def to_8bit(x, dtype: tl.constexpr):
+    """The nearest e4m3 of float32, of two the even one, and 448 beyond it; its bytes where ``dtype`` is uint8."""
+    if dtype == tl.uint8:
+        bits = x.to(tl.uint32, bitcast=True)
+        sign = (bits >> 24) & 0x80
+        bits &= 0x7FFFFFFF
+        # The exponent's offset is 120 less, and 20 bits of the mantissa are rounded off.
+        normal = (bits + (0x7FFFF + ((bits >> 20) & 1)) - (120 << 23)) >> 20
+        # Below 2 ** -6 an entry is a multiple of 2 ** -9, as the last bit of a float32 next to 2 ** 14.
+        small = (bits.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) & 0x7F
+        code = tl.where(bits < (121 << 23), small, tl.minimum(normal, 0x7E))
+        return (sign | tl.where(bits > 0x7F800000, 0x7F, code)).to(tl.uint8)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def load_rows(p, o_row, s_row, o_d, row_end, d_end, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
     """[rows, BLOCK_D] from p + o_row * s_row; zero outside."""
     p_tile = p + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
@@ -186,11 +218,11 @@ def _keep_change(
     p_row = p_scale + ((b * positions + o_j) * heads + h) * frames + frame
     if BLEND:
         scale = tl.load(p_row, mask=m_j, other=0.0)
-        before = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32) * scale[:, None]
+        before = from_8bit(tl.load(p_tile, mask=m_tile, other=0.0)) * scale[:, None]
         change = share * change + (1.0 - share) * before
     change = tl.where(m_tile, change, 0.0)
     scale = tl.maximum(tl.max(tl.abs(change), 1), 1e-30) / 448.0
-    tl.store(p_tile, (change / scale[:, None]).to(p_values.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, to_8bit(change / scale[:, None], p_values.dtype.element_ty), mask=m_tile)
     tl.store(p_row, scale, mask=m_j)
 
 
@@ -200,7 +232,7 @@ def merge_splits_kernel(
     p_extra, p_extra_lse,  # one more part: (B, T, P, H, D) and (B, H, T, P)
     p_o, s_ob, s_op, s_oh,  # the frame's output
     p_lse, s_lb, s_lh,  # the frame's log-sum-exp
-    p_values, p_scale,  # residual: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
+    p_values, p_scale,  # residual: e4m3, or its bytes, (B, T, P, H, D) times float32 (B, P, H, T)
     share, blend_before, blend_after,
     batch, frames, frame, positions, heads, head_dim, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, HAS_EXTRA: tl.constexpr, KEEP: tl.constexpr,
@@ -336,7 +368,7 @@ def _l_product(
 def _store_l(p_l, s_l, entries, o_l, o_k, frames):
     """Normalised entries of L, times L_SCALE, to rows of s_l bytes at p_l, zeros behind the last key frame."""
     m_lk = (o_l < frames)[:, None] & (o_k < s_l)[None, :]
-    tl.store(p_l + o_l[:, None] * s_l + o_k[None, :], (entries * L_SCALE).to(p_l.dtype.element_ty), mask=m_lk)
+    tl.store(p_l + o_l[:, None] * s_l + o_k[None, :], to_8bit(entries * L_SCALE, p_l.dtype.element_ty), mask=m_lk)
 
 
 @triton.jit
@@ -350,7 +382,7 @@ def _finish_output(
         o += exact_weight[:, None] * exact.to(tl.float32)
     if HAS_RESIDUAL:
         residual = load_rows(p_residual + o_tokens, o_l, s_row, o_d, frames, head_dim, True, MASK_D)
-        o += residual_scale[:, None] * residual.to(tl.float32)
+        o += residual_scale[:, None] * from_8bit(residual)
     # A row that another kernel owns is moved past the end.
     store_rows(p_o + o_tokens, tl.where(o_l >= first_row, o_l, frames), s_row, o_d, o, frames, head_dim, MASK_D)
 
@@ -361,8 +393,8 @@ def l_output_kernel(
     p_rk, p_c, p_y,  # RK and RV (B, T, P, H, D), c_l (B, H, T, P)
     p_exact, p_exact_lse,  # exact part (B, T, P, H, D) and its log-sum-exp (B, H, T, P)
     p_o,  # out (B, T, P, H, D)
-    p_l, l_row_eighth,  # L (B, P, H, T, T), rows 8 * l_row_eighth entries apart
-    p_residual, p_residual_scale,  # residual: e4m3 (B, T, P, H, D) times float32 (B, P, H, T)
+    p_l, l_row_eighth,  # L, e4m3 or its bytes, (B, P, H, T, T), rows 8 * l_row_eighth entries apart
+    p_residual, p_residual_scale,  # residual: e4m3, or its bytes, (B, T, P, H, D) times float32 (B, P, H, T)
     qk_scale,
     frames, positions, heads, head_dim, band, width, first_row,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
@@ -560,7 +592,7 @@ def r_queries_kernel(
         if ONE_TILE:
             o_l = tl.arange(0, BLOCK_L)
             if FROM_L:
-                entries = load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+                entries = from_8bit(load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True))
             else:
                 product = _l_product(
                     p_q_j, s_qt, p_rk + o_tokens, s_row, o_l, o_k, frames, head_dim,
@@ -588,7 +620,7 @@ def r_queries_kernel(
                 o_l = l_first + tl.arange(0, BLOCK_L)
                 q = load_rows(p_q_j, o_l, s_qt, o_d, frames, head_dim, True, MASK_D)
                 if FROM_L:
-                    entries = load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+                    entries = from_8bit(load_rows(p_l_j, o_l, s_l, o_k, frames, s_l, True, True))
                 else:
                     product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
                     entries = _l_entries(

@@ -7,7 +7,7 @@ Names as in `_triton.py`. Tokens of a sample and head are numbered through, [0, 
 import triton
 import triton.language as tl
 
-from vmonarch_kernels._triton import LOG2E, l_logits, load_rows, store_rows
+from vmonarch_kernels._triton import LOG2E, from_8bit, l_logits, load_rows, store_rows
 
 
 @triton.jit
@@ -563,8 +563,8 @@ def warm_backward_kernel(
         c_r = tl.zeros([BLOCK_K], tl.float32)
         for first in range(0, frames, BLOCK_L):
             rows = load_rows(p_l, first + tl.arange(0, BLOCK_L), s_l, o_k, frames, s_l, True, True)
-            c_r += tl.sum(rows.to(tl.float32), 0)
-        entries = load_rows(p_l, o_l, s_l, o_k, frames, s_l, True, True).to(tl.float32)
+            c_r += tl.sum(from_8bit(rows), 0)
+        entries = from_8bit(load_rows(p_l, o_l, s_l, o_k, frames, s_l, True, True))
         dq_r = load_rows(p_dq_r + o_tokens, o_k, s_row, o_d, frames, head_dim, True, MASK_D)
         weights = (entries / tl.maximum(c_r, c_floor)[None, :]).to(dq_r.dtype)
         acc = tl.dot(weights, dq_r, acc, input_precision=PRECISION)
@@ -574,7 +574,7 @@ def warm_backward_kernel(
 @triton.jit
 def row_delta_kernel(
     p_o, p_go, s_b, s_n, s_h,  # output and its gradient, (B, M, H, D), contiguous alike
-    p_residual, p_residual_scale,  # e4m3 (B, M, H, D) times float32 (B, P, H, T), taken off the output
+    p_residual, p_residual_scale,  # e4m3, or its bytes, (B, M, H, D) times float32 (B, P, H, T), taken off the output
     p_delta, s_db, s_dh,  # (B, H, M) float32
     rows, positions, heads, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -589,7 +589,7 @@ def row_delta_kernel(
     go = load_rows(p_go + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
     if HAS_RESIDUAL:
         frames = rows // positions
-        residual = load_rows(p_residual + offset, o_n, s_n, o_d, rows, head_dim, True, True).to(tl.float32)
+        residual = from_8bit(load_rows(p_residual + offset, o_n, s_n, o_d, rows, head_dim, True, True))
         o_scale = ((b * positions + o_n % positions) * heads + h) * frames + o_n // positions
         o -= residual * tl.load(p_residual_scale + o_scale, mask=o_n < rows, other=0.0)[:, None]
     tl.store(p_delta + b * s_db + h * s_dh + o_n, tl.sum(o * go, 1), mask=o_n < rows)

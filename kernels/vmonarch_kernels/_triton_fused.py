@@ -218,3 +218,17 @@ def gated_activation_kernel(p_x, s_x, p_o, channels, BLOCK: tl.constexpr, KIND: 
     gate = tl.load(p_x + row * s_x + channels + o_c, m_c, other=0.0).to(tl.float32)
     o = value * _activation(gate, KIND)
     tl.store(p_o + row * channels + o_c, o.to(p_o.dtype.element_ty), m_c)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    p_x, s_x, p_o, p_scale, channels, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """o (rows, C) = x / scale (rows), which brings the largest entry of a row to LARGEST; rounded to o's dtype."""
+    row = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < channels
+    x = tl.load(p_x + row * s_x + o_c, m_c, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / LARGEST, LEAST)
+    tl.store(p_o + row * channels + o_c, (x / scale).to(p_o.dtype.element_ty), m_c)
+    tl.store(p_scale + row, scale)

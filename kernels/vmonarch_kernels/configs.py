@@ -31,7 +31,7 @@ class Chip:
     """Bytes a block may opt in to (99 KB on consumer cards, 227 KB on an H100, 64 KB on AMD's)."""
     dtype_8bit: torch.dtype
     """Of L and the residual in the kernels. GPUs before compute capability 8.9 and the interpreter cannot convert
-    e4m3; there, and on AMD's GPUs, the kernels read and write float16, and torch converts.
+    e4m3; there, and on AMD's GPUs, the kernels read and write its bytes, uint8, and convert those.
     """
     float32_precision: str = "tf32x3"
     """How float32 products are taken: as three tf32 ones on NVIDIA's tensor cores, which keeps float32's accuracy;
@@ -43,13 +43,13 @@ class Chip:
 def chip(device: torch.device) -> Chip:
     """What is known of a device. Kept, because asking takes longer than a launch."""
     if device.type != "cuda":
-        return Chip((0, 0), 132, 227 * 1024, torch.float16)
+        return Chip((0, 0), 132, 227 * 1024, torch.uint8)
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         # torch gives AMD's architectures capabilities that mean other things here: gfx90a has (9, 0), as an H100.
-        return Chip((0, 0), properties.multi_processor_count, 64 * 1024, torch.float16, "ieee")
+        return Chip((0, 0), properties.multi_processor_count, 64 * 1024, torch.uint8, "ieee")
     capability = torch.cuda.get_device_capability(device)
-    dtype = L_DTYPE if capability >= (8, 9) else torch.float16
+    dtype = L_DTYPE if capability >= (8, 9) else torch.uint8
     return Chip(capability, properties.multi_processor_count, properties.shared_memory_per_block_optin, dtype)
 
 

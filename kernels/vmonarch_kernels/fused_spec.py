@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -11,6 +12,10 @@ ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
 Layout = Literal["interleaved", "half"]
 """Which elements of a head a rotation turns together: 2 i and 2 i + 1 (Wan, HunyuanVideo, LTX), or i and D / 2 + i."""
 LAYOUTS: tuple[Layout, ...] = ("interleaved", "half")
+
+E4M3 = torch.float8_e4m3fn
+LARGEST, LEAST = 448.0, 1e-12
+"""Largest number in e4m3, and least scale of a row of such numbers, as one of zeros has it."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vmonarch_kernels.configs import (
 )
 from vmonarch_kernels.cost import L_ROW_ENTRIES, window_frames
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, L_SCALE, Forward, empty_l, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_SCALE, Forward, empty_l, split_frames, with_padded_rows
 
 MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
@@ -191,8 +191,8 @@ def refresh_triton(
     keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
     for mine, theirs in zip(kept, residual, strict=True):
-        if mine is not theirs:
-            theirs.copy_(mine)
+        if mine.data_ptr() != theirs.data_ptr():
+            theirs.copy_(mine.view(theirs.dtype))
 
 
 @dataclass(frozen=True)
@@ -555,7 +555,7 @@ def r_queries(
             **shared,
         )
     grid = (cdiv(positions, config.strip) * heads, cdiv(frames, config.block_k), batch)
-    stored = None if l_prev is None else with_padded_rows(l_prev, call.chip.dtype_8bit)
+    stored = None if l_prev is None else kernel_l(l_prev, call.chip)
     kernels.r_queries_kernel[grid](
         call.q,
         *call.row_order,
@@ -596,7 +596,7 @@ def _l_output(
     batch, frames, positions, heads, dim = call.sizes
     config = l_output_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory, exact=exact is not None)
     out = call.like_q()
-    l_new = empty_l(call.q, dtype=call.chip.dtype_8bit) if return_l else None
+    l_new = empty_l(call.q) if return_l else None
     first_row = 1 if call.options.first_frame and call.options.band is None else 0
     grid = (cdiv(positions, config.strip) * heads, cdiv(frames, config.block_l), batch)
     kernels.l_output_kernel[grid](
@@ -605,7 +605,7 @@ def _l_output(
         *r_step,
         *(exact or (None, None)),
         out,
-        l_new,
+        None if l_new is None else kernel_l(l_new, call.chip),
         0 if l_new is None else l_new.stride(3) // L_ROW_ENTRIES,
         *((None, None) if residual is None else kernel_residual(residual)),
         call.scale,
@@ -632,10 +632,15 @@ def _l_output(
         num_warps=config.num_warps,
         **FUSION,
     )
-    return out, None if l_new is None else with_padded_rows(l_new, L_DTYPE)
+    return out, l_new
+
+
+def kernel_l(l_BPHTT: Tensor, chip: Chip) -> Tensor:
+    """L as the kernels read and write it: the same memory where it lies as ``empty_l`` has it."""
+    return with_padded_rows(l_BPHTT).view(chip.dtype_8bit)
 
 
 def kernel_residual(residual: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Values and scale as the kernels read and write them; the tensors themselves where they are so already."""
+    """Values and scale as the kernels read and write them: the same memory where both are contiguous."""
     values, scale = residual
-    return values.contiguous().to(chip(values.device).dtype_8bit), scale.contiguous().float()
+    return values.contiguous().view(chip(values.device).dtype_8bit), scale.contiguous().float()

@@ -23,13 +23,14 @@ from vmonarch_kernels.launch import (
     Call,
     cdiv,
     even_splits,
+    kernel_l,
     kernel_residual,
     on_their_device,
     r_queries,
     r_step,
 )
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_SCALE, Forward, Gradients, split_frames, with_padded_rows
+from vmonarch_kernels.structure import L_SCALE, Forward, Gradients, split_frames
 
 _LOG2E = 1.4426950408889634
 _MIN_SPLIT_KEYS = 1024
@@ -455,7 +456,7 @@ class _Structured(_Backward):
         """Back through a warm start."""
         call = self.call
         batch, frames, positions, heads, dim = call.sizes
-        stored = with_padded_rows(l_prev, call.chip.dtype_8bit)
+        stored = kernel_l(l_prev, call.chip)
         config = l_backward_config(frames, call.block_d, call.q.dtype, call.chip.shared_memory)
         kernels.warm_backward_kernel[(positions * heads, cdiv(frames, config.block_l), batch)](
             stored,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmonarch_kernels import _triton_fused as kernels
 from vmonarch_kernels.configs import power_of_2
-from vmonarch_kernels.fused_spec import Activation, HeadNorm, Norm, Rotation, Term
+from vmonarch_kernels.fused_spec import E4M3, LARGEST, LEAST, Activation, HeadNorm, Norm, Rotation, Term
 from vmonarch_kernels.launch import cdiv
 
 ELEMENTS_A_THREAD = 16
@@ -125,6 +125,20 @@ def gated_activation(x: Tensor, kind: Activation) -> Tensor:
         flat, flat.stride(0), out, channels, BLOCK=block, KIND=_KINDS[kind], num_warps=warps(block)
     )
     return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``linear8.quantize_rows``."""
+    flat = _side_by_side(x).reshape(-1, x.shape[-1])
+    out, scale = (
+        torch.empty(flat.shape, dtype=E4M3, device=x.device),
+        x.new_empty(flat.shape[0], 1, dtype=torch.float32),
+    )
+    block = power_of_2(x.shape[-1])
+    kernels.quantize_rows_kernel[(flat.shape[0],)](
+        *(flat, flat.stride(0), out, scale, x.shape[-1]), LARGEST, LEAST, BLOCK=block, num_warps=warps(block)
+    )
+    return out, scale
 
 
 def on_device_of(x: Tensor) -> Any:

@@ -13,7 +13,6 @@ from torch import Tensor
 from vmonarch_kernels.cost import is_exact, window_frames
 from vmonarch_kernels.spec import PAPER, Inputs, Options
 from vmonarch_kernels.structure import (
-    L_DTYPE,
     L_SCALE,
     dequantised,
     exact_pairs,
@@ -103,7 +102,7 @@ def monarch_factors(inputs: Inputs, options: Options = PAPER, *, compute_dtype: 
 def monarch_reference(inputs: Inputs, options: Options, return_l: bool) -> tuple[Tensor, Tensor | None]:
     """impl="reference": ``monarch_factors`` in float32, float64 for float64; 256 L as e4m3 (B, P, H, T, T)."""
     factors = monarch_factors(inputs, options, compute_dtype=torch.promote_types(inputs.q.dtype, torch.float32))
-    l_new = with_padded_rows(L_SCALE * factors.L.detach().permute(0, 4, 1, 2, 3), L_DTYPE) if return_l else None
+    l_new = with_padded_rows(L_SCALE * factors.L.detach().permute(0, 4, 1, 2, 3)) if return_l else None
     return factors.out.to(inputs.q.dtype), l_new
 
 

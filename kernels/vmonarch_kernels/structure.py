@@ -94,22 +94,21 @@ def merge_exact(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
 
 
-def empty_l(q_BTPHD: Tensor, dtype: torch.dtype = L_DTYPE) -> Tensor:
+def empty_l(q_BTPHD: Tensor) -> Tensor:
     """An uninitialised L (B, P, H, T, T) for queries (B, T, P, H, D), its rows on multiples of L_ROW_ENTRIES."""
     batch, frames, positions, heads, _ = q_BTPHD.shape
-    padded = q_BTPHD.new_empty((batch, positions, heads, frames, l_row_entries(frames)), dtype=dtype)
+    padded = q_BTPHD.new_empty((batch, positions, heads, frames, l_row_entries(frames)), dtype=L_DTYPE)
     return padded[..., :frames]
 
 
-def with_padded_rows(l_BPHTT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """L as ``empty_l`` lays it out, in ``dtype``; the tensor itself where it is so already."""
+def with_padded_rows(l_BPHTT: Tensor) -> Tensor:
+    """L in e4m3 as ``empty_l`` lays it out; the tensor itself where it is so already."""
     batch, positions, heads, frames, _ = l_BPHTT.shape
-    dtype = l_BPHTT.dtype if dtype is None else dtype
     row = l_row_entries(frames)
     strides = (positions * heads * frames * row, heads * frames * row, frames * row, row, 1)
-    if l_BPHTT.stride() == strides and l_BPHTT.dtype == dtype:
+    if l_BPHTT.stride() == strides and l_BPHTT.dtype == L_DTYPE:
         return l_BPHTT
-    padded = l_BPHTT.new_zeros((batch, positions, heads, frames, row), dtype=dtype)
+    padded = l_BPHTT.new_zeros((batch, positions, heads, frames, row), dtype=L_DTYPE)
     padded[..., :frames] = l_BPHTT
     return padded[..., :frames]
 

@@ -223,6 +223,7 @@ def test_keys_say_what_a_clip_is_and_nothing_else(tiny_wan_folder: Path, tmp_pat
     assert key() == key(device="auto") == key(dense_every=3) == key(preset="balanced")
     others = [key(seed=1), key(steps=3), key(preset="fast"), key(fps=9), key(dtype="bf16"), key(negative_prompt="x")]
     assert len({key(), *others}) == 7
+    assert len({key(quantize=kind) for kind in (None, "fp8", "int8", "fp8-storage", "int8-storage")}) == 5
 
 
 def test_a_picture_that_was_painted_over_is_another_clip(tmp_path: Path) -> None:

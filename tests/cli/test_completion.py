@@ -19,6 +19,7 @@ from vmonarch_cli.cli import opening
         ("generate --preset b", ["balanced"], ["fast"]),
         ("generate --preset a", ["auto"], ["paper"]),
         ("compare --preset f", ["fast"], []),
+        ("demo --preset f", ["fast"], []),
         ("profile kernel --preset p", ["paper"], []),
         ("plan --recipe wan2.1-l", ["wan2.1-lightx2v-4step"], ["wan2.2"]),
         ("generate -m wan2.1", ["wan2.1-1.3b", "wan2.1-14b"], ["demo"]),

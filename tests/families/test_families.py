@@ -221,7 +221,8 @@ def test_a_run_makes_the_frames_of_the_pipelines_own_call(case: Loaded, name: st
     expected = latents_of(pipeline, tiny, steps=STEPS, output_type="np")[0]
     assert frames.shape == expected.shape
     difference = torch.from_numpy(frames).float() - torch.from_numpy(expected * 255)
-    assert difference.abs().max() < 1.0, "more than a rounding apart"
+    # Cosmos cuts fractions off for its safety checks: a value on the edge of two falls to either.
+    assert difference.abs().max() < (1.001 if name.startswith("cosmos") else 1.0), "more than a rounding apart"
 
 
 @families

@@ -142,7 +142,7 @@ def test_bad_flags_are_found_before_anything_loads(folders: dict[str, Path], tmp
     for more, expected in [
         ({"image": "/nowhere.png"}, r"hunyuan-video makes clips from text alone"),
         ({"offload": "disk"}, r"--offload takes auto, none, model, group or sequential, got 'disk'"),
-        ({"quantize": "fp4"}, r"--quantize takes fp8 or int8, got 'fp4'"),
+        ({"quantize": "fp4"}, r"--quantize takes fp8, int8, fp8-storage or int8-storage, got 'fp4'"),
         ({"cache": "teacache"}, r"--cache takes first-block, pab or taylorseer, got 'teacache'"),
         ({"loras": ("missing.safetensors:1",)}, r"there is no LoRA missing\.safetensors"),
     ]:

@@ -122,6 +122,18 @@ def test_everything_compiles_for_amd(arch: str, dtype: str) -> None:
     assert all(entry["shared"] <= 64 * KB for entry in found)
 
 
+# Chips that do not convert e4m3
+
+
+@pytest.mark.parametrize("arch", [80, "gfx1100"])
+def test_bytes_of_8_bit_states_are_converted_in_the_kernels(arch: int | str) -> None:
+    kernels = {"l_output_kernel", "r_queries_kernel", "merge_splits_kernel"}
+    found = compiled(arch=arch, dtype="bfloat16", dim=128, calls=["warm", "refresh"], kernels=sorted(kernels))
+    assert {entry["kernel"] for entry in found} == kernels
+    if arch == 80:
+        assert [entry for entry in found if entry["stack"]] == [], "nothing is spilled"
+
+
 # The backward pass on NVIDIA's GPUs
 
 
@@ -162,6 +174,13 @@ def check_fused(arch: int | str, width: int, dtype: str = "bfloat16", **request:
 
 def test_the_fused_operations_compile_without_spills() -> None:
     check_fused(90, 1536, calls=["heads, all", "gate and modulation", "gelu", "swiglu"])
+
+
+@pytest.mark.parametrize(("arch", "width"), [(90, 1536), (90, 8960), (89, 13824)])
+def test_rows_in_e4m3_compile_without_spills(arch: int, width: int) -> None:
+    (found,) = compiled(arch=arch, dtype="bfloat16", width=width, calls=["rows in e4m3"])
+    assert (found["kernel"], found["stack"]) == ("quantize_rows_kernel", 0)
+    assert found["registers"] <= 128
 
 
 @pytest.mark.slow

@@ -34,11 +34,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @families
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("kind", ["fp8-storage", "int8-storage"])
 def test_narrow_weights_run_and_are_close(folders: dict[str, Path], name: str, kind: str) -> None:
     tiny, plain = TINY[name], load(folders[name])
     pipeline = load(folders[name], setup=Setup(offload="none", quantize=kind))
-    narrow = torch.float8_e4m3fn if kind == "fp8" else torch.int8
+    narrow = torch.float8_e4m3fn if kind == "fp8-storage" else torch.int8
     assert narrow in {dtype for p in pipeline.transformer.parameters() for dtype in stored_dtypes(p)}
     stock = latents_of(plain, tiny)
     with swapped(pipeline, EXACT) as session:
@@ -59,7 +59,7 @@ def test_a_quiet_run_with_int8_prints_its_path_alone(folders: dict[str, Path], t
     shape = ["--size", f"{tiny.width}x{tiny.height}", "--num-frames", str(tiny.num_frames), "--steps", "1"]
     command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(folders["wan"]), "-p", "a red circle"]
     done = subprocess.run(
-        [*command, *shape, "--quantize", "int8", "--device", "cpu", "--quiet", "-o", str(tmp_path / "x.gif")],
+        [*command, *shape, "--quantize", "int8-storage", "--device", "cpu", "--quiet", "-o", str(tmp_path / "x.gif")],
         capture_output=True,
         text=True,
         check=False,
@@ -70,8 +70,8 @@ def test_a_quiet_run_with_int8_prints_its_path_alone(folders: dict[str, Path], t
 def test_int8_without_torchao_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else found(name, *a))
-    with pytest.raises(InputError, match=r"needs torchao: pip install \"vmonarch\[int8\]\", or use --quantize fp8"):
-        load(folders["wan"], setup=Setup(offload="none", quantize="int8"))
+    with pytest.raises(InputError, match=r"needs torchao: pip install \"vmonarch\[quantize\]\", or use fp8-storage"):
+        load(folders["wan"], setup=Setup(offload="none", quantize="int8-storage"))
 
 
 def test_vae_tiling_is_switched_on(folders: dict[str, Path]) -> None:

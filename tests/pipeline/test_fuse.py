@@ -236,7 +236,7 @@ def test_offloading(folders: dict[str, Path], mode: str) -> None:
     torch.testing.assert_close(made(folders["wan"], "torch", offload=mode), stock, **CLOSE)
 
 
-@pytest.mark.parametrize("more", [{"quantize": "fp8"}, {"quantize": "int8"}, {"cache": "pab"}], ids=str)
+@pytest.mark.parametrize("more", [{"quantize": "fp8-storage"}, {"quantize": "int8-storage"}, {"cache": "pab"}], ids=str)
 def test_narrow_weights_and_caches(folders: dict[str, Path], more: dict[str, Any]) -> None:
     stock = made(folders["wan"], None, **more)
     torch.testing.assert_close(made(folders["wan"], "torch", **more), stock, **CLOSE)

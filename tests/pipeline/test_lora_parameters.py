@@ -103,8 +103,8 @@ def test_a_dora_is_what_peft_makes_of_it(folders: dict[str, Path], tmp_path: Pat
 
 def test_parameters_in_8_bits_are_not_changed_outright(folders: dict[str, Path], tmp_path: Path) -> None:
     path = write({"diffusion_model.blocks.0.self_attn.v.diff": torch.ones(32, 32)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ModelError, match=r"changes blocks\.0\.attn1\.to_v outright, which --quantize int8"):
-        made(folders["wan"], str(path), quantize="int8")
+    with pytest.raises(ModelError, match=r"changes blocks\.0\.attn1\.to_v outright, which --quantize int8-storage"):
+        made(folders["wan"], str(path), quantize="int8-storage")
     norm = write({"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.ones(32)}, tmp_path / "norm.safetensors")
-    assert torch.isfinite(made(folders["wan"], str(norm), quantize="int8")).all()
-    assert torch.isfinite(made(folders["wan"], str(path), quantize="fp8")).all()
+    assert torch.isfinite(made(folders["wan"], str(norm), quantize="int8-storage")).all()
+    assert torch.isfinite(made(folders["wan"], str(path), quantize="fp8-storage")).all()

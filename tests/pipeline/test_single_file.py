@@ -108,14 +108,15 @@ def test_both_transformers_of_a_two_stage_model_may_come_from_files(
 
 def test_a_file_may_be_quantised_to_fp8(tiny_wan_folder: Path, files: Path, tmp_path: Path) -> None:
     file = str(files / "own.safetensors")
-    plain = generate(tiny_wan_folder, tmp_path / "plain.gif", "--quantize", "fp8")
+    plain = generate(tiny_wan_folder, tmp_path / "plain.gif", "--quantize", "fp8-storage")
     assert plain.exit_code == 0, plain.stderr
-    result = generate(tiny_wan_folder, tmp_path / "x.gif", "--quantize", "fp8", "--transformer", file)
+    result = generate(tiny_wan_folder, tmp_path / "x.gif", "--quantize", "fp8-storage", "--transformer", file)
     assert result.exit_code == 0, result.stderr
     hashes = [record_of(tmp_path / f"{name}.gif")["frames"]["sha256"] for name in ("plain", "x")]
     assert hashes[0] == hashes[1]
-    assert refused(tiny_wan_folder, tmp_path / "no", "--quantize", "int8", "--transformer", file) == (
-        "--quantize int8 reads the weights of a folder alone: with --transformer use --quantize fp8"
+    assert refused(tiny_wan_folder, tmp_path / "no", "--quantize", "int8-storage", "--transformer", file) == (
+        "--quantize int8-storage reads the weights of a folder alone: with --transformer use --quantize fp8-storage, "
+        "or int8, which computes in 8 bits"
     )
 
 

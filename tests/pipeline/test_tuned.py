@@ -107,7 +107,7 @@ def test_both_transformers_switch(folders: dict[str, Path], tmp_path: Path) -> N
         assert torch.equal(*latents) == same, preset
 
 
-@pytest.mark.parametrize("kind", [None, "fp8", "int8"])
+@pytest.mark.parametrize("kind", [None, "fp8-storage", "int8-storage"])
 def test_user_loras_and_narrow_weights_stay_as_they_are(
     folders: dict[str, Path], adapter: AdapterFile, lora: Path, kind: str | None
 ) -> None:

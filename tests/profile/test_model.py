@@ -23,6 +23,7 @@ from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15
+from vmonarch_cli.models.cosmos import COSMOS_25_2B, COSMOS_25_14B
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.hunyuan import HUNYUAN_VIDEO
 from vmonarch_cli.models.minimax import MINIMAX_H3
@@ -118,6 +119,26 @@ def test_random_weights_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["checks_passed"]
 
 
+def test_fewer_layers_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    real = model.random_transformer
+
+    def made(entry: ModelEntry, *rest: Any) -> Any:
+        built.append(entry.layers)
+        return real(entry, *rest)
+
+    monkeypatch.setattr(model, "random_transformer", made)
+    arguments = ("-m", "demo", "--random-weights", "--size", "32x32", "--num-frames", "9", "--device", "cpu")
+    data = json.loads(call(*arguments, "--layers", "2", "--steps", "1", "--json", "-").stdout)
+    assert built == [2]
+    assert data["settings"]["layers"] == 2
+    assert f"2 of the model's {DEMO.layers} layers: all times are theirs alone" in data["model"]["notes"]
+    assert data["checks_passed"]
+    wrong = call(*arguments, "--layers", "99", code=2).stderr
+    assert f"--layers takes a whole number from 1 to {DEMO.layers}, got 99" in wrong
+    assert "--layers leaves out layers of random weights" in call("-m", "demo", "--layers", "2", code=2).stderr
+
+
 def test_the_random_transformer_is_the_published_one() -> None:
     from diffusers import WanTransformer3DModel
 
@@ -134,7 +155,17 @@ def test_the_random_transformer_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [WAN21_14B, WAN22_5B, COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3],
+    [
+        WAN21_14B,
+        WAN22_5B,
+        COGVIDEOX_2B,
+        COGVIDEOX_5B,
+        COGVIDEOX_15,
+        HUNYUAN_VIDEO,
+        MINIMAX_H3,
+        COSMOS_25_2B,
+        COSMOS_25_14B,
+    ],
     ids=lambda entry: entry.alias,
 )
 def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None:
@@ -148,9 +179,11 @@ def test_every_random_transformer_has_its_models_size(entry: ModelEntry) -> None
 
 
 @pytest.mark.parametrize(
-    "entry", [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3], ids=lambda entry: entry.alias
+    "entry",
+    [COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX_15, HUNYUAN_VIDEO, MINIMAX_H3, COSMOS_25_2B],
+    ids=lambda entry: entry.alias,
 )
-def test_joint_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_models_with_random_weights(entry: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = entry in (HUNYUAN_VIDEO, MINIMAX_H3)
     sizes = {"layers": 3, "heads": 2, "head_dim": 128 if wide else 32, "text_dim": 32}
     if entry is MINIMAX_H3:

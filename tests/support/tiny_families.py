@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cosmos_checks import put_in_place
 
 from vmonarch_cli.families.minimax import pictures_alone
 from vmonarch_cli.pipeline.modular import hide_progress, is_modular
@@ -904,6 +905,52 @@ def kandinsky_6(velocities: int = 1) -> Any:
     )
 
 
+def cosmos() -> Any:
+    """As published: a mask of given frames and one of padding beside the latents, Karras noise levels."""
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    put_in_place()
+    torch.manual_seed(1)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_qwen_text(), vision_config=vision)
+    ).eval()
+    torch.manual_seed(0)
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=32,
+        adaln_lora_dim=8,
+        max_size=(32, 32, 32),
+        rope_scale=(1.0, 3.0, 3.0),
+        extra_pos_embed_type=None,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=3 * 16,
+        encoder_hidden_states_channels=32,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        use_karras_sigmas=True,
+        sigma_max=200.0,
+        sigma_min=0.01,
+    )
+    return quiet(
+        diffusers.Cosmos2_5_PredictBasePipeline(
+            text_encoder=text_encoder,
+            tokenizer=words(chat_template="{{ messages[-1]['content'][0]['text'] }}"),
+            transformer=sharpen(transformer),
+            vae=wan_vae(),
+            scheduler=scheduler,
+        )
+    )
+
+
 def motif_video(kind: str = "MotifVideoPipeline", **more: Any) -> Any:
     import diffusers
     from diffusers import AdaptiveProjectedGuidance, MotifVideoTransformer3DModel
@@ -1265,6 +1312,13 @@ TINY: dict[str, Tiny] = {
         2,
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
+    ),
+    "cosmos-2.5": Tiny(cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
+    "cosmos-2.5-image": Tiny(
+        cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "image": image()}
+    ),
+    "cosmos-2.5-video": Tiny(
+        cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "video": video()}
     ),
     "minimax-h3": Tiny(
         minimax_h3, "MiniMaxH3Transformer3DModel", 2, 1, (37, 2, 3), height=64, width=96, num_frames=124

@@ -17,7 +17,7 @@ from vmonarch_cli.presets import load_preset
 from vmonarch_cli.tune import run
 from vmonarch_cli.tune.recorder import ForwardRecorder
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
-from vmonarch_cli.tune.student import Student
+from vmonarch_cli.tune.student import Student, guided
 from vmonarch_cli.tune.trajectories import Trajectories, sample, save_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +63,30 @@ def test_an_untrained_student_repeats_the_sampling_of_its_preset(plan: TunePlan,
         found = list(losses)
     assert len(found) == plan.clip.steps
     assert max(found) < 1e-4  # states are kept in float16
+
+
+def test_the_loss_is_of_the_velocity_that_the_sampler_steps_with(
+    plan: TunePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the pipeline's own loop gives its scheduler is made of the step's forwards as the loss has it."""
+    pipeline = load_pipeline(plan.clip.model_source, device=torch.device("cpu"), dtype=torch.float32)
+    stepped: list[torch.Tensor] = []
+    kind = type(pipeline.scheduler)
+    original = kind.step
+
+    def step(self: Any, model_output: torch.Tensor, *args: Any, **given: Any) -> Any:
+        stepped.append(model_output.detach().clone())
+        return original(self, model_output, *args, **given)
+
+    monkeypatch.setattr(kind, "step", step)
+    recorder = ForwardRecorder()
+    sample(pipeline, plan.clip, PROMPTS[:1], [0], load_preset("dense"), recorder)
+    assert len(stepped) == plan.clip.steps
+    for number, expected in enumerate(stepped):
+        velocities = [forward.velocity for forward in recorder.forwards if forward.step == number]
+        assert len(velocities) * (2 if recorder.guidance.both_prompts else 1) == plan.forwards
+        own = guided(velocities, plan.guidance_scales[0], both_prompts=recorder.guidance.both_prompts)
+        torch.testing.assert_close(own.reshape(expected.shape), expected.float(), rtol=0.02, atol=0.02)
 
 
 def test_a_run_writes_an_adapter(plan: TunePlan) -> None:

@@ -47,10 +47,8 @@ def gradients(pipeline: Any, preset: Preset, paths: list[Path], *, checkpointing
             value.normal_(std=0.02, generator=torch.Generator().manual_seed(index))
     for transformer in transformers_of(pipeline):
         transformer.train()
-        if checkpointing:
-            transformer.enable_gradient_checkpointing()
     runs = transformers_of(pipeline)
-    student = Student(pipeline, preset, STEPS, runs=runs, checkpointing=checkpointing)
+    student = Student(pipeline, preset, STEPS, runs=runs, scales=[3.0], checkpointing=checkpointing)
     with student.following(Trajectories(paths, torch.device("cpu"))) as losses:
         found = list(losses)
     return found, {name: value.grad.clone() for name, value in parameters.items() if value.grad is not None}
@@ -82,7 +80,7 @@ def test_an_untrained_student_repeats_the_sampling_of_its_preset(
         assert max(list(losses)[chosen.dense_steps :]) > 1e-2
 
 
-@pytest.mark.parametrize("preset", ["paper", "fast", "balanced"])
+@pytest.mark.parametrize("preset", ["paper", "fast", "balanced", "exact"])
 def test_gradient_checkpointing_gives_the_same_gradients(preset: str, clip: Plan, tmp_path: Path) -> None:
     """Layers that run again in the backward pass start from what they had started from."""
     dense = trajectory(tiny_pipeline(), clip, tmp_path / "dense.safetensors", load_preset("dense"))
@@ -102,4 +100,4 @@ def test_a_batch_has_the_mean_gradient_of_its_trajectories(clip: Plan, tmp_path:
     both = gradients(tiny_pipeline(), load_preset("fast"), paths)[1]
     each = [gradients(tiny_pipeline(), load_preset("fast"), [path])[1] for path in paths]
     for name, value in both.items():
-        torch.testing.assert_close(value, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-5, msg=name)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from vmonarch_cli.attention.joint import Text, dense_joint
 from vmonarch_cli.attention.meter import Meter
-from vmonarch_cli.attention.steps import NO_STEP, StepTracker
+from vmonarch_cli.attention.steps import NO_STEP, RunningForward, StepTracker
 from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
-from vmonarch_cli.attention.warm import CallKey, Grid
+from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset, at_steps
@@ -27,6 +28,14 @@ DENSE_LAYERS = "dense_layers"
 EXACT = "the structure is exact"
 """One latent frame, or a band over all of them."""
 GRID_MISFIT = "token count does not fit the grid"
+
+
+@dataclass(frozen=True)
+class _Began:
+    """A forward, and what its calls start from."""
+
+    forward: RunningForward
+    warm: WarmState
 
 
 class AttentionSession:
@@ -63,7 +72,10 @@ class AttentionSession:
         """(T, H, W) tokens of the last forward, None before one."""
         self.recomputes = False
         """The backward pass runs layers again (gradient checkpointing), see ``recomputing``."""
-        self._replaying = False
+        self._began: _Began | None = None
+        """The running forward as it began, where layers will run again."""
+        self._replayed: _Began | None = None
+        """The forward of which a layer runs again."""
         self.adapted = False
         """A tuned adapter is on in the running forward."""
         self.both_prompts = False
@@ -161,20 +173,26 @@ class AttentionSession:
         self.grid = grid
         self.known_forwards = forwards
         if self.recomputes:
-            self._structured.remember()
+            self._began = _Began(self._tracker.forward(transformer), self._structured.warm.copy())
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """A context for later, within the step: calls in it repeat those of the forward that runs now.
+
+        Gradient checkpointing runs a forward's layers again in the backward pass; they start from what they had started
+        from, and nothing that they keep or take counts. RuntimeError where ``recomputes`` was not set before the
+        forward.
+        """
+        if self._began is None:
+            raise RuntimeError("a layer is to run again, and what its forward started from was not kept")
+        return self._repeating(self._began)
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Around the backward pass of the last forward, within its step: calls in it repeat those of the forward.
-
-        Gradient checkpointing runs a forward's layers again there; they start from what they had started from, and
-        nothing that they keep or take counts. ``recomputes`` must have been set before the forward.
-        """
-        self._replaying = True
+    def _repeating(self, began: _Began) -> Iterator[None]:
+        outer, self._replayed = self._replayed, began
         try:
             yield
         finally:
-            self._replaying = False
+            self._replayed = outer
 
     def end_step(self, sigma: float | None = None) -> StepAttention:
         """End the step; waits for the device, so that the returned figures are final."""
@@ -194,7 +212,7 @@ class AttentionSession:
 
     def text(self, transformer: int, tokens: int, first: bool, mask: torch.Tensor | None) -> Text | None:
         """The text side of a call of the running forward; None for a call without text."""
-        forward = self._tracker.forward(transformer)
+        forward = self._forward(transformer)
         return forward.text(tokens, first, mask) if tokens else forward.packed
 
     def attend(
@@ -211,7 +229,7 @@ class AttentionSession:
 
         The S tokens are those of ``clips`` grids, one after the other, and of the text.
         """
-        forward = self._tracker.forward(transformer)
+        forward, replayed = self._forward(transformer), self._replayed
         frames, rows, columns = forward.grid
         call = AttentionCall(
             q,
@@ -229,8 +247,8 @@ class AttentionSession:
         )
         run_dense = functools.partial(dense_joint, q, k, v, text)
         reason = self._why_dense(call)
-        if self._replaying and (reason is not None or options_for(self._resolved, call.grid[0]).exact):
-            return run_dense(self._dense_names(q)[0])
+        if replayed is not None:
+            return run_dense(self._dense_names(q)[0]) if reason else self._structured.replay(call, replayed.warm)
         if reason is not None:
             if reason == GRID_MISFIT and self.adapted:
                 raise ModelError(
@@ -243,8 +261,6 @@ class AttentionSession:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
             return self._meter.dense(q, functools.partial(self._structured, call))
-        if self._replaying:
-            return self._structured.replay(call)
         self._structured_calls += 1
         if self._attention is not None:
             return self._meter.structured(functools.partial(self._attention, call))
@@ -256,6 +272,10 @@ class AttentionSession:
             compared = [name for name in self._dense_names(q) if not is_quantised(name)]
             self._meter.sample(q, {name: functools.partial(run_dense, name) for name in compared}, out)
         return out
+
+    def _forward(self, transformer: int) -> RunningForward:
+        """The forward that a call belongs to."""
+        return self._tracker.forward(transformer) if self._replayed is None else self._replayed.forward
 
     def _dense_names(self, q: torch.Tensor) -> tuple[str, ...]:
         """What runs a dense call on (B, S, heads, D), and what else samples compare with."""

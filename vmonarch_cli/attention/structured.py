@@ -68,7 +68,6 @@ class StructuredAttention:
         self._layers = list(layers)
         self._stages = len(self._layers) if stages is None else stages
         self.warm = WarmState()
-        self._before: WarmState | None = None
         self.impl: str | None = None
         """The implementation of the last call, None before one."""
         self._impls: dict[tuple[torch.device, torch.dtype, int], str] = {}
@@ -81,18 +80,9 @@ class StructuredAttention:
         """The same work without keeping anything: what it kept would make this clip differ from the next one."""
         return self._run(call, self.warm.rehearsal())
 
-    def remember(self) -> None:
-        """Keep what the calls of the forward that begins start from, for ``replay``."""
-        self._before = self.warm.copy()
-
-    def replay(self, call: AttentionCall) -> torch.Tensor:
-        """A call of the remembered forward once more: the same output, and nothing is kept.
-
-        RuntimeError where no forward was remembered.
-        """
-        if self._before is None:
-            raise RuntimeError("an attention call was replayed, and what it had started from was not kept")
-        return self._run(call, self._before)
+    def replay(self, call: AttentionCall, before: WarmState) -> torch.Tensor:
+        """A call once more, from a copy of what its forward had started from: the same output."""
+        return self._run(call, before)
 
     def resolve_impl(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         """Decide the implementation; ImplUnavailable (a ValueError) when the preset's own cannot run."""

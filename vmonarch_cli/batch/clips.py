@@ -25,6 +25,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM
+from vmonarch_cli.plan.setup import EARLIER_NAMES
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import file_sha256, user_path
@@ -295,6 +296,8 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         content["seed"] = RANDOM
     for decided in ("offload", "fused_impl"):  # by the machine
         content["setup"].pop(decided, None)
+    stored = {now: earlier for earlier, now in EARLIER_NAMES.items()}  # keeps the key that it had under that name
+    content["setup"]["quantize"] = stored.get(kind := plan.setup.quantize or "", kind and f"computed in {kind}") or None
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]

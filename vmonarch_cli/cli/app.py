@@ -15,6 +15,7 @@ from vmonarch_cli.cli import batch, signals
 from vmonarch_cli.cli.calibrate import calibrate
 from vmonarch_cli.cli.compare import compare
 from vmonarch_cli.cli.config import config_app
+from vmonarch_cli.cli.demo import demo
 from vmonarch_cli.cli.doctor import doctor
 from vmonarch_cli.cli.gallery import gallery
 from vmonarch_cli.cli.generate import generate
@@ -119,6 +120,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 app.add_typer(profile_app, name="profile")
+app.command()(demo)
 app.command()(generate)
 app.command()(plan)
 app.command()(tune)

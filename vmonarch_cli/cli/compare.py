@@ -65,19 +65,24 @@ def compare(
             check_folder(folder, request.overwrite)
         comparison = compare_files([user_path(str(file), "file") for file in files])
     else:
-        folder, comparison = _make(request, preset or [], out)
+        folder, comparison = make_comparison(request, preset or [], out)
     written = [] if folder is None else write_comparison(comparison, folder, request.overwrite or not files)
     if out.as_json:
         out.json({"version": __version__, **comparison.to_json(), "files": [str(path) for path in written]})
-    _show(comparison, out)
+    show_comparison(comparison, out)
     out.paths(*written)
     page = next((path for path in written if path.suffix == ".html"), None)
     if open_page and page is not None:
         open_file(page, out)
 
 
-def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Path, Comparison]:
-    from vmonarch_cli.cli.progress import RunProgress
+def make_comparison(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Path, Comparison]:
+    """Make the clips of a request, dense and with presets, in view of the user; (the folder that they are in, what was
+    measured).
+
+    Raises as `plan_comparison` and `run_comparison` do.
+    """
+    from vmonarch_cli.cli.race import RaceProgress
     from vmonarch_cli.pipeline.preflight import check_machine_for
     from vmonarch_cli.plan.history import remember
     from vmonarch_cli.review.compare.runs import plan_comparison, run_comparison
@@ -89,22 +94,16 @@ def _make(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Pa
         out.note(f"seed {first.seed} was drawn: --seed {first.seed} makes the same clips")
     out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))
-    with RunProgress(out, lambda result, load_s: remember(result.record)) as progress:
+    with RaceProgress(out, list(plans), lambda result, load_s: remember(result.record)) as progress:
         comparison, _ = run_comparison(plans, machine, progress)
     return folder, comparison
 
 
-def _show(comparison: Comparison, out: Output) -> None:
+def show_comparison(comparison: Comparison, out: Output) -> None:
     """The figures of every clip, the settings that differ, and what else there is to say."""
-    from vmonarch_cli.review.compare.page import figure_notes, figure_rows
+    from vmonarch_cli.review.compare.page import figure_notes
 
-    rows = figure_rows(comparison)
-    figures = table("clip")
-    for title, _ in rows:
-        figures.add_column(title, justify="right")
-    for number, clip in enumerate(comparison.clips):
-        figures.add_row(Text(clip.name, style="bold"), *(Text(values[number]) for _, values in rows))
-    out.show(figures)
+    show_figures(comparison, out)
     if comparison.differing:
         settings = table("setting that differs")
         for clip in comparison.clips:
@@ -114,3 +113,16 @@ def _show(comparison: Comparison, out: Output) -> None:
         out.show(settings)
     for note in (*figure_notes(comparison), *comparison.notes):
         out.show(Text(note, style="dim"))
+
+
+def show_figures(comparison: Comparison, out: Output) -> None:
+    """The figures of every clip, as the page has them."""
+    from vmonarch_cli.review.compare.page import figure_rows
+
+    rows = figure_rows(comparison)
+    figures = table("clip")
+    for title, _ in rows:
+        figures.add_column(title, justify="right")
+    for number, clip in enumerate(comparison.clips):
+        figures.add_row(Text(clip.name, style="bold"), *(Text(values[number]) for _, values in rows))
+    out.show(figures)

@@ -106,8 +106,10 @@ def _guidance(model: ModelEntry, facts: PipelineFacts) -> str:
 
 
 def _video(model: ModelEntry) -> str:
-    noised = PIPELINES[model.video_pipeline or model.pipeline].noises_video
-    how = "noised as far as --strength says and denoised again" if noised else "which the clip follows"
+    facts = PIPELINES[model.video_pipeline or model.pipeline]
+    how = "noised as far as --strength says and denoised again" if facts.noises_video else "which the clip follows"
+    if facts.continues:
+        how = f"whose last {facts.continues} frames the clip goes on from"
     return f"--video is {'needed' if model.takes_video else 'possible'}, {how}"
 
 

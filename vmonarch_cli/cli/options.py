@@ -226,7 +226,14 @@ class RequestFlags(TypedDict, total=False):
         str | None,
         option("--vae-dtype", panel=MEMORY, help="The VAE decodes in auto (default), float32, bfloat16 or float16."),
     ]
-    quantize: Annotated[str | None, option("--quantize", panel=MEMORY, help="fp8 or int8 weights for the transformer.")]
+    quantize: Annotated[
+        str | None,
+        option(
+            "--quantize",
+            panel=MEMORY,
+            help="fp8 or int8: linear layers compute in 8 bits; fp8-storage or int8-storage: weights wait in 8 bits.",
+        ),
+    ]
     loras: Annotated[
         list[str] | None,
         option(

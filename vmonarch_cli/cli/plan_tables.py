@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, tuned_words
+from vmonarch_cli.cli.report import flops_ratio, flops_words, lora_rows, quantize_rows, tuned_words
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
@@ -65,6 +65,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
+        *quantize_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -210,7 +211,7 @@ def _advice(memory: Footprint, plans: Sequence[Plan]) -> str:
         return f"--offload auto takes {memory.fitting[0]} when all of it is free"
     lighter = lighter_peaks(plans, memory.dtype).items()
     change = next((words for words, peak in lighter if memory.free is not None and peak <= memory.free), None)
-    other = "a smaller size, fewer frames or --quantize fp8"
+    other = "a smaller size, fewer frames or --quantize fp8-storage"
     return f"no offload mode fits; {f'--set {change} does, or ' if change else ''}choose {other}"
 
 

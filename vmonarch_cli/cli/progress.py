@@ -158,7 +158,7 @@ class RunProgress(OnTerminal):
             case ModelLoaded(seconds=load_s):
                 self._load_s = load_s
             case ClipStarted(index=index, count=count, steps=steps):
-                self._clip = f"clip {index + 1} of {count}" if count > 1 else "denoising"
+                self._clip = self._title(index, count) if count > 1 else "denoising"
                 self.steps = []
                 self._pace = None
                 self._clip_began = self._now()
@@ -195,6 +195,14 @@ class RunProgress(OnTerminal):
         self._clip_began = None
         self._end_clip()
 
+    def _title(self, index: int, count: int) -> str:
+        """What a clip of several is called."""
+        return f"clip {index + 1} of {count}"
+
+    def _gain(self) -> float | None:
+        """How many times as fast as dense attention the clip's attention is so far; None where nobody knows."""
+        return attention_speedup(self.steps)
+
     def _end_clip(self) -> None:
         if self._clip_began is not None:
             self._took.append(self._now() - self._clip_began)
@@ -215,7 +223,7 @@ class RunProgress(OnTerminal):
             self._pace = Pace(total, done, self._now)
         left = self._pace.left(done)
         self._expect(step_s * (total - done) if left is None else left, step_s * total)
-        gain = attention_speedup(self.steps)
+        gain = self._gain()
         words = [f"{done}/{total}", f"{seconds(step_s)} a step"]
         if gain is not None and self._out.stderr.width >= _WIDE:
             words.append(f"attention {gain:.2f}x")

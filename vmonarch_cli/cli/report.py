@@ -28,7 +28,7 @@ _TELLS = 0.01
 
 
 def header(plan: Plan, machine: Machine) -> Table:
-    """What is about to run, in seven lines, or eight with an adapter."""
+    """What is about to run, in seven lines, and one more each for an adapter and 8-bit weights."""
     shape = " x ".join(str(n) for n in plan.grid)
     return facts(
         [
@@ -39,6 +39,7 @@ def header(plan: Plan, machine: Machine) -> Table:
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
             *([] if plan.tuned is None else [("tuned", tuned_words(plan.tuned, plan.origins["tuned"]))]),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
+            *quantize_rows(plan),
             ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
@@ -58,6 +59,16 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
         return structured + fused
     named = f"{dense} (quantised)" if dense in QUANTISED_DENSE else dense
     return (f"{named} (dense)" if structured == "dense" else f"{structured}, dense calls by {named}") + fused
+
+
+def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """What `--quantize` does to the transformer's weights: one row, none where it does nothing."""
+    kind = plan.setup.quantize
+    if kind is None:
+        return []
+    if plan.setup.linear_dtype is None:
+        return [("weights", f"the transformer's wait in {kind.removesuffix('-storage')}: less memory, no gain in time")]
+    return [("weights", f"projections of the blocks compute in {kind}, a scale for each token and each output channel")]
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:

@@ -11,7 +11,8 @@ import torch
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import NonFiniteError
 from vmonarch_cli.media.pictures import load_picture
-from vmonarch_cli.media.read import read_frames
+from vmonarch_cli.media.read import last_frames, read_frames
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.call import Embeddings, Latents, call_with_sound, sampling_of, takes_callback
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.timing import StepAttention
@@ -73,7 +74,8 @@ def _video(plan: Plan) -> dict[str, Any]:
     """
     from PIL import Image, ImageOps
 
-    frames = read_frames(Path(plan.video or ""), plan.num_frames)
+    path, last = Path(plan.video or ""), PIPELINES[plan.model.video_pipeline or plan.model.pipeline].continues
+    frames = last_frames(path, last) if last else read_frames(path, plan.num_frames)
     pictures = [ImageOps.fit(Image.fromarray(frame), (plan.width, plan.height)) for frame in frames]
     return {"video": pictures, "strength": 1.0}
 

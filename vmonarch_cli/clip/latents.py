@@ -59,6 +59,8 @@ class Denoised:
     """Self-attention calls that a step cache left out: its gain, and none of the attention's."""
     fused: str | None = None
     """What the fused blocks ran with; None for stock blocks."""
+    linear_dtype: str | None = None
+    """What the blocks' projections computed in, by its torch name, where that is another than `dtype`."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
     dense_attention: str | None = None

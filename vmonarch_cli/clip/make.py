@@ -290,6 +290,7 @@ class ClipMaker:
                 seed=seed,
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
+                linear_dtype=plan.setup.linear_dtype,
                 dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),

@@ -84,6 +84,7 @@ def make_record(
         "vae_dtype": vae_dtype,
         "impl": denoised.impl,
         "fused": denoised.fused,
+        **({} if denoised.linear_dtype is None else {"linear_dtype": denoised.linear_dtype}),
         "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
         **({} if timing is None else {"timing": timing.to_json()}),

@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.tags import TAGGED, read_tag
+from vmonarch_cli.plan.setup import EARLIER_NAMES
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
@@ -222,6 +223,8 @@ class Record(_Part):
     impl: str | None = None
     fused: str | None = None
     """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
+    linear_dtype: Literal["float8_e4m3fn", "int8"] | None = None
+    """What the blocks' projections computed in; None for `dtype`, as in records of earlier versions."""
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
@@ -237,6 +240,14 @@ class Record(_Part):
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _under_todays_name(self) -> Record:
+        """A record whose weights were only stored in 8 bits, by a version in which nothing computed in them."""
+        found = self.settings.get("quantize")
+        if found is not None and self.linear_dtype is None and str(found.value) in EARLIER_NAMES:
+            self.settings["quantize"] = Setting(value=EARLIER_NAMES[found.value], origin=found.origin)
+        return self
 
     @field_validator("clip")
     @classmethod
@@ -262,6 +273,8 @@ class Record(_Part):
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
         if self.fused is not None:
             values["fused"] = self.fused
+        if self.linear_dtype is not None:
+            values["linear_dtype"] = self.linear_dtype
         values["dense_attention"] = self.dense_attention
         return values
 

@@ -94,6 +94,8 @@ class ForwardInputs:
     """What it takes beside latents, timestep and text embeddings."""
     timestep: Callable[[float], float] = lambda sigma: 1000 * sigma
     """Its timestep at a noise level from 1 to 0."""
+    timed_frames: bool = False
+    """It takes a timestep for each latent frame, (1, 1, frames, 1, 1)."""
     towards_clip: bool = False
     """Its velocity points from the noise to the clip; most models' points from the clip to the noise."""
 
@@ -137,6 +139,11 @@ class Family:
     the component's folder."""
     batches: bool = False
     """Each tensor that a forward takes has the samples in front, so that clips can be put side by side."""
+    missing: Callable[[], str | None] = lambda: None
+    """Which package its pipelines need that is not installed, or None."""
+    check_prompt: Callable[[Any, str], None] | None = None
+    """(pipeline, prompt) -> InputError where the model's own safety checks refuse it; the pipeline's call checks only
+    prompts that it encodes itself."""
     encode: Encoder | None = None
     """Frames to latents, the inverse of `decode`; None where the transformer takes more than latents of this shape."""
     forward: ForwardInputs | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from vmonarch_cli.families.allegro import ALLEGRO
 from vmonarch_cli.families.base import Family, ForwardInputs
 from vmonarch_cli.families.cogvideox import COGVIDEOX
+from vmonarch_cli.families.cosmos import COSMOS_25
 from vmonarch_cli.families.hunyuan import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from vmonarch_cli.families.kandinsky import KANDINSKY_5, KANDINSKY_6
 from vmonarch_cli.families.ltx import LTX, LTX2
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky6Transformer3DModel": KANDINSKY_6,
     "MotifVideoTransformer3DModel": MOTIF_VIDEO,
     "MiniMaxH3Transformer3DModel": MINIMAX_H3,
+    "CosmosTransformer3DModel": COSMOS_25,
 }
 
 

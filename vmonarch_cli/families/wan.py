@@ -72,7 +72,8 @@ def _causal(transformer: Any) -> str | None:
     return None
 
 
-def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+def decode_wan(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Iterator[torch.Tensor]:
+    """The decoder of the pipelines with Wan's VAE."""
     vae = pipeline.vae
     latents = latents.to(vae.dtype)
     mean, std = mean_and_std(pipeline, latents)
@@ -97,7 +98,7 @@ def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:
 WAN = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
-    _decode,
+    decode_wan,
     plain_calls=True,
     encode=_encode,
     batches=True,
@@ -108,7 +109,7 @@ WAN = Family(
 WAN_VACE = Family(
     {"WanAttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1", "vace_blocks.N.attn1"),
-    _decode,
+    decode_wan,
     plain_calls=True,
     encode=_encode,
     fused=WAN_VACE_BLOCKS,
@@ -116,7 +117,7 @@ WAN_VACE = Family(
 SKYREELS_V2 = Family(
     {"SkyReelsV2AttnProcessor": WanMonarchProcessor},
     layers("blocks.N.attn1"),
-    _decode,
+    decode_wan,
     obstacle=_causal,
     plain_calls=True,
     encode=_encode,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -62,19 +63,40 @@ def read_frames(path: Path, count: int) -> Frames:
 
     InputError when it cannot be read, or has fewer.
     """
-    if path.suffix.lower() not in _VIDEO_ENDINGS:
-        raise InputError(f"video {path} cannot be read: valid are files that end in {', '.join(_VIDEO_ENDINGS)}")
 
     def of_mp4(file: Path) -> Frames:
         return np.stack(list(itertools.islice(_decoded(file, []), count)))
 
-    frames = _of_kind(path, of_mp4, lambda pictures: _read_pictures(pictures, None)[:count], _no_folder, "video")
+    frames = _of_user(path, of_mp4, lambda pictures: _read_pictures(pictures, None)[:count])
     if len(frames) < count:
         raise InputError(
             f"video {path} has {len(frames)} frames and the clip {count}: choose fewer frames with --num-frames, or a "
             "longer video"
         )
     return frames
+
+
+def last_frames(path: Path, count: int) -> Frames:
+    """The last frames (count, H, W, 3), uint8, of a user's video file; InputError when it cannot be read, or has
+    fewer.
+    """
+
+    def of_mp4(file: Path) -> Frames:
+        return np.stack(list(deque(_decoded(file, []), maxlen=count)))
+
+    frames = _of_user(path, of_mp4, lambda pictures: _read_pictures(pictures, None)[-count:])
+    if len(frames) < count:
+        raise InputError(
+            f"video {path} has {len(frames)} frames, and a clip goes on from the last {count}: give a longer video"
+        )
+    return frames
+
+
+def _of_user(path: Path, mp4: Callable[[Path], Frames], pictures: Callable[[Path], Frames]) -> Frames:
+    """What the reader of its kind makes of a video file; InputError where it is none."""
+    if path.suffix.lower() not in _VIDEO_ENDINGS:
+        raise InputError(f"video {path} cannot be read: valid are files that end in {', '.join(_VIDEO_ENDINGS)}")
+    return _of_kind(path, mp4, pictures, _no_folder, "video")
 
 
 def _no_folder(path: Path) -> Frames:

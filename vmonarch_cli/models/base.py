@@ -88,6 +88,8 @@ class PipelineFacts:
     """The class that the same checkpoint is used with when a video is given."""
     noises_video: bool = False
     """A given video is encoded and noised up to a level of the schedule, from which the clip is denoised."""
+    continues: int = 0
+    """Frames at the end of a given video that a clip goes on from; 0 where a video is as long as the clip."""
     last_image: bool = False
     """It takes a last frame, with a first one or alone."""
     modular: tuple[str, ...] = ()
@@ -121,6 +123,8 @@ class ModelEntry(BaseModel):
     family: str = "wan"
     pipeline: str = "WanPipeline"
     hub_id: str | None = None
+    revision: str | None = None
+    """Branch of the hub's repository that has the model in diffusers' format; None for its main one."""
     aliases: tuple[str, ...] = ()
     licence: str = "unknown"
 

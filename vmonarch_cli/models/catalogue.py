@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from vmonarch_cli.models import allegro, cogvideox, hunyuan, kandinsky, ltx, minimax, mochi, motif, skyreels, wan
+from vmonarch_cli.models import (
+    allegro,
+    cogvideox,
+    cosmos,
+    hunyuan,
+    kandinsky,
+    ltx,
+    minimax,
+    mochi,
+    motif,
+    skyreels,
+    wan,
+)
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.demo import DEMO
 
-_FAMILIES = (wan, skyreels, hunyuan, cogvideox, ltx, mochi, allegro, kandinsky, motif, minimax)
+_FAMILIES = (wan, skyreels, hunyuan, cogvideox, ltx, mochi, allegro, kandinsky, motif, minimax, cosmos)
 
 PUBLISHED: tuple[ModelEntry, ...] = tuple(entry for family in _FAMILIES for entry in family.ENTRIES)
 """The models that are on the hub."""

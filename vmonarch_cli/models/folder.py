@@ -195,6 +195,8 @@ def _with_own_schedule(entry: ModelEntry, folder: Path) -> ModelEntry:
     config = _table(folder, "scheduler/scheduler_config.json", "a complete model")
     if config.get("shift_terminal"):  # the schedule is stretched to end there, which one step cannot
         entry = entry.model_copy(update={"min_steps": max(2, entry.min_steps)})
+    if config.get("use_karras_sigmas"):  # which no shift changes
+        return entry.model_copy(update={"has_flow_shift": False})
     shift = config.get("flow_shift", config.get("shift"))
     if entry.defaults.flow_shift is not None or config.get("use_dynamic_shifting"):
         return entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +13,18 @@ from vmonarch_cli.pipeline import step_cache
 from vmonarch_cli.pipeline.fuse import fuse
 from vmonarch_cli.pipeline.lora import ReadLora, load_loras
 from vmonarch_cli.pipeline.parts import transformers_of
+from vmonarch_cli.pipeline.quantize import compute_in
 from vmonarch_cli.pipeline.tuned import load_adapters
-from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.setup import COMPUTED, Setup
 
 FIRST_BLOCK_THRESHOLD = 0.05
 """Relative change of the first block's output below which the others are skipped; diffusers' own default."""
 
 
 def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
-    """What from_pretrained needs for int8 weights (torchao), or None."""
-    if setup.quantize != "int8":
+    """What from_pretrained needs to store weights in int8 (torchao), or None."""
+    if setup.quantize != "int8-storage":
         return None
-    if importlib.util.find_spec("torchao") is None:
-        raise InputError('--quantize int8 needs torchao: pip install "vmonarch[int8]", or use --quantize fp8')
     from diffusers import PipelineQuantizationConfig, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -35,19 +33,23 @@ def quantization_config(setup: Setup, components: tuple[str, ...]) -> Any:
     )
 
 
-def prepare(pipeline: Any, setup: Setup, dtype: torch.dtype, loras: Sequence[ReadLora] = ()) -> None:
+def prepare(
+    pipeline: Any, setup: Setup, dtype: torch.dtype, device: torch.device, loras: Sequence[ReadLora] = ()
+) -> None:
     """Everything that comes before the weights are placed; ModelError or InputError in one sentence.
 
-    loras: the setup's, read.
+    device: what converts weights to 8 bits. loras: the setup's, read.
     """
     load_loras(pipeline, loras)
     load_adapters(pipeline, setup.tuned)
     if setup.fused_impl is not None:
         for transformer in transformers_of(pipeline):
             fuse(transformer, setup.fused_impl)
-    if setup.quantize == "fp8":
-        for transformer in transformers_of(pipeline):
+    for transformer in transformers_of(pipeline):
+        if setup.quantize == "fp8-storage":
             transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        elif setup.quantize in COMPUTED:
+            compute_in(transformer, setup.quantize, device, back=setup.offload != "none")
     if setup.vae_tiling or family_of(pipeline).always_tiled:
         if not hasattr(pipeline.vae, "enable_tiling"):
             raise InputError(f"--vae-tiling: {type(pipeline.vae).__name__} of this model cannot decode in tiles")

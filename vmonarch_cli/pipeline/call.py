@@ -33,6 +33,9 @@ def encode(
     prompt: of one clip, or of several that are made together, by a family that has `batches`.
     """
     facts, family, guided = facts_of(pipeline), family_of(pipeline), guidance_scale > 1.0
+    if family.check_prompt is not None:
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            family.check_prompt(pipeline, text)
     if facts.modular:
         return {"prompt": prompt}
     if facts.text_with_image:

@@ -201,6 +201,34 @@ def _dense() -> list[Finding]:
     return found
 
 
+def _quantize() -> list[Finding]:
+    """What `--quantize` can compute in on each GPU."""
+    import torch
+
+    from vmonarch_cli.errors import VmonarchError
+    from vmonarch_cli.pipeline.imports import installed
+    from vmonarch_cli.pipeline.quantize import check_quantize
+    from vmonarch_cli.plan.setup import COMPUTED, STORED
+
+    if not installed("torchao"):
+        hint = 'fp8-storage alone, torchao is not installed: pip install "vmonarch[quantize]"'
+        return [Finding("8-bit weights", hint, "note")]
+    stored = f"{' and '.join(STORED)} store (torchao {metadata.version('torchao')})"
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = []
+    for device in gpus or [torch.device("cpu")]:
+        able = []
+        for kind in COMPUTED:
+            try:
+                check_quantize(kind, device, torch.bfloat16)
+                able.append(kind)
+            except VmonarchError:
+                continue
+        computes = f"{' and '.join(able) or 'none'} compute{'' if len(able) > 1 else 's'} on {device}"
+        found.append(Finding("8-bit weights", f"{computes}, {stored}"))
+    return found
+
+
 def _judged(test: SelfTest) -> Finding:
     value = f"relative error {test.error:.1e} against the reference, {test.bound:.1e} allowed"
     return Finding(f"self-test {test.impl}", value, "ok" if test.passed else "broken")
@@ -215,5 +243,6 @@ EXAMINATIONS: dict[str, Callable[[], list[Finding]]] = {
     "demo model": _demo,
     "attention": _kernels,
     "dense attention": _dense,
+    "8-bit weights": _quantize,
 }
 """What is examined, in order, and the function that does it; one that fails is itself a finding under its name."""

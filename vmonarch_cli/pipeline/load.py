@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import InputError, ModelError, VmonarchError
+from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.models import hub
 from vmonarch_cli.models.base import ModelEntry
@@ -27,6 +28,7 @@ from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
 from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.modular import hide_progress, is_modular, read_modular
 from vmonarch_cli.pipeline.offload import place
+from vmonarch_cli.pipeline.quantize import check_quantize
 from vmonarch_cli.pipeline.single_file import load_transformer
 from vmonarch_cli.plan.memory import weight_bytes
 from vmonarch_cli.plan.setup import Setup, check_tuned_weights
@@ -57,9 +59,11 @@ def load_pipeline(
     Raises ModelError or InputError in one sentence when something is missing, corrupt, too large or does not fit.
     """
     check_tuned_weights(setup)
+    check_quantize(setup.quantize, device, dtype)
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    _check_packages(entry)
     for adapter in setup.tuned:
         check_file(adapter, folder)
     on_card = device.type == "cuda" and setup.offload == "none"
@@ -78,7 +82,7 @@ def load_pipeline(
         check_complete(pipeline, folder, without=(*given, *(quantized if config is not None else ())))
         if given_pipeline not in (None, entry.pipeline):
             pipeline = _under_class(pipeline, given_pipeline)
-        prepare(pipeline, setup, dtype, loras)
+        prepare(pipeline, setup, dtype, device, loras)
         if share_clip:
             split(pipeline, device)
         place(pipeline, setup.offload, device)
@@ -103,6 +107,7 @@ def load_decoder(
     quiet_libraries()
     folder = _local_folder(source, revision)
     entry = read_folder(folder)
+    _check_packages(entry)
     _check_memory(source, weight_bytes(entry, dtype_name(dtype), to_decode=True), dtype, device)
     without = dict.fromkeys(name for name in _ONLY_DENOISING if name in read_index(folder))
     with _one_sentence(source, device):
@@ -111,10 +116,18 @@ def load_decoder(
         check_complete(pipeline, folder)
         if given_pipeline not in (None, entry.pipeline):
             pipeline = _under_class(pipeline, given_pipeline)
-        prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype)
+        prepare(pipeline, Setup(vae_tiling=setup.vae_tiling), dtype, device)
         place(pipeline, "none", device)
     _hide_progress(pipeline)
     return pipeline
+
+
+def _check_packages(entry: ModelEntry) -> None:
+    """ModelError when a package is not installed that the model's pipelines need."""
+    missing = FAMILIES[PIPELINES[entry.pipeline].transformer].missing()
+    if missing is not None:
+        name = missing.split(",")[0]
+        raise ModelError(f"{entry.alias} needs {missing}, and the package is not here: pip install {name}")
 
 
 def _check_memory(source: str, need: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -174,8 +174,8 @@ def _check_outright(source: str, key: Key, tensor: torch.Tensor, module: Any) ->
         raise ModelError(_misfit(source, name, what))
     if parameter is not None and (type(parameter.data) is not torch.Tensor or not parameter.is_floating_point()):
         raise ModelError(
-            f"LoRA {source} changes {printable(name)} outright, which --quantize int8 holds in 8 bits: leave out one "
-            "of the two"
+            f"LoRA {source} changes {printable(name)} outright, which --quantize int8-storage holds in 8 bits: "
+            "leave out one of the two"
         )
 
 

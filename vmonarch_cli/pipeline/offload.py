@@ -65,7 +65,7 @@ def choose(
     raise ModelError(
         f"this size does not fit the memory in any offload mode: it needs about {binary_size(least)} and "
         f"{binary_size(free)} are free; {way_out}choose a smaller size, fewer frames or "
-        "--quantize fp8"
+        "--quantize fp8-storage"
     )
 
 

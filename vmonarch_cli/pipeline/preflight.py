@@ -66,13 +66,14 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     """One machine for several plans of one loaded model: the offload mode is the fastest that all of them fit in.
 
     plans: at least one, all with the same model, device, dtype and setup.
-    Raises DeviceError for a device, implementation or video encoder that is not there, ModelError when a plan does not
-    fit the memory.
+    Raises DeviceError for a device, implementation, 8-bit arithmetic or video encoder that is not there, ModelError
+    when a plan does not fit the memory.
     """
     from vmonarch_cli.pipeline.offload import mode_for
 
     _check_encoder(plans)
     machine = _machine(plans[0])
+    _check_quantize(plans[0], machine)
     # Of thousands of prompts most differ in nothing that counts here.
     kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
     if machine.on_gpu:
@@ -111,6 +112,15 @@ def _machine(plan: Plan) -> Machine:
     impl = resolve_impl("auto", device, dtype, plan.model.head_dim)
     vae_dtype = dtype_name(pick_vae_dtype(plan, dtype))
     return Machine(str(device), device_name(device), dtype_name(dtype), impl, vae_dtype=vae_dtype)
+
+
+def _check_quantize(plan: Plan, machine: Machine) -> None:
+    import torch
+
+    from vmonarch_cli.pipeline.device import DTYPES
+    from vmonarch_cli.pipeline.quantize import check_quantize
+
+    check_quantize(plan.setup.quantize, torch.device(machine.device), DTYPES[machine.dtype])
 
 
 def _dense(plan: Plan, machine: Machine) -> tuple[str, ...]:

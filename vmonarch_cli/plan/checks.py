@@ -9,7 +9,7 @@ from dataclasses import fields
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
-from vmonarch_cli.models.catalogue import ENTRIES
+from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
@@ -180,8 +180,11 @@ def transformer_files(model: ModelEntry, facts: PipelineFacts, request: Generate
                 f"--quantize {request.quantize}: the weights of {path} are quantised already, leave it out"
             )
         found[name] = str(path)
-    if found and request.quantize == "int8":
-        raise InputError("--quantize int8 reads the weights of a folder alone: with --transformer use --quantize fp8")
+    if found and request.quantize == "int8-storage":
+        raise InputError(
+            "--quantize int8-storage reads the weights of a folder alone: with --transformer use --quantize "
+            "fp8-storage, or int8, which computes in 8 bits"
+        )
     return found
 
 
@@ -243,7 +246,7 @@ def image(model: ModelEntry, text: str | None) -> str | None:
 
 def video(model: ModelEntry, text: str | None, num_frames: int, image: str | None) -> str | None:
     """The path of a video that a clip is made from; InputError when the model needs one, takes none, or the file cannot
-    be read or is shorter than the clip.
+    be read or has too few frames.
     """
     if text is None:
         if model.takes_video:
@@ -257,10 +260,13 @@ def video(model: ModelEntry, text: str | None, num_frames: int, image: str | Non
         )
     if image is not None:
         raise InputError("--image and --video both say what the clip is made from: give one of them")
-    from vmonarch_cli.media.read import read_frames
+    from vmonarch_cli.media.read import last_frames, read_frames
 
-    path = user_path(text, "video")
-    read_frames(path, num_frames)
+    path, count = user_path(text, "video"), PIPELINES[model.video_pipeline].continues
+    if count:
+        last_frames(path, count)
+    else:
+        read_frames(path, num_frames)
     return str(path)
 
 

@@ -127,9 +127,11 @@ class Work:
         options = options_for(preset, self.grid[0], warm=warm)
         if options.exact:
             return self.grid[0], self._dense_call
-        cost = {**options.cost(), "refresh": due, "others": self.others}
-        exact = due + int(preset.first_frame)
-        return exact, monarch_flops(self.grid, self.model.heads, self.model.head_dim, **cost)
+        heads, head_dim = self.model.heads, self.model.head_dim
+        # Frames that have their turn are exact on top of the structured part, even where that comes to all of them.
+        cost = {**options.cost(), "refresh": 0, "others": self.others}
+        turns = due * dense_flops(self.grid, heads, head_dim) // self.grid[0]
+        return due + int(preset.first_frame), monarch_flops(self.grid, heads, head_dim, **cost) + turns
 
 
 def count_flops(

@@ -11,6 +11,7 @@ from vmonarch_cli.models.decoders import decoder_of
 from vmonarch_cli.models.single_file import GGUF
 from vmonarch_cli.plan.costs import kept_by
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import COMPUTED, offload_modes
 from vmonarch_cli.presets import apply_overrides, parse_assignment
 
 OFFLOAD_WORDS = {
@@ -22,6 +23,24 @@ OFFLOAD_WORDS = {
 """The offload modes, the fastest first."""
 LIGHTER = ("shared_refresh=true", "refresh=0")
 """Changes to a preset, as `--set` takes them, that keep less from step to step; the better results first."""
+PROJECTIONS = {
+    "WanTransformer3DModel": 0.98,
+    "WanVACETransformer3DModel": 0.98,
+    "SkyReelsV2Transformer3DModel": 0.98,
+    "LTXVideoTransformer3DModel": 0.97,
+    "LTX2VideoTransformer3DModel": 0.98,
+    "AllegroTransformer3DModel": 0.98,
+    "CogVideoXTransformer3DModel": 0.78,
+    "HunyuanVideoTransformer3DModel": 0.70,
+    "HunyuanVideo15Transformer3DModel": 0.65,
+    "MochiTransformer3DModel": 0.72,
+    "Kandinsky5Transformer3DModel": 0.84,
+    "Kandinsky6Transformer3DModel": 0.86,
+    "MotifVideoTransformer3DModel": 0.72,
+    "MiniMaxH3Transformer3DModel": 0.58,
+}
+"""Class -> share of a transformer's parameters in the projections of its blocks, which 8-bit arithmetic takes; the rest
+is mostly what makes modulations. Counted on the classes of diffusers, rounded down."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESERVE = 500_000_000  # the CUDA context's libraries and the allocator's gaps
 _PROCESS = 900 << 20  # a process that has imported the libraries, as measured
@@ -33,6 +52,16 @@ def weight_bytes(model: ModelEntry, dtype: str, *, to_decode: bool = False) -> i
     """
     wide = 0 if to_decode else model.transformer_params * model.transformers + model.text_encoder_params
     return wide * _BYTES[dtype] + model.vae_params * (4 if model.vae_float32 else _BYTES[dtype])
+
+
+def transformer_bytes(model: ModelEntry, dtype: str, quantize: str | None = None) -> int:
+    """Bytes of one transformer's weights in `dtype`, or as `--quantize` leaves them: stored in 8 bits all of them,
+    computed in 8 bits the projections of its blocks.
+    """
+    narrow = 1.0 if quantize else 0.0
+    if quantize in COMPUTED:
+        narrow = PROJECTIONS[PIPELINES[model.pipeline].transformer]
+    return round(model.transformer_params * (narrow + (1 - narrow) * _BYTES[dtype]))
 
 
 def activation_bytes(model: ModelEntry, grid: Grid, dtype: str) -> int:
@@ -84,7 +113,7 @@ def peaks(
     which is in tiles unless `tiled` is false. ``kept``: bytes that attention keeps from step to step.
     """
     width_of = _BYTES[dtype]
-    transformer = model.transformer_params * (1 if quantize else width_of)
+    transformer = transformer_bytes(model, dtype, quantize)
     text = model.text_encoder_params * width_of
     vae = model.vae_params * (4 if model.vae_float32 else width_of)
     activations = activation_bytes(model, model.grid(*shape), dtype)
@@ -111,8 +140,8 @@ def kept_bytes(plan: Plan) -> int:
 
 def peaks_of(plan: Plan, dtype: str, *, tiled: bool = True) -> dict[str, int]:
     """Estimated peak of each offload mode for a plan, the fastest mode first; it decodes in tiles where they need less,
-    unless `tiled` is false and the plan does not ask for them. With an adapter of whole weights, which are there beside
-    the model's, of the modes that can have one.
+    unless `tiled` is false and the plan does not ask for them. Modes that cannot move its weights are left out: see
+    `offload_modes`; with an adapter of whole weights, which are there beside the model's, all that move parts.
     """
     found = peaks(
         plan.model,
@@ -123,6 +152,7 @@ def peaks_of(plan: Plan, dtype: str, *, tiled: bool = True) -> dict[str, int]:
         tiled=tiled or plan.setup.vae_tiling,
         kept=kept_bytes(plan),
     )
+    found = {mode: peak for mode, peak in found.items() if mode in offload_modes(plan.setup.quantize)}
     twice = [tuned for tuned in plan.setup.tuned if tuned.adapter.kind == "weights"]
     if not twice:
         return found

@@ -78,6 +78,8 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
 
     revision = take("revision", request.revision, None, DEFAULT)
     model, source = find_model(take("model", request.model, DEMO_ALIAS, DEFAULT), revision)
+    if revision is None and model.revision is not None:
+        revision, origins["revision"] = model.revision, MODEL_DEFAULT
     defaults = model.defaults
     recipe = None if request.recipe is None else load_recipe(request.recipe)
     of_recipe: set[str] = set()

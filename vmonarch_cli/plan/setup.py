@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,7 +11,26 @@ from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.tuned import TunedAdapter
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
-QUANTIZATIONS = ("fp8", "int8")
+
+
+class QuantizeFacts(NamedTuple):
+    """What 8-bit arithmetic of one kind needs and keeps."""
+
+    capability: tuple[int, int]
+    """The least compute capability of an NVIDIA GPU."""
+    dtype: str
+    """What the products of linear layers take, by its torch name."""
+
+
+COMPUTED = {"fp8": QuantizeFacts((8, 9), "float8_e4m3fn"), "int8": QuantizeFacts((8, 0), "int8")}
+"""Kinds of `--quantize` that compute in 8 bits, with scales for each token and each output channel."""
+STORED = ("fp8-storage", "int8-storage")
+"""Kinds that store weights in 8 bits and compute in the transformer's dtype."""
+QUANTIZATIONS = (*COMPUTED, *STORED)
+EARLIER_NAMES = {"fp8": "fp8-storage", "int8": "int8-storage"}
+"""What `--quantize` took before anything computed in 8 bits -> its name now."""
+NEEDS_TORCHAO = (*COMPUTED, "int8-storage")
+"""Kinds that torchao does; fp8-storage is diffusers' own."""
 DENSE_ATTENTION = ("auto", "sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage")
 """Names of dense attention, those of `vmonarch_kernels.dense_attention`."""
 QUANTISED_DENSE = ("sage",)
@@ -64,6 +83,7 @@ class Setup(BaseModel):
     vae_dtype: str = "auto"
     """What the VAE decodes in: "auto", or a dtype by its torch name."""
     quantize: str | None = None
+    """What the transformer's weights are in, see `QUANTIZATIONS`."""
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
@@ -79,6 +99,11 @@ class Setup(BaseModel):
     """A file whose weights take the place of the model's transformer."""
     transformer_2: str | None = None
     """The same for the second transformer."""
+
+    @property
+    def linear_dtype(self) -> str | None:
+        """What the projections of the transformer's blocks compute in, by its torch name; None for its own dtype."""
+        return COMPUTED[self.quantize].dtype if self.quantize in COMPUTED else None
 
     @property
     def single_files(self) -> dict[str, str]:
@@ -108,11 +133,23 @@ def check_tuned_weights(setup: Setup) -> None:
         )
 
 
+def offload_modes(quantize: str | None) -> tuple[str, ...]:
+    """The offload modes that `--quantize` leaves: computed in 8 bits a weight is a pair of values and scales, which the
+    mode that moves single tensors does not know.
+    """
+    return tuple(mode for mode in OFFLOAD_MODES if mode != "sequential" or quantize not in COMPUTED)
+
+
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:
     """InputError for what a pipeline has not: LoRA, such a cache or compilation in diffusers, fused blocks here."""
     if setup.loras and not facts.lora:
         raise InputError(f"--lora: diffusers loads no LoRA into a {facts.name}")
     check_tuned_weights(setup)
+    if setup.offload not in (modes := offload_modes(setup.quantize)):
+        raise InputError(
+            f"--offload {setup.offload} moves single tensors, and with --quantize {setup.quantize} a weight is a pair "
+            f"of values and scales: valid are {', '.join(modes[:-1])} and {modes[-1]}"
+        )
     if setup.cache is not None and setup.cache not in facts.caches:
         valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"
         raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")

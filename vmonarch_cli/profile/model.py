@@ -16,6 +16,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
 from vmonarch_cli.pipeline.call import decode_whole, encode
 from vmonarch_cli.pipeline.load import load_pipeline, quiet_libraries
+from vmonarch_cli.pipeline.quantize import compute_in
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.profile.break_even import break_even
 from vmonarch_cli.profile.kernel import KernelSettings, profile_shape
@@ -49,6 +50,8 @@ def run_model(
     )
     checks: list[OutputCheck] = []
     shapes: list[KernelShape] = []
+    if settings.quantize is not None:
+        profile.notes.append(f"projections of the blocks compute in {settings.quantize}, in every row")
     on_work("loading the model")
     pipeline, transformer, contexts = _load(settings, profile)
     if settings.compile:
@@ -113,12 +116,18 @@ def _load(settings: ModelSettings, profile: ModelProfile) -> tuple[Any, Any, tup
     entry, device, dtype = settings.entry, settings.device, settings.dtype
     if settings.random_weights:
         transformer = random_transformer(entry, device, dtype, settings.seed)
+        if settings.quantize is not None:
+            compute_in(transformer, settings.quantize, device)
         generator = torch.Generator("cpu").manual_seed(settings.seed)
         shape = (profile.forwards, 1, entry.max_sequence_length, entry.text_dim)
         contexts = torch.randn(shape, generator=generator).to(device, dtype)
         profile.notes.append("random weights and prompt embeddings: times are those of the model, errors are not")
+        if settings.of_layers not in (None, entry.layers):
+            profile.notes.append(
+                f"{entry.layers} of the model's {settings.of_layers} layers: all times are theirs alone"
+            )
         return None, transformer, tuple(contexts)
-    setup = Setup(offload="none", tuned=tuple(settings.tuned))
+    setup = Setup(offload="none", quantize=settings.quantize, tuned=tuple(settings.tuned))
     pipeline = load_pipeline(settings.source, device=device, dtype=dtype, flow_shift=settings.flow_shift, setup=setup)
     negative = entry.defaults.negative_prompt
     arguments = (pipeline, settings.prompt, negative, settings.guidance_scale, entry.max_sequence_length)

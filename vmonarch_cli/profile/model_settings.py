@@ -34,10 +34,14 @@ class ModelSettings:
     compile: bool
     prompt: str
     seed: int = 0
+    of_layers: int | None = None
+    """Layers of the whole model, of which the entry may have fewer; None for those of the entry."""
     backends: Sequence[str] = ()
     """Dense backends to measure; every one of the device when empty."""
     fused_impl: str | None = None
     """What fused blocks run with, "triton" or "torch", in rows of their own; None for no such rows."""
+    quantize: str | None = None
+    """What the projections of the blocks compute in, "fp8" or "int8", in every row; None for `dtype`."""
     tuned: Sequence[AdapterFile] = ()
     """Adapters that have a row of their own, with the preset that each was made for."""
 

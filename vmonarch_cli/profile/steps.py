@@ -299,4 +299,9 @@ def _sigmas(settings: ModelSettings) -> list[float]:
 
 
 def _timestep(settings: ModelSettings, sigma: float) -> Tensor:
-    return torch.tensor([forward_inputs(settings.entry).timestep(sigma)], device=settings.device)
+    forward = forward_inputs(settings.entry)
+    time = torch.tensor([forward.timestep(sigma)], device=settings.device)
+    if not forward.timed_frames:
+        return time
+    clip = LatentClip.of(settings.entry, settings.height, settings.width, settings.num_frames)
+    return time.expand(1, 1, clip.frames, 1, 1)

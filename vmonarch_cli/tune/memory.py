@@ -23,11 +23,13 @@ def training_bytes(plan: TunePlan, dtype: str, num_frames: int, *, checkpointing
     """Estimate of the peak: weights, what is trained and its optimiser, what the preset keeps, and activations."""
     clip, model = plan.clip, plan.clip.model
     grid = model.grid(clip.height, clip.width, num_frames)
-    tokens = plan.batch * grid[0] * grid[1] * grid[2]
+    # Both forwards of a guided step are kept until their common loss.
+    tokens = plan.batch * plan.forwards * grid[0] * grid[1] * grid[2]
     block = tokens * (_WIDE * model.hidden_dim + _MIDDLE * model.ffn_dim) * _BYTES[dtype]
     layers = model.layers - clip.preset.dense_layers
     held = block + layers * tokens * model.hidden_dim * _BYTES[dtype] if checkpointing else layers * block
-    kept = plan.batch * kept_by(model, grid, clip.preset, clip.guidance_scale) * (2 if checkpointing else 1)
+    copies_kept = 1 + plan.forwards if checkpointing else 1  # each forward's layers start again from what it found
+    kept = plan.batch * kept_by(model, grid, clip.preset, clip.guidance_scale) * copies_kept
     widths = 8 * model.hidden_dim + 2 * (model.hidden_dim + model.ffn_dim)
     trained = model.transformers * (model.transformer_params if plan.full else layers * plan.rank * widths)
     copies = trained * _COPIES // (plan.world if plan.full else 1)  # processes share all weights out among them

@@ -107,6 +107,12 @@ class TunePlan:
         return branches_of(self.clip.model, self.clip.guidance_scale)
 
     @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """Of the first transformer and, where it has its own, of the second one."""
+        first, second = self.clip.guidance_scale, self.clip.guidance_scale_2
+        return (first,) if second is None else (first, second)
+
+    @property
     def trajectory_bytes(self) -> int:
         """Bytes on the disk of one trajectory: a state, and a velocity for each forward, of every step that is used.
         Of a clip: its latents.

@@ -130,14 +130,12 @@ class _Run:
         plan, group = self._plan, self._group
         kind: type[TrainedWeights] | type[TrainedLora] = TrainedWeights if plan.full else TrainedLora
         trained = kind(self._pipeline, plan, group)
-        if checkpointing:
-            for transformer in transformers_of(self._pipeline):
-                transformer.enable_gradient_checkpointing()
         student = Student(
             self._pipeline,
             plan.clip.preset,
             plan.clip.steps,
             runs=trained.runs,
+            scales=plan.guidance_scales,
             no_sync=trained.no_sync,
             dtype=trained.dtype,
             checkpointing=checkpointing,

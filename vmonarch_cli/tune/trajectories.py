@@ -188,8 +188,10 @@ class Trajectories:
         kinds = {tuple((row["step"], row["transformer"], row.get("sigma")) for row in rows) for rows in self._tables}
         if len(kinds) != 1:
             raise InputError(f"trajectories in {paths[0].parent} are of different samplers: remove the folder")
+        self.of_clips = "sigma" in self._tables[0][0]
+        """They are clips with noise, not the teacher's."""
         self._clean: Tensor | None = None
-        if "sigma" in self._tables[0][0]:
+        if self.of_clips:
             self._clean = self._batched([_CLEAN] * len(paths), True)
             self._target = _noise(self._clean, seeds) - self._clean
         self.first_step: int = self._tables[0][0]["step"]

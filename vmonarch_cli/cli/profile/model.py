@@ -23,7 +23,7 @@ from vmonarch_cli.cli.profile.run import ProfileRun
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan import checks
-from vmonarch_cli.plan.setup import AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.setup import COMPUTED, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.tuned import NONE
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_model
@@ -42,6 +42,12 @@ class ModelFlags:
         bool,
         option("--random-weights", panel=MODEL, help="Build the true transformer with random weights; load nothing."),
     ] = False
+    layers: Annotated[
+        int | None,
+        whole_option(
+            "--layers", panel=MODEL, help="Build only so many layers, of a model that does not fit or takes long."
+        ),
+    ] = None
     prompt: Annotated[str | None, option("--prompt", "-p", panel=MODEL, help="What the clip should show.")] = None
     steps: Annotated[
         int | None, whole_option("--steps", panel=SAMPLING, help="Denoising steps to measure, of the model's own.")
@@ -62,6 +68,12 @@ class ModelFlags:
     compile_: Annotated[
         bool, option("--compile", panel=ATTENTION, help="Compile the transformer's blocks, for every row alike.")
     ] = False
+    quantize: Annotated[
+        str | None,
+        option(
+            "--quantize", panel=ATTENTION, help="fp8 or int8: linear layers compute in 8 bits, for every row alike."
+        ),
+    ] = None
     fuse: Annotated[
         bool,
         option(
@@ -81,18 +93,27 @@ class ModelFlags:
 @takes_request()
 def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = False) -> None:
     """Time whole denoising steps, dense and structured in turn on the same inputs, and say whether it is worth it."""
-    clip = request.model_shape(shape, random=flags.random_weights)
+    whole = request.model_shape(shape, random=flags.random_weights)
+    clip = request.fewer_layers(whole, flags.layers, random=flags.random_weights)
     chosen = request.presets(flags.presets, (clip.entry.defaults.preset,))
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     backends = request.backends(flags.backend)
     tuned, warnings = _adapters(flags, clip, chosen)
+    checks.one_of("--quantize", flags.quantize, tuple(COMPUTED))
     run = ProfileRun("model", where, flags.fail_below)
     run.warn(warnings)
 
+    from vmonarch_cli.pipeline.quantize import check_quantize
     from vmonarch_cli.profile.model import run_model
     from vmonarch_kernels import dense_obstacle
 
-    settings = replace(_settings(flags, clip, chosen, backends, run), tuned=tuned, fused_impl=_fused(flags, clip, run))
+    check_quantize(flags.quantize, run.device, run.dtype)
+    settings = replace(
+        _settings(flags, clip, chosen, backends, run),
+        tuned=tuned,
+        fused_impl=_fused(flags, clip, run),
+        of_layers=whole.entry.layers,
+    )
     if backends and not run.on_gpu:
         raise InputError(f"--backend chooses among a GPU's backends, and the device is {run.device}: leave it out")
     for name in backends:
@@ -117,7 +138,7 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
         plot_model(found, run.caption, run.plot)
     failures = [f"{check.against}: error {check.error:.2g}" for check in verified if not check.passed]
     failures += [row.name for row in found.rows if row.failure and row.kind == "structured"]
-    if not failures:
+    if not failures and settings.quantize is None:
         remember_profile(found, clip.entry, clip.source, chosen, str(run.device), run.dtype_name)
     run.finish([], failures, _too_slow(found, flags.fail_below), measured=any(row.step for row in found.rows))
 
@@ -170,6 +191,7 @@ def _settings(
         steps=flags.steps or min(defaults.steps, 5),
         presets=presets,
         compile=flags.compile_,
+        quantize=flags.quantize,
         prompt=checks.prompt(flags.prompt or checks.EXAMPLE_PROMPT),
         seed=run.seed,
         backends=backends,
@@ -181,10 +203,12 @@ def _recorded(settings: ModelSettings) -> dict[str, object]:
     return {
         "model": settings.entry.alias,
         "random_weights": settings.random_weights,
+        "layers": settings.entry.layers,
         "guidance_scale": settings.guidance_scale,
         "flow_shift": settings.flow_shift,
         "steps": settings.steps,
         "compile": settings.compile,
+        "quantize": settings.quantize,
         "fused": settings.fused_impl,
         "presets": [preset.model_dump() for preset in settings.presets],
         "tuned": [tuned.facts() for tuned in settings.tuned],

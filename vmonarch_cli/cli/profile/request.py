@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmonarch_cli.cli.profile.flags import ShapeFlags
 from vmonarch_cli.demo.captions import plain_caption
@@ -140,6 +140,16 @@ def model_shape(flags: ShapeFlags, *, random: bool) -> ModelShape:
     )
     entry.check_shape(found.height, found.width, found.num_frames)
     return found
+
+
+def fewer_layers(clip: ModelShape, layers: int | None, *, random: bool) -> ModelShape:
+    """The same with so many layers of its transformer; InputError for more than it has, or for its own weights."""
+    if layers is None:
+        return clip
+    if not random:
+        raise InputError("--layers leaves out layers of random weights: add --random-weights")
+    checks.whole("--layers", layers, 1, clip.entry.layers)
+    return replace(clip, entry=clip.entry.model_copy(update={"layers": layers}))
 
 
 def check_sampling(steps: int | None, guidance_scale: float | None, flow_shift: float | None) -> None:
