@@ -44,6 +44,10 @@ class ModelError(VmonarchError):
     """A model that is unknown, missing, corrupt or too large for the memory."""
 
 
+class TooLargeError(ModelError):
+    """A clip whose denoising ran out of memory."""
+
+
 class OutputError(VmonarchError):
     """An output path that cannot be written or would be overwritten."""
 

@@ -24,6 +24,7 @@ from vmonarch_cli.cli.output import Output, plain_console
 from vmonarch_cli.cli.report import coverage_words, step_legend, step_table
 from vmonarch_cli.errors import ModelError, PresetError
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.pipeline.tuned_scripts import with_tuned
 from vmonarch_cli.presets import DEFAULT_PRESET, FewSteps, Preset, apply_overrides, load_preset, read_preset
 from vmonarch_cli.text import shown
 from vmonarch_cli.timing import Coverage, StepAttention
@@ -116,6 +117,7 @@ def monarch(
     *,
     dense_every: int = 0,
     dense_attention: str = AUTO,
+    tuned: str | os.PathLike[str] | None = None,
     **fields: Unpack[PresetFields],
 ) -> Iterator[MonarchSession]:
     """Run a pipeline's self-attention as a preset says; after the block, also after an error, all is as before.
@@ -126,13 +128,18 @@ def monarch(
     dense_every: time dense attention in every n-th step, on one layer's tensors, outside the step's own time; 0 never.
     dense_attention: what computes the calls that run dense, a name of ``vmonarch_kernels.dense_attention``; "auto" is
         the expected fastest of all that are installed and fit the first such call.
+    tuned: a file that ``vmonarch tune`` made of this model for this preset; its layers are on where attention is
+        structured, off where it is dense, and taken out again afterwards. Load the pipeline with ``from_pretrained``.
     fields: fields of the preset to change, such as ``dense_steps=2``.
 
     Raises ModelError for a pipeline of an unknown family and for one whose attention is replaced already, PresetError
-    for a preset, field or name of dense attention that is not valid. A call raises DenseUnavailable (a ValueError) when
+    for a preset, field or name of dense attention that is not valid, and ModelError for an adapter of other weights or
+    with another preset. A call raises DenseUnavailable (a ValueError) when
     the dense attention that was named cannot run.
     """
-    session = enable_monarch(pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, **fields)
+    session = enable_monarch(
+        pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, tuned=tuned, **fields
+    )
     try:
         yield session
     finally:
@@ -146,6 +153,7 @@ def enable_monarch(
     *,
     dense_every: int = 0,
     dense_attention: str = AUTO,
+    tuned: str | os.PathLike[str] | None = None,
     **fields: Unpack[PresetFields],
 ) -> MonarchSession:
     """Replace a pipeline's self-attention until ``disable_monarch``; arguments and errors are those of ``monarch``."""
@@ -154,10 +162,13 @@ def enable_monarch(
         raise PresetError(f"dense_every takes a whole number from 0, got {shown(dense_every)}")
     if dense_attention not in DENSE_NAMES:
         raise PresetError(f"dense_attention takes {', '.join(DENSE_NAMES)}, got {shown(dense_attention)}")
+    if tuned is not None and not isinstance(tuned, str | os.PathLike):
+        raise ModelError(f"tuned takes the path of an adapter's file, got {type(tuned).__name__}")
     if not hasattr(pipeline, "scheduler"):
         raise ModelError(f"{type(pipeline).__name__} is no diffusers pipeline with a transformer and a scheduler")
     with ExitStack() as undo:
-        swap = swapped(pipeline, chosen, sample_dense_every=dense_every, dense=(dense_attention,))
+        adapter = None if tuned is None else undo.enter_context(with_tuned(pipeline, os.fspath(tuned), chosen))
+        swap = swapped(pipeline, chosen, sample_dense_every=dense_every, dense=(dense_attention,), adapter=adapter)
         attention = undo.enter_context(swap)
         session = MonarchSession(attention, undo.pop_all())
     setattr(pipeline, _OURS, session)

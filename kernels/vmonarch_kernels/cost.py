@@ -10,6 +10,10 @@ from fractions import Fraction
 
 from vmonarch_kernels.spec import PAPER, Grid, Options
 
+LARGEST_SMALL = 65536
+"""Tokens times heads of a sample up to which a call is small. Six launches cost the host 0.4 ms or more; a call with
+393,120 (Wan2.1-1.3B at 832x480, 81 frames) has 2 ms of work on a H200, and the copies of this many take 0.1 ms.
+"""
 L_ROW_ENTRIES = 8
 """Entries of L that the kernels read and write at a time: its rows begin on multiples of it."""
 
@@ -79,6 +83,11 @@ def monarch_flops(
 def l_row_entries(frames: int) -> int:
     """Entries from one row of a stored L to the next."""
     return -(-frames // L_ROW_ENTRIES) * L_ROW_ENTRIES
+
+
+def is_small(tokens: int, heads: int) -> bool:
+    """Whether structured calls of so many tokens (of a sample) and heads are replayed as CUDA graphs."""
+    return tokens * heads <= LARGEST_SMALL
 
 
 def l_bytes(grid: Grid, heads: int, batch: int = 1) -> int:

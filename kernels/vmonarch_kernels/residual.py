@@ -6,6 +6,7 @@ structured attention, its residual, stays a good correction until the frame's ne
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vmonarch_kernels.api import attend, frame_attention, resolve_impl
 from vmonarch_kernels.autograd import in_backward_pass, needs_gradient
+from vmonarch_kernels.graphs import Graphs, Turn
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_DTYPE, split_frames
 from vmonarch_kernels.turns import next_turns, turns, turns_before
@@ -42,6 +44,8 @@ class Residual:
         self._order = turns(frames, first_frame)
         self._next = 0
         self._calls, self._expected_calls = 0, calls
+        self.graphs: Graphs | None = None
+        """Replays the small ones of the calls that it takes; None for none."""
         self._called: int | None = None  # id(self) after a call outside of a backward pass; copies have another one
 
     @property
@@ -102,12 +106,15 @@ class Residual:
         self.scale.mul_(DECAY)
         for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
+        turns = [(x, tuple(y for y in (x - 1, x + 1) if y in self._order and y not in chosen)) for x in chosen]
+        scale = options.score_scale(inputs.head_dim)
+        if self._is_replayed(inputs, impl):
+            return self._replayed(inputs, options, turns, scale, return_l)
         out, l_new = self._attend(inputs, options, impl, return_l)
         if chosen and out.requires_grad:
             out = out.clone()  # the call's own output is kept for its backward pass
-        for frame in chosen:
-            beside = [x for x in (frame - 1, frame + 1) if x in self._order and x not in chosen]
-            self._recompute(frame, beside, inputs, options.score_scale(inputs.head_dim), impl, out)
+        for frame, beside in turns:
+            self._recompute(frame, list(beside), inputs, scale, impl, out)
         return out, l_new
 
     def attention_without_turns(
@@ -119,7 +126,29 @@ class Residual:
         errors as in ``attention``.
         """
         self._refuse_again("attention_without_turns")
+        if self._is_replayed(inputs, impl):
+            return self._replayed(inputs, options, [], options.score_scale(inputs.head_dim), return_l)
         return self._attend(inputs, options, impl, return_l)
+
+    def _is_replayed(self, inputs: Inputs, impl: str) -> bool:
+        q = inputs.q
+        return self.graphs is not None and self.graphs.takes(
+            inputs, resolve_impl(impl, q.device, q.dtype, inputs.head_dim)
+        )
+
+    def _replayed(
+        self, inputs: Inputs, options: Options, turns: list[Turn], scale: float, return_l: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A call and its turns through ``graphs``, which has residual buffers of its own beside the other tensors'."""
+        from vmonarch_kernels.launch import refresh_triton
+
+        def recompute(frame: int, beside: Sequence[int], given: Inputs, out: Tensor) -> None:
+            assert given.residual is not None  # noqa: S101 - for the type checker: as below
+            refresh_triton(given, out, given.residual, frame, list(beside), NEIGHBOUR_SHARE, scale)
+
+        assert self.graphs is not None  # noqa: S101 - for the type checker: _is_replayed has asked
+        kept = replace(inputs, residual=(self.values, self.scale))
+        return self.graphs.refreshed(kept, options, turns, recompute, return_l=return_l)
 
     def _attend(self, inputs: Inputs, options: Options, impl: str, return_l: bool) -> tuple[Tensor, Tensor | None]:
         residual = self.values, self.scale

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from triton import knobs
 from vmonarch_cli.attention import ahead, structured
 from vmonarch_cli.attention.ahead import KernelsAhead
 from vmonarch_cli.clip import make
+from vmonarch_cli.families.fusing import StreamShape
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.pipeline import kernels_ahead
 from vmonarch_cli.pipeline.preflight import Machine, check_machine
@@ -174,15 +176,16 @@ def test_a_model_that_does_not_load_stops_the_compilation(
 def test_only_runs_that_will_compile_begin(
     tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began: list[tuple[torch.device, torch.dtype]] = []
-    monkeypatch.setattr(ahead, "start", lambda plan, device, dtype: began.append((device, dtype)))
+    began: list[list[tuple[Any, ...]]] = []
+    monkeypatch.setattr(ahead, "start", lambda *rehearsals: began.append([one.args for one in rehearsals]))
     gpu = Machine("cuda:0", "A card", "bfloat16", "triton")
 
     def plan(**more: Any) -> Any:
         return resolve(request(tiny_wan_folder, tmp_path / "a.png", prompt="red", steps=4, **more))
 
-    kernels_ahead.start_kernels(plan(preset="paper"), gpu)
-    assert began == [(torch.device("cuda:0"), torch.bfloat16)]
+    paper = plan(preset="paper")
+    kernels_ahead.start_kernels(paper, gpu)
+    assert began == [[(paper, torch.device("cuda:0"), torch.bfloat16)]]
     for without, machine in (
         (plan(preset="dense"), gpu),
         (plan(preset="paper", dense_steps=4), gpu),
@@ -191,6 +194,11 @@ def test_only_runs_that_will_compile_begin(
     ):
         assert kernels_ahead.start_kernels(without, machine) is None
     assert len(began) == 1
+    dense = plan(preset="dense")
+    kernels_ahead.start_kernels(dense, replace(gpu, fused_impl="triton"))
+    heads, head_dim = dense.model.heads, dense.model.head_dim
+    assert began[1:] == [[(StreamShape(dense.tokens, heads, head_dim, torch.bfloat16, torch.device("cuda:0")),)]]
+    assert kernels_ahead.start_kernels(dense, replace(gpu, fused_impl="torch")) is None
 
 
 REAL = """

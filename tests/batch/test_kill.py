@@ -41,12 +41,17 @@ PAGE = "index.html"
 
 
 def work(
-    model: Path | None, folder: Path, text: str = SIX, on_event: Callable[[BatchEvent], None] | None = None
+    model: Path | None,
+    folder: Path,
+    text: str = SIX,
+    on_event: Callable[[BatchEvent], None] | None = None,
+    overlap: bool = False,
 ) -> None:
     """A batch and its page, as `generate --prompts-file` makes them."""
     torch.set_num_threads(1)
     opened = batch(model, folder, text, steps=4 if model is None else 1)
-    run_batch(opened, machine_of(opened), Limits(), Interrupts(), on_event=on_event or (lambda event: None))
+    limits = Limits(overlap=overlap)
+    run_batch(opened, machine_of(opened), limits, Interrupts(), on_event=on_event or (lambda event: None))
     write_gallery(folder)
 
 
@@ -89,14 +94,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     return folder, time.monotonic() - began
 
 
-def test_killed_at_random_moments_and_resumed(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overlap", "count"), [(False, KILLS), (True, KILLS // 2)])
+def test_killed_at_random_moments_and_resumed(
+    undisturbed: tuple[Path, float], tmp_path: Path, overlap: bool, count: int
+) -> None:
     expected, whole_s = undisturbed
     check(expected, expected)
     moments = random.Random(5)
     kills, number = 0, 0
-    while kills < KILLS:
+    while kills < count:
         folder = tmp_path / str(number)
-        process = start(None, folder)
+        process = start(None, folder, overlap=overlap)
         process.join(moments.uniform(0, whole_s))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -136,8 +144,11 @@ AIMS: dict[str, type] = {
 }
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("aim", [*AIMS, "while ffmpeg writes", "while the page is written"])
-def test_killed_at_the_worst_moment_and_resumed(undisturbed: tuple[Path, float], tmp_path: Path, aim: str) -> None:
+def test_killed_at_the_worst_moment_and_resumed(
+    undisturbed: tuple[Path, float], tmp_path: Path, aim: str, overlap: bool
+) -> None:
     def kill_self() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -168,7 +179,7 @@ def test_killed_at_the_worst_moment_and_resumed(undisturbed: tuple[Path, float],
             if seen[0] == 2:
                 kill_self()
 
-        work(None, tmp_path / "out", on_event=on_event)
+        work(None, tmp_path / "out", on_event=on_event, overlap=overlap)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

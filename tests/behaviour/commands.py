@@ -36,6 +36,7 @@ MODELS = (
     "motif-video-2b",
     "minimax-h3",
     "cosmos-predict2.5-2b",
+    "anyflow-14b",
 )
 PRESETS = ("paper", "fast", "balanced", "quality", "exact", "dense")
 PROMPT = '-p "a red circle moving from left to right on a blue background"'
@@ -270,8 +271,8 @@ def clips() -> Iterator[Command]:
         "bfloat16": f"generate {PROMPT} --size 32x32 --num-frames 9 --steps 2 --device cpu --dtype bf16 -o x.png -q",
         "tiles and negative prompt": f"generate {TINY} --vae-tiling --negative-prompt blue --flow-shift 3 -o x.png -q",
         "first block cache": f"generate {TINY} --steps 4 --cache first-block -o x.png -q",
-        "int8 storage": f"generate {TINY} --quantize int8-storage -o x.png -q",
-        "fp8 storage": f"generate {TINY} --quantize fp8-storage -o x.png -q",
+        "int8": f"generate {TINY} --quantize int8-storage -o x.png -q",
+        "fp8": f"generate {TINY} --quantize fp8-storage -o x.png -q",
         "lora of another model": f"generate {TINY} --lora lora.safetensors -o x.png",
         "three seeds into a folder": f"generate {TINY} --num-videos 3 --seed 7 -o out/",
         "gif": f"generate {TINY} -o x.gif --fps 10 --quiet",

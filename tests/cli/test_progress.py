@@ -140,9 +140,28 @@ def test_several_clips_share_one_clock_and_one_time_left(tmp_path: Path) -> None
         text = run.after(10, StepDone(1, fakes.steps(2)[0]))
         assert "clip 2 of 3" in text
         assert "0:50, 1:10 left" in text  # thirty seconds of this one, forty of the next
-        run.bar.drop_clip()
+        run.bar.drop_clip(1)
         run.after(0, ClipStarted(2, 3, 2, 2))
         assert "0:50, 0:40 left" in run.after(0, StepDone(2, fakes.steps(2)[0]))
+
+
+def test_a_clip_that_is_done_beside_the_next_leaves_its_steps_alone(tmp_path: Path) -> None:
+    plan = resolve(GenerateRequest(prompt="a cat", steps=2, num_videos=3, output=f"{tmp_path}/x.mp4"))
+    run = Told()
+    with run.bar:
+        run.after(0, ClipStarted(0, 3, 0, 2))
+        for step in fakes.steps(2):
+            run.after(10, StepDone(0, step))
+        run.after(0, ClipStarted(1, 3, 1, 2))
+        run.after(10, StepDone(1, fakes.steps(2)[0]))
+        run.after(0, ClipDone(fakes.result(plan, 0)))
+        assert [step.index for step in run.bar.steps] == [0]
+        run.after(10, StepDone(1, fakes.steps(2)[1]))
+        run.after(0, ClipStarted(2, 3, 2, 2))
+        run.after(0, ClipDone(fakes.result(plan, 1)))
+        run.after(10, StepDone(2, fakes.steps(2)[0]))
+        run.bar.drop_clip(1)
+        assert [step.index for step in run.bar.steps] == [0], "nor does one that is dropped"
 
 
 def test_a_narrow_terminal_keeps_the_clock() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import records
 import torch
-from adapters import write, write_whole
+from adapters import student_of, write, write_whole
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip.latents import save_latents
 from vmonarch_cli.media.read import read_clip
+from vmonarch_cli.models.tuned import fingerprint
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import Preset, load_preset
@@ -230,6 +231,22 @@ def test_what_does_not_fit_is_refused(tiny_wan_folder: Path, tiny_wan_two_stage_
             assert f"adapter {adapter}" in found
             assert sentence in found
     call("plan", *flags(tiny_wan_folder, *tuned, "--impl", "reference"))
+
+
+def test_a_student_of_the_same_base_may_have_it_where_its_file_says_so(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    student = student_of(tiny_wan_folder, tmp_path / "student")
+    allowed = {str(student): fingerprint(student)}
+    file = write(tiny_wan_folder, tmp_path / "both.safetensors", PAPER, also_for=allowed, **MADE_FOR)
+    words = f"was tuned and measured on {tiny_wan_folder}, and says that it may go with {student}, too"
+    found = call("generate", *flags(student, "--tuned", file, "-o", "x.gif"))
+    assert words in " ".join(found.stderr.split())
+    assert words not in " ".join(call("plan", *flags(tiny_wan_folder, "--tuned", file)).stderr.split())
+    call("generate", *flags(student, "-o", "without.gif"))
+    assert Path("x.gif").read_bytes() != Path("without.gif").read_bytes()
+    other = student_of(student, tmp_path / "other")
+    assert f", or of {student} ({fingerprint(student)[:12]}), and {other} has" in error(
+        "generate", *flags(other, "--tuned", file)
+    )
 
 
 def test_a_family_without_loras_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -128,10 +128,16 @@ def test_what_cannot_be_made_is_said_before_anything_loads(folder: Path, film: P
 
     write_clip(zeros((9, 32, 48, 3), "uint8"), short, 8)
     (tmp_path / "folder.mp4").mkdir()
+    strange = tmp_path / "strange.mp4"
+    strange.write_bytes(short.read_bytes().replace(b"avc1", b"zzz9").replace(b"avcC", b"zzzC"))
+    unreadable = (
+        "cannot be read: it is damaged or not what its name says, or has no pictures of a codec that ffmpeg knows"
+    )
     given: list[tuple[tuple[str, ...], str]] = [
         (("--video", str(tmp_path / "none.mp4")), f"there is no video {tmp_path / 'none.mp4'}"),
         (("--video", str(text)), f"video {text} cannot be read: valid are files that end in .mp4, .webm, .gif, .webp"),
-        (("--video", str(broken)), f"video {broken} cannot be read: it is damaged or not what its name says"),
+        (("--video", str(broken)), f"video {broken} {unreadable}"),
+        (("--video", str(strange)), f"video {strange} {unreadable}"),
         (("--video", str(tmp_path / "folder.mp4")), f"video {tmp_path / 'folder.mp4'} is a folder, not a file"),
         (
             ("--video", str(short)),

@@ -8,23 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from loading import load
-from lora_formats import FORMATS, Tensors, formats_of, native, random_lora, write
+from lora_formats import FORMATS, NAMES, Tensors, formats_of, native, random_lora, write
 from tiny_families import TINY, latents_of
 
 from vmonarch_cli.plan.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = (
-    "wan",
-    "wan-vace",
-    "skyreels-v2",
-    "hunyuan-video",
-    "ltx-video",
-    "ltx-2",
-    "cogvideox-2b",
-    "mochi-1",
-    "kandinsky-5",
-)
 CASES = [(name, form) for name in NAMES for form in formats_of(name)]
 
 

@@ -130,11 +130,9 @@ def test_a_pipeline_of_an_unknown_family_says_what_was_found(folders: dict[str, 
     folder = tmp_path / "unknown"
     shutil.copytree(folders["ltx-video"], folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "CosmosPipeline", "transformer": ["diffusers", "CosmosTransformer3DModel"]}
+    index |= {"_class_name": "LattePipeline", "transformer": ["diffusers", "LatteTransformer3DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ModelError, match=r"a CosmosPipeline with a CosmosTransformer3DModel, and the layout of its tok"
-    ):
+    with pytest.raises(ModelError, match=r"a LattePipeline with a LatteTransformer3DModel, and the layout of its tok"):
         find_model(str(folder))
 
 

@@ -16,6 +16,8 @@ import triton.language as tl  # noqa: E402
 from vmonarch_kernels import _triton, launch  # noqa: E402
 from vmonarch_kernels.configs import chip  # noqa: E402
 
+# A GPU has its own conversions, or refuses tensors of the CPU: tests of the kernels' results cover those.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
 GRID = (4, 2, 4)
 CPU = torch.device("cpu")
 

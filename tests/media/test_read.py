@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.read import one_frame, read_clip
+from vmonarch_cli.media.read import last_frames, one_frame, read_clip
 from vmonarch_cli.media.write import write_clip
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
@@ -119,3 +119,16 @@ def test_frames_of_two_sizes_are_no_clip(tmp_path: Path) -> None:
         Image.new("RGB", (side, side)).save(tmp_path / "x.png" / f"frame-{number:04d}.png")
     with pytest.raises(InputError, match="cannot be read"):
         read_clip(tmp_path / "x.png")
+
+
+def test_the_last_frames_of_a_users_video(tmp_path: Path) -> None:
+    frames = np.stack([np.full((32, 48, 3), 20 * number, np.uint8) for number in range(8)])
+    for name in ("x.mp4", "x.gif"):
+        write_clip(frames, tmp_path / name, 8)
+        last = last_frames(tmp_path / name, 3)
+        assert last.shape == (3, 32, 48, 3)
+        assert np.abs(last.astype(int) - frames[5:]).max() < 6
+        with pytest.raises(InputError, match=r"has 8 frames, and a clip goes on from the last 9: give a longer video"):
+            last_frames(tmp_path / name, 9)
+    with pytest.raises(InputError, match="valid are files that end in"):
+        last_frames(tmp_path / "x.png", 1)

@@ -68,6 +68,7 @@ def test_defaults_are_those_of_the_models_own_examples() -> None:
         "motif-video-2b": (736, 1280, 121, 24, 50, 8.0, None, None, None),
         "minimax-h3": (768, 1344, 124, 24, 50, 1.0, None, 12.0, None),
         "cosmos-predict2.5-2b": (704, 1280, 93, 16, 36, 7.0, None, None, None),
+        "anyflow-14b": (480, 832, 81, 16, 4, 1.0, None, None, None),
         "cosmos-predict2.5-14b": (704, 1280, 93, 16, 36, 7.0, None, None, None),
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from wan_original import write_gguf
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.families import fusing
+from vmonarch_cli.families import fusing, wan_blocks
+from vmonarch_cli.families.fusing import StreamShape
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, unfuse
@@ -340,3 +343,42 @@ def test_a_batch_fuses_for_all_its_lines(tiny_wan_folder: Path, tmp_path: Path) 
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a red circle", "fuse": True}))
     shown = call("generate", *source, *flags, "-o", str(tmp_path / "other"), code=2).stderr
     assert "fuse is the same for all clips" in " ".join(shown.split())
+
+
+def test_the_rehearsed_operations_are_those_of_a_block(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides about a kernel: shapes, strides and dtypes of all tensors, and which of them there are."""
+
+    def facts(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return tuple(x.shape), x.stride(), x.dtype
+        if dataclasses.is_dataclass(x):
+            return tuple(facts(getattr(x, field.name)) for field in dataclasses.fields(x))
+        return x
+
+    seen: list[Any] = []
+
+    def noted(name: str, real: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen.append((name, *map(facts, args), *((key, facts(value)) for key, value in sorted(kwargs.items()))))
+            return real(*args, **kwargs)
+
+        return run
+
+    for module in (fusing, wan_blocks):
+        for name in ("qk_norm_rope", "layer_norm_modulate", "residual_norm", "gated_residual", "gelu_tanh_"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    dtype = torch.bfloat16
+    pipeline = load_pipeline(str(tiny_wan_folder), device=CPU, dtype=dtype, setup=setup("torch"))
+    with swapped(pipeline, PAPER) as session:
+        latents_of(pipeline, TINY["wan"])
+        assert session.grid is not None
+        tokens = math.prod(session.grid)
+    in_forward = set(seen)
+    seen.clear()
+    attention = pipeline.transformer.blocks[0].attn1
+    shape = StreamShape(tokens, attention.heads, attention.inner_dim // attention.heads, dtype, CPU)
+    wan_blocks.rehearse(shape, "torch")
+    of_gelu = {one for one in in_forward if one[0] == "gelu_tanh_"}  # its width decides about nothing
+    assert {one for one in seen if one[0] != "gelu_tanh_"} == in_forward - of_gelu
+    assert len(of_gelu) == 1

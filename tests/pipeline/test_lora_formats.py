@@ -187,6 +187,8 @@ def test_what_a_header_shows_is_refused_before_the_model_is_loaded(tensors: Tens
     path = tmp_path / "small.safetensors"
     request = GenerateRequest(model="wan2.1-14b", prompt="a cat", loras=(f"{path}:0.5",))
     deep = {name.replace("blocks.1.", "blocks.41."): tensor for name, tensor in tensors.items() if "attn2" in name}
+    wide = {name: torch.ones((4, 5120) if "lora_A" in name else (5120, 4)) for name in tensors if "attn" in name}
+    last = max(name for name in wide if "lora_B" in name)
     for content, sentence in (
         (
             tensors,
@@ -195,6 +197,7 @@ def test_what_a_header_shows_is_refused_before_the_model_is_loaded(tensors: Tens
         (deep, "1 of its 2 blocks are beyond the 40 of wan2.1-14b"),
         (tensors | {"text_encoder.q.lora_A.weight": torch.ones(4, 4)}, r"a text encoder \(1 of its \d+ tensors"),
         ({name: t[:2] if "lora_A" in name else t for name, t in tensors.items()}, "an A of rank 2 and a B of rank 4"),
+        (wide | {last: wide[last] * torch.nan}, r"small\.safetensors holds values that are not finite, in .*lora_B"),
     ):
         save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
         with pytest.raises(ModelError, match=sentence):

@@ -31,7 +31,7 @@ from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-torchao = pytest.importorskip("torchao")
+pytest.importorskip("torchao")
 ON_CPU = "which needs an NVIDIA GPU of compute capability 8.9 or later, and this run is on the CPU"
 
 
@@ -197,7 +197,7 @@ def test_doctor_says_what_computes(card: Callable[[int, int], None], monkeypatch
     def said() -> str:
         return EXAMINATIONS["8-bit weights"]()[0].value
 
-    assert said() == f"none computes on cpu, fp8-storage and int8-storage store (torchao {torchao.__version__})"
+    assert said() == "none computes on cpu, fp8-storage and int8-storage store"
     card(8, 6)
     assert said().startswith("int8 computes on cuda:0, ")
     card(9, 0)
@@ -219,20 +219,37 @@ def test_a_plan_counts_what_stays_in_16_bits() -> None:
     assert [*memory.peaks_of(plan("fp8"), "bfloat16")] == ["none", "model", "group"]
     shown = " ".join(call("plan", "-m", "wan2.1-14b", "-p", "a", "--quantize", "fp8").stdout.split())
     assert "projections of the blocks compute in fp8, a scale for each token and each output channel" in shown
+    assert "channel; not here, without an NVIDIA GPU of compute capability 8.9 or later" in shown
     shown = " ".join(call("plan", "-m", "wan2.1-14b", "-p", "a", "--quantize", "fp8-storage").stdout.split())
     assert "the transformer's wait in fp8: less memory, no gain in time" in shown
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in ENTRIES if PIPELINES[e.pipeline].transformer_config], ids=lambda e: e.alias
-)
+def test_int8_without_a_compiler_is_warned_of() -> None:
+    def warned(**flags: Any) -> str:
+        return " ".join(resolve(GenerateRequest(prompt="a", **{"model": "wan2.1-1.3b", **flags})).warnings)
+
+    assert "int8 saves memory and, without --compile, no time: add --compile, or take fp8" in warned(quantize="int8")
+    assert "diffusers compiles no CogVideoXTransformer3DModel" in warned(quantize="int8", model="cogvideox-5b")
+    for flags in ({"quantize": "int8", "compile": True}, {"quantize": "fp8"}, {"quantize": "int8-storage"}):
+        assert "no time" not in warned(**flags)
+
+
+def test_every_transformer_has_its_share_of_projections() -> None:
+    assert set(memory.PROJECTIONS) == {facts.transformer for facts in PIPELINES.values()}
+
+
+BUILT = [entry for entry in ENTRIES if PIPELINES[entry.pipeline].transformer_config and entry.alias != "demo"]
+
+
+@pytest.mark.parametrize("entry", BUILT, ids=lambda entry: entry.alias)
 def test_the_share_of_projections_is_that_of_the_class(entry: Any) -> None:
+    """Or a little less, where a class has models of several sizes."""
     facts = PIPELINES[entry.pipeline]
     assert facts.transformer_config is not None
     with torch.device("meta"):
         transformer = getattr(diffusers, facts.transformer)(**facts.transformer_config(entry))
     share = sum(layer.weight.numel() for layer in projections(transformer).values()) / entry.transformer_params
-    assert memory.PROJECTIONS[facts.transformer] == pytest.approx(share, abs=0.08)
+    assert 0 <= share - memory.PROJECTIONS[facts.transformer] < 0.1
 
 
 def test_records_of_what_was_only_stored_keep_their_meaning(tmp_path: Path, tiny_wan_folder: Path) -> None:

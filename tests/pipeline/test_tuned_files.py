@@ -124,6 +124,7 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(folders: dict[st
         ({"schema": 2}, r"made by a later version of vmonarch \(schema 2, this version reads 1\)"),
         ({"fingerprint": None}, "it has no fingerprint"),
         ({"fingerprint": "x"}, "fingerprint takes 64 hexadecimal digits, got 'x'"),
+        ({"also_for": {"a/b": "x"}}, "also_for takes 64 hexadecimal digits, got 'x'"),
         ({"steps": "20"}, "steps takes a whole number, got '20'"),
         ({"steps": 0}, "steps takes at least 1, got 0"),
         ({"guidance_scale": "high"}, "guidance_scale takes a number, got 'high'"),

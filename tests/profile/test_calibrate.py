@@ -78,6 +78,8 @@ def test_it_writes_a_preset_that_keeps_the_budget_and_carries_what_it_rests_on(
     assert said["fingerprint"][:12] in preset.evidence[0]
     assert f"{said['before']['error_mean']:.4f}" in preset.evidence[1]
     assert f"{said['after']['error_mean']:.4f}" in preset.evidence[2]
+    assert (said["before"]["preset"], said["after"]["preset"]) == ("balanced", "mine")
+    assert [line.partition(":")[0] for line in preset.evidence[1:]] == ["balanced", "mine"]
     assert len(said["after"]["errors"]) == 2
     assert [row["first"] for row in said["steps"]] == [1, 2, 3, 4]
     assert all(row["error"] > 0 for row in (*said["steps"], *said["layers"]))
@@ -112,6 +114,19 @@ def test_an_error_that_no_preset_reaches_is_one_sentence_and_no_file(
     assert result.exit_code == 2
     assert "error: --error 0 was not reached: the best of 3 presets came to" in result.stderr
     assert not file.exists()
+
+
+def test_a_preset_that_gains_nothing_is_said(tiny_wan_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """Without exact frames, and with no work left for them, the starting preset is all that can be found."""
+    file = tmp_path / "same.toml"
+    bare_paper = "--preset paper --set first_frame=false"
+    flags = f"{SHAPE} --steps 2 --eval-prompts 1 --prompts-file {prompts} {bare_paper} -o {file}"
+    result = run("-m", str(tiny_wan_folder), *flags.split())
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stderr.split())
+    assert "warning: paper is as close to dense attention on the held-out prompts" in said
+    assert "same.toml gains nothing here" in said
+    assert read_preset(file).step_refresh == (0.0, 0.0)
 
 
 def test_a_run_that_is_stopped_writes_nothing(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from vmonarch_cli.models.tuned import TunedAdapter, fingerprint
 from vmonarch_cli.pipeline.tuned import write_adapter
@@ -33,6 +35,15 @@ def adapter_of(folder: Path, preset: Preset, **facts: Any) -> TunedAdapter:
         "evaluation": {"prompts": 2, "before": {"latent_error_mean": 0.4}, "after": {"latent_error_mean": 0.25}},
     }
     return TunedAdapter.model_validate(given | facts)
+
+
+def student_of(folder: Path, path: Path) -> Path:
+    """A checkpoint of the same shapes and other weights, as a distilled student has them."""
+    shutil.copytree(folder, path)
+    for file in (path / "transformer").glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return path
 
 
 def weights(transformer: torch.nn.Module, part: str = "transformer", rank: int = 4, seed: int = 0) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Write tests/families/FAMILIES.md: every family, with a tick for each test that it passed just now.
 
-Run it from the repository root: ``python tests/support/families_table.py``.
+Run it from the repository root: ``python tests/support/families_table.py``. With names of families only their rows are
+written anew.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_families import TINY
+
+from vmonarch_cli.models.unfit import UNFIT
 
 TESTS = Path(__file__).parents[1]
+TABLE = TESTS / "families" / "FAMILIES.md"
 PASSED, REFUSED, FAILED = "✓", "–", "✗"
 COLUMNS = {
     "test_exact_equals_the_stock_pipeline": "exact = stock",
@@ -58,12 +63,20 @@ def cell(outcomes: list[str]) -> str:
     return "·"
 
 
-def main() -> int:
+def kept(names: list[str]) -> dict[str, str]:
+    """Rows of the table as it is, by family, without those that are written anew."""
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    found = {row.split("|")[1].strip(): row for row in rows}
+    return {family: row for family, row in found.items() if names and family in TINY and family not in names}
+
+
+def main(names: list[str]) -> int:
     """Run the tests, in one process, which the collector is in, and write the table; pytest's exit code."""
     collector = Collector()
     parts = ("apply_setup", "offload", "lora", "context_parallel", "step_cache")
     files = [TESTS / "families" / "test_families.py", *(TESTS / "pipeline" / f"test_{part}.py" for part in parts)]
-    code = pytest.main([*map(str, files), "-q", "-n", "0", "-m", "slow or not slow"], plugins=[collector])
+    chosen = ["-k", " or ".join(names)] if names else []
+    code = pytest.main([*map(str, files), "-q", "-n", "0", "-m", "slow or not slow", *chosen], plugins=[collector])
     lines = [
         "# Families and the tests they pass",
         "",
@@ -73,11 +86,17 @@ def main() -> int:
         "| family | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
+    rows = kept(names)
     for family, outcomes in collector.outcomes.items():
-        lines.append(f"| {family} | " + " | ".join(cell(outcomes.get(test, [])) for test in COLUMNS) + " |")
-    (TESTS / "families" / "FAMILIES.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if not names or family in names:
+            cells = " | ".join(cell(outcomes.get(test, [])) for test in COLUMNS)
+            rows[family] = f"| {family} | {cells} |"
+    lines += [rows[family] for family in TINY if family in rows]
+    lines += ["", "Pipelines of diffusers that are not supported:", "", "| pipeline | why |", "|---|---|"]
+    lines += [f"| {pipeline} | {why} |" for pipeline, why in UNFIT.items()]
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

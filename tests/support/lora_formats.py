@@ -16,6 +16,18 @@ from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 RANK = 4
+NAMES = (
+    "wan",
+    "wan-vace",
+    "skyreels-v2",
+    "hunyuan-video",
+    "ltx-video",
+    "ltx-2",
+    "cogvideox-2b",
+    "mochi-1",
+    "kandinsky-5",
+)
+"""Families that are tried, by the names of their tiny checkpoints."""
 _LAYERS = {
     "wan": r"blocks\.\d+\.(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ffn\.net\.(0\.proj|2))|condition_embedder\..*"
     r"(linear_[12]|time_proj)|proj_out",

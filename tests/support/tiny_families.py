@@ -69,14 +69,28 @@ def latents_of(pipeline: Any, tiny: Tiny, *, steps: int = 2, seed: int = 0, **op
         return latents_of_blocks(pipeline, tiny, steps, seed, **options)
     known = inspect.signature(type(pipeline).__call__).parameters
     shape = {"height": tiny.height, "width": tiny.width, "num_frames": tiny.num_frames}
+    given = {"output_type": "latent", **tiny.options, **options}
+    if "conditions" in known:
+        given = as_conditions(pipeline, given)
     result: torch.Tensor = pipeline(
         prompt=PROMPT,
         **{name: value for name, value in shape.items() if name in known},
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
-        **{"output_type": "latent", **tiny.options, **options},
+        **given,
     ).frames
     return result
+
+
+def as_conditions(pipeline: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """An image or a video as LTX's pipelines of conditions take it: at the beginning of the clip."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    image, video = given.pop("image", None), given.pop("video", None)
+    if type(pipeline).__name__ == "LTXConditionPipeline":
+        return {**given, "conditions": LTXVideoCondition(image=image, video=video)}
+    return {**given, "conditions": LTX2VideoCondition(frames=video if image is None else image)}
 
 
 def latents_of_blocks(pipeline: Any, tiny: Tiny, steps: int, seed: int, **options: Any) -> Any:
@@ -580,6 +594,16 @@ def ltx_i2v() -> Any:
     return ltx_video("LTXImageToVideoPipeline")
 
 
+def ltx_condition() -> Any:
+    pipeline = ltx_video("LTXConditionPipeline")
+    pipeline.scheduler = _euler(shift=1.0)  # as published: its noise levels are the pipeline's own
+    return pipeline
+
+
+def ltx2_condition() -> Any:
+    return ltx2("LTX2ConditionPipeline")
+
+
 def ltx2(kind: str = "LTX2Pipeline") -> Any:
     import diffusers
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
@@ -654,7 +678,7 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
         spatio_temporal_scaling=(True,),
         decoder_spatio_temporal_scaling=(True,),
         decoder_inject_noise=(False, False),
-        downsample_type=("spatial",),
+        downsample_type=("spatiotemporal",),
         upsample_residual=(False,),
         upsample_factor=(1,),
         timestep_conditioning=False,
@@ -901,6 +925,29 @@ def kandinsky_6(velocities: int = 1) -> Any:
             scheduler=_euler() if velocities == 1 else diffusers.PiflowScheduler(n_grid=velocities),
             audio_vae=audio_vae,
             vocoder=vocoder,
+        )
+    )
+
+
+def anyflow() -> Any:
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.AnyFlowTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    return quiet(
+        diffusers.AnyFlowPipeline(
+            transformer=sharpen(transformer),
+            **_wan_parts(scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)),
         )
     )
 
@@ -1271,6 +1318,37 @@ TINY: dict[str, Tiny] = {
         num_frames=9,
         options={**_GUIDED, "image": image(32), "image_crf": 0},
     ),
+    "ltx-video-condition": Tiny(
+        ltx_condition,
+        "LTXVideoTransformer3DModel",
+        2,
+        1,
+        (5, 8, 8),
+        height=32,
+        width=32,
+        options={**_GUIDED, "image": image(32)},
+    ),
+    "ltx-video-continued": Tiny(
+        ltx_condition,
+        "LTXVideoTransformer3DModel",
+        2,
+        1,
+        (5, 8, 8),
+        height=32,
+        width=32,
+        options={**_GUIDED, "video": video(9, 32, 32)},
+    ),
+    "ltx-2-continued": Tiny(
+        ltx2_condition,
+        "LTX2VideoTransformer3DModel",
+        2,
+        3,
+        (6, 16, 16),
+        height=32,
+        width=32,
+        num_frames=11,
+        options={**_GUIDED, "video": video(9, 32, 32)},
+    ),
     "mochi-1": Tiny(mochi, "MochiTransformer3DModel", 2, 1, (4, 2, 3), num_frames=19, options=_GUIDED),
     "allegro": Tiny(
         allegro,
@@ -1313,6 +1391,7 @@ TINY: dict[str, Tiny] = {
         (5, 2, 3),
         options={"negative_prompt": NEGATIVE, "max_sequence_length": 16, "image": image()},
     ),
+    "anyflow": Tiny(anyflow, "AnyFlowTransformer3DModel", 2, 1, (5, 2, 3), options=_GUIDED),
     "cosmos-2.5": Tiny(cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options=_GUIDED),
     "cosmos-2.5-image": Tiny(
         cosmos, "CosmosTransformer3DModel", 2, 2, (5, 2, 3), options={**_GUIDED, "image": image()}

@@ -92,6 +92,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(preset: str, clip: Plan
         torch.testing.assert_close(twice[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_kernels_that_compile_in_a_checkpointed_layer_keep_nothing_for_it(clip: Plan, tmp_path: Path) -> None:
+    """A kernel's first run compiles it, before the call that counts."""
+    preset = load_preset("paper").model_copy(update={"impl": "triton"})
+    dense = trajectory(tiny_pipeline(), clip, tmp_path / "dense.safetensors", load_preset("dense"))
+    gradients(tiny_pipeline(), preset, [dense], checkpointing=True)
+
+
 def test_a_batch_has_the_mean_gradient_of_its_trajectories(clip: Plan, tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     paths = [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import student_of
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -45,7 +47,8 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     flags = "--preset fast --set band=1 --sampler-steps 3 --size 48x32 --num-frames 17 --guidance-scale 3 --steps 4"
-    flags += " --rank 2 --eval-prompts 1 --json"
+    pupil = student_of(tiny_wan_folder, tmp_path / "student")
+    flags += f" --rank 2 --eval-prompts 1 --also-for {pupil} --json"
     result = CliRunner().invoke(
         app,
         ["tune", "-m", str(tiny_wan_folder), *f"{flags} -o {file} --plot {plot} --prompts-file {prompts}".split()],
@@ -57,6 +60,7 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     assert adapter.preset == at_steps(load_preset("fast").model_copy(update={"band": 1}), 3).model_dump()
     assert (adapter.steps, adapter.guidance_scale, adapter.size, adapter.num_frames) == (3, 3.0, "48x32", 17)
     assert adapter.fingerprint == fingerprint(tiny_wan_folder)
+    assert adapter.also_for == said["also_for"] == {str(pupil): fingerprint(pupil)}
     assert adapter.training["prompts"] == 3
     assert set(adapter.evaluation["before"]) == {"latent_error_mean", "latent_error_median", "psnr", "ssim"}
     layers = {name.rpartition(".lora_")[0] for name in load_file(file)}
@@ -64,6 +68,28 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     assert layers == {f"transformer.blocks.{block}.{part}" for block in range(3) for part in parts}
     assert "<svg" in plot.read_text()
     assert not file.with_suffix(".tune").exists(), "the work folder goes when the adapter is there"
+
+
+def test_an_adapter_goes_with_models_of_the_same_shapes_alone(
+    tiny_wan_folder: Path, tiny_wan_two_stage_folder: Path, tmp_path: Path
+) -> None:
+    pupil = student_of(tiny_wan_folder, tmp_path / "student")
+    file = tmp_path / "x.safetensors"
+    assert planned(tiny_wan_folder, file, also_for=(str(pupil),)).also_for == {str(pupil): fingerprint(pupil)}
+    twin = shutil.copytree(tiny_wan_folder, tmp_path / "twin")
+    for other, full, sentence in (
+        (
+            tiny_wan_two_stage_folder,
+            False,
+            r"is no model of the same base: .* not at all, and it",
+        ),
+        (twin, False, "has the very weights that are tuned"),
+        (pupil, True, "goes with a LoRA, and --full writes whole weights"),
+        ("wan2.1-14b", False, "those of wan2.1-14b are not on this machine yet"),
+    ):
+        more: dict[str, Any] = {"full": True, "rank": None} if full else {}
+        with pytest.raises(InputError, match=sentence):
+            planned(tiny_wan_folder, file, also_for=(str(other),), **more)
 
 
 def test_training_lowers_the_loss_and_the_file_does_what_was_evaluated(tiny_wan_folder: Path, tmp_path: Path) -> None:

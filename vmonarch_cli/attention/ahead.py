@@ -76,16 +76,16 @@ class KernelsAhead:
             self.failure = self.failure or error
 
 
-def start(plan: Plan, device: torch.device, dtype: torch.dtype) -> KernelsAhead:
-    """Compile what the structured calls of a plan's clips will launch on a GPU, text keys aside."""
+def start(*rehearsals: Callable[[], object]) -> KernelsAhead:
+    """Compile what the rehearsals would launch on a GPU."""
     from vmonarch_kernels.ahead import pending
 
-    return KernelsAhead(lambda: rehearse(plan, device, dtype), pending)
+    return KernelsAhead(lambda: [one() for one in rehearsals], pending)
 
 
 def rehearse(plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
     """The kinds of structured calls that a clip of the plan makes: the first step's and a later one's, of each guidance
-    branch, on tensors of the true shape with any content.
+    branch, on tensors of the true shape with any content, text keys aside.
     """
     model, dense_steps = plan.model, int(plan.preset.dense_steps)
     attention = StructuredAttention(plan.preset, [model.layers] * model.transformers)

@@ -24,9 +24,9 @@ class Clock:
         return event
 
     def settle(self) -> None:
-        """Wait until every mark made so far has happened."""
+        """Wait until every mark that this thread made so far has happened."""
         if self.on_gpu:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     @staticmethod
     def seconds(start: Mark, stop: Mark) -> float:

@@ -21,6 +21,7 @@ from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
 from vmonarch_kernels import dense_choices
 from vmonarch_kernels.dense import AUTO, SDPA, is_quantised
+from vmonarch_kernels.graphs import Graphs
 
 PRESET_IS_DENSE = "preset is dense"
 DENSE_STEPS = "dense_steps"
@@ -51,6 +52,7 @@ class AttentionSession:
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
         dense: Sequence[str] = (SDPA,),
+        graphs: bool = True,
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
@@ -88,6 +90,8 @@ class AttentionSession:
         self._attention = attention
         self._sample_every = sample_dense_every
         self._structured = StructuredAttention(preset, self._layers, stages)
+        self._structured.graphs = Graphs() if graphs else None
+        self._replayed_before = 0
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
         self._structured_calls = 0
@@ -101,6 +105,23 @@ class AttentionSession:
     def impl(self) -> str | None:
         """The implementation in use ("dense" for a dense preset), None before it is resolved."""
         return "dense" if self.preset.attention == "dense" else self._structured.impl
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The small calls that are recorded and replayed, None where they are not to be."""
+        return self._structured.graphs
+
+    @property
+    def replayed_calls(self) -> int:
+        """Structured calls of the current clip that were replayed, wholly or but for a part."""
+        return 0 if self.graphs is None else self.graphs.replayed_calls - self._replayed_before
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence where calls were to be replayed and could not be recorded."""
+        failure = None if self.graphs is None else self.graphs.failure
+        said = f"CUDA graphs were not recorded, and every attention call ran by itself: {failure}"
+        return () if failure is None else (said,)
 
     @property
     def kept_bytes(self) -> int:
@@ -136,6 +157,7 @@ class AttentionSession:
         self.steps = []
         self.skipped_calls = self._structured_calls = 0
         self._dense_calls.clear()
+        self._replayed_before = 0 if self.graphs is None else self.graphs.replayed_calls
 
     def release(self) -> None:
         """Free what was kept from step to step; counters and timings of the clip stay."""

@@ -13,6 +13,7 @@ from vmonarch_cli.plan.call_options import CallOptions, options_for
 from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels import Inputs, attend, resolve_impl
+from vmonarch_kernels.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class StructuredAttention:
         self._layers = list(layers)
         self._stages = len(self._layers) if stages is None else stages
         self.warm = WarmState()
+        self.graphs: Graphs | None = None
+        """Replays the calls that are small; None for none."""
         self.impl: str | None = None
         """The implementation of the last call, None before one."""
         self._impls: dict[tuple[torch.device, torch.dtype, int], str] = {}
@@ -76,8 +79,11 @@ class StructuredAttention:
         """The call's output."""
         return self._run(call, self.warm)
 
+    @torch.no_grad()
     def rehearse(self, call: AttentionCall) -> torch.Tensor:
-        """The same work without keeping anything: what it kept would make this clip differ from the next one."""
+        """The same work without keeping anything: what it kept would make this clip differ from the next one, and what
+        it kept for gradients would be missing where a layer runs again in the backward pass.
+        """
         return self._run(call, self.warm.rehearsal())
 
     def replay(self, call: AttentionCall, before: WarmState) -> torch.Tensor:
@@ -143,10 +149,13 @@ class StructuredAttention:
         """(output of the video's queries, L where the call ``keeps`` it), with the residual that the preset wants."""
         impl = self.impl or "auto"
         if not options.refresh:
+            if self.graphs is not None and self.graphs.takes(inputs, impl):
+                return self.graphs.attend(inputs, options.kernel, return_l=keeps)
             return attend(inputs, options.kernel, impl=impl, return_l=keeps)
         residual, leads = warm.residual(
             call.key, call.grid, inputs.q, options.kernel.first_frame, call.step, shared=options.shared_refresh
         )
+        residual.graphs = self.graphs
         if not leads:
             return residual.attention_without_turns(inputs, options.kernel, impl=impl, return_l=keeps)
         count = self._due(call) if warm.keeps else 1

@@ -294,7 +294,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
     content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
     if plan.seed_was_drawn:  # the manifest keeps it
         content["seed"] = RANDOM
-    for decided in ("offload", "fused_impl"):  # by the machine
+    for decided in ("offload", "fused_impl", "graphs"):  # by the machine, or the same to the bit
         content["setup"].pop(decided, None)
     stored = {now: earlier for earlier, now in EARLIER_NAMES.items()}  # keeps the key that it had under that name
     content["setup"]["quantize"] = stored.get(kind := plan.setup.quantize or "", kind and f"computed in {kind}") or None

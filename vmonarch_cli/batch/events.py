@@ -41,4 +41,14 @@ class WaitingForOthers:
     owners: tuple[str, ...]
 
 
-BatchEvent = Event | ClipFailed | ClipTakenOver | WaitingForOthers
+@dataclass(frozen=True)
+class OverlapDone:
+    """The end of a run that decoded clips while it denoised others."""
+
+    seconds: float
+    """Wall clock of the whole run, the loading of the model included."""
+    hidden_s: float
+    """Seconds of decoding and writing that nobody waited for."""
+
+
+BatchEvent = Event | ClipFailed | ClipTakenOver | WaitingForOthers | OverlapDone

@@ -52,10 +52,12 @@ def open_batch(
     *,
     dry: bool = False,
     on_wait: Callable[[str], None] = lambda sentence: None,
+    facts: Mapping[str, object] | None = None,
 ) -> Batch:
     """Give every clip its name, and say so in the manifest (with `dry` nothing is written).
 
-    `on_wait` gets a sentence when another process keeps the manifest's lock for long, then and later.
+    `on_wait` gets a sentence when another process keeps the manifest's lock for long, then and later. `facts`: what the
+    manifest says of this run beside its version and source.
 
     Raises InputErrors where a line's name is taken, InputError where the folder holds another batch, OutputError
     where the manifest cannot be written.
@@ -74,6 +76,7 @@ def open_batch(
             for clip in batch.clips:
                 latents_path(clip.path).unlink(missing_ok=True)
         begun = {"event": "batch", "schema": SCHEMA, "version": __version__, "clips": len(clips), "source": source}
+        begun |= facts or {}
         manifest.append_locked(begun, *events)
     manifest.must_exist = True
     return batch

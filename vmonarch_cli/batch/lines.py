@@ -35,6 +35,7 @@ _OTHER_NAMES = {
 }
 _FOR_ALL = {
     *("model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "fuse", "quantize"),
+    "graphs",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ class BatchFlags:
     retry_failed: bool = False
     max_failures: int | None = None
     retry_dense: bool = True
+    overlap: bool | None = None
+    """None: where it suits; see `pipeline/overlap.py`."""
     overwrite: bool = False
 
     @property
@@ -50,9 +52,15 @@ class BatchPlan:
         """What will work less well than the user may expect, with the line that it is about."""
         return [f"line {clip.line}: {sentence}" for clip in self.clips for sentence in clip.plan.warnings]
 
-    def open(self, *, dry: bool = False, on_wait: Callable[[str], None] = lambda sentence: None) -> Batch:
+    def open(
+        self,
+        *,
+        dry: bool = False,
+        on_wait: Callable[[str], None] = lambda sentence: None,
+        facts: Mapping[str, object] | None = None,
+    ) -> Batch:
         """The batch in its folder (see `open_batch`); with `dry` nothing is written."""
-        return open_batch(self.clips, self.folder, self.terms, self.source, dry=dry, on_wait=on_wait)
+        return open_batch(self.clips, self.folder, self.terms, self.source, dry=dry, on_wait=on_wait, facts=facts)
 
 
 def plan_batch(request: GenerateRequest, flags: BatchFlags, rank: Rank) -> BatchPlan:

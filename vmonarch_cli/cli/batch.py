@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vmonarch_cli import __version__
-from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, WaitingForOthers
+from vmonarch_cli.batch.events import BatchEvent, ClipFailed, ClipTakenOver, OverlapDone, WaitingForOthers
 from vmonarch_cli.batch.folder import Batch
 from vmonarch_cli.batch.prompts import FORMATS
 from vmonarch_cli.batch.request import BatchFlags, BatchPlan, plan_batch
@@ -19,11 +19,12 @@ from vmonarch_cli.cli import batch_tables as report
 from vmonarch_cli.cli.opening import open_file
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, option, takes_request, whole_option
 from vmonarch_cli.cli.output import Output
-from vmonarch_cli.cli.plan_tables import totals_json, totals_rows
+from vmonarch_cli.cli.plan_tables import overlap_rows, totals_json, totals_rows
 from vmonarch_cli.cli.tables import facts
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import EXIT_CLIP_FAILED, VmonarchError
 from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.pipeline.overlap import Overlap, overlap_of
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.timing import ClipResult
@@ -70,6 +71,15 @@ RetryDense = Annotated[
         help="Make a clip whose latents are not finite once more with dense attention. Default: yes.",
     ),
 ]
+Overlapped = Annotated[
+    bool | None,
+    option(
+        "--overlap/--no-overlap",
+        panel=BATCH,
+        help="Decode and write a clip while the next one is denoised. Default: on a GPU whose free memory takes both; "
+        "--overlap does so wherever it can be done, also on a CPU.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class PlannedBatchOptions:
     prompts_format: PromptsFormat = None
     resume: Resume = None
     retry_failed: RetryFailed = False
+    overlap: Overlapped = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class BatchOptions(PlannedBatchOptions):
             retry_failed=self.retry_failed,
             max_failures=self.max_failures,
             retry_dense=self.retry_dense,
+            overlap=self.overlap,
             overwrite=overwrite,
         )
 
@@ -123,16 +135,25 @@ def run_prompts_file(
     out = shown.output(main=rank.is_main)
     _tell_notes(planned, out)
     if dry_run:
-        _show_plan(planned.open(dry=True), out, vram)
+        _show_plan(planned.open(dry=True), flags.overlap, out, vram)
         return
     machine = check_machine_for([clip.plan for clip in planned.clips])  # before the folder is touched
-    opened = planned.open(on_wait=out.insist)
+    overlap = overlap_of([clip.plan for clip in planned.clips], machine, flags.overlap)
+    opened = planned.open(on_wait=out.insist, facts={"overlap": asdict(overlap)})
     if out.main:
         out.warn(*opened.notes)
-    _run(opened, machine, flags, out, debug=debug, open_page=open_page)
+    _run(opened, _Way(machine, overlap), flags, out, debug=debug, open_page=open_page)
 
 
-def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debug: bool, open_page: bool) -> None:
+@dataclass(frozen=True)
+class _Way:
+    """How a batch is made on this machine."""
+
+    machine: Machine
+    overlap: Overlap
+
+
+def _run(batch: Batch, way: _Way, flags: BatchFlags, out: Output, *, debug: bool, open_page: bool) -> None:
     from vmonarch_cli.batch.runner import Limits, run_batch
     from vmonarch_cli.cli.progress import RunProgress
     from vmonarch_cli.plan.history import remember
@@ -142,27 +163,32 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
         out.tell(report.clip_line(result, len(batch.clips)))
 
     due = sum(report.to_do(clip, batch.before[clip.key]) in ("make", "decode") for clip in batch.clips)
+    if due > 1 and out.main:
+        out.tell(report.overlap_line(way.overlap))
+    ended: list[OverlapDone] = []
     with stoppable(out.insist) as interrupts, RunProgress(out, on_clip, clips=due) as progress:
 
         def on_event(event: BatchEvent) -> None:
             match event:
-                case ClipFailed(line=line, path=path, sentence=sentence, trace=trace):
-                    progress.drop_clip()
+                case ClipFailed(clip=clip, line=line, path=path, sentence=sentence, trace=trace):
+                    progress.drop_clip(clip)
                     out.fail(f"line {line}: {path.name}: {sentence}")
                     if debug:
                         out.insist(trace)
-                case ClipTakenOver(line=line, path=path, owner=owner):
-                    progress.drop_clip()
+                case ClipTakenOver(clip=clip, line=line, path=path, owner=owner):
+                    progress.drop_clip(clip)
                     out.warn(f"line {line}: {path.name} was taken over by {owner or 'another process'}")
                 case WaitingForOthers(count=count, owners=owners):
                     words = f" ({', '.join(owners)})" if owners else ""
                     out.tell(f"waiting for {count} clips that others are making{words}")
+                case OverlapDone():
+                    ended.append(event)
                 case _:
                     progress(event)
 
         try:
-            limits = Limits(flags.retry_dense, flags.max_failures)
-            entries = run_batch(batch, machine, limits, interrupts, on_event=on_event)
+            limits = Limits(flags.retry_dense, flags.max_failures, way.overlap.on)
+            entries = run_batch(batch, way.machine, limits, interrupts, on_event=on_event)
         except Interrupted as stop:
             if not out.silent:
                 out.tell(report.standing(batch, batch.manifest.read()))
@@ -171,7 +197,7 @@ def _run(batch: Batch, machine: Machine, flags: BatchFlags, out: Output, *, debu
             raise typer.Exit(stop.exit_code) from None
     if out.main:
         page = _write_page(batch, entries, out)
-        _show_end(batch, entries, out)
+        _show_end(batch, entries, out, report.Overlapped(way.overlap, *ended))
         if open_page and page is not None:
             open_file(page, out)
     if any(entry.status != "done" for entry in entries.values()):
@@ -193,20 +219,22 @@ def _write_page(batch: Batch, entries: dict[str, Any], out: Output) -> Path | No
     return gallery.path
 
 
-def _show_end(batch: Batch, entries: dict[str, Any], out: Output) -> None:
+def _show_end(batch: Batch, entries: dict[str, Any], out: Output, overlap: report.Overlapped) -> None:
     if out.as_json:
-        out.json({"version": __version__, **report.batch_json(batch, entries)})
+        out.json({"version": __version__, **report.batch_json(batch, entries), "overlap": overlap.to_json()})
         return
     failures = report.failures(batch, entries)
     if out.silent:
         out.fail(*failures)
     elif failures:
         out.tabulate_failures(report.failure_table(batch, entries))
+    if overlap.hidden:
+        out.tell(overlap.hidden)
     out.tell(report.standing(batch, entries))
     out.paths(*(clip.path for clip in batch.clips if clip.key in entries and entries[clip.key].status == "done"))
 
 
-def _show_plan(batch: Batch, out: Output, vram: float | None) -> None:
+def _show_plan(batch: Batch, overlap: bool | None, out: Output, vram: float | None) -> None:
     left = [clip.plan for clip in batch.clips if report.to_do(clip, batch.before[clip.key]) == "make"]
     if out.as_json:
         told = report.batch_json(batch, batch.before)
@@ -216,7 +244,7 @@ def _show_plan(batch: Batch, out: Output, vram: float | None) -> None:
     else:
         out.show(report.batch_table(batch))
         if left:
-            out.show(facts(totals_rows(left, vram)))
+            out.show(facts([*totals_rows(left, vram), *overlap_rows(left, overlap, vram)]))
         out.say(report.standing(batch, batch.before))
 
 

@@ -50,6 +50,7 @@ _NOT_OF_A_CLIP = (
     "audio",
     "quality",
     "fuse",
+    "graphs",
     "vae_tiling",
     "vae_dtype",
     "cache",
@@ -121,6 +122,11 @@ def calibrate(
     if out.as_json:
         out.json(result.to_json())
     out.show(_tables(plan, result))
+    if result.gains_nothing:
+        out.warn(
+            f"{result.before.preset} is as close to dense attention on the held-out prompts, for the same work or "
+            f"less: {plan.output.name} gains nothing here; another --preset to start from, or a larger --budget, may"
+        )
     out.paths(plan.output)
 
 

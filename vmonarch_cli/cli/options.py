@@ -260,6 +260,10 @@ class RequestFlags(TypedDict, total=False):
             help="Fused kernels between a block's products; their gain is not measured yet. Default: --no-fuse.",
         ),
     ]
+    graphs: Annotated[
+        bool | None,
+        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small attention calls. Default: --graphs."),
+    ]
 
 
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]

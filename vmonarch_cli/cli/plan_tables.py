@@ -15,8 +15,16 @@ from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
-from vmonarch_cli.plan.memory import Footprint, kept_bytes, largest_footprint, lighter_peaks, totals
+from vmonarch_cli.plan.memory import (
+    Footprint,
+    kept_bytes,
+    largest_footprint,
+    lighter_peaks,
+    overlapped_peak,
+    totals,
+)
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -65,7 +73,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
-        *quantize_rows(plan),
+        *_quantize_rows(plan),
         *([] if plan.tuned is None else [("adapter", tuned_words(plan.tuned, plan.origins["tuned"]))]),
         ("sigmas", _sigma_words(plan)),
         *lora_rows(plan),
@@ -102,6 +110,19 @@ def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
         missing = wanted in PACKAGES and wanted not in found
         words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
     return [("dense calls", f"by {words}")]
+
+
+def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """As in the header of a run, and where this machine would refuse to run it so, that it would."""
+    facts_of = COMPUTED.get(plan.setup.quantize or "")
+    rows = quantize_rows(plan)
+    if facts_of is None or will_use_gpu(plan):
+        return rows
+    least = ".".join(map(str, facts_of.capability))
+    return [
+        (name, f"{words}; not here, without an NVIDIA GPU of compute capability {least} or later")
+        for name, words in rows
+    ]
 
 
 def _package_words(name: str) -> str:
@@ -146,6 +167,27 @@ def totals_rows(plans: Sequence[Plan], vram: float | None = None) -> list[tuple[
         *memory_rows(memory_of(plans, vram), plans),
         ("time", time),
     ]
+
+
+def overlap_rows(
+    plans: Sequence[Plan], wanted: bool | None, vram: float | None = None
+) -> list[tuple[str, RenderableType]]:
+    """Whether clips of a batch will be decoded beside the next one's denoising, as far as a plan can know; `wanted`: as
+    asked for. No row for a single clip.
+    """
+    if len(plans) < 2:
+        return []
+    memory = memory_of(plans, vram)
+    if wanted is False:
+        words = "none, as asked"
+    elif not memory.on_gpu:
+        words = "a clip is decoded while the next is denoised, as asked" if wanted else "none on a CPU"
+    else:
+        need = overlapped_peak(plans, memory.dtype)
+        words = f"about {binary_size(need)} of the card to decode a clip while the next is denoised"
+        if memory.free is not None:
+            words += ", fits" if need <= memory.free else ", does not fit"
+    return [("overlap", words)]
 
 
 def totals_json(plans: Sequence[Plan], vram: float | None = None) -> dict[str, Any] | None:

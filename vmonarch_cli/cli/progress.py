@@ -146,6 +146,9 @@ class RunProgress(OnTerminal):
         self._waiting = clips or 1
         """Clips that are not finished."""
         self._clip_began: float | None = None
+        self._current = 0
+        """Number of the clip that is being denoised, or was the last to be."""
+        self._last_end = 0.0
         self._took: list[float] = []
         """Seconds of each finished clip."""
         self._pace: Pace | None = None
@@ -161,7 +164,7 @@ class RunProgress(OnTerminal):
                 self._clip = self._title(index, count) if count > 1 else "denoising"
                 self.steps = []
                 self._pace = None
-                self._clip_began = self._now()
+                self._clip_began, self._current = self._now(), index
                 if self._clips is None:
                     self._waiting = count - index
                 self._phase(self._clip, total=steps)
@@ -182,18 +185,18 @@ class RunProgress(OnTerminal):
                 self._pace = None
                 self._out.retry(sentence)
             case ClipDone(result=result):
-                self.steps = []
-                self._end_clip()
+                self._end_clip(result.index)
                 if self._bar:
                     self._bar.stop()
                 self._on_clip(result, self._load_s)
                 if self._bar:
                     self._bar.start()
 
-    def drop_clip(self) -> None:
-        """A clip will not be finished here: it failed, or another process makes it."""
-        self._clip_began = None
-        self._end_clip()
+    def drop_clip(self, index: int) -> None:
+        """Clip `index` will not be finished here: it failed, or another process makes it."""
+        if index == self._current:
+            self._clip_began = None
+        self._end_clip(index, counts=False)
 
     def _title(self, index: int, count: int) -> str:
         """What a clip of several is called."""
@@ -203,10 +206,17 @@ class RunProgress(OnTerminal):
         """How many times as fast as dense attention the clip's attention is so far; None where nobody knows."""
         return attention_speedup(self.steps)
 
-    def _end_clip(self) -> None:
-        if self._clip_began is not None:
-            self._took.append(self._now() - self._clip_began)
-        self._clip_began = None
+    def _end_clip(self, index: int, *, counts: bool = True) -> None:
+        """Clip `index` is over, perhaps while the next one is denoised; one that `counts` tells what a clip takes."""
+        now, began = self._now(), self._clip_began
+        if counts and index != self._current:
+            began = self._last_end or None  # since the one before it: the next one has begun meanwhile
+        if counts and began is not None:
+            self._took.append(now - max(began, self._last_end))
+        self._last_end = now
+        if index == self._current:
+            self.steps = []
+            self._clip_began = None
         self._waiting = max(0, self._waiting - 1)
         self._clock.expect(None)
 

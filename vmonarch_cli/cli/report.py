@@ -22,6 +22,7 @@ from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
+from vmonarch_kernels.cost import is_small
 
 _TELLS = 0.01
 """Seconds of hidden work below which nobody needs to hear of it."""
@@ -55,6 +56,8 @@ def _attention_words(plan: Plan, machine: Machine) -> str:
     """'triton, dense calls by fa4, fused blocks by triton'; on a CPU nothing but torch's own runs dense calls."""
     structured, dense = machine.impl_of(plan.preset), machine.dense[0]
     fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
+    if _replays(plan, machine):
+        fused += ", small calls replayed as CUDA graphs"
     if plan.setup.dense_attention == "auto" and not machine.on_gpu:
         return structured + fused
     named = f"{dense} (quantised)" if dense in QUANTISED_DENSE else dense
@@ -69,6 +72,12 @@ def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
     if plan.setup.linear_dtype is None:
         return [("weights", f"the transformer's wait in {kind.removesuffix('-storage')}: less memory, no gain in time")]
     return [("weights", f"projections of the blocks compute in {kind}, a scale for each token and each output channel")]
+
+
+def _replays(plan: Plan, machine: Machine) -> bool:
+    """Whether the structured calls are small, and launched together."""
+    runs = machine.on_gpu and plan.setup.graphs and machine.impl_of(plan.preset) == "triton"
+    return runs and is_small(plan.tokens, plan.model.heads)
 
 
 def tuned_words(tuned: AdapterFile, origin: str) -> str:

@@ -60,6 +60,7 @@ _NOT_OF_A_CLIP = (
     "cache",
     "compile",
     "fuse",
+    "graphs",
     "quality",
     "tuned",
     "transformer",
@@ -114,6 +115,15 @@ class TuneFlags:
     eval_prompts: Annotated[
         int | None,
         whole_option("--eval-prompts", panel=TRAINING, help="Held-out prompts to compare with dense. Default: 8."),
+    ] = None
+    also_for: Annotated[
+        list[str] | None,
+        option(
+            "--also-for",
+            panel=MODEL,
+            metavar="MODEL",
+            help="Let the adapter go with this model of the same base, too: a distilled student (repeatable).",
+        ),
     ] = None
     resume: Annotated[
         bool, option("--resume", panel=TRAINING, help="Go on where a run with the same flags was stopped.")
@@ -177,6 +187,7 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
         eval_prompts=flags.eval_prompts,
         videos=flags.videos,
         full=flags.full,
+        also_for=tuple(flags.also_for or ()),
         resume=flags.resume,
         overwrite=flags.replace,
     )

@@ -9,6 +9,7 @@ from types import FrameType
 
 FIRST = "stopping as soon as this clip is written; a second signal stops at once"
 """What a first signal is answered with while a clip is being finished."""
+_SHELL = 128
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.exit_code = 128 + number
+        self.exit_code = _SHELL + number
 
 
 class Interrupts:
@@ -30,9 +31,14 @@ class Interrupts:
         self._waiting: int | None = None
 
     @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """A first signal within the block is raised at its end, a second one at once."""
+    def finishing(self, stopped_by: BaseException | None = None) -> Iterator[None]:
+        """A first signal within the block is raised at its end, a second one at once.
+
+        stopped_by: what has stopped the work before; where that was a signal, it is the first one.
+        """
         self._finishing = True
+        if isinstance(stopped_by, Interrupted):
+            self._hold_back(stopped_by.exit_code - _SHELL)
         try:
             yield
         except Exception:
@@ -50,11 +56,14 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._finishing and self._waiting is None:
-            self._waiting = number
-            with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
-                self._on_first(FIRST)
+            self._hold_back(number)
         else:
             raise Interrupted(number)
+
+    def _hold_back(self, number: int) -> None:
+        self._waiting = number
+        with suppress(RuntimeError, OSError):  # the signal came while the main program was printing
+            self._on_first(FIRST)
 
 
 @contextmanager

@@ -61,12 +61,16 @@ class Denoised:
     """What the fused blocks ran with; None for stock blocks."""
     linear_dtype: str | None = None
     """What the blocks' projections computed in, by its torch name, where that is another than `dtype`."""
+    replayed_calls: int = 0
+    """Structured calls that were replayed from CUDA graphs."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
     dense_attention: str | None = None
     """What computed the calls that ran dense."""
     sound: torch.Tensor | None = None
     """Latents (1, C, length, mel bins) of the clip's sound; None for a silent one."""
+    steps_beside_decoding: tuple[int, ...] = ()
+    """0-based steps during which another clip was decoded or written on the same machine: their times are longer."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def load_latents(path: Path) -> SavedLatents:
         facts["retries"] = tuple(facts["retries"])
         facts["warnings"] = tuple(facts.get("warnings", ()))
         facts["weights"] = tuple(facts.get("weights", ()))
+        facts["steps_beside_decoding"] = tuple(facts.get("steps_beside_decoding", ()))
         plan = Plan.model_validate_json(metadata["plan"])
         denoised = Denoised(latents=latents, sound=sound, **facts)
         found = SavedLatents(plan, int(metadata["index"]), denoised, metadata["key"])

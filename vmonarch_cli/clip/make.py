@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vmonarch_cli.attention.session import AttentionSession
+from vmonarch_cli.clip.beside import Beside
 from vmonarch_cli.clip.denoise import denoise
 from vmonarch_cli.clip.events import (
     ClipDone,
@@ -29,12 +30,12 @@ from vmonarch_cli.clip.events import (
     StepDone,
 )
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
-from vmonarch_cli.clip.record import make_record, make_timing, tags_of
+from vmonarch_cli.clip.record import make_record, make_timing, overlap_facts, tags_of
 from vmonarch_cli.clip.saving import save_as_free
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.stream import Target, write_decoded
 from vmonarch_cli.clip.whole import file_facts
-from vmonarch_cli.errors import ModelError, NonFiniteError
+from vmonarch_cli.errors import NonFiniteError, TooLargeError
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.media.paths import latents_path, record_path
 from vmonarch_cli.media.write import Frames, write_record
@@ -127,9 +128,9 @@ class ClipMaker:
             self._pipeline = self._load(plan, None if to_decode else chosen, share_clip)
         self._loras = plan.loras if to_decode else with_hub_loras(plan).loras
         self._scheduler = self._pipeline.scheduler
-        self._waited_s = 0.0
+        self._waited_s, self._asked = 0.0, False
         self._weights = () if to_decode else weights_facts(plan.setup.single_files)
-        self._sessions: dict[tuple[Preset, int], AttentionSession] = {}
+        self._sessions: dict[tuple[Preset, int, bool], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
@@ -151,7 +152,7 @@ class ClipMaker:
     def denoise(self, plan: Plan, index: int) -> Denoised:
         """Latents of clip `index` of the plan.
 
-        Raises NonFiniteError when they are not finite (in a retry as well), ModelError when memory runs out.
+        Raises NonFiniteError when they are not finite (in a retry as well), TooLargeError when memory runs out.
         """
         self._on_event(ClipStarted(index, plan.num_videos, plan.seed + index, plan.steps))
         try:
@@ -194,15 +195,17 @@ class ClipMaker:
         work: Path | None = None,
         on_frames: Callable[[Frames], None] | None = None,
         on_written: Callable[[ClipResult], None] = lambda result: None,
+        beside: Beside | None = None,
     ) -> ClipResult:
         """Decode (with less memory where it runs out) while what is decoded is written, and write the record.
 
         `overwrite`: the plan's own by default; `work`: see `clip_writer`; `on_frames` gets all frames as decoded,
-        `on_written` the result before anybody else hears of it.
+        `on_written` the result before anybody else hears of it. `beside`: the thread that this runs in, while this
+        maker may denoise in another one; it gets the events, and memory that runs out is then an error at once.
         """
-        path = plan.outputs[index]
+        path, tell = plan.outputs[index], self._on_event if beside is None else beside.tell
         replaces = plan.overwrite if overwrite is None else overwrite
-        self._on_event(Decoding(index))
+        tell(Decoding(index))
         parts: list[Frames] = []
 
         def decoded() -> Iterator[Frames]:
@@ -218,8 +221,9 @@ class ClipMaker:
             self._pipeline,
             self._device,
             on_part=None if on_frames is None else parts.append,
-            on_retry=lambda sentence: self._on_event(Retrying(index, sentence)),
-            on_count=lambda done: self._on_event(FramesDecoded(index, done, plan.num_frames)),
+            on_retry=lambda sentence: tell(Retrying(index, sentence)),
+            on_count=lambda done: tell(FramesDecoded(index, done, plan.num_frames)),
+            alone=beside is None,
         )
         denoised = replace(denoised, retries=(*denoised.retries, *retries))
         load_s, self._load_s = self._load_s, None  # the first clip paid for it
@@ -232,10 +236,10 @@ class ClipMaker:
             hidden_write_s=written.hidden_s,
             hidden_compile_s=self._compiled_ahead(),
         )
-        loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
         about = (path, written.pixels, file_facts(path), dtype_name(self._pipeline.vae.dtype), written.sound)
         record = make_record(loaded, denoised, timing, *about)
         record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
+        record |= overlap_facts(denoised, beside is not None and beside.shared)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))
@@ -251,7 +255,7 @@ class ClipMaker:
             record=record,
         )
         on_written(result)
-        self._on_event(ClipDone(result))
+        tell(ClipDone(result))
         return result
 
     def _denoise(self, plan: Plan, preset: Preset, index: int) -> Denoised:
@@ -279,10 +283,12 @@ class ClipMaker:
                     on_step=lambda step: self._on_event(StepDone(index, step)),
                 )
             except torch.OutOfMemoryError:
-                raise ModelError(
+                raise TooLargeError(
                     f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit the memory of "
                     f"{self._machine.device_name}: choose a smaller size or fewer frames"
                 ) from None
+            for sentence in session.warnings:
+                self._on_event(ClipWarning(index, sentence))
             return Denoised(
                 latents=latents.frames,
                 sound=latents.sound if plan.audio else None,
@@ -291,6 +297,7 @@ class ClipMaker:
                 impl=session.impl or "",
                 fused=self._machine.fused_impl,
                 linear_dtype=plan.setup.linear_dtype,
+                replayed_calls=session.replayed_calls,
                 dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
@@ -308,7 +315,7 @@ class ClipMaker:
                     "threads": torch.get_num_threads(),
                 },
                 dtype=self._machine.dtype,
-                warnings=tuple(part.sentence() for part in left_out),
+                warnings=(*(part.sentence() for part in left_out), *session.warnings),
             )
 
     def _first_call(self) -> None:
@@ -321,15 +328,15 @@ class ClipMaker:
 
     def _compiled_ahead(self) -> float:
         """Seconds of compilation that nobody waited for, asked once."""
-        kernels, self._kernels = self._kernels, None
-        return 0.0 if kernels is None else max(0.0, kernels.seconds - self._waited_s)
+        asked, self._asked = self._asked, True  # the kernels stay: another thread may be about to wait for them
+        return 0.0 if asked or self._kernels is None else max(0.0, self._kernels.seconds - self._waited_s)
 
     @contextmanager
     def _swapped(self, plan: Plan, preset: Preset, seed: int) -> Iterator[AttentionSession]:
         """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
-        key = (preset, plan.dense_every)
+        key = (preset, plan.dense_every, plan.setup.graphs)
         with swapped(
             self._pipeline,
             preset,
@@ -338,6 +345,7 @@ class ClipMaker:
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
             dense=self._machine.dense,
+            graphs=plan.setup.graphs,
         ) as session:
             self._sessions[key] = session
             try:

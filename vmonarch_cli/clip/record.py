@@ -85,6 +85,7 @@ def make_record(
         "impl": denoised.impl,
         "fused": denoised.fused,
         **({} if denoised.linear_dtype is None else {"linear_dtype": denoised.linear_dtype}),
+        **({"replayed_calls": denoised.replayed_calls} if denoised.replayed_calls else {}),
         "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
         **({} if timing is None else {"timing": timing.to_json()}),
@@ -161,6 +162,16 @@ def make_timing(
         hidden_write_s=hidden_write_s,
         hidden_compile_s=hidden_compile_s,
     )
+
+
+def overlap_facts(denoised: Denoised, decoded_beside: bool) -> dict[str, Any]:
+    """What the record says of a clip whose times were measured beside another clip's work; nothing of one that was
+    alone. `decoded_beside`: another one was denoised while it was decoded and written.
+    """
+    steps = list(denoised.steps_beside_decoding)
+    if not steps and not decoded_beside:
+        return {}
+    return {"overlap": {"steps_beside_decoding": steps, "decoded_beside_denoising": decoded_beside}}
 
 
 def plan_again(

@@ -225,6 +225,8 @@ class Record(_Part):
     """What the fused blocks ran with; None for stock blocks, and in records of earlier versions."""
     linear_dtype: Literal["float8_e4m3fn", "int8"] | None = None
     """What the blocks' projections computed in; None for `dtype`, as in records of earlier versions."""
+    replayed_calls: int = 0
+    """Structured calls that were replayed from CUDA graphs."""
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()

@@ -58,11 +58,13 @@ def write_decoded(
     on_part: Callable[[Frames], None] | None,
     on_retry: Callable[[str], None],
     on_count: Callable[[int], None] = lambda done: None,
+    alone: bool = True,
 ) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
     """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
 
     `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on, and
-    `on_count` how many frames there are so far.
+    `on_count` how many frames there are so far. Unless it is `alone` on the machine, running out of memory is an error
+    at once: with less memory means to move what others use.
     Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
     """
 
@@ -84,7 +86,7 @@ def write_decoded(
         write_s = watch.total() - decode_s
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
-    return decode_with_retries(attempt, pipeline, device, on_retry)
+    return decode_with_retries(attempt, pipeline, device, on_retry) if alone else (attempt(), ())
 
 
 def _with_sound(

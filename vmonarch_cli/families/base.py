@@ -13,7 +13,7 @@ import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.joint import Packed
-from vmonarch_cli.families.fusing import FusedBlock
+from vmonarch_cli.families.fusing import FusedBlock, StreamShape
 from vmonarch_cli.models.base import Grid, ModelEntry
 
 Shape = tuple[int, int, int]
@@ -124,6 +124,8 @@ class Family:
     adjusted: Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]] = unchanged
     """(pipeline, arguments of its call) -> a context that gives the arguments to use, and puts right what the call
     would do otherwise."""
+    conditions: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda pipeline, options: options
+    """(pipeline, options of a run) -> the options with an image or a video as this pipeline's call takes it."""
     always_tiled: bool = False
     """diffusers decodes with its VAE in tiles only."""
     plain_calls: bool = False
@@ -150,6 +152,8 @@ class Family:
     """None for families whose whole models are not profiled."""
     fused: Mapping[str, FusedBlock] = field(default_factory=dict)
     """Class name of a block -> its fused form; empty for families that have none."""
+    rehearse_fused: Callable[[StreamShape], None] | None = None
+    """Calls the fused operations of a block, whose shapes follow from a clip's alone; None where they do not."""
 
     def self_attentions(self, transformer: Any) -> dict[int, Any]:
         """Layer number -> module. ``_orig_mod.`` is what torch.compile puts in front of names."""

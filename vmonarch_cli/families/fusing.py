@@ -37,6 +37,17 @@ def replacement(run: Forward) -> Forward:
 
 
 @dataclass(frozen=True)
+class StreamShape:
+    """The residual stream of one sample, (1, tokens, heads * head_dim)."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class FusedBlock:
     """How one block class of diffusers is fused."""
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
+from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.families.base import Family, Shape, at_once, layers, patch_of, run_vae, stock_plan
 from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
 from vmonarch_cli.families.ltx_blocks import LTX_BLOCKS
-from vmonarch_cli.models.base import Grid
+from vmonarch_cli.families.raster import raster_grid
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -132,25 +133,43 @@ def _gate_and_project(attn: Any, hidden_states: torch.Tensor, out: torch.Tensor)
     return result
 
 
-def _grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:
-    """Latents come packed as tokens; their shape comes beside them."""
+def _packed(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed:
+    """Latents come packed as tokens. Their shape comes beside them, and keyframes that are given stand behind the clip
+    (LTX-2); or the place of every token comes beside them, and keyframes stand before the clip (LTX-Video).
+    """
     bound = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
+    tokens: int = bound["hidden_states"].shape[1]
+    if bound.get("num_frames") is None:
+        return _placed(bound["video_coords"][0].T.cpu())
     p_t, p_h, p_w = patch_of(transformer.config)
-    return bound["num_frames"] // p_t, bound["height"] // p_h, bound["width"] // p_w
+    grid = bound["num_frames"] // p_t, bound["height"] // p_h, bound["width"] // p_w
+    return Packed(grid, before=0, others=max(0, tokens - grid[0] * grid[1] * grid[2]))
+
+
+def _placed(places: torch.Tensor) -> Packed:
+    """The same of places (tokens, 3), in seconds and pixels: the clip is the one that begins at 0 in all three.
+
+    Where it is no grid, the grid is of one token, which fits no call, so that it runs dense and is counted so.
+    """
+    begins = (places == 0).all(dim=1).nonzero()
+    first = int(begins[0]) if len(begins) else 0
+    grid = raster_grid(places[first:])
+    return Packed((1, 1, 1)) if grid is None else Packed(grid, before=first, others=first)
 
 
 def _decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> torch.Tensor:
     if shape is None:
         raise ValueError("LTX latents are packed as tokens: their shape must be given")
     height, width, num_frames = shape
-    latents = pipeline._unpack_latents(
-        latents,
-        (num_frames - 1) // pipeline.vae_temporal_compression_ratio + 1,
-        height // pipeline.vae_spatial_compression_ratio,
-        width // pipeline.vae_spatial_compression_ratio,
-        pipeline.transformer_spatial_patch_size,
-        pipeline.transformer_temporal_patch_size,
-    )
+    if latents.ndim == 3:  # LTXConditionPipeline unpacks them itself
+        latents = pipeline._unpack_latents(
+            latents,
+            (num_frames - 1) // pipeline.vae_temporal_compression_ratio + 1,
+            height // pipeline.vae_spatial_compression_ratio,
+            width // pipeline.vae_spatial_compression_ratio,
+            pipeline.transformer_spatial_patch_size,
+            pipeline.transformer_temporal_patch_size,
+        )
     vae = pipeline.vae
     latents = pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
     # The pipeline rounds to the transformer's dtype; one that was loaded only to decode has no transformer to ask.
@@ -232,11 +251,47 @@ def compressed(image: Any, quality: int) -> Any:
     return Image.frombytes("RGB", image.size, ffmpeg(video, "-f", "h264", "-i", "-", *raw))
 
 
+def _conditions(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """A first frame or the beginning of the clip for LTXConditionPipeline."""
+    given = _of_conditions(pipeline, options)
+    if given is None:
+        return options
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    rest, image, video = given
+    return {**rest, "conditions": [LTXVideoCondition(image=image, video=video)]}
+
+
+def _conditions_2(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The same for LTX2ConditionPipeline; a single frame is compressed as for LTX2ImageToVideoPipeline."""
+    given = _of_conditions(pipeline, options)
+    if given is None:
+        return options
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+    from diffusers.pipelines.ltx2.utils import resolve_default_image_crf
+
+    rest, image, video = given
+    if image is not None:
+        image = compressed(image, resolve_default_image_crf(pipeline.text_encoder))
+    return {**rest, "conditions": [LTX2VideoCondition(frames=video if image is None else image, crf=0)]}
+
+
+def _of_conditions(pipeline: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any, Any] | None:
+    """(other options, image, video) where one of the two is given to a pipeline that takes conditions, else None."""
+    image, video = options.get("image"), options.get("video")
+    takes = "conditions" in inspect.signature(type(pipeline).__call__).parameters
+    if not takes or (image is None and video is None):
+        return None
+    rest = {name: value for name, value in options.items() if name not in ("image", "video", "strength")}
+    return rest, image, video
+
+
 LTX = Family(
     {"LTXVideoAttnProcessor": LTXMonarchProcessor},
     layers("transformer_blocks.N.attn1"),
     at_once(_decode),
-    grid=_grid,
+    packed=_packed,
+    conditions=_conditions,
     parallel_plan=_parallel_plan,
     fused=LTX_BLOCKS,
 )
@@ -247,7 +302,8 @@ LTX2 = Family(
     },
     layers("transformer_blocks.N.attn1"),
     at_once(_decode_2),
-    grid=_grid,
+    packed=_packed,
+    conditions=_conditions_2,
     adjusted=_adjusted_2,
     decode_sound=_decode_sound,
     parallel_obstacle="its sound attends to all of the video, of which diffusers' plan gives each process a part",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmonarch_cli.families.allegro import ALLEGRO
+from vmonarch_cli.families.anyflow import ANYFLOW
 from vmonarch_cli.families.base import Family, ForwardInputs
 from vmonarch_cli.families.cogvideox import COGVIDEOX
 from vmonarch_cli.families.cosmos import COSMOS_25
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "MotifVideoTransformer3DModel": MOTIF_VIDEO,
     "MiniMaxH3Transformer3DModel": MINIMAX_H3,
     "CosmosTransformer3DModel": COSMOS_25,
+    "AnyFlowTransformer3DModel": ANYFLOW,
 }
 
 

@@ -19,7 +19,7 @@ from vmonarch_cli.families.base import (
     start_offloaded,
 )
 from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
-from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS
+from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS, rehearse
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
 _WHOLE_PIXELS = 1 << 20
@@ -104,6 +104,7 @@ WAN = Family(
     batches=True,
     forward=ForwardInputs(),
     fused=WAN_BLOCKS,
+    rehearse_fused=rehearse,
 )
 # The VACE blocks run first, but the main stack is what --dense-layers counts: it is numbered first.
 WAN_VACE = Family(

@@ -10,8 +10,27 @@ from typing import Any
 
 import torch
 
-from vmonarch_cli.families.fusing import FusedBlock, gelu_forward, give_parameters, norm_of, replacement
-from vmonarch_kernels import Term, gated_residual, layer_norm_modulate, residual_norm
+from vmonarch_cli.families.fusing import (
+    FusedBlock,
+    StreamShape,
+    gelu_forward,
+    give_parameters,
+    norm_of,
+    replacement,
+)
+from vmonarch_kernels import (
+    HeadNorm,
+    Norm,
+    Rotation,
+    Term,
+    gated_residual,
+    gelu_tanh_,
+    layer_norm_modulate,
+    qk_norm_rope,
+    residual_norm,
+)
+
+_EPS = 1e-6
 
 
 def _of_samples(table: torch.Tensor, temb: torch.Tensor) -> list[Term]:
@@ -94,3 +113,26 @@ _PARTS = {
 WAN_BLOCKS = {"WanTransformerBlock": FusedBlock(_wan_forward, _PARTS, ("attn1",))}
 WAN_VACE_BLOCKS = {**WAN_BLOCKS, "WanVACETransformerBlock": FusedBlock(_vace_forward, _PARTS, ("attn1",))}
 SKYREELS_BLOCKS = {"SkyReelsV2TransformerBlock": FusedBlock(_skyreels_forward, _PARTS, ("attn1",))}
+
+
+def rehearse(shape: StreamShape, impl: str = "triton") -> None:
+    """The fused operations of one block, on tensors of any content: noise levels of samples, weights as they are loaded
+    (norms of the stream and the block's table in float32).
+    """
+    channels = shape.heads * shape.head_dim
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=shape.device)
+
+    stream, wide = empty(1, shape.tokens, channels), torch.float32
+    shift, scale, gate, c_shift, c_scale, c_gate = _of_samples(empty(1, 6, channels, dtype=wide), empty(1, 6, channels))
+    layer_norm_modulate(stream, Norm(_EPS), scale, shift, impl=impl)
+    table = empty(1, shape.tokens, 1, shape.head_dim, dtype=wide)
+    rotation = Rotation(table, table)
+    weights = empty(channels), empty(channels)
+    qk_norm_rope(stream, stream, shape.heads, norm=HeadNorm(*weights, _EPS), rotation=rotation, impl=impl)
+    affine = Norm(_EPS, empty(channels, dtype=wide), empty(channels, dtype=wide))
+    residual_norm(stream, stream, gate, affine, impl=impl)
+    residual_norm(stream, stream, None, Norm(_EPS), c_scale, c_shift, impl=impl)
+    gated_residual(stream, stream, c_gate, impl=impl)
+    gelu_tanh_(empty(1, shape.tokens, 4 * channels), impl=impl)

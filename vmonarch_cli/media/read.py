@@ -147,7 +147,9 @@ def _one_sentence(path: Path, thing: str = "clip") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, StopIteration, SyntaxError, IndexError, EOFError):
-        raise InputError(f"{thing} {path} cannot be read: it is damaged or not what its name says") from None
+        codec = thing == "video" and path.suffix.lower() not in _PICTURES
+        more = ", or has no pictures of a codec that ffmpeg knows" if codec else ""
+        raise InputError(f"{thing} {path} cannot be read: it is damaged or not what its name says{more}") from None
 
 
 def _pictures(folder: Path) -> list[Path]:

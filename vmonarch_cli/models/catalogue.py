@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmonarch_cli.models import (
     allegro,
+    anyflow,
     cogvideox,
     cosmos,
     hunyuan,
@@ -18,7 +19,7 @@ from vmonarch_cli.models import (
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.demo import DEMO
 
-_FAMILIES = (wan, skyreels, hunyuan, cogvideox, ltx, mochi, allegro, kandinsky, motif, minimax, cosmos)
+_FAMILIES = (wan, skyreels, hunyuan, cogvideox, ltx, mochi, allegro, kandinsky, motif, minimax, cosmos, anyflow)
 
 PUBLISHED: tuple[ModelEntry, ...] = tuple(entry for family in _FAMILIES for entry in family.ENTRIES)
 """The models that are on the hub."""

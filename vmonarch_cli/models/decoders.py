@@ -56,6 +56,7 @@ _BY_FAMILY = {
     "skyreels-v2": (_WAN21,),
     "motif-video": (_WAN21,),
     "cosmos-2.5": (_WAN21,),
+    "anyflow": (_WAN21,),
     "hunyuan-video": (_HUNYUAN,),
     "hunyuan-video-1.5": (_HUNYUAN15,),
     "kandinsky-5": (_HUNYUAN,),

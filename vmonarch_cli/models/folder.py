@@ -12,6 +12,7 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import Defaults, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES, PUBLISHED
 from vmonarch_cli.models.config import Config
+from vmonarch_cli.models.unfit import UNFIT
 from vmonarch_cli.models.weights import count_parameters
 from vmonarch_cli.text import printable, shown
 from vmonarch_cli.untrusted.files import read_json
@@ -152,6 +153,8 @@ def _facts(folder: Path, index: dict[str, Any]) -> PipelineFacts:
     name = index.get("_class_name")
     if isinstance(name, str) and name in PIPELINES:
         return PIPELINES[name]
+    if isinstance(name, str) and name in UNFIT:
+        raise ModelError(f"{folder} holds a {name}, which is not supported: {UNFIT[name]}")
     named = name if isinstance(name, str) and name else "pipeline of no named class"
     found = f"{folder} holds a {printable(named)}"
     transformer = index.get("transformer")

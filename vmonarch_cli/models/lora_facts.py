@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import ModelEntry
+from vmonarch_cli.models.finite import first_not_finite
 from vmonarch_cli.models.lora import LoraTensor, check_shapes, format_of, lora_tensors
 from vmonarch_cli.models.lora_files import Lora, LoraFile, lora_files
 from vmonarch_cli.models.weights import TensorHeader, read_header, read_metadata, read_scalar
@@ -166,7 +167,7 @@ def targets(file: LoraFile, tensors: Sequence[LoraTensor], transformers: int) ->
 
 
 def describe(lora: Lora, model: ModelEntry) -> list[LoraFacts]:
-    """The facts of each file of a LoRA, checked as far as names and shapes tell; InputError or ModelError."""
+    """The facts of each file of a LoRA, checked as far as names, shapes and values tell; InputError or ModelError."""
     found = []
     for file in lora_files(lora, model.transformers):
         headers = read_header(file.path)
@@ -175,6 +176,9 @@ def describe(lora: Lora, model: ModelEntry) -> list[LoraFacts]:
         goes = targets(file, tensors, model.transformers)
         _check_model(tensors, headers, model, file.name)
         facts = _facts(file, lora, tensors, headers)
+        odd = first_not_finite(file.path, "LoRA")
+        if odd is not None:
+            raise ModelError(f"LoRA {file.name} holds values that are not finite, in {printable(odd)}")
         experts = {second for mark in goes.values() for second in mark}
         names = tuple(word for word, second in (("high", False), ("low", True)) if second in experts)
         found.append(facts.model_copy(update={"experts": names if model.transformers > 1 else ()}))

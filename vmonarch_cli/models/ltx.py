@@ -11,6 +11,9 @@ _NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distort
 
 _EXTRA_FORWARDS = 2  # of LTX-2's pipeline: spatio-temporal guidance, and guidance by isolated modalities
 
+_CONDITION, _CONDITION_2 = "LTXConditionPipeline", "LTX2ConditionPipeline"
+_CONTINUED = 9  # frames of two latent ones
+
 LTX_VIDEO = ModelEntry(
     alias="ltx-video",
     title="LTX-Video",
@@ -51,6 +54,7 @@ LTX_2 = LTX_VIDEO.model_copy(
         "family": "ltx-2",
         "pipeline": "LTX2Pipeline",
         "image_pipeline": "LTX2ImageToVideoPipeline",
+        "video_pipeline": _CONDITION_2,
         "hub_id": "Lightricks/LTX-2",
         "aliases": ("ltx2",),
         "licence": "LTX-2 Community",
@@ -93,6 +97,11 @@ def _ltx(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "max_sequence_length": 128}
 
 
+def _ltx_condition(config: Config, vae: Config) -> dict[str, Any]:
+    """The pipeline has noise levels of its own, which no shift changes."""
+    return {**_ltx(config, vae), "max_sequence_length": 256, "has_flow_shift": False}
+
+
 def _ltx2(config: Config, vae: Config) -> dict[str, Any]:
     return {**_figures(config, vae), "max_sequence_length": 1024, "extra_forwards": _EXTRA_FORWARDS}
 
@@ -132,6 +141,7 @@ PIPELINES = (
         caches=_CACHES_2,
         sound=True,
         image_pipeline="LTX2ImageToVideoPipeline",
+        video_pipeline=_CONDITION_2,
     ),
     PipelineFacts(
         "LTX2ImageToVideoPipeline",
@@ -143,5 +153,31 @@ PIPELINES = (
         caches=_CACHES_2,
         sound=True,
         takes_image=True,
+    ),
+    PipelineFacts(
+        _CONDITION,
+        "ltx-video",
+        "LTXVideoTransformer3DModel",
+        _TEXT,
+        _ltx_condition,
+        guidance_by_batch=True,
+        fuses=True,
+        takes_sigmas=False,
+        image_pipeline=_CONDITION,
+        video_pipeline=_CONDITION,
+        continues=_CONTINUED,
+    ),
+    PipelineFacts(
+        _CONDITION_2,
+        "ltx-2",
+        "LTX2VideoTransformer3DModel",
+        _TEXT,
+        _ltx2,
+        guidance_by_batch=True,
+        caches=_CACHES_2,
+        sound=True,
+        image_pipeline=_CONDITION_2,
+        video_pipeline=_CONDITION_2,
+        continues=_CONTINUED,
     ),
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmonarch_cli.errors import InputError, ModelError
+from vmonarch_cli.models.finite import FLOATS, first_not_finite
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import Layout, component_files, read_headers, read_layout
 from vmonarch_cli.presets import LABELS, Preset, at_steps, format_value
@@ -33,16 +34,8 @@ _TRANSFORMERS = ("transformer", "transformer_2")
 _SAMPLE = 4096
 """Bytes of each tensor that a fingerprint reads."""
 _MAX_JSON = 1 << 20
-_PIECE = 1 << 22
 _LABELS = (*LABELS, "impl")
 """Fields of a preset that change no result, or only its rounding."""
-_EXPONENTS: dict[str, tuple[str, int]] = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
-"""Type of a tensor -> integers of its width, and the bits that are all set in a number that is not finite."""
 
 
 class TunedAdapter(BaseModel):
@@ -59,6 +52,8 @@ class TunedAdapter(BaseModel):
     """The name or the folder that was asked for when it was made."""
     fingerprint: str
     """Of the transformers' weights, see `fingerprint`."""
+    also_for: dict[str, str] = Field(default={}, max_length=20)
+    """Models of the same base that it may be used with, too, as a distilled student: name or folder -> fingerprint."""
     preset_name: str = Field(min_length=1, max_length=60)
     preset: dict[str, Any]
     """All fields of the `Preset`."""
@@ -79,6 +74,11 @@ class TunedAdapter(BaseModel):
         if not re.fullmatch(r"[0-9a-f]{64}", value):
             raise ValueError(f"takes 64 hexadecimal digits, got {shown(value)}")
         return value
+
+    @field_validator("also_for")
+    @classmethod
+    def _others(cls, value: dict[str, str]) -> dict[str, str]:
+        return {one_line(name): cls._hash(stamp) for name, stamp in value.items()}
 
     @field_validator("size")
     @classmethod
@@ -143,7 +143,7 @@ def read_adapter(path: Path) -> TunedAdapter:
     text = layout.metadata.get(METADATA_KEY)
     if not _says_weights(text):
         _check_lora(layout, path, name)
-    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in _EXPONENTS), None)
+    odd = next((key for key, tensor in layout.tensors.items() if tensor.dtype not in FLOATS), None)
     if odd is not None:
         raise InputError(f"{name} holds {printable(odd)} as {shown(layout.tensors[odd].dtype)}, and no LoRA is that")
     if text is None:
@@ -199,21 +199,12 @@ def _parsed(text: str, name: str) -> TunedAdapter:
 
 def check_finite(path: Path) -> None:
     """InputError when a weight of an adapter, that `read_adapter` has read, is not finite."""
-    import numpy as np  # slow to import, and most commands need none of it
-
-    layout = read_layout(path, "adapter")
-    with path.open("rb") as file:
-        for name, (begin, end) in sorted(layout.spans.items(), key=lambda item: item[1]):
-            kind, exponent = _EXPONENTS[layout.tensors[name].dtype]
-            file.seek(begin)
-            while begin < end:
-                piece = file.read(min(_PIECE, end - begin))
-                if not piece:
-                    raise InputError(f"adapter {path} became shorter while it was read")
-                begin += len(piece)
-                bits = np.frombuffer(piece, kind) & np.array(exponent, kind)
-                if (bits == exponent).any():
-                    raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(name)}")
+    try:
+        odd = first_not_finite(path, "adapter")
+    except ModelError as error:
+        raise InputError(error.message) from None
+    if odd is not None:
+        raise InputError(f"adapter {path} has weights that are not finite, the first in {printable(odd)}")
 
 
 def fingerprint(folder: Path) -> str:
@@ -273,27 +264,39 @@ def shipped_adapter(folder: Path, preset: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
-    """InputError unless the model in a folder has the weights that an adapter was tuned on."""
+def other_base(adapter: TunedAdapter, folder: Path) -> str | None:
+    """The name under which an adapter allows the model in a folder beside its own, or None."""
     here = fingerprint(folder)
-    if here != adapter.fingerprint:
+    return next((name for name, stamp in adapter.also_for.items() if stamp == here), None)
+
+
+def check_base(adapter: TunedAdapter, path: str, folder: Path) -> None:
+    """InputError unless the model in a folder has weights that an adapter is for: its own, or those of also_for."""
+    here = fingerprint(folder)
+    if here not in (adapter.fingerprint, *adapter.also_for.values()):
+        others = "".join(f", or of {name} ({short(stamp)})" for name, stamp in adapter.also_for.items())
         raise InputError(
             f"adapter {path} was tuned on other weights: those of {adapter.model} (fingerprint "
-            f"{short(adapter.fingerprint)}), and {folder} has {short(here)}"
+            f"{short(adapter.fingerprint)}){others}, and {folder} has {short(here)}"
         )
     if adapter.kind == "weights":
         _check_weights(path, folder)
 
 
-def _check_weights(path: str, folder: Path) -> None:
-    """InputError unless every tensor of a file of whole weights is in the model, in its shape."""
-    shapes = {
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights of the transformers in a model's folder, by `transformer.NAME`."""
+    return {
         f"{name}.{key}": tensor.shape
         for name in _TRANSFORMERS
         if (folder / name).is_dir()
         for found in read_headers(folder / name).values()
         for key, tensor in found.items()
     }
+
+
+def _check_weights(path: str, folder: Path) -> None:
+    """InputError unless every tensor of a file of whole weights is in the model, in its shape."""
+    shapes = shapes_of(folder)
     for key, tensor in read_layout(Path(path), "adapter").tensors.items():
         if shapes.get(key) != tensor.shape:
             has = f"has it as {shapes[key]}" if key in shapes else "has no such weight"

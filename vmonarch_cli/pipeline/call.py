@@ -89,7 +89,7 @@ def call_with_sound(pipeline: Any, embeddings: Embeddings, shape: Shape, **optio
     given = {**options, "frame_rate": options.get("fps"), "height": height, "width": width, "num_frames": num_frames}
     if facts_of(pipeline).modular:
         return _call_modular(pipeline, {**given, **embeddings})
-    known = _accepted(type(pipeline).__call__, **given)
+    known = _accepted(type(pipeline).__call__, **family_of(pipeline).conditions(pipeline, given))
     step_cache.forget(pipeline)
     with family_of(pipeline).adjusted(pipeline, known) as adjusted:
         # Motif's image pipeline has no default for the prompt, which the embeddings replace.
@@ -136,7 +136,7 @@ def decode(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> 
             yield waiting.popleft()()
     while waiting:
         yield waiting.popleft()()
-    _free_models(pipeline)
+    _free_models(pipeline, vae)
 
 
 def decode_whole(pipeline: Any, latents: torch.Tensor, shape: Shape | None = None) -> Frames:
@@ -183,13 +183,18 @@ def decode_sound(pipeline: Any, latents: torch.Tensor) -> Sound:
     samples, rate = family.decode_sound(pipeline, latents.to(device))
     if not torch.isfinite(samples).all():
         raise NonFiniteError("decoded sound is not finite, after the last step, and no clip was written")
-    _free_models(pipeline)
+    _free_models(pipeline, vae)
     return Sound.of(samples[0].float().cpu().numpy().T, rate)
 
 
-def _free_models(pipeline: Any) -> None:
-    """What an offloaded pipeline's own call ends with."""
-    free_models(pipeline) if is_modular(pipeline) else pipeline.maybe_free_model_hooks()
+def _free_models(pipeline: Any, last: torch.nn.Module) -> None:
+    """What an offloaded pipeline's own call ends with, if its `last` module is offloaded. Otherwise there is nothing to
+    free, and the step caches, which diffusers forgets as well, may be those of a clip that is being denoised.
+    """
+    if is_modular(pipeline):
+        free_models(pipeline)
+    elif _is_offloaded(last):
+        pipeline.maybe_free_model_hooks()
 
 
 def _is_offloaded(module: Any) -> bool:

@@ -213,7 +213,6 @@ def _quantize() -> list[Finding]:
     if not installed("torchao"):
         hint = 'fp8-storage alone, torchao is not installed: pip install "vmonarch[quantize]"'
         return [Finding("8-bit weights", hint, "note")]
-    stored = f"{' and '.join(STORED)} store (torchao {metadata.version('torchao')})"
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     found = []
     for device in gpus or [torch.device("cpu")]:
@@ -225,7 +224,7 @@ def _quantize() -> list[Finding]:
             except VmonarchError:
                 continue
         computes = f"{' and '.join(able) or 'none'} compute{'' if len(able) > 1 else 's'} on {device}"
-        found.append(Finding("8-bit weights", f"{computes}, {stored}"))
+        found.append(Finding("8-bit weights", f"{computes}, {' and '.join(STORED)} store"))
     return found
 
 

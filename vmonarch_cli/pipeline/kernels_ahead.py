@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from vmonarch_cli.attention import ahead
 from vmonarch_cli.attention.ahead import KernelsAhead
+from vmonarch_cli.families.fusing import StreamShape
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.device import DTYPES
@@ -17,14 +19,19 @@ from vmonarch_cli.plan.plan import Plan
 
 
 def start_kernels(plan: Plan, machine: Machine) -> KernelsAhead | None:
-    """Begin to compile the kernels of a plan's clips; None where nothing compiles, or where the shapes of the calls do
-    not follow from the plan.
+    """Begin to compile the kernels of a plan's clips, of fused blocks and of attention; None where nothing compiles, or
+    where the shapes of the calls do not follow from the plan.
     """
     family = FAMILIES[PIPELINES[plan.model.pipeline].transformer]
     structured = plan.preset.dense_steps < plan.steps and plan.preset.dense_layers < plan.model.layers
-    if not machine.on_gpu or machine.impl_of(plan.preset) != "triton" or not (family.plain_calls and structured):
-        return None
-    return ahead.start(plan, torch.device(machine.device), DTYPES[machine.dtype])
+    device, dtype = torch.device(machine.device), DTYPES[machine.dtype]
+    rehearsals: list[Callable[[], object]] = []
+    if machine.on_gpu and machine.fused_impl == "triton" and family.rehearse_fused is not None:
+        stream = StreamShape(plan.tokens, plan.model.heads, plan.model.head_dim, dtype, device)
+        rehearsals.append(functools.partial(family.rehearse_fused, stream))
+    if machine.on_gpu and machine.impl_of(plan.preset) == "triton" and family.plain_calls and structured:
+        rehearsals.append(functools.partial(ahead.rehearse, plan, device, dtype))
+    return ahead.start(*rehearsals) if rehearsals else None
 
 
 @contextmanager

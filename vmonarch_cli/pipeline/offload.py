@@ -28,6 +28,8 @@ class Placement(NamedTuple):
     mode: str
     words: str
     tiles: bool = False
+    free: int | None = None
+    """Bytes that were free when this was decided, where anybody looked."""
 
 
 def choose(
@@ -77,7 +79,8 @@ def mode_for(plans: Sequence[Plan], device: str, dtype: str) -> Placement:
     free = torch.cuda.mem_get_info(device)[0]
     lighter = lighter_peaks(plans, dtype)
     whole = largest_peaks(plans, dtype, tiled=False)
-    return choose(plans[0].setup.offload, largest_peaks(plans, dtype), free, whole=whole, lighter=lighter)
+    placement = choose(plans[0].setup.offload, largest_peaks(plans, dtype), free, whole=whole, lighter=lighter)
+    return placement._replace(free=free)
 
 
 def tiles_to_decode(plan: Plan, device: str, dtype: str) -> bool:

@@ -39,6 +39,8 @@ class Machine:
     """What fused blocks run with: "triton" or "torch"; None for stock blocks."""
     dense: tuple[str, ...] = ("sdpa",)
     """Dense attention, see `vmonarch_kernels.dense_choices`: what runs it, and what else samples compare with."""
+    free_bytes: int | None = None
+    """Memory of the GPU that was free when all this was decided; None on a CPU."""
 
     @property
     def on_gpu(self) -> bool:
@@ -77,8 +79,8 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     # Of thousands of prompts most differ in nothing that counts here.
     kinds = {(plan.height, plan.width, plan.num_frames, plan.preset, plan.guidance_scale): plan for plan in plans}
     if machine.on_gpu:
-        mode, words, tiles = mode_for(list(kinds.values()), machine.device, machine.dtype)
-        machine = replace(machine, offload=mode, memory=words, tiles=tiles)
+        placed = mode_for(list(kinds.values()), machine.device, machine.dtype)
+        machine = replace(machine, offload=placed.mode, memory=placed.words, tiles=placed.tiles, free_bytes=placed.free)
     else:
         for plan in kinds.values():
             check_cpu_memory(plan, machine.dtype)

@@ -17,6 +17,7 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.models.unfit import UNFIT
 from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
 from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.presets import Preset
@@ -38,6 +39,7 @@ def swapped(
     session: AttentionSession | None = None,
     adapter: str | None = None,
     dense: Sequence[str] = (SDPA,),
+    graphs: bool = True,
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -46,10 +48,11 @@ def swapped(
         begin_step and end_step).
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
-    session: one to go on with, warm state and counters included, instead of a new one; the arguments above, and
-        `dense`, are then its own. This is how several presets take turns on one model.
+    session: one to go on with, warm state and counters included, instead of a new one; the arguments above,
+        `dense` and `graphs` are then its own. This is how several presets take turns on one model.
     dense: names of `vmonarch_kernels.dense_attention`: what runs the calls that are dense, and what else a sample
         times; ("auto",) is what suits the first such call.
+    graphs: small structured calls are recorded as CUDA graphs and replayed, where a GPU runs them.
     adapter: name of a tuned adapter that the transformers have (see `tuned.switch_of`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
@@ -65,6 +68,7 @@ def swapped(
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
             dense=dense,
+            graphs=graphs,
         )
     session_id = op.register(session)
     with ExitStack() as undo:
@@ -97,10 +101,13 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
         return [target], None
     if isinstance(target, Sequence):
         return list(target), None
+    kind = type(target).__name__
+    if kind in UNFIT:
+        raise ModelError(f"attention of a {kind} cannot be swapped: {UNFIT[kind]}")
     found = [getattr(target, name, None) for name in (*_STAGES, *_PARTITIONS)]
     transformers = [transformer for transformer in found if transformer is not None]
     if not transformers or getattr(target, "scheduler", None) is None:
-        raise ModelError(f"{type(target).__name__} has no transformer and scheduler to work with")
+        raise ModelError(f"{kind} has no transformer and scheduler to work with")
     return transformers, target.scheduler
 
 

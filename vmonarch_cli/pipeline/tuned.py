@@ -22,7 +22,7 @@ from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.models.weights import read_header
 from vmonarch_cli.pipeline.lora import ReadLora, load_lora, read_weights
 from vmonarch_cli.pipeline.parts import transformers_of
-from vmonarch_cli.pipeline.tuned_weights import WeightSwitch, has_weights, load_weights
+from vmonarch_cli.pipeline.tuned_weights import WeightSwitch, drop_weights, has_weights, load_weights
 from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
 
@@ -107,6 +107,25 @@ def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile]) -> None:
         others = [name for name in active_adapters(pipeline) if not name.startswith(ADAPTER_NAME)]
         for layer in tuner_layers(transformers_of(pipeline)):
             layer.set_adapter(others, inference_mode=True)
+
+
+def is_loaded(pipeline: Any, adapter: AdapterFile) -> bool:
+    """Whether a pipeline's transformers have an adapter, on or off."""
+    name, transformers = adapter.layer_name, transformers_of(pipeline)
+    held = any(has_weights(transformer, name) for transformer in transformers)
+    return held or any(name in layer.lora_A for layer in tuner_layers(transformers))
+
+
+def unload(pipeline: Any, adapter: AdapterFile) -> None:
+    """Take an adapter that is off out of a pipeline; its layers are stock ones again where no LoRA is left in them."""
+    transformers = transformers_of(pipeline)
+    for transformer in transformers:
+        drop_weights(transformer, adapter.layer_name)
+    if not any(adapter.layer_name in layer.lora_A for layer in tuner_layers(transformers)):
+        return
+    pipeline.delete_adapters(adapter.layer_name)
+    if not any(len(layer.lora_A) for layer in tuner_layers(transformers)):
+        pipeline.unload_lora_weights()
 
 
 def switch_of(

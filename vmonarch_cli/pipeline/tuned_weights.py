@@ -62,6 +62,12 @@ def load_weights(pipeline: Any, path: Path, name: str) -> None:
             held.setdefault(name, {})[weight] = buffer
 
 
+def drop_weights(transformer: Any, name: str) -> None:
+    """Forget the weights of an adapter that is off."""
+    for buffer in transformer.__dict__.get(_HELD, {}).pop(name, {}).values():
+        delattr(transformer, buffer)
+
+
 def has_weights(transformer: Any, name: str) -> bool:
     """Whether a transformer has an adapter of whole weights under a name."""
     return name in transformer.__dict__.get(_HELD, {})

@@ -31,6 +31,7 @@ PROJECTIONS = {
     "LTX2VideoTransformer3DModel": 0.98,
     "AllegroTransformer3DModel": 0.98,
     "CogVideoXTransformer3DModel": 0.78,
+    "CosmosTransformer3DModel": 0.85,
     "HunyuanVideoTransformer3DModel": 0.70,
     "HunyuanVideo15Transformer3DModel": 0.65,
     "MochiTransformer3DModel": 0.72,
@@ -97,6 +98,12 @@ def at_least(model: ModelEntry, shape: ClipShape, dtype: str) -> int:
     return weight_bytes(model, dtype) + working
 
 
+def step_bytes(model: ModelEntry, shape: ClipShape, dtype: str, kept: int = 0) -> int:
+    """Estimated bytes that a denoising step takes beside the weights; ``kept`` as in `peaks`."""
+    activations = activation_bytes(model, model.grid(*shape), dtype)
+    return kept + 2 * activations + model.transformer_params // model.layers * _BYTES[dtype]
+
+
 def peaks(
     model: ModelEntry,
     shape: ClipShape,
@@ -116,8 +123,7 @@ def peaks(
     transformer = transformer_bytes(model, dtype, quantize)
     text = model.text_encoder_params * width_of
     vae = model.vae_params * (4 if model.vae_float32 else width_of)
-    activations = activation_bytes(model, model.grid(*shape), dtype)
-    working = kept + 2 * activations + model.transformer_params // model.layers * width_of
+    working = step_bytes(model, shape, dtype, kept)
     decoding = decoding_bytes(model, shape, dtype, vae_dtype)[1 if tiled else 0]
     layer = 4 * (transformer // model.layers)
     return {
@@ -231,6 +237,20 @@ def largest_peaks(plans: Sequence[Plan], dtype: str, *, tiled: bool = True) -> d
     """
     found = [peaks_of(plan, dtype, tiled=tiled) for plan in plans]
     return {mode: max(peak[mode] for peak in found) for mode in found[0]}
+
+
+def overlapped_peak(plans: Sequence[Plan], dtype: str, *, tiled: bool = True) -> int:
+    """Estimated peak bytes while a clip of one of the plans is decoded and one of another is denoised, with all the
+    weights of their model on the device; `tiled` as in `peaks_of`.
+    """
+    steps = [step_bytes(plan.model, shape_of(plan), dtype, kept_bytes(plan)) for plan in plans]
+    decoders = [
+        decoding_bytes(plan.model, shape_of(plan), dtype, plan.setup.vae_dtype)[tiled or plan.setup.vae_tiling]
+        for plan in plans
+    ]
+    alone = [peaks_of(plan, dtype, tiled=tiled)["none"] for plan in plans]
+    weights = max(peak - max(taken) for peak, *taken in zip(alone, steps, decoders, strict=True))
+    return weights + max(steps) + max(decoders) + _RESERVE  # each stream has gaps of its own
 
 
 def lighter_peaks(plans: Sequence[Plan], dtype: str) -> dict[str, int]:

@@ -75,6 +75,7 @@ class GenerateRequest:
     cache: str | None = None
     compile: bool = False
     fuse: bool | None = None
+    graphs: bool | None = None
     tuned: str | None = None
     defaults: tuple[Level, ...] = field(default=())
     """What counts where no flag does, the first place first; see `plan/defaults.py`."""

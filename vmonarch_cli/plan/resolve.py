@@ -203,6 +203,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
             *warnings.without_effect(request, preset, outputs),
             *warnings.of_schedule(preset, step_costs, flops),
             *warnings.of_cache(request.cache, steps),
+            *warnings.of_quantize(setup, facts),
             *warnings.of_loras(setup.loras, loras, model, guidance),
             *choice.warnings,
         ),
@@ -222,6 +223,7 @@ def _resolve_setup(
         "cache": checks.one_of("--cache", request.cache, CACHES),
         "compile": request.compile or None,
         "fuse": request.fuse,
+        "graphs": request.graphs,
         "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -91,6 +91,8 @@ class Setup(BaseModel):
     """The arithmetic between the products of the transformer's blocks runs in fused passes."""
     fused_impl: str | None = None
     """What these run with, "triton" or "torch", once a machine has decided it."""
+    graphs: bool = True
+    """Structured calls that are small are recorded and replayed, where a GPU runs them."""
     dense_attention: str = "auto"
     """What computes the calls that run dense; "auto" is the expected fastest of all that are installed and fit."""
     tuned: tuple[AdapterFile, ...] = ()

@@ -12,7 +12,7 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.hub import snapshot_at_hand
-from vmonarch_cli.models.tuned import check_base, check_finite, read_adapter, shipped_adapter
+from vmonarch_cli.models.tuned import check_base, check_finite, other_base, read_adapter, shipped_adapter
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
@@ -156,8 +156,13 @@ def _shipped(use: Use) -> Choice:
 
 
 def _made_for_others(tuned: AdapterFile, use: Use) -> Iterator[str]:
-    """A sentence where steps, guidance or shape are not those that an adapter was made for."""
+    """A sentence where steps, guidance or shape are not those that an adapter was made for, and one where the model is
+    another one that it allows.
+    """
     said, size = tuned.adapter, f"{use.width}x{use.height}"
+    other = None if use.folder is None else other_base(said, use.folder)
+    if other is not None:
+        yield f"adapter {tuned.path} was tuned and measured on {said.model}, and says that it may go with {other}, too"
     pairs = [
         (f"{said.steps} steps", f"{use.steps}", said.steps != use.steps),
         (f"guidance {said.guidance_scale:g}", f"{use.guidance_scale:g}", said.guidance_scale != use.guidance_scale),

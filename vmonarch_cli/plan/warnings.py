@@ -13,6 +13,7 @@ from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, parse_assignment
 
 ALL_NOISE = 0.99
@@ -97,6 +98,15 @@ def of_cache(cache: str | None, steps: int) -> Iterator[str]:
         yield (
             f"--cache {cache} leaves out work of {steps} steps, which differ much from one another: with "
             f"{FEW_STEPS} steps or fewer, as distilled models take, it harms the clip more than it saves"
+        )
+
+
+def of_quantize(setup: Setup, facts: PipelineFacts) -> Iterator[str]:
+    """int8 products without a compiler, whose results pass the memory three times before they are numbers again."""
+    if setup.quantize == "int8" and not setup.compile:
+        way_out = "add --compile" if facts.compiles else f"diffusers compiles no {facts.transformer}"
+        yield (
+            f"--quantize int8 saves memory and, without --compile, no time: {way_out}, or take fp8 where the GPU has it"
         )
 
 

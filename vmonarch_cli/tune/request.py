@@ -25,6 +25,7 @@ from vmonarch_cli.presets import at_steps
 from vmonarch_cli.text import binary_size, shown
 from vmonarch_cli.tune.clips import CaptionedClip, find_clips
 from vmonarch_cli.tune.prompts import DEFAULT_EVAL, split_clips, split_prompts, unknown_words
+from vmonarch_cli.tune.same_base import same_base
 
 DEFAULT_STEPS = 500
 """Of training, where neither --steps nor --seconds says when it ends."""
@@ -57,6 +58,8 @@ class TuneRequest:
     """A folder of clips to learn from, in the place of the teacher's trajectories."""
     full: bool = False
     """All weights are trained, in the place of a LoRA."""
+    also_for: tuple[str, ...] = ()
+    """Further models of the same base that the adapter may be used with."""
     resume: bool = False
     overwrite: bool = False
 
@@ -84,6 +87,8 @@ class TunePlan:
     """Clips to learn from, in the place of the teacher's trajectories."""
     full: bool = False
     """All weights are trained, and `rank` means nothing."""
+    also_for: dict[str, str] = field(default_factory=dict)
+    """Further models that the adapter may be used with, name or folder -> fingerprint."""
     resume: bool = False
     overwrite: bool = False
     world: int = 1
@@ -223,6 +228,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         request.seconds,
         videos,
         request.full,
+        same_base(clip, request.also_for, full=request.full),
         request.resume,
         request.overwrite,
         world,

@@ -218,6 +218,7 @@ class _Run:
             kind="weights" if plan.full else "lora",
             model=_asked(clip),
             fingerprint=fingerprint(_folder(clip)),
+            also_for=plan.also_for,
             preset_name=clip.preset.name,
             preset=clip.preset.model_dump(),
             steps=clip.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class CalibrateResult:
     forecast: float
     steps: tuple[Row, ...]
     layers: tuple[Row, ...]
+
+    @property
+    def gains_nothing(self) -> bool:
+        """On the held-out prompts the written preset is no closer to dense, for no less work."""
+        return self.after.error_mean >= self.before.error_mean and self.after.units >= self.before.units
 
     def to_json(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -184,12 +189,12 @@ class _Run:
     def _searched(self, allocator: Allocator) -> tuple[Found, PresetFigures]:
         plan = self._plan
         if plan.error is None:
-            found = self._tried(allocator, plan.budget)
+            found = self._named(self._tried(allocator, plan.budget))
             return found, self._verified(found.preset)
         tried: list[PresetFigures] = []
         wanted = plan.error
         for _ in range(_TRIES):
-            found = self._tried(allocator, self._reaching(allocator, wanted).units)
+            found = self._named(self._tried(allocator, self._reaching(allocator, wanted).units))
             tried.append(self._verified(found.preset))
             if tried[-1].error_mean <= plan.error:
                 return found, tried[-1]
@@ -199,6 +204,10 @@ class _Run:
             f"--error {plan.error:g} was not reached: the best of {len(tried)} presets came to {best.error_mean:.3f} "
             f"at {best.units:.1f} units, and dense attention costs {4 * self._clip.grid[0]}"
         )
+
+    def _named(self, found: Found) -> Found:
+        """What was found under the name of its file, which tells it from the starting preset."""
+        return replace(found, preset=found.preset.model_copy(update={"name": self._plan.output.stem}))
 
     def _tried(self, allocator: Allocator, budget: float) -> Found:
         """The best of an allocator's candidates by whole clips of the measured prompts; the better half of them after

@@ -1,0 +1,107 @@
+"""Small calls, recorded and replayed: the same to the bit as calls that run as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from tape import Tape
+from torch import Tensor
+
+from vmonarch_kernels import Inputs, Options, Residual, attend
+from vmonarch_kernels.cost import LARGEST_SMALL as LARGEST
+from vmonarch_kernels.graphs import Graphs, Replay
+from vmonarch_kernels.structure import empty_l, split_frames
+
+pytest.importorskip("triton")
+GRID = (5, 2, 3)
+
+
+def tensors(seed: int, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 30, heads, 16, generator=generator) for _ in range(3))
+    return 2 * q, k, v
+
+
+def same(found: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> bool:
+    l_new, wanted = found[1], expected[1]
+    if l_new is None or wanted is None:
+        return l_new is wanted and torch.equal(found[0], expected[0])
+    return torch.equal(found[0], expected[0]) and torch.equal(l_new.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("options", [Options(), Options(1, band=0)], ids=["paper", "band"])
+def test_calls_are_run_recorded_and_replayed_with_the_same_results(options: Options) -> None:
+    graphs = Tape().graphs
+    made = []
+    for seed in range(4):
+        inputs = Inputs(*tensors(seed), GRID)
+        assert graphs.takes(inputs, "triton")
+        found = graphs.attend(inputs, options, return_l=True)
+        made.append((found, attend(inputs, options, impl="triton", return_l=True)))
+    assert (graphs.recorded, graphs.replayed) == (1, 3)
+    for found, expected in made:  # later calls have not changed earlier results
+        assert same(found, expected)
+
+
+def test_warm_calls_and_further_keys_are_recorded_apart() -> None:
+    graphs = Tape().graphs
+    for seed in range(3):
+        q, k, v = tensors(seed)
+        start = empty_l(split_frames(q, GRID[0])).copy_(torch.rand(5, 5) * 50)
+        extra = (torch.randn_like(q), torch.randn(q.shape[:3]))
+        for inputs in (
+            Inputs(q, k, v, GRID),
+            Inputs(q, k, v, GRID, start),
+            Inputs(q, k, v, GRID, start, extra),
+        ):
+            assert same(graphs.attend(inputs, Options(1)), attend(inputs, Options(1), impl="triton"))
+    assert graphs.recorded == 3
+
+
+@pytest.mark.parametrize("counts", [[2, 1, 3, 1, 2, 3, 0, 2]], ids=["turns"])
+def test_a_residual_through_graphs_is_the_same_from_call_to_call(counts: list[int]) -> None:
+    graphs = Tape().graphs
+    plain, replayed = (Residual(tensors(0)[0], GRID[0], first_frame=False) for _ in range(2))
+    replayed.graphs = graphs
+    options = Options(1, band=0, first_frame=False)
+    for seed, count in enumerate(counts):
+        inputs = Inputs(*tensors(seed), GRID)
+        found, expected = (
+            one.attention(inputs, options, 1, count=count, impl="triton", return_l=True) for one in (replayed, plain)
+        )
+        assert same(found, expected)
+        followed = replace(inputs, q=inputs.q + 0.5)
+        assert same(
+            replayed.attention_without_turns(followed, options, impl="triton"),
+            plain.attention_without_turns(followed, options, impl="triton"),
+        )
+        assert torch.equal(replayed.values.view(torch.uint8), plain.values.view(torch.uint8))
+        assert torch.equal(replayed.scale, plain.scale)
+    assert graphs.replayed > 8
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_why() -> None:
+    def fails(launch: Callable[[], None]) -> Replay:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    graphs = Graphs(fails)
+    for seed in range(3):
+        inputs = Inputs(*tensors(seed), GRID)
+        assert graphs.takes(inputs, "triton") is (seed < 2)
+        assert same(graphs.attend(inputs, Options()), attend(inputs, Options(), impl="triton"))
+    assert graphs.failure == "RuntimeError: operation not permitted when stream is capturing"
+    assert graphs.replayed == 0
+
+
+def test_large_calls_other_implementations_and_training_are_not_recorded() -> None:
+    graphs = Tape().graphs
+    q, k, v = tensors(0)
+    assert graphs.takes(Inputs(q, k, v, GRID), "triton")
+    assert not graphs.takes(Inputs(q, k, v, GRID), "torch")
+    wide = torch.empty(1, 1, 1, 1).expand(1, LARGEST // 8 + 8, 8, 16)
+    assert not graphs.takes(Inputs(wide, wide, wide, (1, 1, wide.shape[1])), "triton")
+    assert not graphs.takes(Inputs(q.requires_grad_(), k, v, GRID), "triton")
+    assert not Graphs().takes(Inputs(k, k, v, GRID), "triton"), "no GPU, no CUDA graph"
