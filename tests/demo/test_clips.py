@@ -41,6 +41,26 @@ def test_times_can_differ_between_clips() -> None:
     assert torch.allclose(video[1, :, 1], render(specs[1:], torch.tensor([1.0]), size=32)[0, :, 0], atol=1e-6)
 
 
+def test_one_motion_begins_where_another_ends() -> None:
+    """Around every change of motion the picture changes no more than it does on the way."""
+    specs = [spec for spec in (sample_spec("train", 4, i, 193) for i in range(60)) if spec.motions > 1]
+    assert {spec.motions for spec in specs} == {2, 3}
+    for spec in specs[:24]:
+        count = spec.motions
+        changes = torch.arange(1, count) / count
+        times = torch.cat([changes - 2e-5, changes + 2e-5]).sort().values
+        before, after = occupancy([spec], times, size=48)[0].unflatten(0, (count - 1, 2)).unbind(1)
+        assert (before - after).abs().max() < 0.05, spec.objects[0].motions
+
+
+def test_objects_stay_in_the_frame_through_all_their_motions() -> None:
+    specs = [sample_spec("train", 4, i, 193) for i in range(24)]
+    covered = occupancy(specs, frame_times(97), size=48)
+    rim = torch.stack([covered[..., 0, :], covered[..., -1, :], covered[..., 0], covered[..., -1]])
+    assert rim.max() < 0.3
+    assert covered.flatten(2).amax(2).min() > 0.9, "an object is always there"
+
+
 def test_occupancy_is_where_the_objects_are() -> None:
     specs = [sample_spec("train", 0, i) for i in range(12)]
     assert {len(spec.objects) for spec in specs} == {1, 2}
@@ -89,6 +109,20 @@ def test_the_reader_reads_rendered_clips(count: int) -> None:
     assert all(right[name] / count >= 0.98 for name in ATTRIBUTES), right
 
 
+@pytest.mark.parametrize(
+    ("frames", "size", "count"),
+    [(97, 96, 4), (193, 96, 4), pytest.param(97, 128, 24, marks=pytest.mark.slow),
+     pytest.param(193, 128, 24, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_reader_reads_longer_and_larger_clips(frames: int, size: int, count: int) -> None:
+    right: Counter[str] = Counter()
+    for spec in (sample_spec("heldout", 8, i, frames) for i in range(count)):
+        video = render([spec], frame_times(frames), size=size)[0]
+        found = agreement(spec, read_clip(video, spec.motions))
+        right.update(name for name in ATTRIBUTES if getattr(found, name))
+    assert all(right[name] / count >= 0.98 for name in ATTRIBUTES), right
+
+
 @FEW_AND_MANY
 def test_the_reader_sees_shapes_through_a_blur(count: int) -> None:
     """A decoder rounds corners and shortens arms; templates of sharp shapes alone read a fifth of these clips wrong."""
@@ -108,6 +142,13 @@ def test_the_reader_sees_a_wrong_clip() -> None:
     asked, shown = sample_spec("train", 0, 1), sample_spec("train", 0, 4)
     found = agreement(asked, read_clip(render([shown], frame_times(13))[0]))
     assert not (found.colour and found.background and found.motion and found.shape)
+
+
+def test_the_reader_sees_a_wrong_order() -> None:
+    spec = next(s for s in (sample_spec("train", 0, i, 97) for i in range(50)) if s.motions == 2)
+    video = render([spec], frame_times(97), size=64)[0]
+    assert agreement(spec, read_clip(video, 2)).motion
+    assert not agreement(spec, read_clip(video.flip(1), 2)).motion
 
 
 def test_the_reader_finds_nothing_in_an_empty_clip() -> None:

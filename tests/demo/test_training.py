@@ -14,12 +14,15 @@ from diffusers import AutoencoderKLWan
 from vmonarch_cli.demo import score
 from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
+from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.training.__main__ import main
+from vmonarch_cli.demo.training.buckets import parse_buckets
 from vmonarch_cli.demo.training.flags import parse_phases
-from vmonarch_cli.demo.training.loop import Schedule, learning_rate
+from vmonarch_cli.demo.training.loop import Schedule, compare_compiled, learning_rate
 from vmonarch_cli.demo.training.step_inputs import sigmas_for
-from vmonarch_cli.demo.training.train_text import all_facts, facts
+from vmonarch_cli.demo.training.train_text import all_facts, facts, load_text_encoder
+from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.plan.tuned import read
 from vmonarch_cli.presets import load_preset
 
@@ -28,7 +31,7 @@ VAE = [
     "--no-compile", "--device", "cpu", "--max-steps", "4", "--eval-clips", "1", "--latent-clips", "2",
 ]  # fmt: skip
 DIT = [
-    "dit", "--preset", "tiny", "--size", "32", "--batch", "2", "--bank", "4", "--encode-batch", "4", "--no-compile",
+    "dit", "--preset", "tiny", "--clips", "49x32", "--batch", "2", "--bank", "4", "--encode-batch", "4", "--no-compile",
     "--device", "cpu", "--max-steps", "4", "--refresh-every", "2", "--refresh", "1", "--sample-steps", "1",
 ]  # fmt: skip
 
@@ -84,6 +87,68 @@ def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     )
 
 
+MIXED = ["--clips", "17x32:1,49x32:1,97x32:2,17x48:1", "--small-until", "0.3", "--max-steps", "8"]
+
+
+def test_the_transformer_trains_at_mixed_lengths_and_sizes(trained: Path, tmp_path: Path) -> None:
+    parts = ["--vae", str(trained / "vae"), "--text", str(trained), "--samples", "0", *MIXED]
+    main([*DIT, *parts, "--out", str(tmp_path / "whole"), "--profile-steps", "8"])
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "dit_log.jsonl").read_text().splitlines()]
+    banks = [line["bucket"] for line in lines if line["event"] == "bank_full"]
+    assert banks == ["17x16", "49x16", "97x16", "17x24", "17x32", "49x32", "97x32", "17x48"]
+    assert any(len(line["losses"]) > 1 for line in lines if line["event"] == "step")
+    report = json.loads((tmp_path / "whole" / "dit_report.json").read_text())
+    assert report["mixed"] == {"17x32": 0.2, "49x32": 0.2, "97x32": 0.4, "17x48": 0.2}
+    main([*DIT, *parts, "--out", str(tmp_path / "two"), "--stop-after", "5"])
+    main([*DIT, *parts, "--out", str(tmp_path / "two"), "--resume"])
+    keys = ["transformer", "outline_head", "averaged"]
+    _assert_same_state(tmp_path / "whole" / "dit_checkpoint.pt", tmp_path / "two" / "dit_checkpoint.pt", keys)
+
+
+def test_steps_of_all_lengths_and_sizes_have_as_many_tokens() -> None:
+    first, *others = parse_buckets("49x96:2,17x96,97x96,193x96,193x128:0.5")
+    assert sum(b.share for b in (first, *others)) == pytest.approx(1)
+    assert (first.grid, first.tokens, first.share) == ((13, 24, 24), 1872, pytest.approx(2 / 5.5))
+    for bucket in others:
+        tokens = bucket.equal_count(64, first) * bucket.tokens
+        assert tokens == pytest.approx(64 * 1872, rel=0.06)
+
+
+@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96,49x96:2"])
+def test_clips_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--clips: got"):
+        parse_buckets(text)
+
+
+def test_compilation_that_changes_gradients_is_found_out() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    scale = [1.0, 1.01, 1.0, 1.2]  # once as it is, once compiled
+
+    def backward() -> None:
+        (weight.sum() * scale.pop(0)).backward()
+
+    compare_compiled([weight], backward)
+    with pytest.raises(ArithmeticError, match=r"norm is 2\.078 compiled and 1\.732 otherwise"):
+        compare_compiled([weight], backward)
+
+
+def test_the_text_encoder_grows_by_later_words(trained: Path, tmp_path: Path) -> None:
+    """Known tokens keep their numbers and embeddings; an encoder that lacks words trains no transformer."""
+    main([*TEXT, "--out", str(tmp_path / "old"), "--steps", "1"])
+    smaller = build_text_encoder(DIT_PRESETS["tiny"][1])
+    smaller.resize_token_embeddings(len(vocabulary()) - 1)
+    smaller.save_pretrained(tmp_path / "old" / "text_encoder")
+    with pytest.raises(ValueError, match=r"--text: the text encoder in .* knows 179 of 180 words"):
+        main([*DIT, "--vae", str(trained / "vae"), "--text", str(tmp_path / "old"), "--out", str(tmp_path)])
+    main([*TEXT, "--out", str(tmp_path / "new"), "--init", str(tmp_path / "old"), "--steps", "1", "--lr", "0"])
+    grown = build_text_encoder(DIT_PRESETS["tiny"][1])
+    load_text_encoder(grown, tmp_path / "new")
+    torch.testing.assert_close(grown.shared.weight[:-1], smaller.shared.weight)
+    report = json.loads((tmp_path / "new" / "text_report.json").read_text())
+    assert report["before"]["steps"] == 1
+    assert "order" in report["read_right"]
+
+
 def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path) -> None:
     command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path), "--samples", "0"]
     main([*command, "--structured", "--batch", "4", "--small-until", "0", "--profile-steps", "5"])
@@ -135,6 +200,29 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
     card = (trained / "weights" / "MODEL_CARD.md").read_text()
     assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
     assert "| text encoder | 2 | 32 captions |" in card
+    assert "49 frames of 96 x 96" not in card.replace("grid of 49 frames of 96 x 96", "")
+
+
+def test_the_card_of_a_model_for_several_lengths(trained: Path) -> None:
+    settings = score.Settings(prompts=6, steps=1, batch=6, size=32, num_frames=97)
+    result = score.score(trained / "weights", settings, device=torch.device("cpu"), reader_clips=2, vae_clips=1)
+    entry = result["presets"]["dense"]
+    assert entry["several_motions"] > 0
+    assert set(entry["several"]) == {"colour", "background", "motion", "shape"}
+    score.show(result)
+    vae, text, dit = (json.loads((trained / f"{part}_report.json").read_text()) for part in ("vae", "text", "dit"))
+    dit = {**dit, "mixed": {"17x32": 0.2, "49x32": 0.4, "97x32": 0.2, "193x48": 0.2}, "before": dit}
+    short = _score_of_nothing()
+    card = model_card(vae, dit, [short, result], 1, {**text, "captions": 7, "before": text})
+    assert "shapes: 17 to 193 frames of 32 x 32 and 48 x 48 pixels" in card
+    assert "were trained at 97 and 193. There" in card
+    assert "--clips 17x32:0.2,49x32:0.4,97x32:0.2,193x48:0.2 --out DIR" in card
+    assert "### 49 frames of 32 x 32\n" in card
+    assert "### 97 frames of 32 x 32\n" in card
+    assert f"; {entry['several_motions']} with several motions" in card
+    assert "| its clips of several motions |" in card
+    rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith(("| text", "| transformer"))]
+    assert rows[2:] == ["| text encoder", "| transformer", "| text encoder, continued", "| transformer, continued"]
 
 
 def test_an_adapter_has_a_row_of_its_own(trained: Path, tmp_path: Path) -> None:
@@ -149,7 +237,7 @@ def test_an_adapter_has_a_row_of_its_own(trained: Path, tmp_path: Path) -> None:
     errors = [result["presets"][name]["against_first"]["latent_error_mean"] for name in ("paper", "paper, tuned")]
     assert errors[0] != errors[1]
     vae, dit = (json.loads((trained / f"{name}_report.json").read_text()) for name in ("vae", "dit"))
-    card = model_card(vae, dit, result, vae_parameters=1, adapters=[read(path).adapter])
+    card = model_card(vae, dit, [result], 1, adapters=[read(path).adapter])
     assert "| preset `paper` with its adapter |" in card
     assert "| `paper` | 1 | 3 | NVIDIA H200, 1 s | 0.400 | 0.250 |" in card
 
@@ -171,7 +259,21 @@ def test_facts_name_everything_a_clip_shows() -> None:
         assert ("background", spec.background) in found
         for item in spec.objects:
             assert ("colour", item.colour, "shape", item.shape) in found
-            assert ("shape", item.shape, "motion", item.motion) in found
+            assert all(("shape", item.shape, "motion", motion) in found for motion in item.motions)
+
+
+def test_facts_say_which_motion_comes_when() -> None:
+    known, names = set(all_facts()), {2: ("first", "last"), 3: ("first", "middle", "last")}
+    for spec in (sample_spec("train", 0, i, 193) for i in range(100)):
+        found, motions = facts(spec), spec.objects[0].motions
+        assert found <= known
+        if len(motions) > 1:
+            wanted = {
+                ("turn", name, "motion", motion) for name, motion in zip(names[spec.motions], motions, strict=True)
+            }
+            assert {fact for fact in found if fact[0] == "turn"} == wanted
+        else:
+            assert not {fact for fact in found if fact[0] == "turn"}
 
 
 def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_path: Path) -> None:
@@ -183,7 +285,7 @@ def test_a_training_that_goes_on_says_what_it_went_on_from(trained: Path, tmp_pa
     report = json.loads((tmp_path / "dit_report.json").read_text())
     assert report["before"] == json.loads((trained / "dit_report.json").read_text())
     card = model_card(
-        json.loads((trained / "vae_report.json").read_text()), report, _score_of_nothing(), vae_parameters=1
+        json.loads((trained / "vae_report.json").read_text()), report, [_score_of_nothing()], vae_parameters=1
     )  # fmt: skip
     assert "| transformer | 4 | 20 (" in card
     assert "| transformer, continued | 4 | 20 (" in card
@@ -194,7 +296,7 @@ def _score_of_nothing() -> dict[str, Any]:
     vae = dict.fromkeys(("psnr", "psnr_worst_clip", "psnr_first", "psnr_middle", "psnr_last"), 0.0)
     return {
         "device": "CPU",
-        "settings": {"size": 32, "guidance": 4.0, "steps": 1},
+        "settings": {"size": 32, "num_frames": 49, "guidance": 4.0, "steps": 1},
         "reader": {"clips": 0, **shares},
         "reader_through_vae": {"clips": 0, **shares},
         "vae": {"clips": 0, **vae},

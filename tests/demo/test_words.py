@@ -24,9 +24,9 @@ from vmonarch_cli.models.demo_vocabulary import (
 )
 
 
-def all_specs(split: Split, seed: int) -> Iterator[ClipSpec]:
+def all_specs(split: Split, seed: int, frames: int = 49) -> Iterator[ClipSpec]:
     """Endless clips of a split."""
-    return (sample_spec(split, seed, index) for index in count())
+    return (sample_spec(split, seed, index, frames) for index in count())
 
 
 def test_prompts_are_checked_without_torch() -> None:
@@ -47,7 +47,7 @@ def test_unknown_words_are_named_once_in_order() -> None:
 def test_captions_use_known_words_only_and_every_word_is_used() -> None:
     rng = random.Random(0)
     seen: set[str] = set()
-    for spec in islice(all_specs("train", 0), 15_000):
+    for spec in (*islice(all_specs("train", 0), 15_000), *islice(all_specs("train", 0, 193), 500)):
         words = tokens(caption(spec, rng))
         assert len(words) < MAX_TOKENS
         seen.update(words)
@@ -58,6 +58,42 @@ def test_captions_vary_and_are_reproducible() -> None:
     spec = sample_spec("train", 0, 1)
     assert len({caption(spec, random.Random(i)) for i in range(50)}) > 30
     assert caption(spec, random.Random(3)) == caption(spec, random.Random(3))
+
+
+def test_later_words_stand_behind_those_that_were_trained_before() -> None:
+    assert vocabulary()[178:] == ("zigzags", "then")
+
+
+def test_captions_tell_motions_in_their_order() -> None:
+    for spec in islice(all_specs("heldout", 0, 193), 100):
+        text = plain_caption(spec)
+        assert len(tokens(text)) < MAX_TOKENS
+        assert set(tokens(text)) <= set(vocabulary())
+        if len(spec.objects) == 1:
+            parts = text.split(" on a ")[0].split(" then ")
+            assert len(parts) == len(spec.objects[0].motions)
+            for part, motion in zip(parts, spec.objects[0].motions, strict=True):
+                assert any(part.endswith(words) for words in MOTIONS[motion][1]), text
+
+
+def test_longer_clips_show_more_motions() -> None:
+    def counts(frames: int) -> set[int]:
+        specs = islice(all_specs("train", 4, frames), 300)
+        return {len(item.motions) for spec in specs for item in spec.objects}
+
+    assert counts(17) == counts(49) == counts(81) == {1}
+    assert counts(97) == {1, 2}
+    assert counts(145) == counts(193) == {1, 2, 3}
+
+
+def test_motions_that_repeat_keep_their_speed_in_longer_clips() -> None:
+    def turns(frames: int) -> list[float]:
+        specs = islice(all_specs("train", 4, frames), 600)
+        tracks = [item.tracks[0] for spec in specs for item in spec.objects if item.motions == ("spinning",)]
+        return [abs(track.turns) for track in tracks]
+
+    for frames, beats in ((17, 1), (49, 1), (193, 4)):
+        assert 0.9 * beats <= min(turns(frames)) <= max(turns(frames)) <= 1.5 * beats
 
 
 def test_plain_captions_name_everything() -> None:
@@ -78,9 +114,9 @@ def test_specs_depend_on_split_seed_and_index_alone() -> None:
 
 def test_training_never_shows_a_held_out_triple() -> None:
     for spec in islice(all_specs("train", 1), 2_000):
-        assert not any(is_held_out(*item.triple) for item in spec.objects)
+        assert not any(is_held_out(*triple) for item in spec.objects for triple in item.triples)
     for spec in islice(all_specs("heldout", 1), 200):
-        assert any(is_held_out(*item.triple) for item in spec.objects)
+        assert any(is_held_out(*triple) for item in spec.objects for triple in item.triples)
 
 
 def test_held_out_triples_are_few_and_cover_every_name() -> None:
@@ -94,7 +130,7 @@ def test_held_out_triples_are_few_and_cover_every_name() -> None:
 def test_sampling_covers_the_data() -> None:
     specs = list(islice(all_specs("train", 2), 3_000))
     assert {s.background for s in specs} == set(BACKGROUNDS)
-    assert {item.motion for s in specs for item in s.objects} == set(MOTIONS)
+    assert {motion for s in specs for item in s.objects for motion in item.motions} == set(MOTIONS)
     assert {item.colour for s in specs for item in s.objects} == set(COLOURS)
     pairs = [s for s in specs if len(s.objects) == 2]
     assert 0.25 < len(pairs) / len(specs) < 0.35
@@ -109,7 +145,7 @@ def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
         return len(spec.objects) == 2
 
     def spins(spec: ClipSpec) -> bool:
-        return any(item.motion == "spinning" for item in spec.objects)
+        return any("spinning" in item.motions for item in spec.objects)
 
     assert share("heldout", pair) == pytest.approx(0.15, abs=0.03)
     assert share("train", pair) > 1.5 * share("heldout", pair)
@@ -120,7 +156,7 @@ def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
 def test_straight_tracks_stay_in_the_frame(split: str) -> None:
     for spec in islice(all_specs(split, 3), 500):  # type: ignore[arg-type]
         for item in spec.objects:
-            t = item.track
+            (t,) = item.tracks
             for x, y, r in ((t.x0, t.y0, t.r0), (t.x1, t.y1, t.r1)):
                 assert abs(x) + t.orbit + REACH * r < 1.06
                 assert abs(y) + t.orbit + abs(t.zigzag) + REACH * r < 1.06

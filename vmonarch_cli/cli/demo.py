@@ -122,6 +122,6 @@ def read_clips(comparison: Comparison) -> dict[str, str]:
     found = {}
     for clip in comparison.clips:
         reading = read_clip(torch.from_numpy(clip.frames).movedim(-1, 0).float() / 127.5 - 1)
-        objects = " and ".join(f"a {one.colour} {one.shape} ({one.motion})" for one in reading.objects)
+        objects = " and ".join(f"a {one.colour} {one.shape} ({', then '.join(one.motions)})" for one in reading.objects)
         found[clip.name] = f"{objects or 'nothing that stands out'} on {reading.background}"
     return found

@@ -15,6 +15,7 @@ from vmonarch_cli.models.demo_vocabulary import (
     MAX_TOKENS,
     MOTIONS,
     OPENINGS,
+    ORDER,
     PLACES,
     SHAPES,
     SIZES,
@@ -44,9 +45,25 @@ def plain_caption(spec: ClipSpec) -> str:
     """The plainest full sentence about a clip: canonical words, background named, for scoring."""
     rng = random.Random(spec.seed)
     nouns = [_noun(o, rng, size=o.size is not None, canonical=True) for o in spec.objects]
-    parts = [f"{noun} {MOTIONS[o.motion][1][0]}" for noun, o in zip(nouns, spec.objects, strict=True)]
+    parts = [f"{noun} {_plain_motions(o)}" for noun, o in zip(nouns, spec.objects, strict=True)]
     kind = "" if spec.kind == "plain" else f"{spec.kind} "
     return f"{' and '.join(parts)} on a {kind}{spec.background} background"
+
+
+def _verbs(item: ObjectSpec, form: int, rng: random.Random) -> str:
+    """What an object does, in one of the forms of `MOTIONS`; of several motions, in their order."""
+    said = rng.choice(MOTIONS[item.motions[0]][form])
+    for motion in item.motions[1:]:
+        joint = rng.choice(ORDER)
+        said += f"{joint} {rng.choice(MOTIONS[motion][form])}"
+    return said
+
+
+def _plain_motions(item: ObjectSpec) -> str:
+    if len(item.motions) == 1:
+        return MOTIONS[item.motions[0]][1][0]
+    # The shortest wording of each, or four motions would not fit into a prompt.
+    return " then ".join(min(MOTIONS[motion][1], key=lambda words: len(tokens(words))) for motion in item.motions)
 
 
 def _sentence(spec: ClipSpec, rng: random.Random, with_background: bool) -> str:
@@ -63,7 +80,7 @@ def _sentence(spec: ClipSpec, rng: random.Random, with_background: bool) -> str:
             noun = noun.split(" ", 1)[1]
         if place and item.place is not None:
             noun += " " + rng.choice(PLACES[item.place])
-        verb = rng.choice(MOTIONS[item.motion][0 if finite else 1])
+        verb = _verbs(item, 0 if finite else 1, rng)
         if finite and rng.random() < 0.08:
             noun += rng.choice((" that", " which"))
         clauses.append(f"{noun} {verb}")
@@ -84,7 +101,7 @@ def _sentence(spec: ClipSpec, rng: random.Random, with_background: bool) -> str:
         return _stop(f"{where}, {head}", rng)
     if pattern < 0.90 and len(spec.objects) == 1 and not finite:
         item = spec.objects[0]
-        verb = rng.choice(MOTIONS[item.motion][1])
+        verb = _verbs(item, 1, rng)
         noun = _noun(item, rng, size=size, definite=not opening)
         if opening == "an animated":
             noun = noun.split(" ", 1)[1]
@@ -97,7 +114,7 @@ def _sentence(spec: ClipSpec, rng: random.Random, with_background: bool) -> str:
 
 def _keywords(spec: ClipSpec, rng: random.Random, with_background: bool) -> str:
     item = spec.objects[0]
-    words = [_noun(item, rng, size=rng.random() < 0.4).split(" ", 1)[1], rng.choice(MOTIONS[item.motion][2])]
+    words = [_noun(item, rng, size=rng.random() < 0.4).split(" ", 1)[1], _verbs(item, 2, rng)]
     if with_background:
         words.append(f"{_colour_and_kind(spec, rng)} background")
     return ", ".join(words)

@@ -1,6 +1,7 @@
 """Writes the model card from the reports of training and scoring, so that no figure in it is typed by hand.
 
-`python -m vmonarch_cli.demo.card --reports DIR --score FILE --weights DIR`
+`python -m vmonarch_cli.demo.card --reports DIR --score FILE [FILE ...] --weights DIR`, with a file of the scorer for
+each length of clips.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
-from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES, vocabulary
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES
 from vmonarch_cli.models.tuned import TunedAdapter, read_adapter, shipped_adapters
 from vmonarch_cli.plan.tuned import TUNED_ROW
 
@@ -26,8 +28,8 @@ pipeline_tag: text-to-video
 # The vmonarch demo model
 
 A text-to-video model of {total_millions:.1f} million parameters ({megabytes:.1f} MB in float16) that draws moving
-shapes: 49 frames of {size} x {size} pixels at 16 frames a second. It exists so that vmonarch can be tried, tested and
-measured without a download. It loads through `WanPipeline`, like the large models it stands in for.
+shapes: {frames} frames of {sizes_trained} pixels at 16 frames a second. It exists so that vmonarch can be tried,
+tested and measured without a download. It loads through `WanPipeline`, like the large models it stands in for.
 
 ## Parts
 
@@ -39,7 +41,8 @@ measured without a download. It loads through `WanPipeline`, like the large mode
 | tokenizer | word level, {words} tokens | |
 | scheduler | `UniPCMultistepScheduler` on flow sigmas, shift {flow_shift:g} | |
 
-Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The token grid is 13 x 12 x 12.
+Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The token grid of 49 frames of 96 x 96 is
+13 x 12 x 12.
 
 ## Data
 
@@ -47,7 +50,7 @@ Clips rendered by `vmonarch_cli/demo/clips.py` while training; nothing was colle
 ({shapes}) in {colours}, {sizes}, {motions}; backgrounds {backgrounds}, {kinds}. Captions are built from about
 {words} words in many sentence patterns. One in eleven combinations of shape, colour and motion never occurs in
 training; the held-out prompts below each have one. Training sees pairs and fast motions more often than they are asked
-for below.
+for below.{longer}
 
 ## Training
 
@@ -61,34 +64,48 @@ middle, and the loss weighs more where objects are; both fade out. The transform
 {dit_loss:.4f}.{structured}
 
 To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text --out DIR`, then
-`dit --vae DIR/vae --text DIR --out DIR`.{adapters}
+`dit --vae DIR/vae --text DIR --out DIR`{again}.{adapters}
 
 ## Measured
 
-Autoencoder on {vae_eval_clips} held-out clips of 49 frames: {vae_psnr:.2f} dB PSNR, worst clip {vae_worst:.2f} dB;
-first, middle and last frame {vae_first:.2f}, {vae_middle:.2f} and {vae_last:.2f} dB.
+{measured}
+## Limits
+
+- It knows the words of `vmonarch_cli/models/demo_vocabulary.py` and nothing else; the command line names the words
+  that it does not know.
+- It was trained at {frames} frames of {sizes_trained} pixels only. Other sizes and lengths run but were not trained.
+- At most two objects, in separate places. Left unsaid, size and background are chosen at random.
+- It says nothing about how structured attention does on large models: attention here is over {tokens} tokens, and
+  the clips are simple.
+"""
+
+_AGAIN = """; for the last training, `text --init WEIGHTS --out DIR`
+and `dit --vae WEIGHTS/vae --text DIR --init WEIGHTS --small-until 0 --clips {clips} --out DIR`"""
+
+_LONGER = """
+
+Clips longer than 49 frames were trained at {lengths}. There, motions that repeat keep their speed and the others take
+their time, and one object may move in several ways, one after the other ("rises, then circles"): in two in 97 frames,
+in up to three from 145 on. Shorter clips show a whole motion, faster."""
+
+_MEASURED = """### {frames} frames of {size} x {size}
+
+Autoencoder on {vae_eval_clips} held-out clips: {vae_psnr:.2f} dB PSNR, worst clip {vae_worst:.2f} dB; first, middle and
+last frame {vae_first:.2f}, {vae_middle:.2f} and {vae_last:.2f} dB.
 
 Share of clips that show what their prompt says, on {prompts} held-out prompts ({pairs} of them with two objects, which
-must both be right), {steps} steps, on {score_device}, read from the pixels by `vmonarch_cli/demo/reader.py`:
+must both be right{several}), {steps} steps, on {score_device}, read from the pixels by `vmonarch_cli/demo/reader.py`:
 
 | | colour | background | motion | shape |
 | --- | --- | --- | --- | --- |
 {agreement}
 | the reader itself, on {reader_clips} rendered clips | {reader} |
 | and on the autoencoder's reconstructions of {through_clips} of them | {through} |
-{distances}
-## Limits
-
-- It knows the words of `vmonarch_cli/models/demo_vocabulary.py` and nothing else; the command line names the words
-  that it does not know.
-- It was trained at 49 frames of {size} x {size} pixels only. Other sizes and lengths run but were not trained.
-- At most two objects, in separate places. Left unsaid, size and background are chosen at random.
-- It says nothing about how structured attention does on large models: attention here is over 1,872 tokens, and the
-  clips are simple.
-"""
+{distances}"""
 
 
-_KINDS_OF_CLIPS = ("one object", "single"), ("two objects", "pair")
+_KINDS_OF_CLIPS = ("one object", "single"), ("two objects", "pair"), ("several motions", "several")
+_WORDS_BEFORE = 179  # of tokenizers whose reports do not say it
 _STRUCTURED = """
 
 In the training marked as tuned, half of every batch repeats the other half's clips with Monarch attention (one part as
@@ -113,7 +130,7 @@ Report = dict[str, Any]
 def model_card(
     vae: Report,
     dit: Report,
-    score: Report,
+    scores: Sequence[Report],
     vae_parameters: int,
     text_alone: Report | None = None,
     adapters: Sequence[TunedAdapter] = (),
@@ -121,21 +138,23 @@ def model_card(
     """The card's text.
 
     Args:
-        vae: `vae_report.json` of the training.
-        dit: `dit_report.json` of the training.
-        score: the scorer's JSON; its first preset and its reader and autoencoder parts are used.
+        vae, dit: `vae_report.json` and `dit_report.json` of the training.
+        scores: the scorer's JSON, one for each length and size of clips.
         vae_parameters: number of parameters of the autoencoder.
         text_alone: `text_report.json`, where the text encoder was trained on its own first.
         adapters: what those that come with the model say of themselves.
-
     """
-    presets = score["presets"]
-    entry = next(iter(presets.values()))
     transformer, text = dit["transformer_parameters"], dit["text_encoder_parameters"]
+    trained = _trained_at(dit)
+    lengths, sides = ({shape[i] for shape in trained} for i in (0, 1))
+    longer = sorted(frames for frames in lengths if frames > NUM_FRAMES)
     return _TEMPLATE.format(
         total_millions=(transformer + text + vae_parameters) / 1e6,
         megabytes=dit["folder_megabytes"],
-        size=score["settings"]["size"],
+        frames=_span(lengths),
+        sizes_trained=" and ".join(f"{side} x {side}" for side in sorted(sides)),
+        again=_AGAIN.format(clips=_clips(dit)) if "mixed" in dit else "",
+        longer=_LONGER.format(lengths=_listed(longer)) if longer else "",
         layers=dit["transformer"]["num_layers"],
         heads=dit["transformer"]["num_heads"],
         head_dim=dit["transformer"]["head_dim"],
@@ -145,8 +164,8 @@ def model_card(
         transformer_millions=transformer / 1e6,
         vae_millions=vae_parameters / 1e6,
         text_millions=text / 1e6,
-        words=len(vocabulary()),
-        guidance=score["settings"]["guidance"],
+        words=dit.get("words", _WORDS_BEFORE),
+        guidance=scores[0]["settings"]["guidance"],
         shapes=", ".join(SHAPES),
         colours=", ".join(COLOURS),
         sizes=", ".join(SIZES),
@@ -156,6 +175,46 @@ def model_card(
         training="\n".join(_training(vae, dit, text_alone)),
         dit_loss=dit["loss"],
         flow_shift=FLOW_SHIFT,
+        structured=_STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
+        adapters=_adapters(adapters),
+        measured="\n".join(_measured(score) for score in scores),
+        tokens=_span([_tokens(score) for score in scores]),
+    )
+
+
+def _trained_at(dit: Report) -> list[tuple[int, int]]:
+    """Frames and sides of the clips that the transformer was trained at last."""
+    found = [name.split("x") for name in dit.get("mixed", {f"{NUM_FRAMES}x{SIZE}": 1.0})]
+    return [(int(frames), int(side)) for frames, side in found]
+
+
+def _clips(dit: Report) -> str:
+    """What `--clips` was."""
+    return ",".join(f"{name}:{share:.3g}" for name, share in dit["mixed"].items())
+
+
+def _span(numbers: Collection[int]) -> str:
+    return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" and " if len(numbers) > 1 else "") + str(numbers[-1])
+
+
+def _tokens(score: Report) -> int:
+    """Tokens of one of the clips that were scored."""
+    settings = score["settings"]
+    return int(((settings["num_frames"] - 1) // 4 + 1) * (settings["size"] // 8) ** 2)
+
+
+def _measured(score: Report) -> str:
+    """What was measured on clips of one length and size."""
+    presets = score["presets"]
+    entry = next(iter(presets.values()))
+    several = entry.get("several_motions", 0)
+    return _MEASURED.format(
+        frames=score["settings"]["num_frames"],
+        size=score["settings"]["size"],
         vae_eval_clips=score["vae"]["clips"],
         vae_psnr=score["vae"]["psnr"],
         vae_worst=score["vae"]["psnr_worst_clip"],
@@ -164,10 +223,9 @@ def model_card(
         vae_last=score["vae"]["psnr_last"],
         prompts=entry["prompts"],
         pairs=entry["pairs"],
+        several=f"; {several} with several motions, which must all be right and in order" if several else "",
         steps=score["settings"]["steps"],
         score_device=score["device"],
-        structured=_STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
-        adapters=_adapters(adapters),
         agreement="\n".join(_agreement(presets)),
         distances="\n".join(_distances(presets)),
         reader_clips=score["reader"]["clips"],
@@ -181,14 +239,18 @@ def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
     """Rows of the training table, in the order in which things were trained."""
     chain = _chain(dit)
     rows = [_trained("autoencoder", vae, f"{vae['clips']:,}")]
-    text_row = (
-        None if text_alone is None else _trained("text encoder", text_alone, f"{text_alone['captions']:,} captions")
-    )
+    texts = [
+        _trained("text encoder" + (", continued" if number else ""), text, f"{text['captions']:,} captions")
+        for number, text in enumerate([] if text_alone is None else _chain(text_alone))
+    ]
+    said = 0
     for number, report in enumerate(chain):
         parts = report.get("trained", "transformer and text encoder")
-        if parts == "transformer" and text_row is not None:
-            rows.append(text_row)  # it was there, and final, from here on
-            text_row = None
+        if parts == "transformer":
+            # Its first training was there from here on, those that went on before the last training alone.
+            there = len(texts) if report is dit else 1
+            rows += texts[said:there]
+            said = there
         name = parts + (", continued" if number else "") + (", tuned" if report.get("structured") else "")
         rows.append(_trained(name, report, f"{report['clips']:,} ({report['distinct_clips']:,} distinct)"))
     return rows
@@ -225,7 +287,12 @@ def _agreement(presets: dict[str, Report]) -> list[str]:
     for number, (name, entry) in enumerate(presets.items()):
         rows.append(f"| {_name(name)} | {_row(entry)} |")
         if not number:
-            rows += [f"| its clips of {kind} | {_row(entry[key])} |" for kind, key in _KINDS_OF_CLIPS]
+            kinds = [(kind, entry[key]) for kind, key in _KINDS_OF_CLIPS if key in entry]
+            rows += [
+                f"| its clips of {kind} | {_row(shares)} |"
+                for kind, shares in kinds
+                if any(share is not None for share in shares.values())
+            ]
     return rows
 
 
@@ -255,7 +322,7 @@ def _trained(name: str, report: Report, seen: str) -> str:
 
 
 def _row(shares: dict[str, Any]) -> str:
-    cells = [shares[name] for name in ("colour", "background", "motion", "shape")]
+    cells = map(shares.get, ("colour", "background", "motion", "shape"))
     return " | ".join("-" if c is None else f"{100 * c:.1f} %" for c in cells)
 
 
@@ -263,19 +330,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the reports and write MODEL_CARD.md into the weights folder."""
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.card", description=__doc__)
     parser.add_argument("--reports", type=Path, required=True, help="folder of the trainings' ..._report.json")
-    parser.add_argument("--score", type=Path, required=True, help="the scorer's JSON")
+    parser.add_argument("--score", type=Path, required=True, nargs="+", help="the scorer's JSON, one for each length")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
-    args = parser.parse_args(argv)
     from safetensors import safe_open
 
+    args = parser.parse_args(argv)
     with safe_open(args.weights / "vae" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
         vae_parameters = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
     found = {part: args.reports / f"{part}_report.json" for part in ("vae", "dit", "text")}
     vae, dit = (json.loads(found[part].read_text()) for part in ("vae", "dit"))
     text_alone = json.loads(found["text"].read_text()) if found["text"].is_file() else None
     adapters = [read_adapter(path) for path in shipped_adapters(args.weights.parent)]
-    card = model_card(vae, dit, json.loads(args.score.read_text()), vae_parameters, text_alone, adapters)
-    (args.weights / "MODEL_CARD.md").write_text(card)
+    scores = [json.loads(path.read_text()) for path in args.score]
+    scores.sort(key=lambda score: (score["settings"]["size"], score["settings"]["num_frames"]))
+    (args.weights / "MODEL_CARD.md").write_text(model_card(vae, dit, scores, vae_parameters, text_alone, adapters))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from vmonarch_cli.demo.specs import ClipSpec, ObjectSpec, Track
+from vmonarch_cli.demo.specs import BEAT_FRAMES, ClipSpec, ObjectSpec
+from vmonarch_cli.demo.tracks import Track
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, RGB, SHAPES
 
-NUM_FRAMES = 49
+NUM_FRAMES = BEAT_FRAMES + 1
 SIZE = 96
 FPS = 16
 
@@ -89,7 +90,7 @@ def occupancy(
     for slot in range(max(len(s.objects) for s in specs)):
         rows = [b for b, s in enumerate(specs) if slot < len(s.objects)]
         objects = [specs[b].objects[slot] for b in rows]
-        cx, cy, r, angle = _tracks([o.track for o in objects], times.to(device).expand(len(rows), -1))
+        cx, cy, r, angle = _tracks([o.tracks for o in objects], times.to(device).expand(len(rows), -1))
         index = torch.tensor(rows, device=device)
         inside = _coverage(_distances(objects, x - cx, y - cy, r, angle), size)
         covered[index] = torch.maximum(covered[index], inside)
@@ -163,14 +164,20 @@ def _soft_square(u: Tensor) -> Tensor:
     return torch.tanh(3.0 * torch.sin(2 * math.pi * u))
 
 
-def _tracks(objects: Sequence[Track], times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, y, radius and angle (radians), each (B, F, 1, 1)."""
-    table = torch.tensor([[getattr(t, f) for f in _TRACK_FIELDS] for t in objects], device=times.device)
-    p = {name: table[:, i, None] for i, name in enumerate(_TRACK_FIELDS)}
+def _tracks(objects: Sequence[Sequence[Track]], times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, y, radius and angle (radians), each (B, F, 1, 1), of objects whose tracks share the time equally."""
+    most = max(len(tracks) for tracks in objects)
+    rows = [[*tracks, *[tracks[-1]] * (most - len(tracks))] for tracks in objects]
+    table = torch.tensor([[[getattr(t, f) for f in _TRACK_FIELDS] for t in row] for row in rows], device=times.device)
+    count = torch.tensor([[len(tracks)] for tracks in objects], device=times.device)
+    which = (times * count).floor().clamp(max=count - 1)
+    times = times * count - which
+    chosen = table.gather(1, which.long()[..., None].expand(-1, -1, len(_TRACK_FIELDS)))
+    p = {name: chosen[..., i] for i, name in enumerate(_TRACK_FIELDS)}
     u = times + p["ease"] * (_smoothstep(times) - times)
     orbit_angle = 2 * math.pi * (p["orbit_phase"] + p["orbit_turns"] * times)
     wave = torch.asin(0.97 * torch.sin(2 * math.pi * p["zigzag_waves"] * times)) / math.asin(0.97)
-    hop = torch.frac(p["bounces"] * times + 0.5)
+    hop = torch.frac(p["bounces"] * times + p["bounce_phase"])
     x = p["x0"] + (p["x1"] - p["x0"]) * u + p["orbit"] * torch.cos(orbit_angle)
     y = p["y0"] + (p["y1"] - p["y0"]) * u + p["orbit"] * torch.sin(orbit_angle)
     y = y + p["zigzag"] * wave - p["bounce"] * 4 * hop * (1 - hop)
@@ -181,7 +188,7 @@ def _tracks(objects: Sequence[Track], times: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _paint(image: Tensor, objects: Sequence[ObjectSpec], times: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
     """Draw one object and its shadow on each clip of `image` (b, 3, F, H, W) in [0, 1]."""
-    cx, cy, r, angle = _tracks([o.track for o in objects], times)
+    cx, cy, r, angle = _tracks([o.tracks for o in objects], times)
     dx, dy = x - cx, y - cy
     inside = _coverage(_distances(objects, dx, dy, r, angle), size)[:, None]
     shadow_distance = _distances(objects, dx - _SHADOW_OFFSET[0], dy - _SHADOW_OFFSET[1], r, angle)

@@ -42,7 +42,7 @@ class ReadObject:
     """One object as seen: names from the vocabulary, and its mean centroid in half frames."""
 
     colour: str
-    motion: str
+    motions: tuple[str, ...]
     shape: str
     centre: tuple[float, float]
 
@@ -68,8 +68,8 @@ class Agreement:
 ATTRIBUTES = ("colour", "background", "motion", "shape")
 
 
-def read_clip(video: Tensor) -> Reading:
-    """Read one clip (3, F, H, W) in [-1, 1]."""
+def read_clip(video: Tensor, motions: int = 1) -> Reading:
+    """Read one clip (3, F, H, W) in [-1, 1], and so many motions of its objects that share the clip equally."""
     lab = rgb_to_lab((video.float() + 1) / 2)
     background = _read_background(lab)
     masks = _object_masks(lab, background)
@@ -77,7 +77,8 @@ def read_clip(video: Tensor) -> Reading:
     for colour, mask in masks:
         track = _Tracked.from_mask(mask)
         if track is not None:
-            objects.append(ReadObject(colour, track.motion(), track.shape(), track.centre()))
+            parts = track.parts(motions)
+            objects.append(ReadObject(colour, tuple(p.motion() for p in parts), track.shape(), track.centre()))
     return Reading(background, tuple(objects))
 
 
@@ -93,7 +94,7 @@ def agreement(spec: ClipSpec, reading: Reading) -> Agreement:
     return Agreement(
         colour=set(wanted) == set(seen),
         background=spec.background == reading.background,
-        motion=bool(pairs) and all(w.motion == s.motion for w, s in pairs),
+        motion=bool(pairs) and all(w.motions == s.motions for w, s in pairs),
         shape=bool(pairs) and all(w.shape == s.shape for w, s in pairs),
     )
 
@@ -174,8 +175,11 @@ def _more_object_than_background(lab: Tensor, mask: Tensor, inner: Tensor, from_
 
 @dataclass(frozen=True)
 class _Tracked:
-    """A silhouette over time: mask (F, H, W); x, y in half frames and area in pixels, each (F,)."""
+    """A silhouette over time: when in [0, 1) it was seen (F,), its mask (F, H, W); x, y in half frames and area in
+    pixels, each (F,).
+    """
 
+    when: Tensor
     mask: Tensor
     x: Tensor
     y: Tensor
@@ -187,19 +191,28 @@ class _Tracked:
         visible = area > _LEAST_PIXELS
         if int(visible.sum()) < max(4, mask.shape[0] // 2):
             return None
+        when = torch.arange(len(mask), device=mask.device)[visible] / len(mask)
         mask, area = mask[visible], area[visible]
         height, width = mask.shape[-2:]
         columns = (torch.arange(width, device=mask.device) + 0.5) / width * 2 - 1
         rows = (torch.arange(height, device=mask.device) + 0.5) / height * 2 - 1
         x = (mask.sum(1) * columns).sum(1) / area
         y = (mask.sum(2) * rows).sum(1) / area
-        return cls(mask, x, y, area)
+        return cls(when, mask, x, y, area)
+
+    def parts(self, count: int) -> list[_Tracked]:
+        """The same silhouette in so many equal parts of the clip."""
+        which = (self.when * count).long()
+        chosen = (which == i for i in range(count))
+        return [_Tracked(self.when[i], self.mask[i], self.x[i], self.y[i], self.area[i]) for i in chosen]
 
     def centre(self) -> tuple[float, float]:
         return float(self.x.mean()), float(self.y.mean())
 
     def motion(self) -> str:
         """The motion, by rules on the centroid, then on area and silhouette if the centroid rests."""
+        if len(self.area) < 4:
+            return "unseen"
         x, y = _smooth(self.x), _smooth(self.y)
         range_x, range_y = float(x.max() - x.min()), float(y.max() - y.min())
         dx, dy = float(x[-3:].mean() - x[:3].mean()), float(y[-3:].mean() - y[:3].mean())

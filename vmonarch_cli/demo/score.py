@@ -3,7 +3,8 @@
 `python -m vmonarch_cli.demo.score --weights DIR --json FILE` checks the reader on rendered clips, measures the
 autoencoder on held-out clips, generates held-out prompts and reads the clips. `--preset` (repeatable) generates once
 per preset; every preset after the first is compared with the first, pair by pair, from the same noise. `--tuned FILE`
-(repeatable) adds a row with that adapter, for the preset that it was made for.
+(repeatable) adds a row with that adapter, for the preset that it was made for. `--frames` and `--size` choose clips of
+another length and size, whose prompts tell more motions the longer they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vmonarch_cli.demo.reader import Reading
     from vmonarch_cli.plan.setup import AdapterFile
 
 DENSE = "dense"
@@ -36,7 +36,7 @@ SwapAttention = Callable[..., AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate: `prompts` held-out prompts of clips of 49 frames of `size` x `size`, `batch` at a time."""
+    """How to generate: `prompts` held-out prompts of clips of `num_frames` of `size` x `size`, `batch` at a time."""
 
     prompts: int = 64
     steps: int = 20
@@ -59,28 +59,28 @@ def swap_attention(pipeline: Any, preset: str, tuned: AdapterFile | None = None)
     return context
 
 
-def held_out_specs(count: int) -> list[ClipSpec]:
+def held_out_specs(count: int, frames: int = 49) -> list[ClipSpec]:
     """The clips whose prompts are scored: each has a (shape, colour, motion) triple that training never shows."""
-    return [sample_spec("heldout", _HELD_OUT_SEED, i) for i in range(count)]
+    return [sample_spec("heldout", _HELD_OUT_SEED, i, frames) for i in range(count)]
 
 
-def check_reader(count: int, device: Any, size: int = 96, vae: Any = None) -> dict[str, float]:
+def check_reader(count: int, device: Any, settings: Settings, vae: Any = None) -> dict[str, float]:
     """Share of rendered training clips whose attributes are read right; with a ``vae``, of what it makes of them."""
     import torch
 
-    from vmonarch_cli.demo.clips import render
+    from vmonarch_cli.demo.clips import frame_times, render
     from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
     from vmonarch_cli.families.wan_vae import decode_raw, encode_mean
 
     right = dict.fromkeys(ATTRIBUTES, 0)
     for start in range(0, count, 4):
-        specs = [sample_spec("train", 3, i) for i in range(start, min(start + 4, count))]
-        videos = render(specs, size=size, device=device)
+        specs = [sample_spec("train", 3, i, settings.num_frames) for i in range(start, min(start + 4, count))]
+        videos = render(specs, frame_times(settings.num_frames), size=settings.size, device=device)
         if vae is not None:
             with torch.no_grad():
                 videos = decode_raw(vae, encode_mean(vae, videos)).clamp(-1, 1)
         for spec, video in zip(specs, videos, strict=True):
-            found = agreement(spec, read_clip(video))
+            found = agreement(spec, read_clip(video, spec.motions))
             for name in ATTRIBUTES:
                 right[name] += bool(getattr(found, name))
     return {name: value / count for name, value in right.items()}
@@ -139,22 +139,18 @@ def generate(
     return torch.cat(latents), torch.cat(clips)
 
 
-def read_clips(clips: Tensor) -> list[Reading]:
-    """What each of the clips (N, 3, F, H, W) in [-1, 1] shows."""
-    from vmonarch_cli.demo.reader import read_clip
-
-    return [read_clip(clip) for clip in clips]
-
-
-def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
-    """Share of clips that show each attribute of their prompt, for single objects and pairs, and every miss."""
+def read_agreement(specs: Sequence[ClipSpec], clips: Tensor, device: Any = "cpu") -> dict[str, Any]:
+    """Share of clips that show each attribute of their prompt, for single objects and pairs, and every miss; `device`
+    reads. A clip of several motions shows them if all are there, in their order.
+    """
     from vmonarch_cli.demo.captions import plain_caption
-    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement
+    from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
 
     rows, misses = [], []
-    for spec, reading in zip(specs, read_clips(clips), strict=True):
+    for spec, clip in zip(specs, clips, strict=True):
+        reading = read_clip(clip.to(device), spec.motions)
         found = asdict(agreement(spec, reading))
-        rows.append({**found, "pair": len(spec.objects) == 2})
+        rows.append({**found, "pair": len(spec.objects) == 2, "several": spec.motions > 1})
         if not all(found.values()):
             wrong = [name for name, right in found.items() if not right]
             misses.append({"prompt": plain_caption(spec), "wrong": wrong, "read": asdict(reading)})
@@ -164,12 +160,15 @@ def read_agreement(specs: Sequence[ClipSpec], clips: Tensor) -> dict[str, Any]:
 
     single = [r for r in rows if not r["pair"]]
     pairs = [r for r in rows if r["pair"]]
+    several = [r for r in rows if r["several"]]
     return {
         "prompts": len(rows),
         "pairs": len(pairs),
+        "several_motions": len(several),
         **{name: share(name, rows) for name in ATTRIBUTES},
         "single": {name: share(name, single) for name in ATTRIBUTES},
         "pair": {name: share(name, pairs) for name in ATTRIBUTES},
+        "several": {name: share(name, several) for name in ATTRIBUTES},
         "misses": misses,
     }
 
@@ -219,14 +218,15 @@ def score(
 
     result: dict[str, Any] = {"device": device_name(device), "settings": asdict(settings)}
     if reader_clips:
-        result["reader"] = {"clips": reader_clips, **check_reader(reader_clips, device, settings.size)}
+        result["reader"] = {"clips": reader_clips, **check_reader(reader_clips, device, settings)}
     tuned = [one for one in presets if not isinstance(one, str)]
     pipeline = load(weights, device, tuned)
     if vae_clips:
-        result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, size=settings.size)[0]
-        shares = check_reader(vae_clips, device, settings.size, pipeline.vae)
+        shape = {"size": settings.size, "frames": settings.num_frames}
+        result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, **shape)[0]
+        shares = check_reader(vae_clips, device, settings, pipeline.vae)
         result["reader_through_vae"] = {"clips": vae_clips, **shares}
-    specs = held_out_specs(settings.prompts)
+    specs = held_out_specs(settings.prompts, settings.num_frames)
     result["presets"] = {}
     reference: tuple[Tensor, Tensor] | None = None
     rows: dict[str, tuple[str, dict[str, AdapterFile]]] = {one: (one, {}) for one in presets if isinstance(one, str)}
@@ -235,7 +235,7 @@ def score(
         start = time.monotonic()
         generated = generate(pipeline, specs, settings, preset, swap, **adapter)
         seconds = time.monotonic() - start
-        entry = {**read_agreement(specs, generated[1]), "seconds": seconds}
+        entry = {**read_agreement(specs, generated[1], device), "seconds": seconds}
         if reference is None:
             reference = generated
             if sheet is not None:
@@ -272,6 +272,9 @@ def show(result: dict[str, Any]) -> None:
         singles = entry["prompts"] - entry["pairs"]
         table.add_row("  one object", str(singles), *(percent(entry["single"][a]) for a in ATTRIBUTES))
         table.add_row("  two objects", str(entry["pairs"]), *(percent(entry["pair"][a]) for a in ATTRIBUTES))
+        if entry["several_motions"]:
+            shares = (percent(entry["several"][a]) for a in ATTRIBUTES)
+            table.add_row("  several motions", str(entry["several_motions"]), *shares)
     console.print(table)
     if "vae" in result:
         vae = result["vae"]
@@ -310,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=defaults.guidance)
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--size", type=int, default=defaults.size)
+    parser.add_argument("--frames", type=int, default=defaults.num_frames)
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
     parser.add_argument("--tuned", action="append", type=Path, help="an adapter, for a row of its own (repeatable)")
     parser.add_argument("--device")
@@ -323,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vmonarch_cli.plan.tuned import read
 
     quiet_libraries()
-    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size)
+    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames)
     result = score(
         args.weights,
         settings,

@@ -1,7 +1,11 @@
 """What a clip shows, as plain data, and how it is drawn at random (no torch here).
 
-Units: lengths in half frames (the frame spans [-1, 1], x to the right, y downwards), angles in turns, time in clip
-lengths (0 is the first frame, 1 the last).
+Units: lengths in half frames (the frame spans [-1, 1], x to the right, y downwards), angles in turns, time in lengths
+of a motion (0 is its first frame, 1 its last).
+
+A clip of 49 frames (3 s, one beat) shows one motion of every object. In longer clips, motions that repeat (bouncing,
+circling, spinning, zigzagging) keep their speed and repeat more often, the others take their time, and one object may
+move in several ways, one after the other, each for at least a beat. Shorter clips show the whole motion faster.
 
 Held-out clips differ from training clips in two ways: their random seeds come from another name space, and at least
 one of their (shape, colour, motion) triples is never drawn for training.
@@ -11,17 +15,20 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
+from vmonarch_cli.demo.tracks import REACH, Track, following, tilt, track_of
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, RGB, SHAPES
 
 Split = Literal["train", "heldout"]
 
 SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.25, 0.28), "medium": (0.33, 0.37), "large": (0.44, 0.50)}
-REACH = 1.22
-"""Largest distance of any shape's outline from its centre, in radii."""
+BEAT_FRAMES = 48
+"""Frames from the first to the last of a clip of 49: how long one motion takes at its normal speed."""
+MAX_MOTIONS = 3
+_MANY_MOTIONS_SHARE = 0.65  # of clips of one object that are long enough for two motions
 
 PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}
 """How many clips show two objects; training sees more of them because they take longest to learn."""
@@ -34,46 +41,23 @@ _STACKED = ("left to right", "right to left", "spinning", "growing", "shrinking"
 
 
 @dataclass(frozen=True)
-class Track:
-    """Position, radius and angle over time: one formula of which every motion is a special case.
-
-    With u = eased time: x = x0 + (x1 - x0) u + orbit cos(2 pi (orbit_phase + orbit_turns t)), the same with sin for y,
-    plus a rounded triangle wave (zigzag) and minus a parabola per bounce; radius r0 to r1; angle a0 + turns t.
-    """
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    r0: float
-    r1: float
-    a0: float = 0.0
-    turns: float = 0.0
-    ease: float = 0.0
-    orbit: float = 0.0
-    orbit_turns: float = 0.0
-    orbit_phase: float = 0.0
-    zigzag: float = 0.0
-    zigzag_waves: float = 0.0
-    bounce: float = 0.0
-    bounces: float = 0.0
-
-
-@dataclass(frozen=True)
 class ObjectSpec:
-    """One shape: names from `vocabulary`, the size word (None while it grows or shrinks), the place word of a pair."""
+    """One shape: names from `vocabulary`, the size word (None while it grows or shrinks), the place word of a pair.
+
+    Its motions follow one another, each with its track and all equally long.
+    """
 
     shape: str
     colour: str
-    motion: str
+    motions: tuple[str, ...]
     size: str | None
-    track: Track
+    tracks: tuple[Track, ...]
     place: str | None = None
 
     @property
-    def triple(self) -> tuple[str, str, str]:
-        """(shape, colour, motion)."""
-        return self.shape, self.colour, self.motion
+    def triples(self) -> tuple[tuple[str, str, str], ...]:
+        """(shape, colour, motion) of every motion."""
+        return tuple((self.shape, self.colour, motion) for motion in self.motions)
 
 
 @dataclass(frozen=True)
@@ -91,6 +75,11 @@ class ClipSpec:
     pattern_phase: float = 0.0
     seed: str = field(default="", compare=False)
 
+    @property
+    def motions(self) -> int:
+        """How many motions follow one another; two objects have one each."""
+        return max(len(item.motions) for item in self.objects)
+
 
 def is_held_out(shape: str, colour: str, motion: str) -> bool:
     """Whether training never shows this triple (one in eleven, spread evenly over shapes, colours and motions)."""
@@ -103,29 +92,36 @@ def motions_of(shape: str) -> tuple[str, ...]:
     return tuple(m for m in MOTIONS if not (m == "spinning" and shape in _ROUND_SHAPES))
 
 
-def sample_spec(split: Split, seed: int, index: int) -> ClipSpec:
-    """The clip number `index` of a split; the same arguments always give the same clip."""
-    name = f"{split}/{seed}/{index}"
+def sample_spec(split: Split, seed: int, index: int, frames: int = BEAT_FRAMES + 1) -> ClipSpec:
+    """The clip number `index` of a split, for clips of so many frames; the same arguments give the same clip."""
+    beats = (frames - 1) / BEAT_FRAMES
+    name = f"{split}/{seed}/{index}" + ("" if beats == 1 else f"/{frames}")
     rng = random.Random(name)
     # Decided once: a pair has two chances to be held out, so redrawing it too would fill the held-out split with pairs.
     pair = rng.random() < PAIR_SHARE[split]
     while True:
-        spec = _draw(rng, name, pair=pair)
-        if split == "train" and not any(o.motion in _FAST for o in spec.objects) and rng.random() > _SLOW_KEPT:
+        spec = _draw(rng, name, beats, pair=pair)
+        fast = any(_FAST & set(o.motions) for o in spec.objects)
+        if split == "train" and not fast and rng.random() > _SLOW_KEPT:
             continue
-        held_out = [is_held_out(*o.triple) for o in spec.objects]
+        held_out = [is_held_out(*triple) for o in spec.objects for triple in o.triples]
         if any(held_out) == (split == "heldout"):
             return spec
 
 
-def _draw(rng: random.Random, name: str, *, pair: bool) -> ClipSpec:
+def _draw(rng: random.Random, name: str, beats: float, *, pair: bool) -> ClipSpec:
     background = rng.choice(list(BACKGROUNDS))
     colours = [c for c in COLOURS if contrasts(c, background)]
     if pair:
-        objects = _draw_pair(rng, colours)
+        objects = tuple(_lasting(item, beats) for item in _draw_pair(rng, colours))
     else:
         shape = rng.choice(list(SHAPES))
-        objects = (_draw_single(rng, shape, rng.choice(colours), rng.choice(motions_of(shape))),)
+        item = _draw_single(rng, shape, rng.choice(colours), rng.choice(motions_of(shape)))
+        if beats >= 2 and rng.random() < _MANY_MOTIONS_SHARE:
+            count = rng.randint(2, min(int(beats), MAX_MOTIONS))
+            objects = (_with_more_motions(rng, _lasting(item, beats / count), count, beats / count),)
+        else:
+            objects = (_lasting(item, beats),)
     return ClipSpec(
         objects=objects,
         background=background,
@@ -142,13 +138,25 @@ def _draw_single(rng: random.Random, shape: str, colour: str, motion: str) -> Ob
         small, large = rng.uniform(0.18, 0.22), rng.uniform(0.46, 0.54)
         r0, r1 = (small, large) if motion == "growing" else (large, small)
         x, y = rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25)
-        track = Track(x, y, x, y, r0, r1, a0=_tilt(rng))
-        return ObjectSpec(shape, colour, motion, None, track)
+        track = Track(x, y, x, y, r0, r1, a0=tilt(rng))
+        return ObjectSpec(shape, colour, (motion,), None, (track,))
     sizes = ("small", "medium") if motion in ("circling", "zigzagging", "bouncing") else tuple(SIZE_RADII)
     size = rng.choice(sizes)
     r = rng.uniform(*SIZE_RADII[size])
     room = 0.97 - REACH * r
-    return ObjectSpec(shape, colour, motion, size, _track(rng, motion, r, (0.0, 0.0), (room, room)))
+    return ObjectSpec(shape, colour, (motion,), size, (track_of(rng, motion, r, (0.0, 0.0), (room, room)),))
+
+
+def _with_more_motions(rng: random.Random, item: ObjectSpec, count: int, beats: float) -> ObjectSpec:
+    """The object with `count` motions in all, each of so many beats; its size goes unsaid where it changes."""
+    more = following(rng, item.motions[0], item.tracks[0], motions_of(item.shape), (beats,) * (count - 1))
+    motions = (*item.motions, *(motion for motion, _ in more))
+    size = None if {"growing", "shrinking"} & set(motions) else item.size
+    return replace(item, motions=motions, size=size, tracks=(*item.tracks, *(track for _, track in more)))
+
+
+def _lasting(item: ObjectSpec, beats: float) -> ObjectSpec:
+    return replace(item, tracks=tuple(track.lasting(beats) for track in item.tracks))
 
 
 def _draw_pair(rng: random.Random, colours: list[str]) -> tuple[ObjectSpec, ...]:
@@ -166,62 +174,15 @@ def _draw_pair(rng: random.Random, colours: list[str]) -> tuple[ObjectSpec, ...]
             r0, r1 = (small, large) if motion == "growing" else (large, small)
             jitter = (0.0, rng.uniform(-0.3, 0.3)) if side_by_side else (rng.uniform(-0.3, 0.3), 0.0)
             x, y = centre[0] + jitter[0], centre[1] + jitter[1]
-            objects.append(ObjectSpec(shape, colour, motion, None, Track(x, y, x, y, r0, r1, a0=_tilt(rng)), place))
+            track = Track(x, y, x, y, r0, r1, a0=tilt(rng))
+            objects.append(ObjectSpec(shape, colour, (motion,), None, (track,), place))
             continue
         size = rng.choice(("small", "medium"))
         r = rng.uniform(*SIZE_RADII[size])
         near, far = 0.48 - REACH * r, 0.97 - REACH * r
         room = (near, far) if side_by_side else (far, near)
-        objects.append(ObjectSpec(shape, colour, motion, size, _track(rng, motion, r, centre, room), place))
+        objects.append(ObjectSpec(shape, colour, (motion,), size, (track_of(rng, motion, r, centre, room),), place))
     return tuple(objects)
-
-
-def _tilt(rng: random.Random) -> float:
-    return rng.uniform(-0.03, 0.03)
-
-
-def _track(rng: random.Random, motion: str, r: float, centre: tuple[float, float], room: tuple[float, float]) -> Track:
-    """A track of constant radius that keeps the object within `room` of `centre` along x and y."""
-    cx, cy = centre
-    room_x, room_y = max(room[0], 0.0), max(room[1], 0.0)
-    x = cx + rng.uniform(-room_x, room_x) * 0.7
-    y = cy + rng.uniform(-room_y, room_y) * 0.7
-    a0, ease = _tilt(rng), rng.uniform(0.0, 0.6)
-    near, far = rng.uniform(0.8, 1.0), rng.uniform(0.8, 1.0)
-    match motion:
-        case "left to right":
-            return Track(cx - near * room_x, y, cx + far * room_x, y, r, r, a0, ease=ease)
-        case "right to left":
-            return Track(cx + near * room_x, y, cx - far * room_x, y, r, r, a0, ease=ease)
-        case "rising":
-            return Track(x, cy + near * room_y, x, cy - far * room_y, r, r, a0, ease=ease)
-        case "falling":
-            return Track(x, cy - near * room_y, x, cy + far * room_y, r, r, a0, ease=ease)
-        case "bouncing":
-            floor = cy + room_y
-            height = rng.uniform(0.75, 1.0) * 2.0 * room_y
-            return Track(x, floor, x, floor, r, r, a0, bounce=height, bounces=rng.choice((1.5, 2.0, 2.5)))
-        case "circling":
-            orbit = rng.uniform(0.7, 0.95) * min(room_x, room_y)
-            free_x, free_y = room_x - orbit, room_y - orbit
-            ox, oy = cx + rng.uniform(-free_x, free_x), cy + rng.uniform(-free_y, free_y)
-            turns = rng.choice((-1.0, 1.0)) * rng.uniform(1.0, 1.4)
-            return Track(ox, oy, ox, oy, r, r, a0, orbit=orbit, orbit_turns=turns, orbit_phase=rng.random())
-        case "spinning":
-            turns = rng.choice((-1.0, 1.0)) * rng.uniform(0.9, 1.5)
-            return Track(x, y, x, y, r, r, rng.random(), turns=turns)
-        case "zigzagging":
-            way = rng.choice((-1.0, 1.0))
-            amplitude = rng.uniform(0.28, 0.38)
-            slack = max(room_y - amplitude, 0.0)
-            y = cy + rng.uniform(-slack, slack)
-            return Track(
-                cx - way * near * room_x, y, cx + way * far * room_x, y, r, r, a0,
-                zigzag=amplitude * rng.choice((-1.0, 1.0)), zigzag_waves=rng.uniform(1.75, 2.5),
-            )  # fmt: skip
-        case "standing still":
-            return Track(x, y, x, y, r, r, a0)
-    raise ValueError(f"motion: got {motion!r}, valid are {', '.join(MOTIONS)}")
 
 
 @cache

@@ -1,14 +1,16 @@
 """Every word the demo model knows, and what each means (no torch here: the CLI imports this to check prompts).
 
 Colours are sRGB triples in [0, 1]. A word means exactly one thing; synonyms are listed beside the canonical name,
-which is the first entry. Captions (`captions.py`) are built from these tables only, so `VOCABULARY` is complete by
+which is the first entry. Captions (`captions.py`) are built from these tables only, so `vocabulary()` is complete by
 construction.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
+from pathlib import Path
 
 RGB = tuple[float, float, float]
 
@@ -210,6 +212,9 @@ GLUE: tuple[str, ...] = (
     "background", "backdrop", ",", ".",
 )  # fmt: skip
 
+ORDER: tuple[str, ...] = (" then", " and then", ", then", ", then", ", and then")
+"""What joins one motion of an object to its next."""
+
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 MAX_TOKENS = 32
 """Longest prompt in tokens, the end token included; also the `max_sequence_length` to give the pipeline."""
@@ -224,7 +229,10 @@ def tokens(prompt: str) -> list[str]:
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """All known tokens in a fixed order: the three special ones first, then the words sorted."""
+    """All tokens that training uses, in a fixed order: the three special ones, then words sorted, then later words.
+
+    Words that came later stand at the end, so that a trained token keeps its number.
+    """
     phrases: list[str] = [*GLUE, *OPENINGS]
     for names in (SHAPES, COLOUR_WORDS, BACKGROUND_WORDS, SIZES, PLACES):
         for words in names.values():
@@ -234,7 +242,18 @@ def vocabulary() -> tuple[str, ...]:
     for finite, gerunds, keywords in MOTIONS.values():
         phrases.extend((*finite, *gerunds, *keywords))
     known = {token for phrase in phrases for token in tokens(phrase)}
-    return (PAD, EOS, UNKNOWN, *sorted(known))
+    later = {token for phrase in ORDER for token in tokens(phrase)} - known
+    return (PAD, EOS, UNKNOWN, *sorted(known), *sorted(later))
+
+
+@cache
+def _shipped_words() -> frozenset[str]:
+    """Words that the tokenizer of the weights in this package knows; the trainings' own if it is not there."""
+    path = Path(__file__).parent.parent / "demo" / "weights" / "tokenizer" / "tokenizer.json"
+    try:
+        return frozenset(json.loads(path.read_text())["model"]["vocab"])
+    except OSError:
+        return frozenset(vocabulary())
 
 
 def unknown_words(prompt: str) -> list[str]:
@@ -242,7 +261,7 @@ def unknown_words(prompt: str) -> list[str]:
 
     Punctuation is ignored: the model has seen only some marks, and none changes what is drawn.
     """
-    known = set(vocabulary())
+    known = _shipped_words()
     unknown: list[str] = []
     for token in tokens(prompt):
         if token not in known and token not in unknown and re.match(r"\w", token):

@@ -6,8 +6,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmonarch_cli.demo.clips import SIZE
+from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS
+from vmonarch_cli.demo.training.buckets import parse_buckets
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,25 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
-    parser.add_argument("--batch", type=int, default=64, help="clips a step")
-    parser.add_argument("--bank", type=int, default=20_000, help="clips whose latents are kept on the device")
+    parser.add_argument(
+        "--clips",
+        type=parse_buckets,
+        default=parse_buckets(f"{NUM_FRAMES}x{SIZE}"),
+        help="FRAMESxSIZE of the clips, or several with shares of the steps: 49x96:2,193x96:1",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="clips of the first of --clips a step; of others, as many tokens"
+    )
+    parser.add_argument(
+        "--bank", type=int, default=20_000,
+        help="clips of the first of --clips whose latents are kept on the device; of others, as many tokens by share",
+    )  # fmt: skip
     parser.add_argument("--bank-seconds", type=float, default=45.0, help="stop filling the bank after so long")
     parser.add_argument("--encode-batch", type=int, default=16)
     parser.add_argument("--refresh-every", type=int, default=32, help="steps between two refreshes of the bank")
     parser.add_argument("--refresh", type=int, default=32, help="clips replaced at a refresh")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
     parser.add_argument(
         "--structured",
@@ -108,6 +119,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", type=Path, help="start from the text encoder of an exported weights folder")
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, help="end, and lower the learning rate, by this time at the latest")
     parser.add_argument("--batch", type=int, default=128, help="captions a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

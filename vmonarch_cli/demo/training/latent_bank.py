@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmonarch_cli.demo.clips import NUM_FRAMES, frame_times, occupancy, render
+from vmonarch_cli.demo.clips import frame_times, occupancy, render
 from vmonarch_cli.demo.model import latent_stats
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
+from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.families.wan_vae import encode_mean
+
+
+@dataclass(frozen=True)
+class BankLimits:
+    """What a bank may take: clips in all, clips encoded at a time, seconds of filling."""
+
+    clips: int
+    at_once: int
+    seconds: float
 
 
 class LatentBank:
@@ -20,40 +31,45 @@ class LatentBank:
 
     Args:
         vae: the frozen autoencoder, float32, with measured latent statistics in its config.
-        capacity: clips to hold.
+        device: where everything lies.
+        log: told about the filling.
+        bucket: length and size of the clips.
+        limits: how many clips, and how long filling may take; one encoding is made in any case.
+        seed: of the clips.
 
     """
 
     def __init__(
-        self, vae: Any, device: torch.device, log: loop.JsonLog, *, capacity: int, batch: int, size: int, seed: int,
-        seconds: float,
-    ) -> None:  # fmt: skip
+        self, vae: Any, device: torch.device, log: loop.JsonLog, *, bucket: Bucket, limits: BankLimits, seed: int
+    ) -> None:
         self.vae, self.device, self.log = vae, device, log
-        self.capacity, self.batch, self.size, self.seed, self.seconds = capacity, batch, size, seed, seconds
+        self.bucket, self.limits, self.seed = bucket, limits, seed
         self.next_clip = 0
-        self._numbers = list(range(capacity))
+        self._numbers = list(range(limits.clips))
         self.specs: list[ClipSpec] = []
         self._mean, self._std = latent_stats(vae, device)
         # A GPU's convolutions want channels last, a CPU's do not care.
         self._layout = loop.set_layout(vae, channels_last=device.type == "cuda")
         self._oldest = 0
-        side = size // 4
-        frames = (NUM_FRAMES - 1) // 4 + 1
-        self.latents = torch.empty(capacity, vae.config.z_dim, frames, side, side, dtype=torch.float16, device=device)
-        self.outlines = torch.empty(capacity, frames, 2 * side, 2 * side, dtype=torch.float16, device=device)
-        self._outline_times = frame_times()[::4]
+        frames, rows, columns = bucket.grid
+        half = torch.float16
+        self.latents = torch.empty(limits.clips, vae.config.z_dim, frames, rows, columns, dtype=half, device=device)
+        self.outlines = torch.empty(limits.clips, frames, 2 * rows, 2 * columns, dtype=half, device=device)
+        self._times = frame_times(bucket.frames)
 
     def _put(self, row: int, specs: list[ClipSpec]) -> None:
         """Render, encode and keep clips from a row on."""
         rows = slice(row, row + len(specs))
         self.latents[rows] = self.encode(specs).to(torch.float16)
-        covered = occupancy(specs, self._outline_times, size=self.outlines.shape[-1], device=self.device)
+        covered = occupancy(specs, self._times[::4], size=self.outlines.shape[-1], device=self.device)
         self.outlines[rows] = covered.to(torch.float16)
 
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:
         """Normalised latents (B, z, T, h, w) of freshly rendered clips."""
-        video = render(specs, size=self.size, device=self.device).contiguous(memory_format=self._layout)
+        video = render(specs, self._times, size=self.bucket.size, device=self.device).contiguous(
+            memory_format=self._layout
+        )
         with loop.autocast(self.device):
             latents = encode_mean(self.vae, video)
         normalised: Tensor = (latents.float() - self._mean) / self._std
@@ -62,26 +78,25 @@ class LatentBank:
     def restore(self, clips: int, next_clip: int) -> None:
         """Make `fill` bring back the bank of an earlier run: clip n always lies in row n modulo the bank's size."""
         self.next_clip = next_clip
-        self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.capacity))]
+        self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.limits.clips))]
 
     def fill(self) -> None:
         """Fill the bank, or as much of it as the time allows."""
-        start = last = time.monotonic()
-        while len(self.specs) < len(self._numbers) and time.monotonic() - start < self.seconds:
+        start = time.monotonic()
+        while len(self.specs) < len(self._numbers) and (
+            not self.specs or time.monotonic() - start < self.limits.seconds
+        ):
             done = len(self.specs)
-            specs = [sample_spec("train", self.seed, n) for n in self._numbers[done : done + self.batch]]
+            specs = [self._spec(number) for number in self._numbers[done : done + self.limits.at_once]]
             self._put(done, specs)
             self.specs.extend(specs)
             loop.synchronize(self.device)
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                self.log.write("bank", clips=len(self.specs), clips_per_second=len(self.specs) / (last - start))
         self.next_clip = max(self.next_clip, len(self.specs))
         self._oldest = self.next_clip % len(self.specs)
         sample = self.latents[: min(len(self.specs), 512)].float()
         self.log.write(
-            "bank_full", clips=len(self.specs), took=time.monotonic() - start, mean=float(sample.mean()),
-            std=float(sample.std()), memory_gb=loop.gpu_memory_gb(self.device),
+            "bank_full", bucket=self.bucket.name, clips=len(self.specs), took=time.monotonic() - start,
+            mean=float(sample.mean()), std=float(sample.std()), memory_gb=loop.gpu_memory_gb(self.device),
         )  # fmt: skip
 
     def refresh(self, count: int) -> None:
@@ -89,8 +104,11 @@ class LatentBank:
         count = min(count, len(self.specs) - self._oldest)
         if count <= 0:
             return
-        specs = [sample_spec("train", self.seed, self.next_clip + i) for i in range(count)]
+        specs = [self._spec(self.next_clip + i) for i in range(count)]
         self.next_clip += count
         self._put(self._oldest, specs)
         self.specs[self._oldest : self._oldest + count] = specs
         self._oldest = (self._oldest + count) % len(self.specs)
+
+    def _spec(self, number: int) -> ClipSpec:
+        return sample_spec("train", self.seed, number, self.bucket.frames)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -264,6 +266,40 @@ def trial(log: JsonLog, name: str, device: torch.device, attempt: Callable[[], N
         return False
     log.write("compiled", name=name, took=time.monotonic() - start)
     return True
+
+
+def mean_losses(measured: Sequence[tuple[str, Mapping[str, Tensor]]]) -> dict[str, Any]:
+    """Means of what some steps measured, and of their loss for each kind of clip (waits for the device)."""
+    by_kind: dict[str, list[float]] = {}
+    for kind, values in measured:
+        by_kind.setdefault(kind, []).append(float(values["loss"]))
+    means: dict[str, Any] = {name: fmean(float(v[name]) for _, v in measured) for name in measured[0][1]}
+    return means | {"losses": {kind: fmean(values) for kind, values in sorted(by_kind.items())}}
+
+
+def report_of_init(init: Path | None, name: str) -> dict[str, Any] | None:
+    """The report `name` of the training that made what this one starts from, if it lies there."""
+    for path in () if init is None else (init / name, init / "training" / name):
+        if path.is_file():
+            report: dict[str, Any] = json.loads(path.read_text())
+            return report
+    return None
+
+
+def compare_compiled(parameters: Sequence[nn.Parameter], backward: Callable[[], None]) -> None:
+    """Run `backward` compiled and not, and raise ArithmeticError where the norms of the gradients differ by 5 %."""
+
+    def norm() -> float:
+        for parameter in parameters:
+            parameter.grad = None
+        backward()
+        return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+    with torch.compiler.set_stance("force_eager"):
+        expected = norm()
+    found = norm()
+    if not math.isclose(found, expected, rel_tol=0.05):
+        raise ArithmeticError(f"the gradient's norm is {found:.4g} compiled and {expected:.4g} otherwise")
 
 
 def save_sheet(path: Path, clips: Iterable[Tensor], *, frames: int = 7, columns: int = 1) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vmonarch_cli.demo.captions import plain_caption
-from vmonarch_cli.demo.clips import FPS, NUM_FRAMES
+from vmonarch_cli.demo.clips import FPS
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
@@ -23,11 +23,12 @@ def draw_samples(weights: Path, args: argparse.Namespace, device: torch.device, 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = WanPipeline.from_pretrained(weights, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    specs = [sample_spec("heldout", 1, i) for i in range(args.samples)]
+    shape = args.clips[0]
+    specs = [sample_spec("heldout", 1, i, shape.frames) for i in range(args.samples)]
     prompts = [plain_caption(s) for s in specs]
     start = time.monotonic()
     frames = pipeline(
-        prompts, height=args.size, width=args.size, num_frames=NUM_FRAMES, guidance_scale=4.0,
+        prompts, height=shape.size, width=shape.size, num_frames=shape.frames, guidance_scale=4.0,
         num_inference_steps=args.sample_steps, max_sequence_length=MAX_TOKENS, output_type="pt",
         generator=[torch.Generator(device).manual_seed(i) for i in range(len(specs))],
     ).frames  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vmonarch_cli.demo.captions import caption
 from vmonarch_cli.demo.model import FLOW_SHIFT, encode_prompts
 from vmonarch_cli.demo.training import loop
+from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.demo.training.latent_bank import LatentBank
 
 _EMPTY_CAPTION_SHARE = 0.1
@@ -28,61 +30,63 @@ def sigmas_for(step: int, count: int, generator: torch.Generator, shift: float =
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What steps `begin`, `begin` + 1, ... see: bank rows (S, B), noise levels (S, B), embeddings (S, B, L, D)."""
+    """What one step sees: its bank's number, rows of it (B,), noise levels (B,) and embeddings (B, L, D)."""
 
-    begin: int
+    bank: int
     rows: Tensor
     sigmas: Tensor
     text: Tensor
 
-    def at(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        i = step - self.begin
-        return self.rows[i], self.sigmas[i], self.text[i]
-
 
 @dataclass(frozen=True)
 class InputSource:
-    """Draws the inputs of `every` steps at once, so that no step waits for the host."""
+    """Draws the inputs of many steps at once, so that no step waits for the host."""
 
     tokenizer: Any
     text_encoder: Any
     device: torch.device
-    every: int
-    """Steps between two refreshes of the bank: a draw holds until the next."""
-    size: int
-    """Side of the clips at the end of the training, in pixels."""
+    batch: int
+    """Clips of the first bucket a step; of the others, as many as have about as many tokens."""
+    first: Bucket
+    """The first bucket, at its full size."""
     seed: int
+    halves: bool = False
+    """Each batch holds its clips twice, with the same noise and words, and can be quartered."""
+
+    def clips(self, bank: LatentBank) -> int:
+        """Clips of a bank that a step sees."""
+        count = bank.bucket.equal_count(self.batch, self.first)
+        return max(4, count // 4 * 4) if self.halves else count
+
+    def bank_of(self, step: int, banks: Sequence[LatentBank]) -> int:
+        """The number of the bank that a step takes its clips from."""
+        shares = [bank.bucket.share for bank in banks]
+        return random.Random(f"bank/{self.seed_of(step)}").choices(range(len(banks)), weights=shares)[0]
 
     @torch.no_grad()
-    def draw(self, step: int, bank: LatentBank, clips: int, copies: int) -> StepInputs:
-        """Inputs of the steps up to the bank's next refresh.
-
-        Args:
-            step: the step that comes next.
-            bank: where clips are taken from.
-            clips: distinct clips a step.
-            copies: how often a batch holds each of them, with the same noise and words.
-
-        """
-        begin = step - step % self.every
+    def draw(self, steps: Sequence[tuple[int, int]], banks: Sequence[LatentBank]) -> list[StepInputs]:
+        """Inputs of steps, each a step's number and that of its bank."""
         rows, prompts, sigmas = [], [], []
-        # A smaller clip has fewer values to average noise over: less noise hides as much of it.
-        shift = FLOW_SHIFT * bank.size / self.size
-        for number in range(begin, begin + self.every):
+        for number, which in steps:
+            bank = banks[which]
+            copies = 2 if self.halves else 1
+            clips = self.clips(bank) // copies
             rng = random.Random(self.seed_of(number))
             chosen = [rng.randrange(len(bank.specs)) for _ in range(clips)]
-            rows.append(chosen * copies)
-            prompts += ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in chosen]
+            rows.append(torch.tensor(chosen * copies, device=self.device))
+            said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in chosen]
+            prompts += said * copies
             generator = torch.Generator().manual_seed(self.seed_of(number))
+            # A smaller clip has fewer values to average noise over: less noise hides as much of it.
+            shift = FLOW_SHIFT * bank.bucket.size / self.first.size
             sigmas.append(sigmas_for(number, clips, generator, shift).repeat(copies))
         with loop.autocast(self.device):
             text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
-        return StepInputs(
-            begin,
-            torch.tensor(rows, device=self.device),
-            torch.stack(sigmas).to(self.device),
-            text.view(self.every, clips, *text.shape[1:]).repeat(1, copies, 1, 1),
-        )
+        texts = text.split([len(r) for r in rows])
+        return [
+            StepInputs(which, row, sigma.to(self.device), embedded)
+            for (_, which), row, sigma, embedded in zip(steps, rows, sigmas, texts, strict=True)
+        ]
 
     def seed_of(self, step: int) -> int:
         """The seed of everything that is drawn for a step."""

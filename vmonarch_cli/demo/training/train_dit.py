@@ -2,7 +2,8 @@
 
 Run it with `python -m vmonarch_cli.demo.training dit --vae DIR/vae --text DIR --out DIR --seconds 480`. Clips are
 rendered and encoded into a bank of latents on the GPU, which is refreshed a little every few steps; every use of a
-clip gets a new caption. The first part of the training sees clips of half the size, four times as many of them a step.
+clip gets a new caption. `--clips` mixes lengths and sizes: each step sees clips of one of them, as many as make up the
+same number of tokens. The first part of the training sees clips of half the size, four times as many of them a step.
 
 Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
 them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
@@ -17,10 +18,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmonarch_cli.demo.clips import NUM_FRAMES
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     build_text_encoder,
@@ -38,13 +38,15 @@ from vmonarch_cli.demo.model import (
     export_pipeline,
 )
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.demo.training.latent_bank import LatentBank
+from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.outlines import OutlineHead
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.structured import halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
@@ -62,13 +64,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trainer = TransformerTraining(args, device, log)
     if args.resume:
         trainer.load(args.out / "dit_checkpoint.pt")
-    trainer.bank.fill()
+    trainer.fill_banks()
     trainer.train()
     return trainer.finish()
 
 
 class TransformerTraining:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
+        if args.structured and args.batch % 4:
+            raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+        from diffusers import WanTransformer3DModel
+
         self.args, self.device, self.log = args, device, log
         vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
@@ -78,12 +84,9 @@ class TransformerTraining:
         self.tokenizer = build_tokenizer()
         load_text_encoder(self.text_encoder, args.text)
         if args.init is not None:
-            self._load_transformer(args.init)
+            start = WanTransformer3DModel.from_pretrained(args.init / "transformer").float()
+            self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
-        if args.structured:
-            if args.batch % 4:
-                raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
-            halve_attention(self.transformer, frames=(NUM_FRAMES - 1) // 4 + 1)
         self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
@@ -98,55 +101,43 @@ class TransformerTraining:
         )  # fmt: skip
         self.step = self.clips_seen = self.distinct_before = 0
         self.last_loss = float("nan")
-        self.bank = self._bank()
+        self.banks = self._banks()
         self.source = InputSource(
-            self.tokenizer, self.text_encoder, device, every=args.refresh_every, size=args.size, seed=args.seed
-        )
-        self._inputs: StepInputs | None = None
+            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed,
+            halves=args.structured,
+        )  # fmt: skip
+        self._inputs: list[StepInputs] = []
+        self._halved = 0  # latent frames that --structured's attention is set up for
 
     @property
-    def size(self) -> int:
-        """Side of the clips at this point: half the size first, where a step sees four times as many clips and what
-        moves where is learned just as well.
+    def small(self) -> bool:
+        """Whether clips have half their size at this point, where a step sees four times as many of them and what moves
+        where is learned just as well.
         """
-        size: int = self.args.size
-        return size // 2 if self.clock.position(self.step) < self.args.small_until else size
+        return self.clock.position(self.step) < float(self.args.small_until)
 
-    @property
-    def batch(self) -> int:
-        """Clips a step, so that every step has about as many tokens."""
-        return int(self.args.batch * (self.args.size // self.bank.size) ** 2)
+    def _banks(self) -> list[LatentBank]:
+        """A bank for each of `--clips`, at the size of this point."""
+        self.banks_small = self.small
+        return [self._bank(bucket) for bucket in self.args.clips]
 
-    @property
-    def _copies(self) -> int:
-        """How often a batch holds each of its clips, with the same noise and words."""
-        return 2 if self.args.structured else 1
+    def _bank(self, bucket: Bucket) -> LatentBank:
+        a, first = self.args, self.args.clips[0]
+        # At half the size as many clips are kept, each of a quarter of the memory.
+        kept = max(1, round(bucket.share * bucket.equal_count(a.bank, first)))
+        shown = bucket.halved() if self.banks_small else bucket
+        limits = BankLimits(kept, shown.equal_count(a.encode_batch, first), a.bank_seconds * bucket.share)
+        return LatentBank(self.vae, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
 
-    def _bank(self) -> LatentBank:
-        a, size = self.args, self.size
-        batch = a.encode_batch * (a.size // size) ** 2
-        return LatentBank(
-            self.vae,
-            self.device,
-            self.log,
-            capacity=a.bank,
-            batch=batch,
-            size=size,
-            seed=a.seed,
-            seconds=a.bank_seconds,
-        )
-
-    def _load_transformer(self, directory: Path) -> None:
-        from diffusers import WanTransformer3DModel
-
-        transformer = WanTransformer3DModel.from_pretrained(directory / "transformer").float()
-        self.transformer.load_state_dict(transformer.state_dict())
+    def fill_banks(self) -> None:
+        """Render and encode what the banks hold."""
+        for bank in self.banks:
+            bank.fill()
 
     def train(self) -> None:
-        tokens = math.prod(self.bank.latents.shape[2:]) // 4
-        with loop.fastest_attention(
-            self.log, self.device, (self.batch, self.dit_config.num_heads, tokens, self.dit_config.head_dim)
-        ):
+        longest = max(self.banks, key=lambda bank: bank.bucket.tokens)
+        shape = self.source.clips(longest), self.dit_config.num_heads, longest.bucket.tokens, self.dit_config.head_dim
+        with loop.fastest_attention(self.log, self.device, shape):
             self._train()
 
     def _train(self) -> None:
@@ -156,59 +147,61 @@ class TransformerTraining:
             self.outline_head.listen_to(self.transformer)
         self.clock.start()
         last_save = last_log = time.monotonic()
-        logged = first = self.step
-        running: list[tuple[Tensor, ...]] = []
+        logged, logged_clips = self.step, self.clips_seen
+        first = self.step
+        running: list[tuple[str, dict[str, Tensor]]] = []
         while not self.clock.over(self.step):
-            if self.size != self.bank.size:
+            if self.small != self.banks_small:
                 self._grow()
-                last_log, logged = time.monotonic(), self.step
+                last_log, logged, logged_clips = time.monotonic(), self.step, self.clips_seen
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
-                self.bank.refresh(self.args.refresh)
-                self._inputs = None
+                self._refresh()
             running.append(self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
-                self.last_loss, outlines, disagreement = self._means(running)
+                values = loop.mean_losses(running)
+                self.last_loss = values["loss"]
                 running.clear()
                 now = time.monotonic()
-                steps = self.step - logged
                 self.log.write(
-                    "step", step=self.step, position=self.clock.position(self.step), loss=self.last_loss,
-                    outlines=outlines, disagreement=disagreement, lr=self.optimizer.param_groups[0]["lr"],
-                    seconds_per_step=(now - last_log) / steps,
-                    clips_per_second=steps * self.batch / (now - last_log), size=self.bank.size,
+                    "step", step=self.step, position=self.clock.position(self.step), **values,
+                    lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / (self.step - logged),
+                    clips_per_second=(self.clips_seen - logged_clips) / (now - last_log),
                     memory_gb=loop.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
                 )  # fmt: skip
                 if self.guarded_step.skipped > 20:
                     raise FloatingPointError(f"training diverged at step {self.step}: loss {self.last_loss}")
-                last_log, logged = now, self.step
+                last_log, logged, logged_clips = now, self.step, self.clips_seen
             if time.monotonic() - last_save > self.args.checkpoint_every:
                 self.save()
                 last_save = time.monotonic()
         if running:
-            self.last_loss = self._means(running)[0]
+            self.last_loss = loop.mean_losses(running)["loss"]
         self.save()
 
-    @staticmethod
-    def _means(losses: list[tuple[Tensor, ...]]) -> list[float]:
-        """Mean over steps of each of their losses (waits for the device)."""
-        return [float(torch.stack(values).mean()) for values in zip(*losses, strict=True)]
+    def _refresh(self) -> None:
+        """Replace the oldest clips of one bank, of each in turn."""
+        bank = self.banks[self.step // self.args.refresh_every % len(self.banks)]
+        bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
+        self._inputs = []
 
     def _grow(self) -> None:
-        """Go on with clips of the whole size; filling their bank does not move the schedule."""
+        """Go on with clips of the whole size; filling their banks does not move the schedule."""
         began = time.monotonic()
-        self.distinct_before += self.bank.next_clip
-        del self.bank
-        self.bank = self._bank()
-        self.bank.fill()
-        self._inputs = None
+        self.distinct_before += sum(bank.next_clip for bank in self.banks)
+        del self.banks
+        self.banks = self._banks()
+        self.fill_banks()
+        self._inputs = []
         if self.args.compile:
             self._trial()
         self.clock.exclude(time.monotonic() - began)
 
     def _compile(self) -> None:
-        """Compile the blocks and try them on one step; if that fails, say so and go on eagerly."""
-        self.transformer.compile_repeated_blocks(dynamic=False)
+        """Compile the blocks and try them on every bucket; if that fails, say so and go on eagerly."""
+        # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
+        torch.fx.experimental._config.use_duck_shape = False
+        self.transformer.compile_repeated_blocks(dynamic=len(self.banks) > 1)
         self.outline_head.listen_to(self.transformer)
         if not self._trial():
             for block in self.transformer.blocks:
@@ -216,54 +209,70 @@ class TransformerTraining:
             self.outline_head.listen_to(self.transformer)
 
     def _trial(self) -> bool:
-        """Compile for this size by trying a step without an update; whether it worked."""
-        worked = loop.trial(self.log, "dit", self.device, lambda: self.losses()[0].backward())
-        self.optimizer.zero_grad(set_to_none=True)
-        return worked
-
-    def losses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What this step minimises; its flow-matching loss, the cross-entropy of its outlines, and the mean squared
-        difference of dense and Monarch attention's velocities (scalars).
+        """Compile for these clips by trying a step of every bank without an update; whether it worked, and gave the
+        gradients that the same code gives without compilation.
         """
-        if self._inputs is None:
-            self._inputs = self.source.draw(self.step, self.bank, self.batch // self._copies, self._copies)
-        rows, sigma, text = self._inputs.at(self.step)
-        clean = self.bank.latents[rows].float()
-        covered = self.bank.outlines[rows].float()
+        for which, bank in enumerate(self.banks):
+            if not loop.trial(self.log, f"dit, {bank.bucket.name}", self.device, partial(self._compare, which)):
+                return False
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _compare(self, which: int) -> None:
+        inputs = self.source.draw([(self.step, which)], self.banks)[0]
+        loop.compare_compiled(list(self.transformer.parameters()), lambda: self.losses(inputs)[0].backward())
+
+    def _next_inputs(self) -> StepInputs:
+        """What this step sees; drawn for all steps up to the next refresh at once."""
+        every = self.args.refresh_every
+        if not self._inputs:
+            steps = range(self.step, self.step - self.step % every + every)
+            self._inputs = self.source.draw([(s, self.source.bank_of(s, self.banks)) for s in steps], self.banks)
+        return self._inputs.pop(0)
+
+    def losses(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a step minimises; its flow-matching loss, the cross-entropy of its outlines and, with --structured, the
+        mean squared difference of dense and Monarch attention's velocities (scalars).
+        """
+        bank, structured = self.banks[inputs.bank], self.args.structured
+        clean = bank.latents[inputs.rows].float()
+        covered = bank.outlines[inputs.rows].float()
         generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
-        distinct = len(clean) // self._copies
-        noise = torch.randn(clean[:distinct].shape, generator=generator, device=self.device)
-        noise = noise.repeat(self._copies, 1, 1, 1, 1)
-        mix = sigma.view(-1, 1, 1, 1, 1)
+        copies = 2 if structured else 1
+        noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
+        noise = noise.repeat(copies, 1, 1, 1, 1)
+        mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
+        if structured and clean.shape[2] != self._halved:
+            self._halved = clean.shape[2]
+            halve_attention(self.transformer, frames=self._halved)
         with loop.autocast(self.device):
-            velocity = self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
+            velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
             outlines = self.outline_head.loss(covered)
-        errors = (velocity.float() - (noise - clean)).square().mean(1)
+        errors = (velocity - (noise - clean)).square().mean(1)
         emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
         objective = (errors * weight).mean() / weight.mean()
-        if not self.args.structured:  # a tuning starts from a transformer that knows where things are
-            objective = objective + emphasis * _OUTLINE_WEIGHT * outlines
-        dense, structured = velocity.float().chunk(2) if self.args.structured else (velocity, velocity)
-        disagreement = F.mse_loss(structured, dense)
-        if self.args.structured:
-            objective = objective + _AGREEMENT_WEIGHT * disagreement
-        return objective, errors.mean().detach(), outlines.detach(), disagreement.detach()
+        measured = {"loss": errors.mean().detach(), "outlines": outlines.detach()}
+        if not structured:  # a tuning starts from a transformer that knows where things are
+            return objective + emphasis * _OUTLINE_WEIGHT * outlines, measured
+        disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
+        return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
 
-    def train_step(self) -> tuple[Tensor, ...]:
-        """One step; returns what `losses` measures (scalars on the device)."""
+    def train_step(self) -> tuple[str, dict[str, Tensor]]:
+        """One step; returns the name of its bucket and what `losses` measured (scalars on the device)."""
         for group in self.optimizer.param_groups:
             position = self.clock.position(self.step)
             group["lr"] = loop.learning_rate(self.args.lr, position, self.step, warmup=200)
-        objective, *measured = self.losses()
+        inputs = self._next_inputs()
+        objective, measured = self.losses(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.guarded_step()
         self.step += 1
-        self.clips_seen += self.batch
+        self.clips_seen += len(inputs.rows)
         self.ema.update(self.step)
-        return tuple(measured)
+        return self.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
         loop.save_checkpoint(
@@ -277,9 +286,7 @@ class TransformerTraining:
                 "step": self.step,
                 "clips_seen": self.clips_seen,
                 "distinct_before": self.distinct_before,
-                "size": self.bank.size,
-                "next_clip": self.bank.next_clip,
-                "bank_clips": len(self.bank.specs),
+                "banks": [(bank.bucket.name, len(bank.specs), bank.next_clip) for bank in self.banks],
                 "elapsed": self.clock.elapsed(),
             },
         )
@@ -298,17 +305,18 @@ class TransformerTraining:
             state[name] for name in ("step", "clips_seen", "distinct_before")
         )
         self.clock.before = state["elapsed"]
-        self.bank = self._bank()
-        if self.bank.size == state["size"]:
-            self.bank.restore(state["bank_clips"], state["next_clip"])
+        self.banks = self._banks()
+        for bank, (name, clips, next_clip) in zip(self.banks, state["banks"], strict=True):
+            if bank.bucket.name == name:
+                bank.restore(clips, next_clip)
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Export the averaged weights with the autoencoder as one pipeline, and draw samples as a user would."""
         weights = self.args.out / "weights"
-        loop.set_layout(self.bank.vae, channels_last=False)
-        vae, transformer, text = (copy.deepcopy(m) for m in (self.bank.vae, self.averaged, self.text_encoder))
+        loop.set_layout(self.vae, channels_last=False)
+        vae, transformer, text = (copy.deepcopy(m) for m in (self.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
         summary: dict[str, Any] = {
             "trained": "transformer",
@@ -318,13 +326,15 @@ class TransformerTraining:
             "text_encoder": config_dict(self.text_config),
             "transformer_parameters": sum(p.numel() for p in self.transformer.parameters()),
             "text_encoder_parameters": sum(p.numel() for p in self.text_encoder.parameters()),
+            "words": len(vocabulary()),
             "steps": self.step,
             "clips": self.clips_seen,
-            "distinct_clips": self.distinct_before + self.bank.next_clip,
+            "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),
+            "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
             "structured": self.args.structured,
             "device": device_name(self.device),
-            "before": self._report_of_init(),
+            "before": loop.report_of_init(self.args.init, "dit_report.json"),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
         }
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -333,14 +343,6 @@ class TransformerTraining:
                 shutil.copy(folder / name, self.args.out / name)
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:
-            del self.optimizer, self.bank.latents
+            del self.optimizer, self.banks
             draw_samples(weights, self.args, self.device, self.log)
         return summary
-
-    def _report_of_init(self) -> dict[str, Any] | None:
-        """The report of the training that made the weights that this one started from."""
-        path = None if self.args.init is None else self.args.init / "training" / "dit_report.json"
-        if path is None or not path.is_file():
-            return None
-        report: dict[str, Any] = json.loads(path.read_text())
-        return report

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmonarch_cli.demo.clips import SIZE, render
+from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE, frame_times, render
 from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.families.wan_vae import decode_raw, encode_mean
 
@@ -41,19 +41,19 @@ def losses(
 
 @torch.no_grad()
 def score_vae(
-    vae: Any, device: torch.device, *, count: int = 16, size: int = SIZE
+    vae: Any, device: torch.device, *, count: int = 16, size: int = SIZE, frames: int = NUM_FRAMES
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Reconstruction quality on the first `count` held-out clips of 49 frames, in float32.
+    """Reconstruction quality on the first `count` held-out clips of so many frames, in float32.
 
     Returns:
         PSNR in dB (mean over clips, and of the first, middle and last frame, with peak 1 for values in [0, 1]), the
-        clips and their reconstructions (count, 3, 49, H, W) in [-1, 1] on the CPU.
+        clips and their reconstructions (count, 3, frames, H, W) in [-1, 1] on the CPU.
 
     """
     originals, recons, per_clip = [], [], []
     for start in range(0, count, 4):
-        specs = [sample_spec("heldout", 0, i) for i in range(start, min(start + 4, count))]
-        video = render(specs, size=size, device=device)
+        specs = [sample_spec("heldout", 0, i, frames) for i in range(start, min(start + 4, count))]
+        video = render(specs, frame_times(frames), size=size, device=device)
         recon = decode_raw(vae, encode_mean(vae, video)).clamp(-1, 1)
         mse = ((recon - video) / 2).square().mean(dim=(1, 3, 4))
         per_clip.append(mse)
