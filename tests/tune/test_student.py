@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_wan import tiny_pipeline
 
+from vmonarch_cli.attention.meter import Meter
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -90,6 +91,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(preset: str, clip: Plan
     assert plain.keys() == twice.keys()
     for name, value in plain.items():
         torch.testing.assert_close(twice[name], value, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_dense_call_that_warms_up_in_a_checkpointed_layer_keeps_nothing_for_it(
+    clip: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the first dense call of a shape is preceded by one that is not timed."""
+    warm_up, timed = Meter._warm_up, Meter._timed
+
+    def dense(self: Meter, q: torch.Tensor, run: Any) -> torch.Tensor:
+        warm_up(self, q, run)
+        return timed(self, run, structured=False)
+
+    monkeypatch.setattr(Meter, "dense", dense)
+    preset = load_preset("paper").model_copy(update={"dense_layers": 1})
+    path = trajectory(tiny_pipeline(), clip, tmp_path / "dense.safetensors", load_preset("dense"))
+    pipeline = tiny_pipeline()
+    for transformer in transformers_of(pipeline):
+        transformer.train()
+        transformer.requires_grad_(True)
+    student = Student(pipeline, preset, STEPS, runs=transformers_of(pipeline), scales=[3.0], checkpointing=True)
+    with student.following(Trajectories([path], torch.device("cpu"))) as losses:
+        assert len(list(losses)) == STEPS
 
 
 def test_kernels_that_compile_in_a_checkpointed_layer_keep_nothing_for_it(clip: Plan, tmp_path: Path) -> None:

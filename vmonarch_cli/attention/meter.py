@@ -169,8 +169,11 @@ class Meter:
         marks.calls.append(_TimedCall(start, marks.clock.mark(), structured))
         return out
 
+    @torch.no_grad()
     def _warm_up(self, q: torch.Tensor, run: Run) -> None:
-        """One untimed dense call per shape: cuDNN plans and CPU pages must not count against dense attention."""
+        """One untimed dense call per shape: cuDNN plans and CPU pages must not count against dense attention. It keeps
+        nothing for gradients: where a layer runs again in the backward pass there is no such call.
+        """
         shape = (q.shape, q.dtype, q.device)
         if shape not in self._known_shapes:
             marks = self._running()
