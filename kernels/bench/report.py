@@ -153,6 +153,8 @@ def _model(record: Record) -> list[str]:
             "random weights" if model["random_weights"] else "trained weights",
             "compiled" if model["compiled"] else "eager",
             record["settings"]["dtype"],
+            *([f"linear layers in {record['settings']['quantize']}"] if record["settings"].get("quantize") else []),
+            *([f"{record['settings']['layers']} layers"] if "layers" in record["settings"] else []),
         ]
     )
     rows = [

@@ -58,6 +58,7 @@ def test_a_quiet_run_with_int8_prints_its_path_alone(folders: dict[str, Path], t
     tiny = TINY["wan"]
     shape = ["--size", f"{tiny.width}x{tiny.height}", "--num-frames", str(tiny.num_frames), "--steps", "1"]
     command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(folders["wan"]), "-p", "a red circle"]
+    command += ["--preset", "paper"]
     done = subprocess.run(
         [*command, *shape, "--quantize", "int8-storage", "--device", "cpu", "--quiet", "-o", str(tmp_path / "x.gif")],
         capture_output=True,

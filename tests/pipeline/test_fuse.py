@@ -311,7 +311,7 @@ def test_a_record_says_whether_blocks_were_fused(tiny: tuple[str, ...], tmp_path
 
 def test_on_a_cpu_an_explicit_choice_is_refused(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    shown = call("generate", *tiny, "--fuse", "-o", str(tmp_path / "x.gif"), code=2).stderr
+    shown = call("generate", *tiny, "--preset", "dense", "--fuse", "-o", str(tmp_path / "x.gif"), code=2).stderr
     assert " ".join(shown.split()) == (
         "error: --fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
         "--impl torch for the same operations in torch, which gain nothing"

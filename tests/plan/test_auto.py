@@ -39,10 +39,10 @@ def test_on_a_card_it_is_what_was_measured_to_gain(shape: str, name: str) -> Non
 
 
 def test_on_a_cpu_and_with_few_steps() -> None:
-    assert chosen("--device", "cpu")[0] == "paper"  # the model's own default
+    assert chosen("--device", "cpu")[0] == "fast"  # the model's own default
     name, why = chosen("--device", "cpu", "--num-frames", "17")
     assert name == "dense"
-    assert "2x fewer operations than dense gain time, and paper has 1." in why
+    assert "2x fewer operations than dense gain time, and fast has 1." in why
     few = chosen("-m", "wan2.1-1.3b", "--device", "cuda", "--size", "1280x720", "--num-frames", "17", "--steps", "4")
     assert few[0] == "balanced"  # whose turns all come in the first step then
 
@@ -78,5 +78,5 @@ def test_lines_and_defaults_may_say_auto(monkeypatch: pytest.MonkeyPatch) -> Non
     clips = json.loads(call("plan", "--prompts-file", "p.jsonl", "--device", "cpu", "--json").stdout)["clips"]
     assert [clip["settings"]["preset"] for clip in clips] == [
         {"value": "dense", "origin": "prompts file, auto"},
-        {"value": "paper", "origin": "VMONARCH_PRESET, auto"},
+        {"value": "fast", "origin": "VMONARCH_PRESET, auto"},
     ]

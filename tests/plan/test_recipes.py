@@ -117,7 +117,7 @@ def test_a_recipe_that_does_not_fit_is_one_sentence(model: str, recipe: str, sen
     ("text", "sentence"),
     [
         ("", "it has no family"),
-        ('family = "wam"', "family takes allegro, cogvideox"),
+        ('family = "wam"', "family takes allegro, anyflow"),
         ('family = "wan"\nsteps = 0', "steps takes at least 1, got 0"),
         ('family = "wan"\nsigmas = [0.5, 1.0]', "noise levels that fall"),
         ('family = "wan"\nsampler = "ddim"', "--sampler takes own, unipc"),

@@ -30,6 +30,7 @@ READABLE = frozenset(
         "MochiTransformer3DModel",
         "MotifVideoTransformer3DModel",
         "MiniMaxH3Transformer3DModel",
+        "CosmosTransformer3DModel",
     }
 )
 """Transformers that diffusers reads from one file, in the format of their authors."""
@@ -39,6 +40,7 @@ _NAMES = {
     "SkyReelsV2Transformer3DModel": _WAN,
     "HunyuanVideoTransformer3DModel": r"(double_blocks\.0\.img_attn_qkv|context_embedder\.token_refiner)\.",
     "MiniMaxH3Transformer3DModel": r"token_refiner\.(refiner_)?blocks\.0\.",
+    "CosmosTransformer3DModel": r"(net\.blocks\.|time_embed\.t_embedder\.linear_1\.)",
     "LTX2VideoTransformer3DModel": r"audio_(patchify_proj|proj_in)\.weight",
     "LTXVideoTransformer3DModel": r"(adaln_single\.emb\.|time_embed\.emb\.timestep)",
     "MochiTransformer3DModel": r"(blocks\.0\.attn\.qkv_x|time_embed\.pooler)\.",

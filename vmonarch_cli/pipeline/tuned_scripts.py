@@ -57,7 +57,7 @@ def _check(pipeline: Any, adapter: AdapterFile, preset: Preset) -> None:
     if said.kind == "lora" and not hasattr(pipeline, "load_lora_weights"):
         raise ModelError(f"adapter {adapter.path} is a LoRA, and diffusers loads none into a {name}")
     if said.kind == "lora" and importlib.util.find_spec("peft") is None:
-        raise ModelError(f'adapter {adapter.path} needs peft: pip install "vmonarch[lora]"')
+        raise ModelError(f"adapter {adapter.path} needs peft: pip install peft")
     if said.kind == "weights" and _moves(pipeline):
         raise ModelError(
             f"adapter {adapter.path} holds whole weights, which change places with the model's: a {name} that is "
