@@ -13,6 +13,7 @@ from tiny_families import TINY, latents_of
 
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.pipeline.tuned import load_adapters, tuner_layers
 from vmonarch_cli.plan.setup import AdapterFile, Setup
 from vmonarch_cli.plan.tuned import read
 from vmonarch_cli.presets import Preset, load_preset
@@ -25,6 +26,26 @@ DENSE = load_preset("dense")
 @pytest.fixture(scope="module")
 def adapter(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
     return read(write(folders["wan"], tmp_path_factory.mktemp("adapter") / "fast.safetensors", FAST))
+
+
+@pytest.fixture(autouse=True, params=["layers", "sums"])
+def kept_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a LoRA is loaded that comes without a user's own: as peft's layers, or in copies of the weights."""
+    if request.param == "layers":
+        monkeypatch.setattr("vmonarch_cli.pipeline.tuned_weights.SUMMED_BYTES", 0)
+    kind: str = request.param
+    return kind
+
+
+def test_a_small_lora_has_no_layers_of_its_own_on_a_cpu(
+    folders: dict[str, Path], adapter: AdapterFile, kept_as: str
+) -> None:
+    """They would take a fifth of the forward; the clips are the same but for rounding."""
+    tuned = with_adapters(folders["wan"], adapter)
+    assert bool(tuner_layers([tuned.transformer])) == (kept_as == "layers")
+    layered = load(folders["wan"])
+    load_adapters(layered, [adapter])
+    torch.testing.assert_close(made(tuned, FAST, adapter), made(layered, FAST, adapter), **CLOSE)
 
 
 def made(pipeline: Any, preset: Preset, adapter: AdapterFile | None = None, name: str = "wan", **options: Any) -> Any:
@@ -140,7 +161,10 @@ def test_adapters_of_several_presets_take_turns(folders: dict[str, Path], adapte
         assert torch.equal(made(together, preset, chosen), made(alone, preset, chosen))
 
 
-def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str, Path], adapter: AdapterFile) -> None:
+def test_compiled_blocks_have_a_graph_with_it_and_one_without(
+    folders: dict[str, Path], adapter: AdapterFile, kept_as: str
+) -> None:
+    count = 2 if kept_as == "layers" else 1  # weights are inputs of a graph
     graphs: list[object] = []
 
     def backend(graph: Any, inputs: object) -> Any:
@@ -152,10 +176,10 @@ def test_compiled_blocks_have_a_graph_with_it_and_one_without(folders: dict[str,
     torch._dynamo.reset()
     compiled.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
     torch.testing.assert_close(made(compiled, preset, adapter), made(eager, preset, adapter), **CLOSE)
-    assert len(graphs) == 2, "one for all blocks with it, one for all blocks without"
+    assert len(graphs) == count, "one for all blocks with it, one for all blocks without"
     torch.testing.assert_close(made(compiled, DENSE, adapter), made(eager, DENSE, adapter), **CLOSE)
     torch.testing.assert_close(made(compiled, preset, adapter), made(eager, preset, adapter), **CLOSE)
-    assert len(graphs) == 2, "no clip compiles anything again"
+    assert len(graphs) == count, "no clip compiles anything again"
     torch._dynamo.reset()
 
 

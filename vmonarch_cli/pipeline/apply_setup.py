@@ -41,7 +41,7 @@ def prepare(
     device: what converts weights to 8 bits. loras: the setup's, read.
     """
     load_loras(pipeline, loras)
-    load_adapters(pipeline, setup.tuned)
+    load_adapters(pipeline, setup.tuned, sums=setup.quantize is None and setup.offload == "none")
     if setup.fused_impl is not None:
         for transformer in transformers_of(pipeline):
             fuse(transformer, setup.fused_impl)

@@ -22,7 +22,14 @@ from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.models.weights import read_header
 from vmonarch_cli.pipeline.lora import ReadLora, load_lora, read_weights
 from vmonarch_cli.pipeline.parts import transformers_of
-from vmonarch_cli.pipeline.tuned_weights import WeightSwitch, drop_weights, has_weights, load_weights
+from vmonarch_cli.pipeline.tuned_weights import (
+    WeightSwitch,
+    can_sum,
+    drop_weights,
+    has_weights,
+    load_sums,
+    load_weights,
+)
 from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
 
 
@@ -96,14 +103,19 @@ def _expert(pipeline: Any, path: Path) -> Expert | None:
     return None if any(name.startswith("transformer_2.") for name in read_header(path)) else "high"
 
 
-def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile]) -> None:
-    """Load adapters, each under its own name, and leave them off: what `switch_of` gives turns one on."""
+def load_adapters(pipeline: Any, adapters: Sequence[AdapterFile], *, sums: bool = False) -> None:
+    """Load adapters, each under its own name, and leave them off: what `switch_of` gives turns one on.
+
+    sums: the weights stay where and as they are, so that a LoRA may be kept as weights that have it in them.
+    """
     for adapter in adapters:
         if adapter.adapter.kind == "weights":
             load_weights(pipeline, Path(adapter.path), adapter.layer_name)
+        elif sums and can_sum(pipeline, Path(adapter.path)):
+            load_sums(pipeline, Path(adapter.path), adapter.layer_name)
         else:
             load_tuned(pipeline, Path(adapter.path), name=adapter.layer_name)
-    if any(adapter.adapter.kind == "lora" for adapter in adapters):
+    if tuner_layers(transformers_of(pipeline)):
         others = [name for name in active_adapters(pipeline) if not name.startswith(ADAPTER_NAME)]
         for layer in tuner_layers(transformers_of(pipeline)):
             layer.set_adapter(others, inference_mode=True)

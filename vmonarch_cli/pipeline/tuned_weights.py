@@ -3,6 +3,8 @@
 The file holds the weights as training left them, not their difference from the model's. So turning them on is an
 exchange of two tensors, in which nothing is rounded, and turning them off gives the model's own back to the bit. A
 difference would have to be added and taken away again, and in 16 bits the sum does not come back.
+
+A LoRA of a small model on a CPU is kept the same way, as sums: its own products would take a fifth of the forward.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ from safetensors.torch import save_file
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
+from vmonarch_cli.models.weights import read_header, read_metadata
 
 _PARTS = ("transformer", "transformer_2")
+_UP, _DOWN = ".lora_B.weight", ".lora_A.weight"
+SUMMED_BYTES = 256 * 2**20
+"""Most bytes of weights that are kept twice for a LoRA."""
 _HELD = "vmonarch_weights"
 """Attribute of a transformer: name of an adapter -> {name of a weight: name of the buffer that holds the other one}."""
 
@@ -49,17 +55,51 @@ def load_weights(pipeline: Any, path: Path, name: str) -> None:
 
     They are buffers, so that they go wherever the transformer goes. ModelError for a weight that is not in the model.
     """
-    found = {part: _parameters(one) for part in _PARTS if (one := getattr(pipeline, part, None)) is not None}
+    found = _found(pipeline)
     with safe_open(path, framework="pt") as file:
         for number, key in enumerate(file.keys()):
             part, _, weight = key.partition(".")
             parameter = found.get(part, {}).get(weight)
             if parameter is None:
                 raise ModelError(f"adapter {path} holds {key}, which is no weight of a {type(pipeline).__name__}")
-            buffer, transformer = f"{name}_{number}", getattr(pipeline, part)
-            transformer.register_buffer(buffer, file.get_tensor(key).to(parameter), persistent=False)
-            held = transformer.__dict__.setdefault(_HELD, {})
-            held.setdefault(name, {})[weight] = buffer
+            _hold(getattr(pipeline, part), name, number, weight, file.get_tensor(key).to(parameter))
+
+
+def can_sum(pipeline: Any, path: Path) -> bool:
+    """Whether a LoRA's file is better kept as weights with the LoRA in them: few, in float32, on a CPU, without another
+    LoRA beside them, and with an alpha that is the rank.
+    """
+    header = read_header(path)
+    found = _found(pipeline)
+    weights = [found.get(part, {}).get(weight) for part, weight in map(_changed_by, header)]
+    few = sum(0 if one is None else one.numel() for one in weights) * 4 <= 2 * SUMMED_BYTES
+    plain = all(one is not None and one.dtype == torch.float32 and one.device.type == "cpu" for one in weights)
+    layers = any(".base_layer." in name for part in found for name, _ in getattr(pipeline, part).named_parameters())
+    return few and plain and not layers and "lora_adapter_metadata" not in read_metadata(path)
+
+
+def load_sums(pipeline: Any, path: Path, name: str) -> None:
+    """As `load_weights`, of a LoRA's file for which `can_sum`: W + B A, in float32."""
+    found = _found(pipeline)
+    with safe_open(path, framework="pt") as file:
+        ups = [key for key in read_header(path) if key.endswith(_UP)]
+        for number, key in enumerate(ups):
+            part, weight = _changed_by(key)
+            down = file.get_tensor(key.removesuffix(_UP) + _DOWN)
+            change = file.get_tensor(key).float() @ down.float()
+            _hold(getattr(pipeline, part), name, number, weight, found[part][weight].detach() + change)
+
+
+def _changed_by(key: str) -> tuple[str, str]:
+    """(part, weight) that a tensor of a LoRA changes."""
+    part, _, layer = key.partition(".")
+    return part, layer.removesuffix(_UP).removesuffix(_DOWN) + ".weight"
+
+
+def _hold(transformer: Any, name: str, number: int, weight: str, value: torch.Tensor) -> None:
+    buffer = f"{name}_{number}"
+    transformer.register_buffer(buffer, value, persistent=False)
+    transformer.__dict__.setdefault(_HELD, {}).setdefault(name, {})[weight] = buffer
 
 
 def drop_weights(transformer: Any, name: str) -> None:
@@ -71,6 +111,11 @@ def drop_weights(transformer: Any, name: str) -> None:
 def has_weights(transformer: Any, name: str) -> bool:
     """Whether a transformer has an adapter of whole weights under a name."""
     return name in transformer.__dict__.get(_HELD, {})
+
+
+def _found(pipeline: Any) -> dict[str, dict[str, Any]]:
+    """Parameters of each transformer."""
+    return {part: _parameters(one) for part in _PARTS if (one := getattr(pipeline, part, None)) is not None}
 
 
 def _parameters(transformer: Any) -> dict[str, Any]:
