@@ -215,7 +215,7 @@ driver.set_active(Driver())
 from vmonarch_kernels import Inputs, Options, launch
 from vmonarch_kernels.ahead import pending
 from vmonarch_kernels.configs import Chip
-launch.chip = lambda device: Chip((8, 0), 108, 163 * 1024, torch.float16)
+launch.chip = lambda device: Chip((8, 0), 108, 163 * 1024, torch.uint8)
 q, k, v = (torch.empty(1, 5 * 64, 2, 64, dtype=torch.bfloat16) for _ in range(3))
 run = lambda: launch.monarch_triton(Inputs(q, k, v, (5, 8, 8)), Options(num_steps=1, first_frame=False), True)
 kernels = pending(run)
