@@ -64,9 +64,10 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
     for name, entry in plan.settings().items():
         if name == "output":  # the files follow below
             continue
-        value = _shown(entry["value"])
+        value = entry["value"]
         if name == "tuned" and entry["origin"] == MODEL_DEFAULT:
             value = Path(value).name
+        value = _shown(value)
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
         made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
