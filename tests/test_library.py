@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -188,3 +189,17 @@ def test_a_script_outside_of_the_repository(tmp_path: Path) -> None:
     counts = [2 * 2 * layers for layers in (8, LAYERS)]
     said = [line for line in lines if line.endswith("structured")]
     assert said == [f"{count} of {count} self-attention calls structured" for count in counts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "vmonarch_cli/cli/README.md"])
+def test_the_lines_of_the_pages_run(page: str) -> None:
+    """As they stand, from the root of a checkout, in half a minute on two cores."""
+    root = Path(__file__).parents[1]
+    text = (root / page).read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "monarch(pipe" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert "speedup" in done.stdout
