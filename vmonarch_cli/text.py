@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 def near(word: str, known: Iterable[str], cutoff: float = 0.5, names: Mapping[str, str] | None = None) -> str:
@@ -46,6 +46,11 @@ def shown(value: object, limit: int = 60) -> str:
     """A value for a sentence: its repr on one line, cut to `limit` characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(words: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def binary_size(count: float) -> str:

@@ -17,8 +17,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.model import random_transformer
+from vmonarch_cli.profile.repeat import wall
 from vmonarch_cli.tune.group import joined
 from vmonarch_cli.tune.lora import add_lora
 from vmonarch_cli.tune.recorder import Guidance, TeacherForward, narrow
@@ -66,7 +65,7 @@ def teacher(pipeline: Any, clip: Plan, device: torch.device, path: Path) -> dict
                 }
                 given = {name: value.to(device) for name, value in inputs.items()}
                 given["hidden_states"] = given["hidden_states"].to(transformer.dtype)
-                took, velocity = timed(functools.partial(predict, transformer, given), device)
+                took, velocity = wall(functools.partial(predict, transformer, given), device)
                 seconds.append(took)
                 forwards.append(TeacherForward(step, 0, inputs, {}, narrow(velocity)))
             session.end_step()
@@ -77,19 +76,6 @@ def teacher(pipeline: Any, clip: Plan, device: torch.device, path: Path) -> dict
 def predict(transformer: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     velocity: torch.Tensor = transformer(**given, return_dict=False)[0]
     return velocity
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    synchronize(device)
-    began = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return time.perf_counter() - began, result
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
@@ -124,16 +110,14 @@ def student(pipeline: Any, clip: Plan, device: torch.device, path: Path, options
         return found
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
     with following(clip.preset, checkpointing=not options.no_checkpointing) as losses:
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in losses:
+
+        def step() -> None:
+            next(losses)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-            began = time.perf_counter()
+
+        seconds = [wall(step, device)[0] for _ in range(clip.steps)]
     found["step_s"] = spread(seconds[2:])
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -18,6 +18,7 @@ from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES
 from vmonarch_cli.models.tuned import TunedAdapter, read_adapter, shipped_adapters
 from vmonarch_cli.plan.tuned import TUNED_ROW
+from vmonarch_cli.text import listed
 
 _TEMPLATE = """---
 license: apache-2.0
@@ -154,7 +155,7 @@ def model_card(
         frames=_span(lengths),
         sizes_trained=" and ".join(f"{side} x {side}" for side in sorted(sides)),
         again=_AGAIN.format(clips=_clips(dit)) if "mixed" in dit else "",
-        longer=_LONGER.format(lengths=_listed(longer)) if longer else "",
+        longer=_LONGER.format(lengths=listed([str(frames) for frames in longer])) if longer else "",
         layers=dit["transformer"]["num_layers"],
         heads=dit["transformer"]["num_heads"],
         head_dim=dit["transformer"]["head_dim"],
@@ -195,10 +196,6 @@ def _clips(dit: Report) -> str:
 
 def _span(numbers: Collection[int]) -> str:
     return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + (" and " if len(numbers) > 1 else "") + str(numbers[-1])
 
 
 def _tokens(score: Report) -> int:

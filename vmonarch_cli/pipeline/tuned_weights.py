@@ -69,11 +69,10 @@ def can_sum(pipeline: Any, path: Path) -> bool:
     """Whether a LoRA's file is better kept as weights with the LoRA in them: few, in float32, on a CPU, without another
     LoRA beside them, and with an alpha that is the rank.
     """
-    header = read_header(path)
     found = _found(pipeline)
-    weights = [found.get(part, {}).get(weight) for part, weight in map(_changed_by, header)]
-    few = sum(0 if one is None else one.numel() for one in weights) * 4 <= 2 * SUMMED_BYTES
+    weights = [found.get(part, {}).get(weight) for part, weight in set(map(_changed_by, read_header(path)))]
     plain = all(one is not None and one.dtype == torch.float32 and one.device.type == "cpu" for one in weights)
+    few = sum(one.nbytes for one in weights if one is not None) <= SUMMED_BYTES
     layers = any(".base_layer." in name for part in found for name, _ in getattr(pipeline, part).named_parameters())
     return few and plain and not layers and "lora_adapter_metadata" not in read_metadata(path)
 

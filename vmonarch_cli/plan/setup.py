@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.tuned import TunedAdapter
+from vmonarch_cli.text import listed
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 
@@ -150,7 +151,7 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
     if setup.offload not in (modes := offload_modes(setup.quantize)):
         raise InputError(
             f"--offload {setup.offload} moves single tensors, and with --quantize {setup.quantize} a weight is a pair "
-            f"of values and scales: valid are {', '.join(modes[:-1])} and {modes[-1]}"
+            f"of values and scales: valid are {listed(modes)}"
         )
     if setup.cache is not None and setup.cache not in facts.caches:
         valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"

@@ -22,6 +22,7 @@ from vmonarch_cli.models.tuned import (
 )
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
+from vmonarch_cli.text import listed
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 NONE = "none"
@@ -185,7 +186,7 @@ def _shipped(use: Use) -> Choice:
         return Choice()
     fitting = [tuned for tuned in found if _sampling_of(tuned.adapter) == (use.steps, use.guidance_scale)]
     if not fitting:
-        made = _listed([_sampling(*_sampling_of(tuned.adapter)) for tuned in found])
+        made = listed([_sampling(*_sampling_of(tuned.adapter)) for tuned in found])
         what = f"{name} was" if len(found) == 1 else f"the model's adapters for {use.preset.name} were"
         return Choice(note=f"{what} made for {made}; this run has {_sampling(use.steps, use.guidance_scale)}")
     shape = f"{use.width}x{use.height}", use.num_frames
@@ -237,13 +238,9 @@ def _differences(tuned: AdapterFile, use: Use) -> str | None:
         (f"{said.num_frames} frames", f"{use.num_frames}", said.num_frames != use.num_frames),
     ]
     others = [(there, here) for there, here, differs in pairs if differs]
-    there, here = (_listed([pair[side] for pair in others]) for side in (0, 1))
+    there, here = (listed([pair[side] for pair in others]) for side in (0, 1))
     return f"{there}, and this run has {here}" if others else None
 
 
 def _sampling(steps: int, guidance_scale: float) -> str:
     return f"{steps} steps with guidance {guidance_scale:g}"
-
-
-def _listed(words: list[str]) -> str:
-    return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"
