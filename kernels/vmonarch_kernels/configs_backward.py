@@ -107,6 +107,30 @@ def _smaller(config: AttendConfig, *, narrow_queries: bool) -> AttendConfig:
     return AttendConfig(block_m, block_n, 4 if kept == 16 else config.num_warps, stages)
 
 
+HOPPER_QUERY_ROWS = 64
+"""Query rows of ``grad_keys_hopper_kernel``'s tile."""
+
+
+@dataclass(frozen=True)
+class HopperKeysConfig:
+    """Tile of ``grad_keys_hopper_kernel``: stages of queries, and whether keys stay in registers."""
+
+    stages: int
+    held: bool
+
+
+@cache
+def grad_keys_hopper_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], parts: Parts
+) -> HopperKeysConfig | None:
+    """Tile of ``grad_keys_hopper_kernel``, or None where that kernel does not run, as ``configs.hopper_config``."""
+    if capability != (9, 0) or dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128):
+        return None
+    if parts.k and parts.v:
+        return HopperKeysConfig(3, held=False)
+    return HopperKeysConfig(4, held=False)
+
+
 @cache
 def l_backward_config(frames: int, block_d: int, dtype: torch.dtype, limit: int) -> LStepConfig:
     """Tile of an L-step's backward: all frames in one up to 32 (64 where registers allow), else tiles of 32 x 32."""

@@ -32,6 +32,8 @@ MIN_WAVES = 2
 """The persistent Hopper kernel needs so many tiles for each multiprocessor. With fewer it gains less than its
 descriptors cost the host.
 """
+HOPPER_REGISTERS = 168
+"""Of a thread, on the mean: the Hopper kernels' two warp groups that compute have 240, the one that loads has 24."""
 _MIN_SPLIT_KEYS = 1024
 _MAX_SPLITS = 12
 _FULL_WAVES = 0.93
@@ -329,7 +331,7 @@ def _attend(call: Call, queries: Tensor, targets: _Targets, window: _Window) -> 
         **FUSION,
     }
     if hopper is not None and _fills(call, hopper, window):
-        rows = [x for x in map(_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
+        rows = [x for x in map(tile_rows, (queries.flatten(1, 2), call.k, call.v)) if x is not None]
         if len(rows) == 3:
             _attend_hopper(call, hopper, rows, targets, window, constants)
             return
@@ -381,18 +383,11 @@ def _attend_hopper(
     constants: dict[str, int],
 ) -> None:
     """Launch ``attend_hopper_kernel`` on as many programs as the chip has multiprocessors."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from vmonarch_kernels import _hopper
 
     _, frames, positions, heads, dim = call.sizes
-    dtype = gl.bfloat16 if call.q.dtype == torch.bfloat16 else gl.float16
-    descriptors = []
-    for x, block in zip(rows, (HOPPER_ROWS // 2, config.block_n, config.block_n), strict=True):
-        descriptors.append(
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [block, dim], _layout(block, dim, dtype))
-        )
+    blocks = HOPPER_ROWS // 2, config.block_n, config.block_n
+    descriptors = [row_descriptor(x, block, dim) for x, block in zip(rows, blocks, strict=True)]
     tail = max(keys % config.block_n or config.block_n for keys in window.keys(positions) if keys)
     tiles = _tiles(call, window)
     _hopper.attend_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
@@ -411,9 +406,18 @@ def _attend_hopper(
         STAGES=config.stages,
         Q_STAGES=config.query_stages,
         num_warps=4,
-        maxnreg=168,  # of three warp groups: 240 for each of the two that compute, 24 for the one that loads
+        maxnreg=HOPPER_REGISTERS,
         **constants,
     )
+
+
+def row_descriptor(rows: Tensor, block: int, dim: int) -> Any:
+    """How the copy engine brings tiles of so many rows of one head; ``rows`` as ``tile_rows`` gives them."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _layout(block, dim, gl.bfloat16 if rows.dtype == torch.bfloat16 else gl.float16)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block, dim], layout)
 
 
 @cache
@@ -424,7 +428,7 @@ def _layout(rows: int, columns: int, dtype: Any) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
-def _rows(x_BNHD: Tensor) -> Tensor | None:
+def tile_rows(x_BNHD: Tensor) -> Tensor | None:
     """The tensor as (B * N, H * D) rows for the copy engine, or None where its layout has none.
 
     Heads must lie side by side, rows (which do not overlap) and batches on end, base and rows on 16 bytes.

@@ -4,14 +4,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_kernels import _triton as forward_kernels
 from vmonarch_kernels import _triton_backward as kernels
-from vmonarch_kernels.configs import AttendConfig
+from vmonarch_kernels.configs import HOPPER_ROWS, AttendConfig
 from vmonarch_kernels.configs_backward import (
+    HOPPER_QUERY_ROWS,
     Parts,
     grad_keys_config,
+    grad_keys_hopper_config,
     grad_queries_config,
     l_backward_config,
     product_precision,
@@ -20,6 +23,8 @@ from vmonarch_kernels.configs_backward import (
 from vmonarch_kernels.cost import L_ROW_ENTRIES, is_exact
 from vmonarch_kernels.launch import (
     FUSION,
+    HOPPER_REGISTERS,
+    MIN_WAVES,
     Call,
     cdiv,
     even_splits,
@@ -28,6 +33,8 @@ from vmonarch_kernels.launch import (
     on_their_device,
     r_queries,
     r_step,
+    row_descriptor,
+    tile_rows,
 )
 from vmonarch_kernels.spec import Inputs, Options
 from vmonarch_kernels.structure import L_SCALE, Forward, Gradients, split_frames
@@ -173,6 +180,8 @@ class _Backward:
         """Gradients of all keys, and values, from the queries that see them."""
         call, parts = self.call, rows.parts
         batch, frames, positions, heads, dim = call.sizes
+        if self._grad_keys_hopper(rows, window):
+            return
         config = grad_keys_config(call.block_d, call.q.dtype, tile_memory(call.chip), parts)
         kernels.grad_keys_kernel[(cdiv(positions, config.block_n), frames, batch * heads)](
             *self._tensors(rows),
@@ -198,6 +207,57 @@ class _Backward:
             ADD_V=parts.v and self.adds("dv"),
             **self._constants(config, rows),
         )
+
+    def _grad_keys_hopper(self, rows: _Queries, window: _Window) -> bool:
+        """``grad_keys`` by the Hopper kernel; whether it can run and has enough to do."""
+        call, parts = self.call, rows.parts
+        batch, frames, positions, heads, dim = call.sizes
+        config = grad_keys_hopper_config(dim, call.q.dtype, call.chip.capability, parts)
+        tiles = cdiv(positions, HOPPER_ROWS) * frames * batch * heads
+        if config is None or rows.share is not None or tiles < MIN_WAVES * call.chip.multiprocessors:
+            return False
+        gradients = (None if x is None else x.flatten(1, 2) for x in (rows.gk, rows.gv))
+        tensors = (rows.q.flatten(1, 2), call.k, call.v if parts.v else None, *gradients)
+        found = [None if x is None else tile_rows(x) for x in tensors]
+        if any((x is None) != (y is None) for x, y in zip(tensors, found, strict=True)):
+            return False
+        lse, shift = self._tile_statistics(rows)
+        from vmonarch_kernels import _hopper_backward
+
+        _hopper_backward.grad_keys_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
+            *(None if x is None else row_descriptor(x, HOPPER_ROWS // 2, dim) for x in found),
+            lse,
+            shift,
+            self.dk,
+            self.dv if parts.v else None,
+            call.scale,
+            tiles,
+            frames,
+            positions,
+            heads,
+            window.band,
+            window.width,
+            -1 if window.whole is None else window.whole,
+            BLOCK_D=dim,
+            WITH_K=parts.k,
+            WITH_V=parts.v,
+            BANDED=window.banded,
+            WHOLE=window.whole is not None,
+            ADD_K=self.adds("dk"),
+            ADD_V=parts.v and self.adds("dv"),
+            STAGES=config.stages,
+            HELD=config.held,
+            num_warps=4,
+            maxnreg=HOPPER_REGISTERS,
+            **FUSION,
+        )
+        return True
+
+    def _tile_statistics(self, rows: _Queries) -> tuple[Tensor, Tensor]:
+        """Log-sum-exps and s (w - delta), frames padded to whole tiles, in which rows past them get no weight."""
+        shift = -rows.delta if rows.w is None else rows.w - rows.delta
+        past = (0, -self.call.sizes[2] % HOPPER_QUERY_ROWS)
+        return F.pad(rows.lse, past, value=torch.inf), F.pad(shift.mul_(self.call.scale), past)
 
     def _tensors(self, rows: _Queries) -> tuple[Any, ...]:
         """Queries, keys and values with their strides, and the gradients that come in."""
@@ -588,6 +648,9 @@ def frame_backward_triton(inputs: Inputs, frame: int, scale: float, kept: Forwar
     # The kernels number all tokens: the frame's rows lie at their place, the others are never read.
     full = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     split_frames(full, inputs.frames)[:, frame] = grad
+    # The Hopper kernel reads whole tiles: rows behind the frame get no weight there, but must be finite.
+    behind = (frame + 1) * grad.shape[1]
+    full[:, behind : behind + HOPPER_QUERY_ROWS] = 0
     run = _Backward(inputs, Options(first_frame=False, scale=scale), full)
     assert kept.lse is not None  # noqa: S101  # of exact rows
     lse, delta = run.call.statistic(), run.call.statistic()

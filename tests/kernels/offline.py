@@ -197,9 +197,9 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
     found: dict[int, tuple[Any, dict[str, Any]]] = {}
     modules = [launch.kernels, launch_backward.kernels, launch_fused.kernels]
     if not on_amd:
-        from vmonarch_kernels import _hopper
+        from vmonarch_kernels import _hopper, _hopper_backward
 
-        modules.append(_hopper)
+        modules += [_hopper, _hopper_backward]
     for module in modules:
         for name in dir(module):
             if name.endswith("_kernel"):
