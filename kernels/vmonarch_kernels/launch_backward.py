@@ -438,6 +438,7 @@ class _Structured(_Backward):
                 *sizes,
                 first_row,
                 BLOCK_T=config.block_l,
+                PARTS=config.parts,
                 STRIP=config.strip,
                 STAGES=config.num_stages,
                 LAST=last,

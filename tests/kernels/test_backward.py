@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -485,8 +486,10 @@ OFFLINE = Path(__file__).with_name("offline.py")
 def test_the_kernels_fit_the_chip_and_do_not_spill_in_their_loops(arch: int) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    kernels = ["grad_queries_kernel", "grad_keys_kernel"]
-    request = {"arch": arch, "dtype": "bfloat16", "dim": 128, "calls": ["backward"], "kernels": kernels}
+    # One band of several steps needs the shares of the exact part, which the Hopper kernel has not.
+    kernels = ["grad_queries_kernel", "grad_keys_kernel"] + (["grad_keys_hopper_kernel"] if arch == 90 else [])
+    calls = ["backward", "backward band"]
+    request = {"arch": arch, "dtype": "bfloat16", "dim": 128, "calls": calls, "kernels": kernels}
     command = [sys.executable, str(OFFLINE), json.dumps(request)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -495,4 +498,7 @@ def test_the_kernels_fit_the_chip_and_do_not_spill_in_their_loops(arch: int) -> 
     for entry in found:
         assert entry["shared"] <= {90: 227, 80: 163}[arch] * 1024
         # A few words that an address leaves behind are no loss; the sums would be kilobytes.
-        assert all(spilled <= {90: 80, 80: 600}[arch] for _, spilled in entry["loops"]), entry
+        # What the Hopper kernel's loop over tiles moves, of more than 600 instructions, comes once in 25 turns of the inner.
+        tiles = 600 if entry["kernel"] == "grad_keys_hopper_kernel" else math.inf
+        assert all(spilled <= {90: 80, 80: 600}[arch] for length, spilled in entry["loops"] if length < tiles), entry
+        assert all(spilled <= 512 for length, spilled in entry["loops"] if length >= tiles), entry
