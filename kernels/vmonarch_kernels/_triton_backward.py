@@ -274,7 +274,8 @@ def l_backward_kernel(
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, LAST: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """An L-step's backward where all frames are in one tile: one head, STRIP positions after one another.
+    """An L-step's backward where all frames are in one tile: one head, STRIP positions after one another, and PARTS
+    slices of the head dimension for what is written.
 
     Rows before ``first_row`` have no gradient here (the first frame's output is another kernel's).
     """
@@ -282,6 +283,7 @@ def l_backward_kernel(
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     o_t = tl.arange(0, BLOCK_T)
+    o_all = tl.arange(0, BLOCK_D)
     m_t = o_t < frames
     s_row = positions * heads * head_dim  # from frame to frame
     p_q += b * s_qb + h * s_qh
@@ -298,24 +300,26 @@ def l_backward_kernel(
         exact = tl.full([BLOCK_T], float("-inf"), tl.float32)
         if HAS_EXACT:
             exact = tl.load(p_exact_lse + o_row, mask=m_t, other=0.0) * LOG2E
-        for part in tl.static_range(PARTS):
-            o_d = _d_part(part, BLOCK_D, PARTS)
-            q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
-            rk = load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-            right = load_rows(p_right + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+        q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_all, frames, head_dim, True, MASK_D)
+        rk = load_rows(p_rk + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
+        if PARTS > 1:  # all that is needed is under way at once; the slices below find it in the cache
+            right = load_rows(p_right + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
             if LAST:
-                left = load_rows(p_left + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-            else:
-                left = q
-            if part == 0:
-                product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
-                d_entries = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-            else:
-                product = tl.dot(q, tl.trans(rk), product, input_precision=PRECISION)
-                d_entries = tl.dot(left, tl.trans(right), d_entries, input_precision=PRECISION)
+                left = load_rows(p_left + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
+            q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_all, frames, head_dim, True, MASK_D)
+            r_score = _row_products(q_r, rk)
+        product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
         logits = l_logits(product, c_l, o_t, o_t, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
         entries, exact_weight, row_lse = _softmax_rows(logits, exact)
         entries = tl.where(m_t[:, None], entries, 0.0)
+        if PARTS == 1:
+            right = load_rows(p_right + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
+            if LAST:
+                left = load_rows(p_left + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
+        if LAST:
+            d_entries = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+        else:
+            d_entries = tl.dot(q, tl.trans(right), input_precision=PRECISION)
         if LAST:
             entries = tl.where((o_t >= first_row)[:, None], entries, 0.0)
             if HAS_EXACT:
@@ -340,10 +344,9 @@ def l_backward_kernel(
         # From the rounded dz that the product below takes, so that gk keeps the difference of q and q_r.
         w = tl.sum(dz.to(tl.float32), 0)
         delta = tl.zeros([BLOCK_T], tl.float32)
-        r_score = tl.zeros([BLOCK_T], tl.float32)
         for part in tl.static_range(PARTS):
             o_d = _d_part(part, BLOCK_D, PARTS)
-            if PARTS > 1:  # they are in the cache
+            if PARTS > 1:
                 q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
                 rk = load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
                 right = load_rows(p_right + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
@@ -361,7 +364,8 @@ def l_backward_kernel(
             q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
             gk = _r_gradient(sums, w, q_r, qk_scale, p_gk)
             store_rows(p_gk + o_tokens, o_t, s_row, o_d, gk, frames, head_dim, MASK_D)
-            r_score += _row_products(q_r, rk)
+            if PARTS == 1:
+                r_score = _row_products(q_r, rk)
             delta += _row_products(gk, rk)
         _store_r_statistics(p_lse, p_delta, p_w, o_row, m_t, r_score, c_l, delta, w, qk_scale)
 

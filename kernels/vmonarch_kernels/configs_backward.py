@@ -111,6 +111,16 @@ HOPPER_QUERY_ROWS = 64
 """Query rows of ``grad_keys_hopper_kernel``'s tile."""
 
 
+@cache
+def grad_queries_hopper_stages(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], parts: Parts
+) -> int | None:
+    """Stages of keys of ``grad_queries_hopper_kernel``, or None where that kernel does not run."""
+    if grad_keys_hopper_config(head_dim, dtype, capability, parts) is None:
+        return None
+    return 3 if parts.k and parts.v else 4
+
+
 @dataclass(frozen=True)
 class HopperKeysConfig:
     """Tile of ``grad_keys_hopper_kernel``: stages of queries, and whether keys stay in registers."""

@@ -16,6 +16,7 @@ from vmonarch_kernels.configs_backward import (
     grad_keys_config,
     grad_keys_hopper_config,
     grad_queries_config,
+    grad_queries_hopper_stages,
     l_backward_config,
     product_precision,
     tile_memory,
@@ -148,6 +149,8 @@ class _Backward:
         batch, frames, positions, heads, dim = call.sizes
         first, parts, band, width, split_keys = window
         out, add, product = target
+        if self._launch_queries_hopper(rows, window, target):
+            return
         keys = split_keys or width * positions
         last = width * positions % split_keys if split_keys else 0
         kernels.grad_queries_kernel[(cdiv(positions, config.block_m), parts, batch * heads)](
@@ -175,6 +178,54 @@ class _Backward:
             WITH_PRODUCT=product is not None,
             **self._constants(config, rows),
         )
+
+    def _launch_queries_hopper(
+        self,
+        rows: _Queries,
+        window: tuple[int, int, int, int, int],
+        target: tuple[Tensor, bool, Tensor | None],
+    ) -> bool:
+        """``_launch_queries`` by the Hopper kernel; whether it can run and has enough to do."""
+        call = self.call
+        batch, frames, positions, heads, dim = call.sizes
+        first, parts, band, width, split_keys = window
+        out, add, product = target
+        stages = grad_queries_hopper_stages(dim, call.q.dtype, call.chip.capability, rows.parts)
+        tiles = cdiv(positions, HOPPER_ROWS) * parts * batch * heads
+        descriptors = None if stages is None else self._descriptors(rows, tiles)
+        if descriptors is None:
+            return False
+        from vmonarch_kernels import _hopper_backward
+
+        _hopper_backward.grad_queries_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
+            *descriptors,
+            rows.lse,
+            rows.delta,
+            out,
+            product,
+            call.scale,
+            tiles,
+            batch,
+            frames,
+            positions,
+            parts,
+            heads,
+            first,
+            band,
+            width,
+            split_keys,
+            BLOCK_D=dim,
+            WITH_K=rows.parts.k,
+            WITH_V=rows.parts.v,
+            SPLIT=split_keys > 0,
+            ADD=add,
+            WITH_PRODUCT=product is not None,
+            STAGES=stages,
+            num_warps=4,
+            maxnreg=HOPPER_REGISTERS,
+            **FUSION,
+        )
+        return True
 
     def grad_keys(self, rows: _Queries, window: _Window) -> None:
         """Gradients of all keys, and values, from the queries that see them."""
@@ -214,18 +265,14 @@ class _Backward:
         batch, frames, positions, heads, dim = call.sizes
         config = grad_keys_hopper_config(dim, call.q.dtype, call.chip.capability, parts)
         tiles = cdiv(positions, HOPPER_ROWS) * frames * batch * heads
-        if config is None or rows.share is not None or tiles < MIN_WAVES * call.chip.multiprocessors:
-            return False
-        gradients = (None if x is None else x.flatten(1, 2) for x in (rows.gk, rows.gv))
-        tensors = (rows.q.flatten(1, 2), call.k, call.v if parts.v else None, *gradients)
-        found = [None if x is None else tile_rows(x) for x in tensors]
-        if any((x is None) != (y is None) for x, y in zip(tensors, found, strict=True)):
+        descriptors = None if config is None else self._descriptors(rows, tiles)
+        if config is None or descriptors is None:
             return False
         lse, shift = self._tile_statistics(rows)
         from vmonarch_kernels import _hopper_backward
 
         _hopper_backward.grad_keys_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
-            *(None if x is None else row_descriptor(x, HOPPER_ROWS // 2, dim) for x in found),
+            *descriptors,
             lse,
             shift,
             self.dk,
@@ -252,6 +299,20 @@ class _Backward:
             **FUSION,
         )
         return True
+
+    def _descriptors(self, rows: _Queries, tiles: int) -> list[Any] | None:
+        """Queries, keys, values and gradients as the Hopper kernels take them; None where those cannot run, or have too
+        little to do.
+        """
+        call = self.call
+        if rows.share is not None or tiles < MIN_WAVES * call.chip.multiprocessors:
+            return None
+        gradients = (None if x is None else x.flatten(1, 2) for x in (rows.gk, rows.gv))
+        tensors = (rows.q.flatten(1, 2), call.k, call.v if rows.parts.v else None, *gradients)
+        found = [None if x is None else tile_rows(x) for x in tensors]
+        if any((x is None) != (y is None) for x, y in zip(tensors, found, strict=True)):
+            return None
+        return [None if x is None else row_descriptor(x, HOPPER_ROWS // 2, call.sizes[4]) for x in found]
 
     def _tile_statistics(self, rows: _Queries) -> tuple[Tensor, Tensor]:
         """Log-sum-exps and s (w - delta), frames padded to whole tiles, in which rows past them get no weight."""
@@ -411,6 +472,7 @@ class _Structured(_Backward):
             "FIRST_FRAME": self.options.first_frame,
             "PRECISION": call.precision,
             "num_warps": config.num_warps,
+            **({} if config.registers is None else {"maxnreg": config.registers}),
             **FUSION,
         }
         exact = {"HAS_EXACT": self.exact_lse is not None}
