@@ -236,7 +236,7 @@ def grad_keys_hopper_kernel(
 ):  # fmt: skip
     """`grad_keys_kernel` on a persistent grid; ``p_shift`` is s (w - delta).
 
-    HELD: keys stay in registers, not in shared memory alone.
+    HELD: keys stay in registers, too.
     """
     k_smem = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_type.shape, d_k.layout)
     q_smem = gl.allocate_shared_memory(d_q.dtype, [STAGES] + d_q.block_type.shape, d_q.layout)
@@ -345,7 +345,7 @@ def _consume_keys(
     p_lse, p_delta, p_dq, p_product,
     qk_scale, tiles, batch, frames, positions, parts, heads, first_query_frame, band, width, split_keys,
     BLOCK_D: gl.constexpr, WITH_K: gl.constexpr, WITH_V: gl.constexpr, SPLIT: gl.constexpr, ADD: gl.constexpr,
-    WITH_PRODUCT: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    WITH_PRODUCT: gl.constexpr, STAGES: gl.constexpr, HELD: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute and store the gradients of one group's 64 queries of every tile."""
     layout_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEY_ROWS, 16])
@@ -358,9 +358,9 @@ def _consume_keys(
     phase = 0
     rows_phase = 0
     nothing = gl.zeros([GROUP_ROWS, KEY_ROWS], gl.float32, layout_s)
-    q = q_smem.index(GROUP)
-    gk = gk_smem.index(GROUP)
-    gv = gv_smem.index(GROUP)
+    q_tile = q_smem.index(GROUP)
+    gk_tile = gk_smem.index(GROUP)
+    gv_tile = gv_smem.index(GROUP)
     scale2 = qk_scale * LOG2E
     behind: gl.constexpr = 2 if WITH_K and WITH_V else 1  # products of the gradients, behind the scores
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -380,6 +380,16 @@ def _consume_keys(
             lse = gl.load(p_lse + o_stats + o_j, mask=o_j < positions, other=float("inf"))[:, None]
             shift = gl.load(p_delta + o_stats + o_j, mask=o_j < positions, other=0.0)[:, None] * qk_scale
             acc = gl.zeros([GROUP_ROWS, BLOCK_D], gl.float32, layout_o)
+            q = q_tile
+            gk = gk_tile
+            gv = gv_tile
+            if HELD > 0:
+                q = q_tile.load(gl.DotOperandLayout(0, layout_s, 2))
+            if HELD > 1:
+                if WITH_K:
+                    gk = gk_tile.load(gl.DotOperandLayout(0, layout_s, 2))
+                else:
+                    gv = gv_tile.load(gl.DotOperandLayout(0, layout_s, 2))
             # The one tile that can be partial comes first, so that the loop needs no mask.
             mbarrier.wait(full.index(stage), phase)
             scores, d_weights = _start_tile(
@@ -413,7 +423,7 @@ def _consume_keys(
 
             o_row = first_row + gl.arange(0, GROUP_ROWS, rows_o)
             if WITH_PRODUCT:
-                product = gl.sum(acc * q.load(layout_o).to(gl.float32), 1)
+                product = gl.sum(acc * q_tile.load(layout_o).to(gl.float32), 1)
                 gl.store(p_product + o_stats + o_row, product, mask=o_row < positions)
             if SPLIT:
                 o_head = ((part * batch + b).to(gl.int64) * positions * heads + h) * BLOCK_D
@@ -422,7 +432,7 @@ def _consume_keys(
                 gl.store(p_rows, acc, mask=(o_row < positions)[:, None])
             else:
                 o_head = ((b * frames + frame).to(gl.int64) * positions * heads + h) * BLOCK_D
-                _store_sums(acc, q, p_dq, o_head, first_row, positions, heads * BLOCK_D, BLOCK_D, ADD)
+                _store_sums(acc, q_tile, p_dq, o_head, first_row, positions, heads * BLOCK_D, BLOCK_D, ADD)
         else:
             # All of this group's rows lie past the frame: let the tiles go by.
             for _ in range(count):
@@ -443,10 +453,10 @@ def grad_queries_hopper_kernel(
     tiles, batch, frames, positions, parts, heads,  # parts: query frames, or key splits of one
     first_query_frame, band, width, split_keys,
     BLOCK_D: gl.constexpr, WITH_K: gl.constexpr, WITH_V: gl.constexpr, SPLIT: gl.constexpr, ADD: gl.constexpr,
-    WITH_PRODUCT: gl.constexpr, STAGES: gl.constexpr,
+    WITH_PRODUCT: gl.constexpr, STAGES: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """`grad_queries_kernel` on a persistent grid. A tile's gradients are multiplied by its keys while the tensor cores
-    have the next tile's scores in the queue.
+    have the next tile's scores in the queue. HELD: tensors of the rows that stay in registers, the queries first.
     """
     q_smem = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_type.shape, d_q.layout)
     k_smem = gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_type.shape, d_k.layout)
@@ -475,13 +485,13 @@ def grad_queries_hopper_kernel(
             q_smem, gk_smem, gv_smem, k_smem, v_smem, rows_full, rows_empty, full, empty,
             p_lse, p_delta, p_dq, p_product,
             qk_scale, tiles, batch, frames, positions, parts, heads, first_query_frame, band, width, split_keys,
-            BLOCK_D, WITH_K, WITH_V, SPLIT, ADD, WITH_PRODUCT, STAGES, 0,
+            BLOCK_D, WITH_K, WITH_V, SPLIT, ADD, WITH_PRODUCT, STAGES, HELD, 0,
         )),
         (_consume_keys, (
             q_smem, gk_smem, gv_smem, k_smem, v_smem, rows_full, rows_empty, full, empty,
             p_lse, p_delta, p_dq, p_product,
             qk_scale, tiles, batch, frames, positions, parts, heads, first_query_frame, band, width, split_keys,
-            BLOCK_D, WITH_K, WITH_V, SPLIT, ADD, WITH_PRODUCT, STAGES, 1,
+            BLOCK_D, WITH_K, WITH_V, SPLIT, ADD, WITH_PRODUCT, STAGES, HELD, 1,
         )),
         (_produce_keys, (
             d_q, d_k, d_v, d_gk, d_gv, q_smem, gk_smem, gv_smem, k_smem, v_smem, rows_full, rows_empty, full, empty,

@@ -111,34 +111,26 @@ HOPPER_QUERY_ROWS = 64
 """Query rows of ``grad_keys_hopper_kernel``'s tile."""
 
 
-@cache
-def grad_queries_hopper_stages(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], parts: Parts
-) -> int | None:
-    """Stages of keys of ``grad_queries_hopper_kernel``, or None where that kernel does not run."""
-    if grad_keys_hopper_config(head_dim, dtype, capability, parts) is None:
-        return None
-    return 3 if parts.k and parts.v else 4
-
-
 @dataclass(frozen=True)
-class HopperKeysConfig:
-    """Tile of ``grad_keys_hopper_kernel``: stages of queries, and whether keys stay in registers."""
+class HopperGradConfig:
+    """Tile of a Hopper kernel: stages of what comes in the loop, and tensors of the rows that stay in registers."""
 
     stages: int
-    held: bool
+    held: int
 
 
 @cache
-def grad_keys_hopper_config(
+def grad_hopper_configs(
     head_dim: int, dtype: torch.dtype, capability: tuple[int, int], parts: Parts
-) -> HopperKeysConfig | None:
-    """Tile of ``grad_keys_hopper_kernel``, or None where that kernel does not run, as ``configs.hopper_config``."""
+) -> tuple[HopperGradConfig, HopperGradConfig] | None:
+    """Tiles of ``grad_queries_hopper_kernel`` and ``grad_keys_hopper_kernel``, or None where they do not run (as
+    ``configs.hopper_config``).
+    """
     if capability != (9, 0) or dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128):
         return None
     if parts.k and parts.v:
-        return HopperKeysConfig(3, held=False)
-    return HopperKeysConfig(4, held=False)
+        return HopperGradConfig(3, 2), HopperGradConfig(3, 0)
+    return HopperGradConfig(4, 2), HopperGradConfig(4, int(parts.k))
 
 
 @cache

@@ -12,11 +12,11 @@ from vmonarch_kernels import _triton_backward as kernels
 from vmonarch_kernels.configs import HOPPER_ROWS, AttendConfig
 from vmonarch_kernels.configs_backward import (
     HOPPER_QUERY_ROWS,
+    HopperGradConfig,
     Parts,
+    grad_hopper_configs,
     grad_keys_config,
-    grad_keys_hopper_config,
     grad_queries_config,
-    grad_queries_hopper_stages,
     l_backward_config,
     product_precision,
     tile_memory,
@@ -190,11 +190,11 @@ class _Backward:
         batch, frames, positions, heads, dim = call.sizes
         first, parts, band, width, split_keys = window
         out, add, product = target
-        stages = grad_queries_hopper_stages(dim, call.q.dtype, call.chip.capability, rows.parts)
         tiles = cdiv(positions, HOPPER_ROWS) * parts * batch * heads
-        descriptors = None if stages is None else self._descriptors(rows, tiles)
-        if descriptors is None:
+        found = self._hopper(rows, tiles)
+        if found is None:
             return False
+        (config, _), descriptors = found
         from vmonarch_kernels import _hopper_backward
 
         _hopper_backward.grad_queries_hopper_kernel[(min(tiles, call.chip.multiprocessors),)](
@@ -220,7 +220,8 @@ class _Backward:
             SPLIT=split_keys > 0,
             ADD=add,
             WITH_PRODUCT=product is not None,
-            STAGES=stages,
+            STAGES=config.stages,
+            HELD=config.held,
             num_warps=4,
             maxnreg=HOPPER_REGISTERS,
             **FUSION,
@@ -263,11 +264,11 @@ class _Backward:
         """``grad_keys`` by the Hopper kernel; whether it can run and has enough to do."""
         call, parts = self.call, rows.parts
         batch, frames, positions, heads, dim = call.sizes
-        config = grad_keys_hopper_config(dim, call.q.dtype, call.chip.capability, parts)
         tiles = cdiv(positions, HOPPER_ROWS) * frames * batch * heads
-        descriptors = None if config is None else self._descriptors(rows, tiles)
-        if config is None or descriptors is None:
+        hopper = self._hopper(rows, tiles)
+        if hopper is None:
             return False
+        (_, config), descriptors = hopper
         lse, shift = self._tile_statistics(rows)
         from vmonarch_kernels import _hopper_backward
 
@@ -300,19 +301,20 @@ class _Backward:
         )
         return True
 
-    def _descriptors(self, rows: _Queries, tiles: int) -> list[Any] | None:
-        """Queries, keys, values and gradients as the Hopper kernels take them; None where those cannot run, or have too
-        little to do.
+    def _hopper(self, rows: _Queries, tiles: int) -> tuple[tuple[HopperGradConfig, HopperGradConfig], list[Any]] | None:
+        """The Hopper kernels' tiles, and queries, keys, values and gradients as they take them; None where they cannot
+        run or have too little to do.
         """
         call = self.call
-        if rows.share is not None or tiles < MIN_WAVES * call.chip.multiprocessors:
+        configs = grad_hopper_configs(call.sizes[4], call.q.dtype, call.chip.capability, rows.parts)
+        if configs is None or rows.share is not None or tiles < MIN_WAVES * call.chip.multiprocessors:
             return None
         gradients = (None if x is None else x.flatten(1, 2) for x in (rows.gk, rows.gv))
         tensors = (rows.q.flatten(1, 2), call.k, call.v if rows.parts.v else None, *gradients)
         found = [None if x is None else tile_rows(x) for x in tensors]
         if any((x is None) != (y is None) for x, y in zip(tensors, found, strict=True)):
             return None
-        return [None if x is None else row_descriptor(x, HOPPER_ROWS // 2, call.sizes[4]) for x in found]
+        return configs, [None if x is None else row_descriptor(x, HOPPER_ROWS // 2, call.sizes[4]) for x in found]
 
     def _tile_statistics(self, rows: _Queries) -> tuple[Tensor, Tensor]:
         """Log-sum-exps and s (w - delta), frames padded to whole tiles, in which rows past them get no weight."""
