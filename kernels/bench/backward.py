@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmonarch_kernels import Inputs, Options, attend, frame_attention, launch_backward, monarch_factors
 from vmonarch_kernels.configs import AttendConfig, LStepConfig
-from vmonarch_kernels.configs_backward import Parts
+from vmonarch_kernels.configs_backward import HopperGradConfig, Parts
 
 Shape = tuple[int, int, int, int]
 SHAPES = ("21x1560x12x128", "47x1456x12x128", "21x3600x12x128")
@@ -41,14 +41,15 @@ STRUCTURED: dict[str, Options] = {
 WARM = ("balanced", "fast", "warm")
 DENSE = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 KINDS = {"r": Parts(k=True, v=False), "rv": Parts(k=True, v=True), "exact": Parts(k=False, v=True)}
+# Rows of queries and of keys, warps, stages; two numbers are a Hopper kernel's tile; of L-steps warps, stages, strip.
 TILES = {
     "queries": [
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2),
-        (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 128, 8, 1),
+        (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 128, 8, 1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 2),
     ],
     "keys": [
         (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 8, 2), (128, 128, 8, 1), (128, 128, 8, 2),
-        (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2),
+        (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (3, 0), (4, 0), (4, 1),
     ],
     "l": [(4, 1, 1), (4, 1, 8), (4, 2, 8), (2, 1, 8), (2, 2, 8), (8, 1, 8), (8, 2, 8)],
 }  # fmt: skip
@@ -264,10 +265,12 @@ def use_tile(side: str, tile: tuple[int, ...], frames: int) -> None:
         block = max(16, 1 << (frames - 1).bit_length())
         config = LStepConfig(block, block, warps, stages, strip)
         launch_backward.l_backward_config = lambda *_, **__: config  # type: ignore[assignment]
-    elif side == "queries":
-        launch_backward.grad_queries_config = lambda *_, **__: AttendConfig(*tile)  # type: ignore[assignment]
-    else:
-        launch_backward.grad_keys_config = lambda *_, **__: AttendConfig(*tile)  # type: ignore[assignment]
+        return
+    hopper = HopperGradConfig(*tile) if len(tile) == 2 else None
+    launch_backward.grad_hopper_configs = lambda *_, **__: hopper and (hopper, hopper)  # type: ignore[assignment]
+    if hopper is None:
+        name = f"grad_{side}_config"
+        setattr(launch_backward, name, lambda *_, **__: AttendConfig(*tile))
 
 
 def compile_tile(shape: Shape, side: str, kind: str, tile: tuple[int, ...]) -> str | None:
@@ -287,9 +290,8 @@ def search(shapes: list[Shape], save: Callable[[dict[str, Any]], None], until: f
     work = [("l", kind, tile) for tile in TILES["l"] for kind in ("last", "early")]
     for side in ("queries", "keys"):
         work += [(side, kind, tile) for kind in KINDS for tile in TILES[side]]
-    tables = (
-        launch_backward.grad_queries_config, launch_backward.grad_keys_config, launch_backward.l_backward_config
-    )  # fmt: skip
+    names = ("grad_queries_config", "grad_keys_config", "grad_hopper_configs", "l_backward_config")
+    tables = {name: getattr(launch_backward, name) for name in names}
     for shape in shapes:
         frames, positions, heads, dim = shape
         unit = frames * positions * positions * dim * heads
@@ -305,11 +307,8 @@ def search(shapes: list[Shape], save: Callable[[dict[str, Any]], None], until: f
                 if reason := failed[side, kind, tile]:
                     raise RuntimeError(reason)
                 if (side, kind) not in expected:
-                    (
-                        launch_backward.grad_queries_config,
-                        launch_backward.grad_keys_config,
-                        launch_backward.l_backward_config,
-                    ) = tables
+                    for name, table in tables.items():
+                        setattr(launch_backward, name, table)
                     run, outs = kernel_runner(shape, side, kind)
                     run()
                     expected[side, kind] = [x.clone() for x in outs]

@@ -486,8 +486,9 @@ OFFLINE = Path(__file__).with_name("offline.py")
 def test_the_kernels_fit_the_chip_and_do_not_spill_in_their_loops(arch: int) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # One band of several steps needs the shares of the exact part, which the Hopper kernel has not.
-    kernels = ["grad_queries_kernel", "grad_keys_kernel"] + (["grad_keys_hopper_kernel"] if arch == 90 else [])
+    kernels = ["grad_queries_kernel", "grad_keys_kernel"]
+    if arch == 90:  # there the others serve a band of several steps alone, which needs the shares of the exact part
+        kernels += ["grad_queries_hopper_kernel", "grad_keys_hopper_kernel"]
     calls = ["backward", "backward band"]
     request = {"arch": arch, "dtype": "bfloat16", "dim": 128, "calls": calls, "kernels": kernels}
     command = [sys.executable, str(OFFLINE), json.dumps(request)]
@@ -498,7 +499,7 @@ def test_the_kernels_fit_the_chip_and_do_not_spill_in_their_loops(arch: int) -> 
     for entry in found:
         assert entry["shared"] <= {90: 227, 80: 163}[arch] * 1024
         # A few words that an address leaves behind are no loss; the sums would be kilobytes.
-        # What the Hopper kernel's loop over tiles moves, of more than 600 instructions, comes once in 25 turns of the inner.
-        tiles = 600 if entry["kernel"] == "grad_keys_hopper_kernel" else math.inf
+        # A Hopper kernel's loop over tiles has more than 600 instructions and comes once in 25 turns of the inner one.
+        tiles = 600 if "hopper" in entry["kernel"] else math.inf
         assert all(spilled <= {90: 80, 80: 600}[arch] for length, spilled in entry["loops"] if length < tiles), entry
-        assert all(spilled <= 512 for length, spilled in entry["loops"] if length >= tiles), entry
+        assert all(spilled <= 1024 for length, spilled in entry["loops"] if length >= tiles), entry

@@ -1,5 +1,5 @@
-"""The Hopper kernel: that it compiles for its chip is shown on any machine, that it computes the right thing on that
-chip alone (it has no interpreter).
+"""The Hopper kernels: that they compile for their chip is shown on any machine (the backward ones: `test_backward.py`),
+that they compute the right thing on that chip alone (they have no interpreter).
 """
 
 import json
@@ -121,3 +121,58 @@ def test_it_computes_what_the_reference_does(
         return float((value.double() - expected).norm() / expected.norm())
 
     assert error(out) <= 1.5 * max(error(eager), torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [Options(), Options(1, first_frame=False), Options(1, band=0), Options(1, band=1, first_frame=False)]
+)
+@pytest.mark.parametrize(
+    ("frames", "positions", "heads", "head_dim", "batch"),
+    [(2, 257, 2, 64, 1), (7, 144, 3, 128, 2), (3, 192, 2, 128, 1), (5, 97, 1, 64, 3)],
+)
+def test_its_gradients_are_those_of_the_plain_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    frames: int,
+    positions: int,
+    heads: int,
+    head_dim: int,
+    batch: int,
+    options: Options,
+    dtype: torch.dtype,
+) -> None:
+    from vmonarch_kernels import launch_backward
+
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, frames * positions, heads, head_dim)
+    q, k, v, grad = (torch.randn(size, generator=generator).to("cuda", dtype) for _ in range(4))
+
+    def gradients(tiles: float) -> list[torch.Tensor]:
+        monkeypatch.setattr(launch_backward, "MIN_WAVES", tiles)
+        wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = attend(Inputs(*wanted, (frames, 1, positions)), options, impl="triton")
+        return list(torch.autograd.grad(out, wanted, grad))
+
+    for found, expected in zip(gradients(0), gradients(float("inf")), strict=True):
+        difference = (found.double() - expected.double()).norm() / expected.double().norm()
+        assert float(difference) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+def test_its_gradients_of_one_frame_leave_what_lies_behind_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmonarch_kernels import frame_attention, launch_backward
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 5 * 97, 2, 128, generator=generator).to("cuda", torch.bfloat16) for _ in range(3))
+    found = []
+    for tiles in (0, float("inf")):
+        monkeypatch.setattr(launch_backward, "MIN_WAVES", tiles)
+        # Memory that torch hands out next is not finite.
+        del_me = torch.full((1 << 22,), float("nan"), device="cuda", dtype=torch.bfloat16)
+        del del_me
+        wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = frame_attention(*wanted, (5, 1, 97), 2, impl="triton")
+        found.append(torch.autograd.grad(out.float().square().sum(), wanted))
+    for ours, expected in zip(*found, strict=True):
+        assert float((ours.double() - expected.double()).norm() / expected.double().norm()) < 0.03
