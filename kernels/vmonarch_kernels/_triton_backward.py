@@ -237,23 +237,17 @@ def _softmax_rows(logits, exact):
 
 
 @triton.jit
-def _r_gradient(sums, w, q_r, qk_scale, p_gk):
-    """What an R-step's backward takes of an L-step's: the gradient of R K, s (sum_l dz q - w q_r)."""
-    return (qk_scale * (sums - w[:, None] * q_r.to(tl.float32))).to(p_gk.dtype.element_ty)
-
-
-@triton.jit
-def _store_r_statistics(p_lse, p_delta, p_w, o_row, m_row, r_score, c_l, delta, w, qk_scale):
-    """The rest of it: base-2 log-sum-exps of q_r . RK = ``r_score``, delta and w."""
-    tl.store(p_lse + o_row, (qk_scale * r_score - c_l) * LOG2E, mask=m_row)
-    tl.store(p_delta + o_row, delta, mask=m_row)
-    tl.store(p_w + o_row, w, mask=m_row)
-
-
-@triton.jit
-def _d_part(part: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
-    """Entries of the head dimension in one of its slices."""
-    return part * (BLOCK_D // PARTS) + tl.arange(0, BLOCK_D // PARTS)
+def _store_r_gradients(
+    sums, w, q_r, rk, c_l, p_gk, p_lse, p_delta, p_w, o_k, o_row_k, o_d, s_row, frames, head_dim, qk_scale, delta,
+    MASK_D: tl.constexpr,
+):  # fmt: skip
+    """What an R-step's backward takes of an L-step's: gk = s (sum_l dz q - w q_r), lse, w, and delta plus gk . RK."""
+    m_k = o_k < frames
+    gk = (qk_scale * (sums - w[:, None] * q_r.to(tl.float32))).to(p_gk.dtype.element_ty)
+    store_rows(p_gk, o_k, s_row, o_d, gk, frames, head_dim, MASK_D)
+    tl.store(p_lse + o_row_k, (qk_scale * _row_products(q_r, rk) - c_l) * LOG2E, mask=m_k)
+    tl.store(p_delta + o_row_k, delta + _row_products(gk, rk), mask=m_k)
+    tl.store(p_w + o_row_k, w, mask=m_k)
 
 
 @triton.jit
@@ -269,13 +263,11 @@ def l_backward_kernel(
     p_exact_grad,  # else: gradient of the exact part's log-sum-exp, added to
     qk_scale, c_floor,
     frames, positions, heads, head_dim, band, width, first_row,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
-    MASK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr, MASK_D: tl.constexpr,
     HAS_EXACT: tl.constexpr, BANDED: tl.constexpr, FIRST_FRAME: tl.constexpr, LAST: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """An L-step's backward where all frames are in one tile: one head, STRIP positions after one another, and PARTS
-    slices of the head dimension for what is written.
+    """An L-step's backward where all frames are in one tile: one head, STRIP positions after one another.
 
     Rows before ``first_row`` have no gradient here (the first frame's output is another kernel's).
     """
@@ -283,91 +275,65 @@ def l_backward_kernel(
     h = (tl.program_id(0) % heads).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     o_t = tl.arange(0, BLOCK_T)
-    o_all = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D)
     m_t = o_t < frames
     s_row = positions * heads * head_dim  # from frame to frame
     p_q += b * s_qb + h * s_qh
     p_q_r += b * s_rb + h * s_rh
-    if LAST:
-        p_left, p_right = p_go, p_y
-    else:
-        p_left, p_right = p_q, p_dq_r
     for j_now in tl.range(j_first, tl.minimum(j_first + STRIP, positions), num_stages=STAGES):
         j = tl.cast(j_now, tl.int64)
         o_tokens = ((b * frames * positions + j) * heads + h) * head_dim
         o_row = (b * heads + h) * frames * positions + j + o_t * positions
+        q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
+        rk = load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
         c_l = tl.load(p_c + o_row, mask=m_t, other=0.0)
         exact = tl.full([BLOCK_T], float("-inf"), tl.float32)
         if HAS_EXACT:
             exact = tl.load(p_exact_lse + o_row, mask=m_t, other=0.0) * LOG2E
-        q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_all, frames, head_dim, True, MASK_D)
-        rk = load_rows(p_rk + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
-        if PARTS > 1:  # all that is needed is under way at once; the slices below find it in the cache
-            right = load_rows(p_right + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
-            if LAST:
-                left = load_rows(p_left + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
-            q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_all, frames, head_dim, True, MASK_D)
-            r_score = _row_products(q_r, rk)
         product = tl.dot(q, tl.trans(rk), input_precision=PRECISION)
         logits = l_logits(product, c_l, o_t, o_t, frames, band, width, qk_scale, BANDED, FIRST_FRAME)
         entries, exact_weight, row_lse = _softmax_rows(logits, exact)
         entries = tl.where(m_t[:, None], entries, 0.0)
-        if PARTS == 1:
-            right = load_rows(p_right + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
-            if LAST:
-                left = load_rows(p_left + o_tokens, o_t, s_row, o_all, frames, head_dim, True, MASK_D)
+        delta = tl.zeros([BLOCK_T], tl.float32)
         if LAST:
-            d_entries = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-        else:
-            d_entries = tl.dot(q, tl.trans(right), input_precision=PRECISION)
-        if LAST:
+            y = load_rows(p_y + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
+            go = load_rows(p_go + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
             entries = tl.where((o_t >= first_row)[:, None], entries, 0.0)
+            d_entries = tl.dot(go, tl.trans(y), input_precision=PRECISION)
             if HAS_EXACT:
                 row_delta = tl.load(p_row_delta + o_row, mask=m_t, other=0.0)
             else:
                 row_delta = tl.sum(entries * d_entries, 1)
-                tl.store(p_row_delta + o_row, row_delta, mask=m_t & (o_t >= first_row))
+            gv = tl.dot(tl.trans(entries).to(q.dtype), go, input_precision=PRECISION).to(p_gv.dtype.element_ty)
+            store_rows(p_gv + o_tokens, o_t, s_row, o_d, gv, frames, head_dim, MASK_D)
+            delta = _row_products(gv, y)
             tl.store(p_row_lse + o_row, row_lse, mask=m_t & (o_t >= first_row))
-            columns = tl.trans(entries).to(p_gk.dtype.element_ty)
+            if not HAS_EXACT:
+                tl.store(p_row_delta + o_row, row_delta, mask=m_t & (o_t >= first_row))
         else:
+            dq_r = load_rows(p_dq_r + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
             c_r = tl.sum(entries, 0)
             inverse = 1.0 / tl.maximum(c_r, c_floor)
             product_r = tl.load(p_product + o_row, mask=m_t, other=0.0)
             dc = tl.where(c_r > c_floor, -product_r * inverse, 0.0)
-            d_entries = d_entries * inverse[None, :] + dc[None, :]
+            d_entries = tl.dot(q, tl.trans(dq_r), input_precision=PRECISION) * inverse[None, :] + dc[None, :]
             row_delta = tl.sum(entries * d_entries, 1)
             if HAS_EXACT:
                 before = tl.load(p_exact_grad + o_row, mask=m_t, other=0.0)
                 tl.store(p_exact_grad + o_row, before - exact_weight * row_delta, mask=m_t)
-            shares = (entries * inverse[None, :]).to(p_gk.dtype.element_ty)
-        dz = (entries * (d_entries - row_delta[:, None])).to(p_gk.dtype.element_ty)
+        dz = (entries * (d_entries - row_delta[:, None])).to(q.dtype)
         # From the rounded dz that the product below takes, so that gk keeps the difference of q and q_r.
         w = tl.sum(dz.to(tl.float32), 0)
-        delta = tl.zeros([BLOCK_T], tl.float32)
-        for part in tl.static_range(PARTS):
-            o_d = _d_part(part, BLOCK_D, PARTS)
-            if PARTS > 1:
-                q = load_rows(p_q + j * s_qn, o_t, s_qn * positions, o_d, frames, head_dim, True, MASK_D)
-                rk = load_rows(p_rk + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-                right = load_rows(p_right + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-                if LAST:
-                    left = load_rows(p_left + o_tokens, o_t, s_row, o_d, frames, head_dim, True, MASK_D)
-            dq = tl.dot(dz, rk, input_precision=PRECISION) * qk_scale
-            if LAST:
-                gv = tl.dot(columns, left, input_precision=PRECISION).to(p_gv.dtype.element_ty)
-                store_rows(p_gv + o_tokens, o_t, s_row, o_d, gv, frames, head_dim, MASK_D)
-                delta += _row_products(gv, right)
-            else:
-                dq = tl.dot(shares, right, dq, input_precision=PRECISION)
-            _add_rows(p_dq + o_tokens, o_t, s_row, o_d, dq, frames, head_dim, MASK_D, ADD)
-            sums = tl.dot(tl.trans(dz), q, input_precision=PRECISION)
-            q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
-            gk = _r_gradient(sums, w, q_r, qk_scale, p_gk)
-            store_rows(p_gk + o_tokens, o_t, s_row, o_d, gk, frames, head_dim, MASK_D)
-            if PARTS == 1:
-                r_score = _row_products(q_r, rk)
-            delta += _row_products(gk, rk)
-        _store_r_statistics(p_lse, p_delta, p_w, o_row, m_t, r_score, c_l, delta, w, qk_scale)
+        dq = tl.dot(dz, rk, input_precision=PRECISION) * qk_scale
+        if not LAST:
+            dq = tl.dot((entries * inverse[None, :]).to(q.dtype), dq_r, dq, input_precision=PRECISION)
+        _add_rows(p_dq + o_tokens, o_t, s_row, o_d, dq, frames, head_dim, MASK_D, ADD)
+        sums = tl.dot(tl.trans(dz), q, input_precision=PRECISION)
+        q_r = load_rows(p_q_r + j * s_rn, o_t, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
+        _store_r_gradients(
+            sums, w, q_r, rk, c_l, p_gk + o_tokens, p_lse, p_delta, p_w, o_t, o_row, o_d, s_row,
+            frames, head_dim, qk_scale, delta, MASK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -566,10 +532,10 @@ def l_columns_kernel(
     o_row = o_stats + o_k * positions
     c_l = tl.load(p_c + o_row, mask=o_k < frames, other=0.0)
     q_r = load_rows(p_q_r, o_k, s_rn * positions, o_d, frames, head_dim, True, MASK_D)
-    gk = _r_gradient(sums, w, q_r, qk_scale, p_gk)
-    store_rows(p_gk + o_tokens, o_k, s_row, o_d, gk, frames, head_dim, MASK_D)
-    delta += _row_products(gk, rk)
-    _store_r_statistics(p_lse, p_delta, p_w, o_row, o_k < frames, _row_products(q_r, rk), c_l, delta, w, qk_scale)
+    _store_r_gradients(
+        sums, w, q_r, rk, c_l, p_gk + o_tokens, p_lse, p_delta, p_w, o_k, o_row, o_d, s_row,
+        frames, head_dim, qk_scale, delta, MASK_D,
+    )  # fmt: skip
 
 
 @triton.jit

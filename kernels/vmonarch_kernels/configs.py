@@ -88,8 +88,6 @@ class LStepConfig:
     num_stages: int
     strip: int
     parts: int = 1
-    registers: int | None = None
-    """At most so many of a thread, so that more programs are resident; None: as the compiler likes."""
 
 
 def shared_memory_bytes(config: AttendConfig, head_dim: int, itemsize: int, value_tiles: int) -> int:

@@ -474,7 +474,6 @@ class _Structured(_Backward):
             "FIRST_FRAME": self.options.first_frame,
             "PRECISION": call.precision,
             "num_warps": config.num_warps,
-            **({} if config.registers is None else {"maxnreg": config.registers}),
             **FUSION,
         }
         exact = {"HAS_EXACT": self.exact_lse is not None}
@@ -502,7 +501,6 @@ class _Structured(_Backward):
                 *sizes,
                 first_row,
                 BLOCK_T=config.block_l,
-                PARTS=config.parts,
                 STRIP=config.strip,
                 STAGES=config.num_stages,
                 LAST=last,
