@@ -15,7 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.cli.profile import request
 from vmonarch_cli.cli.profile import quality_table as tables
+from vmonarch_cli.demo.captions import plain_caption
+from vmonarch_cli.demo.score import held_out_specs
+from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import quality
 from vmonarch_cli.profile.blocks import block_attention, block_flops
@@ -270,3 +274,14 @@ def test_tables_fit_the_terminal(width: int) -> None:
     figures = ("21.0", "12.59") if width > 60 else ("no room for",)
     for words in ("fast *", "0.090", "H100", "broken has no figures: out of memory", *figures):
         assert words in text
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(("frames", "motions"), [(49, {1}), (193, {1, 2, 3})])
+def test_held_out_prompts_tell_as_many_motions_as_the_clip_has_time_for(frames: int, motions: set[int]) -> None:
+    entry, source = find_model("demo")
+    texts = request.prompts(request.ModelShape(entry, source, 96, 96, frames), None, 32)
+    assert {text.count(" then ") + 1 for text in texts} == motions
+    assert texts == tuple(plain_caption(spec) for spec in held_out_specs(32, frames))

@@ -67,7 +67,7 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
     checks.whole("--prompts", flags.prompts, 1, 1000)
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     checks.whole("--batch", flags.batch, 1, 64)
-    texts = request.prompts(clip.entry, flags.prompt, flags.prompts or 4)
+    texts = request.prompts(clip, flags.prompt, flags.prompts or 4)
     compared = _variants(flags)
     defaults = clip.entry.defaults
     guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
