@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.cli.profile import request
 from vmonarch_cli.cli.profile import quality_table as tables
+from vmonarch_cli.cli.profile import request
 from vmonarch_cli.demo.captions import plain_caption
 from vmonarch_cli.demo.score import held_out_specs
 from vmonarch_cli.models.registry import find_model
@@ -243,7 +243,7 @@ def test_the_plot_explains_its_groups_and_names_what_it_cannot_draw(tmp_path: Pa
         QualityRow("exact", "preset", True, flops=1, flops_share=1.0, latent_errors=[0.0]),
         QualityRow("2 iterations, band 1", "band", False, flops=1, flops_share=0.5, latent_errors=[0.1]),
     ]
-    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    plot_quality([profile], "CPU", tmp_path / "frontier.svg")
     text = (tmp_path / "frontier.svg").read_text()
     assert "not drawn, as its error is 0: exact" in text
     assert "band: exact frames on each side" in text
@@ -258,10 +258,25 @@ def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
         QualityRow(name, "dense steps", False, flops=1, flops_share=share, latent_errors=[error])
         for name, share, error in near
     ]
-    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    plot_quality([profile], "CPU", tmp_path / "frontier.svg")
     text = (tmp_path / "frontier.svg").read_text()
     first, second = (float(re.findall(rf'y="([\d.]+)"[^>]*>{name}<', text)[0]) for name, *_ in near)
     assert second - first >= 6  # the height of their letters
+
+
+def test_a_row_with_an_adapter_hangs_hollow_on_the_row_without(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    short, long = invented(), invented()
+    long.size = (96, 96, 193)
+    long.rows.append(QualityRow("fast, tuned", "preset", True, flops=1, flops_share=0.27, latent_errors=[0.05]))
+    plot_quality([short, long], "CPU", tmp_path / "frontier.svg")
+    text = (tmp_path / "frontier.svg").read_text()
+    for words in ("demo, 49 frames", "demo, 193 frames", "preset (shipped), with its adapter"):
+        assert text.count(words) == 1
+    assert "fast, tuned" not in text  # its place below the preset says whose it is
+    assert text.count("fill: #ffffff; stroke: #d55e00") == 2  # in the panel and in the legend
+    plot_quality([short], "CPU", tmp_path / "bare.svg")
+    assert "with its adapter" not in (tmp_path / "bare.svg").read_text()
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

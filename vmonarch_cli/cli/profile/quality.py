@@ -93,7 +93,7 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
         found.notes.append(f"sol: Sol-Attn, INT8, by top-k share or threshold tau; {peers[0].note}")
     run.show(lambda columns: quality_table(found, run.caption, columns))
     if run.plot is not None and found.rows:
-        plot_quality(found, run.caption, run.plot)
+        plot_quality([found], run.caption, run.plot)
     failures = [f"{check.against}: error {check.error:.2g}" for check in verified if not check.passed]
     failures += [row.name for row in found.rows if row.failure and row.group != PEER]
     run.finish(skipped, failures, [], measured=bool(found.rows))
