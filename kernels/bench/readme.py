@@ -208,9 +208,9 @@ def _draw_error(axis: Any, quality: Record, ink: str) -> None:
         axis.annotate(name, at, xytext=(9, 3), textcoords="offset points", color=ink)
     axis.plot(100, 0, marker="s", markersize=8, color="#888888", clip_on=False)
     axis.annotate("dense", (100, 0), xytext=(-42, 6), textcoords="offset points", color=ink)
-    axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error of the final latents")
+    axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error against dense")
     hollow = "; hollow: with its adapter" * any(name + TUNED in by_name for name in PRESETS)
-    what = f"demo model, {quality['size'][2]} frames, against dense{hollow}"
+    what = f"demo model, {quality['size'][2]} frames{hollow}"
     axis.set_title(what, loc="left", fontsize=11)
 
 
