@@ -79,7 +79,7 @@ def demo(
 ) -> None:
     """See what structured attention gains on this machine: one long clip of the built-in model, dense and structured.
 
-    Takes two to three minutes on two free cores. Shows both timings as they come, and writes the clips and a page
+    Takes about two minutes on two free cores. Shows both timings as they come, and writes the clips and a page
     with them side by side. `vmonarch compare` does the same for any model.
     """
     from vmonarch_cli.review.compare.files import write_comparison
