@@ -10,7 +10,7 @@ them until they fade in its second half: the loss weighs more where objects are,
 the objects' outlines from the middle of the transformer.
 
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
-models, and the loss also asks that both halves agree.
+models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -39,11 +38,12 @@ from vmonarch_cli.demo.model import (
 )
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.outlines import OutlineHead
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
-from vmonarch_cli.demo.training.structured import halve_attention
+from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
 from vmonarch_cli.models.demo_vocabulary import vocabulary
@@ -52,7 +52,6 @@ from vmonarch_cli.pipeline.device import device_name, pick_device
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
 _OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
 _AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
-_REPORTS_BEFORE = ("vae_report.json", "text_report.json")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 class TransformerTraining:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
-        if args.structured and args.batch % 4:
+        if args.structured is not None and args.batch % 4:
             raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
@@ -88,6 +87,7 @@ class TransformerTraining:
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        self.compiled = CompiledBlocks(self.transformer, self.outline_head, log, device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
             [*self.transformer.parameters(), *self.outline_head.parameters()],
@@ -103,18 +103,20 @@ class TransformerTraining:
         self.last_loss = float("nan")
         self.banks = self._banks()
         self.source = InputSource(
-            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed,
-            halves=args.structured,
-        )  # fmt: skip
+            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed
+        )
         self._inputs: list[StepInputs] = []
-        self._halved = 0  # latent frames that --structured's attention is set up for
+        self._structured: HalfStructured | None = None  # the attention of --structured, once it runs
 
     @property
     def small(self) -> bool:
-        """Whether clips have half their size at this point, where a step sees four times as many of them and what moves
-        where is learned just as well.
-        """
+        """Whether clips have half their size: a step sees four times as many, and motion is learned just as well."""
         return self.clock.position(self.step) < float(self.args.small_until)
+
+    @property
+    def halves(self) -> bool:
+        """Whether half of each batch has Monarch attention at this point."""
+        return self.args.structured is not None and self.clock.position(self.step) >= self.args.structured
 
     def _banks(self) -> list[LatentBank]:
         """A bank for each of `--clips`, at the size of this point."""
@@ -141,8 +143,11 @@ class TransformerTraining:
             self._train()
 
     def _train(self) -> None:
+        if self.halves:
+            self._halve()
         if self.args.compile:
-            self._compile()
+            self.compiled.compile(dynamic=len(self.banks) > 1)
+            self._keep_compiled_if_right()
         else:
             self.outline_head.listen_to(self.transformer)
         self.clock.start()
@@ -154,6 +159,10 @@ class TransformerTraining:
             if self.small != self.banks_small:
                 self._grow()
                 last_log, logged, logged_clips = time.monotonic(), self.step, self.clips_seen
+                running.clear()
+            if self.halves and not self.source.halves:
+                self._halve()
+                self._keep_compiled_if_right()
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self._refresh()
@@ -185,6 +194,13 @@ class TransformerTraining:
         bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
         self._inputs = []
 
+    def _halve(self) -> None:
+        """From here on, Monarch attention for half of each batch."""
+        self.source = replace(self.source, halves=True)
+        self._inputs = []
+        self._structured = halve_attention(self.transformer, frames=1)
+        self.log.write("structured", step=self.step)
+
     def _grow(self) -> None:
         """Go on with clips of the whole size; filling their banks does not move the schedule."""
         began = time.monotonic()
@@ -193,34 +209,19 @@ class TransformerTraining:
         self.banks = self._banks()
         self.fill_banks()
         self._inputs = []
-        if self.args.compile:
-            self._trial()
+        self._keep_compiled_if_right()
         self.clock.exclude(time.monotonic() - began)
 
-    def _compile(self) -> None:
-        """Compile the blocks and try them on every bucket; if that fails, say so and go on eagerly."""
-        # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
-        torch.fx.experimental._config.use_duck_shape = False
-        self.transformer.compile_repeated_blocks(dynamic=len(self.banks) > 1)
-        self.outline_head.listen_to(self.transformer)
-        if not self._trial():
-            for block in self.transformer.blocks:
-                block._compiled_call_impl = None
-            self.outline_head.listen_to(self.transformer)
+    def _keep_compiled_if_right(self) -> None:
+        """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
+        if not self.args.compile:
+            return
 
-    def _trial(self) -> bool:
-        """Compile for these clips by trying a step of every bank without an update; whether it worked, and gave the
-        gradients that the same code gives without compilation.
-        """
-        for which, bank in enumerate(self.banks):
-            if not loop.trial(self.log, f"dit, {bank.bucket.name}", self.device, partial(self._compare, which)):
-                return False
+        def objective(which: int) -> Tensor:
+            return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
+
+        self.compiled.keep_if_right((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks))
         self.optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def _compare(self, which: int) -> None:
-        inputs = self.source.draw([(self.step, which)], self.banks)[0]
-        loop.compare_compiled(list(self.transformer.parameters()), lambda: self.losses(inputs)[0].backward())
 
     def _next_inputs(self) -> StepInputs:
         """What this step sees; drawn for all steps up to the next refresh at once."""
@@ -234,18 +235,17 @@ class TransformerTraining:
         """What a step minimises; its flow-matching loss, the cross-entropy of its outlines and, with --structured, the
         mean squared difference of dense and Monarch attention's velocities (scalars).
         """
-        bank, structured = self.banks[inputs.bank], self.args.structured
+        bank, structured = self.banks[inputs.bank], self._structured
         clean = bank.latents[inputs.rows].float()
         covered = bank.outlines[inputs.rows].float()
         generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
-        copies = 2 if structured else 1
+        copies = 1 if structured is None else 2
         noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
         noise = noise.repeat(copies, 1, 1, 1, 1)
         mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
-        if structured and clean.shape[2] != self._halved:
-            self._halved = clean.shape[2]
-            halve_attention(self.transformer, frames=self._halved)
+        if structured is not None:
+            structured.frames = clean.shape[2]
         with loop.autocast(self.device):
             velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
             outlines = self.outline_head.loss(covered)
@@ -254,7 +254,7 @@ class TransformerTraining:
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
         objective = (errors * weight).mean() / weight.mean()
         measured = {"loss": errors.mean().detach(), "outlines": outlines.detach()}
-        if not structured:  # a tuning starts from a transformer that knows where things are
+        if structured is None:  # a tuning starts from a transformer that knows where things are
             return objective + emphasis * _OUTLINE_WEIGHT * outlines, measured
         disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
         return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
@@ -318,7 +318,18 @@ class TransformerTraining:
         loop.set_layout(self.vae, channels_last=False)
         vae, transformer, text = (copy.deepcopy(m) for m in (self.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
-        summary: dict[str, Any] = {
+        summary = self._summary(weights)
+        (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        loop.keep_report(self.args.vae.parent / "vae_report.json", self.args.out)
+        loop.keep_report(self.args.text / "text_report.json", self.args.out)
+        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        if self.args.samples:
+            del self.optimizer, self.banks
+            draw_samples(weights, self.args, self.device, self.log)
+        return summary
+
+    def _summary(self, weights: Path) -> dict[str, Any]:
+        return {
             "trained": "transformer",
             "loss": self.last_loss,
             "preset": self.args.preset,
@@ -332,17 +343,8 @@ class TransformerTraining:
             "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),
             "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
-            "structured": self.args.structured,
+            "structured": self.source.halves,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
         }
-        (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
-        for folder, name in zip((self.args.vae.parent, self.args.text), _REPORTS_BEFORE, strict=True):
-            if (folder / name).is_file() and folder.resolve() != self.args.out.resolve():
-                shutil.copy(folder / name, self.args.out / name)
-        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-        if self.args.samples:
-            del self.optimizer, self.banks
-            draw_samples(weights, self.args, self.device, self.log)
-        return summary
