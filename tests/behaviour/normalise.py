@@ -22,6 +22,7 @@ _DROPPED = re.compile(
     r"^(versions|commit|chip|break_even|verdicts|pid|started|finished|threads|fastest_dense|floor_s|times_vary|times_differ)$"
 )
 _TIMED = re.compile(r"(_s|_ms|_per_s|seconds|speedup|attention_share|floor_share|over_\w+|peak\w*bytes|^time|^bytes)$")
+_GAIN = r"<what \1 gained over \2>"
 _NUMBER = re.compile(r"(error|psnr|ssim|sigma|flicker|difference)s?$")
 _HASH = re.compile(r"(sha256)$")
 _DEVICE = re.compile(r"CPU \([^)]*\)|(?<= on )[^`\n]*? x \d+(?= yet)")
@@ -117,6 +118,8 @@ class _Tidy:
             # Whether two times differ by more than this machine's times vary is no constant either.
             text = re.sub(r"(?m)^.*(no difference measurable for|end-to-end ratios give all clips) .*\n?", "", text)
             text = text.replace("<time>, no difference", "<time>, <n>x")
+            text = re.sub(r"(\w+) was (?:fast|slow)er than (\w+): .*? as fast; end to end <n>x as fast", _GAIN, text)
+            text = re.sub(r"(\w+) and (\w+) took the same time, as far .*? against <time>", _GAIN, text)
             text = re.sub(r"(?m)^\[<time>\] ", "", text)
             text = re.sub(r"[ \t]+", " ", re.sub(r"[─━-]{3,}", "---", text))
         return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")

@@ -70,6 +70,15 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     assert not file.with_suffix(".tune").exists(), "the work folder goes when the adapter is there"
 
 
+def test_prompts_of_the_demo_model_tell_as_many_motions_as_its_clips_have_time_for(tmp_path: Path) -> None:
+    for frames, several in ((49, False), (97, True)):
+        request = GenerateRequest(preset="fast", num_frames=frames)
+        plan = resolve_tune(TuneRequest(request, output=str(tmp_path / "a.safetensors")), None)
+        for texts in (plan.prompts, plan.held_out):
+            assert any(" then " in text for text in texts) == several
+        assert not set(plan.prompts) & set(plan.held_out)
+
+
 def test_an_adapter_goes_with_models_of_the_same_shapes_alone(
     tiny_wan_folder: Path, tiny_wan_two_stage_folder: Path, tmp_path: Path
 ) -> None:
