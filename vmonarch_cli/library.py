@@ -23,6 +23,8 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.cli.output import Output, plain_console
 from vmonarch_cli.cli.report import coverage_words, step_legend, step_table
 from vmonarch_cli.errors import ModelError, PresetError
+from vmonarch_cli.pipeline.fuse import fused
+from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.pipeline.tuned_scripts import with_tuned
 from vmonarch_cli.presets import DEFAULT_PRESET, FewSteps, Preset, apply_overrides, load_preset, read_preset
@@ -118,6 +120,7 @@ def monarch(
     dense_every: int = 0,
     dense_attention: str = AUTO,
     tuned: str | os.PathLike[str] | None = None,
+    fuse: bool = False,
     **fields: Unpack[PresetFields],
 ) -> Iterator[MonarchSession]:
     """Run a pipeline's self-attention as a preset says; after the block, also after an error, all is as before.
@@ -130,15 +133,17 @@ def monarch(
         the expected fastest of all that are installed and fit the first such call.
     tuned: a file that ``vmonarch tune`` made of this model for this preset; its layers are on where attention is
         structured, off where it is dense, and taken out again afterwards. Load the pipeline with ``from_pretrained``.
+    fuse: run what a block does between its products in fused passes, of Triton on a GPU and of torch elsewhere, until
+        the block ends. The pipeline must not be offloaded yet.
     fields: fields of the preset to change, such as ``dense_steps=2``.
 
-    Raises ModelError for a pipeline of an unknown family and for one whose attention is replaced already, PresetError
-    for a preset, field or name of dense attention that is not valid, and ModelError for an adapter of other weights or
-    with another preset. A call raises DenseUnavailable (a ValueError) when
-    the dense attention that was named cannot run.
+    Raises InputError for ``fuse`` with blocks that have no fused form, or whose forward was replaced; ModelError for a
+    pipeline of an unknown family and for one whose attention is replaced already, PresetError for a preset, field or
+    name of dense attention that is not valid, and ModelError for an adapter of other weights or with another preset. A
+    call raises DenseUnavailable (a ValueError) when the dense attention that was named cannot run.
     """
     session = enable_monarch(
-        pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, tuned=tuned, **fields
+        pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, tuned=tuned, fuse=fuse, **fields
     )
     try:
         yield session
@@ -154,6 +159,7 @@ def enable_monarch(
     dense_every: int = 0,
     dense_attention: str = AUTO,
     tuned: str | os.PathLike[str] | None = None,
+    fuse: bool = False,
     **fields: Unpack[PresetFields],
 ) -> MonarchSession:
     """Replace a pipeline's self-attention until ``disable_monarch``; arguments and errors are those of ``monarch``."""
@@ -167,6 +173,8 @@ def enable_monarch(
     if not hasattr(pipeline, "scheduler"):
         raise ModelError(f"{type(pipeline).__name__} is no diffusers pipeline with a transformer and a scheduler")
     with ExitStack() as undo:
+        for transformer in transformers_of(pipeline) if fuse else ():
+            undo.enter_context(fused(transformer, "auto"))
         adapter = None if tuned is None else undo.enter_context(with_tuned(pipeline, os.fspath(tuned), chosen))
         swap = swapped(pipeline, chosen, sample_dense_every=dense_every, dense=(dense_attention,), adapter=adapter)
         attention = undo.enter_context(swap)

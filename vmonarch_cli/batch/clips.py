@@ -310,7 +310,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         del content["audio"]
     for part, names in ((content["setup"], _LATER_IN_SETUP), (content, _LATER)):
         for name in names:
-            if part[name] == Plan.default_of(name):
+            if part[name] is None or part[name] == Plan.default_of(name):
                 del part[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture

@@ -251,7 +251,9 @@ class RequestFlags(TypedDict, total=False):
     fuse: Annotated[
         bool | None,
         option(
-            "--fuse/--no-fuse", panel=SPEED, help="Fused kernels between the products of Wan-like blocks. Default: off."
+            "--fuse/--no-fuse",
+            panel=SPEED,
+            help="Fused kernels between a block's products. Default: on a GPU, for models that have them.",
         ),
     ]
     graphs: Annotated[

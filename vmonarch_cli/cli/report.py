@@ -56,7 +56,8 @@ def _others(plan: Plan) -> str:
 def _attention_words(plan: Plan, machine: Machine) -> str:
     """'triton, dense calls by fa4, fused blocks by triton'; on a CPU nothing but torch's own runs dense calls."""
     structured, dense = machine.impl_of(plan.preset), machine.dense[0]
-    fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
+    by = machine.fused_of(plan)
+    fused = "" if by is None else f", fused blocks by {by}"
     if _replays(plan, machine):
         fused += ", small calls replayed as CUDA graphs"
     if plan.setup.dense_attention == "auto" and not machine.on_gpu:

@@ -143,7 +143,7 @@ class ClipMaker:
 
     def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
         """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
-        setup = self._machine.decided(plan.setup)
+        setup = self._machine.decided(plan)
         where: dict[str, Any] = {
             "device": self._device,
             "dtype": DTYPES[self._machine.dtype],
@@ -292,7 +292,7 @@ class ClipMaker:
                 weights=self._weights,
                 seed=seed,
                 impl=session.impl or "",
-                fused=self._machine.fused_impl,
+                fused=self._machine.fused_of(plan),
                 linear_dtype=plan.setup.linear_dtype,
                 replayed_calls=session.replayed_calls,
                 dense_attention=session.dense[0],

@@ -185,6 +185,8 @@ def plan_again(
 ) -> Plan:
     """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
+    A GPU's clip on a CPU: what nobody chose and a CPU has not (Triton, fused blocks, backends of dense attention) is
+    chosen anew.
     InputError or ModelError when the record asks for something that this version or this machine does not have.
     """
     record = read_record(file)
@@ -209,9 +211,12 @@ def plan_again(
         "overwrite": overwrite,
         "tuned": NONE,  # the record's own is chosen below, where the preset is known
     }
+    elsewhere = record.device.type.startswith("cuda") and not given["device"].startswith("cuda")
+    given["fuse"] = None if elsewhere else record.fused is not None
     try:
         _StrictRequest(**given)
-        preset = Preset.model_validate({**record.preset.model_dump(), **_implementation(record)})
+        ran = {} if elsewhere else _implementation(record)
+        preset = Preset.model_validate({**record.preset.model_dump(), **ran})
     except ValidationError as error:
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
@@ -224,7 +229,7 @@ def plan_again(
         setup = setup.model_copy(update={"vae_dtype": then})
     if record.decoded_in_tiles:
         setup = setup.model_copy(update={"vae_tiling": True})
-    if record.dense_attention is not None and record.coverage.dense:
+    if record.dense_attention is not None and record.coverage.dense and not elsewhere:
         setup = setup.model_copy(update={"dense_attention": record.dense_attention})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})

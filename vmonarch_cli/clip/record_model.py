@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.tags import TAGGED, read_tag
-from vmonarch_cli.plan.setup import EARLIER_NAMES
+from vmonarch_cli.plan.setup import AUTO, EARLIER_NAMES
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
@@ -247,10 +247,15 @@ class Record(_Part):
 
     @model_validator(mode="after")
     def _under_todays_name(self) -> Record:
-        """A record whose weights were only stored in 8 bits, by a version in which nothing computed in them."""
+        """A record whose weights were only stored in 8 bits, by a version in which nothing computed in them, or whose
+        blocks were stock ones by default.
+        """
         found = self.settings.get("quantize")
         if found is not None and self.linear_dtype is None and str(found.value) in EARLIER_NAMES:
             self.settings["quantize"] = Setting(value=EARLIER_NAMES[found.value], origin=found.origin)
+        fuse = self.settings.get("fuse")
+        if fuse is not None and fuse.origin == "default" and fuse.value is False:  # when that was nobody's choice
+            self.settings["fuse"] = Setting(value=AUTO, origin=fuse.origin)
         return self
 
     @field_validator("clip")
@@ -275,6 +280,7 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
+        values.pop("fuse", None)  # what it came to:
         if self.fused is not None:
             values["fused"] = self.fused
         if self.linear_dtype is not None:
