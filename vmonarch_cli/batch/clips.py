@@ -33,7 +33,7 @@ from vmonarch_cli.untrusted.files import file_sha256, user_path
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
-_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse")
+_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse", "dense_below")
 _LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
 """Settings that came after the first batches: where nobody chooses, clips keep the keys that these gave them."""
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.tags import TAGGED, read_tag
-from vmonarch_cli.plan.setup import AUTO, EARLIER_NAMES
+from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, EARLIER_NAMES
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
@@ -227,6 +227,8 @@ class Record(_Part):
     """What the blocks' projections computed in; None for `dtype`, as in records of earlier versions."""
     replayed_calls: int = 0
     """Structured calls that were replayed from CUDA graphs."""
+    dense_below: int = 0
+    """Structured calls of fewer tokens ran dense; 0 in records of earlier versions, too."""
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
@@ -280,7 +282,10 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
-        values.pop("fuse", None)  # what it came to:
+        for name in DECIDED_LATER:  # what they came to is below
+            values.pop(name, None)
+        if self.dense_below:
+            values["dense_below"] = self.dense_below
         if self.fused is not None:
             values["fused"] = self.fused
         if self.linear_dtype is not None:

@@ -24,6 +24,7 @@ def start_kernels(plan: Plan, machine: Machine) -> KernelsAhead | None:
     """
     family = FAMILIES[PIPELINES[plan.model.pipeline].transformer]
     structured = plan.preset.dense_steps < plan.steps and plan.preset.dense_layers < plan.model.layers
+    structured = structured and not machine.runs_dense(plan)
     device, dtype = torch.device(machine.device), DTYPES[machine.dtype]
     rehearsals: list[Callable[[], object]] = []
     if machine.on_gpu and machine.fused_of(plan) == "triton" and family.rehearse_fused is not None:

@@ -15,6 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.small_calls import SmallCalls, dense_below
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -60,6 +61,20 @@ class Machine:
     def fused_of(self, plan: Plan) -> str | None:
         """What the fused blocks of a plan's pipeline run with; None for stock blocks, as those without a fused form."""
         return self.fused_impl if PIPELINES[plan.pipeline].fuses else None
+
+    def small_of(self, plan: Plan) -> SmallCalls:
+        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer; an
+        implementation that was named runs.
+        """
+        below, preset = plan.setup.dense_below, plan.preset
+        if below is None:
+            chosen = self.on_gpu and preset.impl == "auto" and self.impl_of(preset) == "triton"
+            below = dense_below(self.device_name, plan.model.heads * plan.model.head_dim) if chosen else 0
+        return SmallCalls(below, plan.setup.graphs)
+
+    def runs_dense(self, plan: Plan) -> bool:
+        """Whether all calls of a plan run dense because they are small."""
+        return plan.preset.attention != "dense" and plan.tokens < self.small_of(plan).dense_below
 
     def impl_of(self, preset: Preset) -> str:
         """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""

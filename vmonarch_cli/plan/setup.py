@@ -38,7 +38,7 @@ QUANTISED_DENSE = ("sage",)
 """Those that compute in 8 bit: never chosen unless named."""
 
 
-DECIDED_LATER = ("fuse",)
+DECIDED_LATER = ("fuse", "dense_below")
 """Settings that are None until the machine of a run decides them, and shown as `AUTO`."""
 AUTO = "auto"
 ADAPTER_NAME = "vmonarch_tuned"
@@ -97,6 +97,8 @@ class Setup(BaseModel):
     """What these run with, "triton" or "torch", once a machine has decided it."""
     graphs: bool = False
     """Structured calls that are small are recorded and replayed, where a GPU runs them."""
+    dense_below: int | None = None
+    """Structured calls of fewer tokens run dense; None: those that a GPU computes dense in less time."""
     dense_attention: str = "auto"
     """What computes the calls that run dense; "auto" is the expected fastest of all that are installed and fit."""
     tuned: tuple[AdapterFile, ...] = ()
