@@ -28,7 +28,7 @@ from vmonarch_cli.plan.memory import (
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
-from vmonarch_cli.plan.small_calls import dense_below, dense_words
+from vmonarch_cli.plan.small_calls import dense_below, small_words
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -137,7 +137,7 @@ def _small_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
         below = dense_below(device_key(plan.device), plan.model.heads * plan.model.head_dim)
     if plan.preset.attention == "dense" or below is None or plan.tokens >= below:
         return []
-    return [("small calls", dense_words(plan.tokens, below, asked=plan.setup.dense_below is not None))]
+    return [("small calls", small_words(plan.tokens, below, asked=plan.setup.dense_below is not None))]
 
 
 def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

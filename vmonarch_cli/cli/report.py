@@ -21,7 +21,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
-from vmonarch_cli.plan.small_calls import dense_words
+from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_kernels.cost import is_small
@@ -75,6 +75,12 @@ def adapter_words(plan: Plan) -> list[str]:
     return [] if plan.tuned_note is None else [f"none: {plan.tuned_note}"]
 
 
+def small_notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
+    """The same of several plans, a sentence for each kind of call; for what prints no header."""
+    found = (str(words) for plan in plans for _, words in small_rows(plan, machine))
+    return list(dict.fromkeys(found))
+
+
 def _work_words(plan: Plan, machine: Machine) -> str:
     """Operations of the clip's attention, and how the steps share them."""
     if machine.runs_dense(plan):
@@ -88,7 +94,7 @@ def small_rows(plan: Plan, machine: Machine) -> list[tuple[str, RenderableType]]
         return []
     below, asked = machine.small_of(plan).dense_below, plan.setup.dense_below is not None
     off = "" if plan.tuned is None else "; the adapter, which is for structured calls, is off"
-    return [("small calls", dense_words(plan.tokens, below, asked=asked) + off)]
+    return [("small calls", small_words(plan.tokens, below, asked=asked) + off)]
 
 
 def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

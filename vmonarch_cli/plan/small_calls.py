@@ -45,7 +45,7 @@ def dense_below(gpu: str, channels: int) -> int:
     return math.isqrt(int(LAUNCHES_S * rate / (4 * channels)))
 
 
-def dense_words(tokens: int, below: int, *, asked: bool) -> str:
+def small_words(tokens: int, below: int, *, asked: bool) -> str:
     """Why calls of so many tokens run dense, and how to have them structured; `asked`: by --dense-below."""
     words = f"calls of {tokens:,} tokens run dense"
     if asked:
