@@ -32,6 +32,7 @@ from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, unfuse
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.offload import Placement
 from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.quantize import compute_in
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -253,6 +254,44 @@ def test_offloading(folders: dict[str, Path], mode: str) -> None:
 def test_narrow_weights_and_caches(folders: dict[str, Path], more: dict[str, Any]) -> None:
     stock = made(folders["wan"], None, **more)
     torch.testing.assert_close(made(folders["wan"], "torch", **more), stock, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_projections_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused arithmetic lies around the products: it is as far from 16 bits as stock blocks, whatever those are in."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    transformer = tiny_transformer(layers=2).to(torch.bfloat16)
+    given = {
+        name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x
+        for name, x in wan_inputs(transformer).items()
+    }
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = transformer(**given)[0]
+        return result.float()
+
+    narrow = forward()
+    assert compute_in(transformer, kind, CPU)
+    stock = forward()
+    with fused(transformer, "torch"):
+        found = forward()
+    assert 0 < float((stock - narrow).norm() / narrow.norm()) < 0.2
+    assert float((found - narrow).norm()) < 1.2 * float((stock - narrow).norm())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_in_bfloat16_fused_blocks_err_no_more_than_stock_ones(folders: dict[str, Path], name: str) -> None:
+    """Against float32, over the steps of a clip."""
+
+    def clip(impl: str | None, dtype: torch.dtype) -> torch.Tensor:
+        pipeline = load_pipeline(str(folders[name]), device=CPU, dtype=dtype, setup=setup(impl))
+        return latents_of(pipeline, TINY[name]).float()
+
+    exact, stock, found = clip(None, torch.float32), clip(None, torch.bfloat16), clip("torch", torch.bfloat16)
+    errors = [float((latents - exact).norm() / exact.norm()) for latents in (found, stock)]
+    assert 0 < errors[0] < 1.5 * errors[1]
 
 
 def test_a_lora(folders: dict[str, Path], lora: Path) -> None:
