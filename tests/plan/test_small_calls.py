@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_wan import latents_of
 from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli import plan_tables
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip.record import plan_again
+from vmonarch_cli.errors import PresetError
+from vmonarch_cli.library import monarch
+from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
@@ -92,6 +97,24 @@ def test_calls_below_the_limit_run_dense_and_a_rerun_repeats_it(tmp_path: Path, 
     call("rerun", str(tmp_path / "small.json"), "-o", str(tmp_path / "again.gif"))
     (tmp_path / "small.json").write_text(json.dumps({**small, "dense_below": 0}))
     assert plan_again(tmp_path / "small.json", str(tmp_path / "y.gif")).setup.dense_below == 0, "as it ran then"
+
+
+def test_a_script_chooses_the_limit(tiny_wan_folder: Path) -> None:
+    pipeline = load_pipeline(str(tiny_wan_folder), device=torch.device("cpu"), dtype=torch.float32)
+    with monarch(pipeline, "paper", dense_below=31) as session:
+        dense = latents_of(pipeline, steps=1)
+        assert session.coverage.structured == 0
+        assert set(session.coverage.dense) == {"dense_below"}
+    with monarch(pipeline, "dense"):
+        assert torch.equal(latents_of(pipeline, steps=1), dense)
+    with monarch(pipeline, "paper", dense_below=30) as session:
+        latents_of(pipeline, steps=1)
+        assert session.coverage.dense == {}
+    with (
+        pytest.raises(PresetError, match="dense_below takes a whole number from 0, got -1"),
+        monarch(pipeline, "paper", dense_below=-1),
+    ):
+        pass
 
 
 def test_what_is_no_number_of_tokens_is_refused() -> None:
