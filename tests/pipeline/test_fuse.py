@@ -367,12 +367,13 @@ def machine_of(monkeypatch: Any, plans: list[Plan], device: str) -> Machine:
     monkeypatch.setattr(preflight, "_machine", lambda plan: gpu if device == "cuda" else cpu)
     monkeypatch.setattr("vmonarch_cli.pipeline.offload.mode_for", lambda *given: placed)
     monkeypatch.setattr(preflight, "_dense", lambda plan, machine: ("sdpa",))
+    monkeypatch.setattr(preflight, "_check_quantize", lambda plan, machine: None)
     monkeypatch.setattr("vmonarch_kernels.fused.hardware_obstacle", lambda device: None)
     monkeypatch.setattr("vmonarch_kernels.api.hardware_obstacle", lambda device: None)
     return preflight.check_machine_for(plans)
 
 
-def planned(model: Path, **more: Any) -> Plan:
+def planned(model: Path | str, **more: Any) -> Plan:
     return resolve(GenerateRequest(model=str(model), prompt="x", output="x.gif", overwrite=True, **more))
 
 
@@ -384,6 +385,18 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
 
     plan = planned(tiny_wan_folder)
     assert plan.setup.fuse is None
+    assert decided(plan) is None, "so few tokens do not repay the launches"
+    assert decided(planned(tiny_wan_folder, fuse=True)) == "triton"
+    assert decided(planned("demo")) is None
+    large = planned("wan2.1-1.3b")
+    assert decided(large) == "triton"
+    assert decided(planned("wan2.1-1.3b", compile=True)) == "triton"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8")) == "triton"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True)) is None, "the compiler joins more than they"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True, fuse=True)) == "triton"
+    both = machine_of(monkeypatch, [planned("wan2.1-1.3b", size="64x64", num_frames=5), large], "cuda")
+    assert both.fused_impl == "triton", "the largest decides"
+    monkeypatch.setattr(preflight, "_repays_fusing", lambda plans: True)
     assert decided(plan) == "triton"
     assert decided(planned(tiny_wan_folder, preset="dense")) == "triton"
     assert decided(plan, "cpu") is None
@@ -393,8 +406,8 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
     assert decided(planned(folders["mochi-1"])) is None
 
 
-def test_a_gpu_that_cannot_run_the_kernels_has_stock_blocks(tiny_wan_folder: Path, monkeypatch: Any) -> None:
-    plan, forced = planned(tiny_wan_folder, preset="dense"), planned(tiny_wan_folder, preset="dense", fuse=True)
+def test_a_gpu_that_cannot_run_the_kernels_has_stock_blocks(monkeypatch: Any) -> None:
+    plan, forced = planned("wan2.1-1.3b", preset="dense"), planned("wan2.1-1.3b", preset="dense", fuse=True)
     machine_of(monkeypatch, [plan], "cuda")
     monkeypatch.setattr("vmonarch_kernels.fused.hardware_obstacle", lambda device: "Triton is not installed")
     assert preflight.check_machine(plan).fused_impl is None

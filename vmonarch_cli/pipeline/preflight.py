@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.plan.small_calls import SmallCalls, dense_below
+from vmonarch_cli.plan.small_calls import SmallCalls, dense_below, repays_fusing
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -63,12 +63,13 @@ class Machine:
         return self.fused_impl if PIPELINES[plan.pipeline].fuses else None
 
     def small_of(self, plan: Plan) -> SmallCalls:
-        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer; an
-        implementation that was named runs.
+        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer. An
+        implementation that was named runs, and calls that are to be replayed are.
         """
         below, preset = plan.setup.dense_below, plan.preset
         if below is None:
-            chosen = self.on_gpu and preset.impl == "auto" and self.impl_of(preset) == "triton"
+            named = preset.impl != "auto" or plan.setup.graphs
+            chosen = self.on_gpu and not named and self.impl_of(preset) == "triton"
             below = dense_below(self.device_name, plan.model.heads * plan.model.head_dim) if chosen else 0
         return SmallCalls(below, plan.setup.graphs)
 
@@ -178,15 +179,16 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
 def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
     """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
 
-    Nobody's choice is Triton wherever it runs, on a GPU, and stock blocks elsewhere. Raises DeviceError where fused
-    blocks are asked for and Triton cannot run: on a CPU nothing would be gained.
+    Nobody's choice is Triton on a GPU for streams that are long enough to repay it, and stock blocks elsewhere, also
+    where a compiler joins what is around products in 8 bits with them. Raises DeviceError where fused blocks are asked
+    for and Triton cannot run: on a CPU nothing would be gained.
     """
     from vmonarch_cli.pipeline.device import DTYPES
     from vmonarch_kernels import ImplUnavailable, resolve_fused_impl
 
     wanted = plans[0].setup.fuse
     in_torch = all(plan.preset.impl in ("torch", "reference") for plan in plans)
-    if wanted is False or (wanted is None and (in_torch or not machine.on_gpu)):
+    if wanted is False or (wanted is None and (in_torch or not machine.on_gpu or not _repays_fusing(plans))):
         return None
     try:
         return resolve_fused_impl("torch" if in_torch else "triton", machine.device, DTYPES[machine.dtype])
@@ -199,6 +201,14 @@ def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
             "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
             "--impl torch for the same operations in torch, which gain nothing"
         ) from None
+
+
+def _repays_fusing(plans: Sequence[Plan]) -> bool:
+    """Whether the largest of the plans is large enough, and no compiler does as much."""
+    setup = plans[0].setup
+    if setup.compile and setup.linear_dtype is not None:
+        return False
+    return any(repays_fusing(plan.tokens, plan.model.hidden_dim) for plan in plans)
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:
