@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE))
 from report import Record, RefusedRecord, load, table  # noqa: E402  (the scripts of this folder are no package)
 
 KERNEL, QUALITY = "h200-kernel.json", "h200-quality-demo.json"
+LONG = "h200-quality-demo-193.json"
+"""As QUALITY for longer clips; its columns are left out where there is no such record."""
 STEPS = ("h200-wan2.1-1.3b-480p-compiled.json", "h200-wan2.1-1.3b-720p-compiled.json")
 SMALL_CARDS = ("h200-card-wan2.1-1.3b.json", "h200-card-wan2.2-5b.json")
 LARGEST = "h200-wan2.1-14b-largest.json"
@@ -99,23 +101,29 @@ def closeness(records: dict[str, Record]) -> list[str]:
     """How far the shipped demo model's clips are from dense ones, and with the adapters that the record has rows of."""
     quality = records[QUALITY]["quality"]
     by_name = {row["name"]: row for row in quality["rows"]}
-    has_adapters = any(name + TUNED in by_name for name in PRESETS)
+    long = records[LONG]["quality"] if LONG in records else None
+    at_length = {row["name"]: row for row in long["rows"]} if long else {}
+    adapters, long_adapters = (any(name + TUNED in rows for name in PRESETS) for rows in (by_name, at_length))
     rows = [
         [
             f"`{name}`{' (default)' * (name == DEFAULT)}",
             tomllib.loads((ROOT / "presets" / f"{name}.toml").read_text(encoding="utf-8"))["description"],
             f"{100 * by_name[name]['flops_share']:.0f} %",
             *_close(by_name[name]),
-            *(_close(by_name.get(name + TUNED)) if has_adapters else ()),
+            *(_close(by_name.get(name + TUNED)) if adapters else ()),
+            *(_close(at_length.get(name))[:1] if long else ()),
+            *(_close(at_length.get(name + TUNED))[:1] if long_adapters else ()),
         ]
         for name in PRESETS
     ]
-    names = ["preset", "what it does", "work", "error", "PSNR", *["error with its adapter", "PSNR"] * has_adapters]
+    names = ["preset", "what it does", "work", "error", "PSNR", *["error with its adapter", "PSNR"] * adapters]
+    if long:
+        names += [f"{long['size'][2]} frames: error", *["with its adapter"] * long_adapters]
     titles, _, *rows = table(names, rows)
     what = f"Means of {len(quality['prompts'])} prompts, {quality['steps']} steps, against dense from the same noise. "
     return [
         titles,
-        "|---|---|---:|---:|---:|" + "---:|---:|" * has_adapters,
+        "|---|---|" + "---:|" * (len(names) - 2),
         *rows,
         "",
         what + _origin(records[QUALITY]),
@@ -123,8 +131,12 @@ def closeness(records: dict[str, Record]) -> list[str]:
 
 
 def _close(row: Record | None) -> list[str]:
-    """Error and PSNR of a row; of one that is not there, dashes."""
-    return ["-", "-"] if row is None else [f"{row['latent_error']:.3f}", f"{row['psnr']:.1f}\u00a0dB"]
+    """Error and PSNR of a row; of one that is not there or failed, dashes."""
+    return (
+        ["-", "-"]
+        if row is None or row["latent_error"] is None
+        else [f"{row['latent_error']:.3f}", f"{row['psnr']:.1f}\u00a0dB"]
+    )
 
 
 TABLES: dict[str, Callable[[dict[str, Record]], list[str]]] = {"calls": calls, "cards": cards, "closeness": closeness}
@@ -152,7 +164,7 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         with mpl.rc_context({**style, "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
             figure, (speed, error) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
             _draw_speed(speed, records[KERNEL]["shapes"])
-            _draw_error(error, records[QUALITY]["quality"]["rows"], ink)
+            _draw_error(error, records[QUALITY]["quality"], ink)
             figure.supxlabel(_origin(records[KERNEL]), fontsize=8)
             figure.savefig(folder / name, dpi=110)
             plt.close(figure)
@@ -183,8 +195,8 @@ def _draw_speed(axis: Any, shapes: list[Record]) -> None:
     axis.legend(frameon=False)
 
 
-def _draw_error(axis: Any, rows: list[Record], ink: str) -> None:
-    by_name = {row["name"]: row for row in rows}
+def _draw_error(axis: Any, quality: Record, ink: str) -> None:
+    by_name = {row["name"]: row for row in quality["rows"]}
     for name in PRESETS:
         at = (100 * by_name[name]["flops_share"], by_name[name]["latent_error"])
         axis.plot(*at, marker="o", markersize=9, color=_COLOURS[name])
@@ -196,9 +208,10 @@ def _draw_error(axis: Any, rows: list[Record], ink: str) -> None:
         axis.annotate(name, at, xytext=(9, 3), textcoords="offset points", color=ink)
     axis.plot(100, 0, marker="s", markersize=8, color="#888888", clip_on=False)
     axis.annotate("dense", (100, 0), xytext=(-42, 6), textcoords="offset points", color=ink)
-    axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error of the final latents")
+    axis.set(xlim=(0, 100), ylim=(0, None), xlabel="attention work, % of dense", ylabel="error against dense")
     hollow = "; hollow: with its adapter" * any(name + TUNED in by_name for name in PRESETS)
-    axis.set_title(f"demo model against dense, same noise{hollow}", loc="left", fontsize=11)
+    what = f"demo model, {quality['size'][2]} frames{hollow}"
+    axis.set_title(what, loc="left", fontsize=11)
 
 
 def _origin(record: Record) -> str:

@@ -54,6 +54,21 @@ def test_rows_with_an_adapter_have_columns_of_their_own(readme: ModuleType, tmp_
     readme.draw(records, tmp_path)
 
 
+def test_longer_clips_have_columns_where_there_is_a_record_of_them(readme: ModuleType) -> None:
+    records = {name: record for name, record in readme.load(readme.HERE / "results") if name != readme.LONG}
+    assert "193 frames" not in readme.closeness(records)[0]
+    rows = [row for row in records[readme.QUALITY]["quality"]["rows"] if row["name"] in ("paper", "fast")]
+    rows = [{**row, "latent_error": 0.3456} for row in rows] + [{**rows[0], "name": "fast, tuned", "latent_error": 0.2}]
+    quality = {**records[readme.QUALITY]["quality"], "size": [96, 96, 193], "rows": rows}
+    records[readme.LONG] = {**records[readme.QUALITY], "quality": quality}
+    lines = readme.closeness(records)
+    assert lines[0].endswith("| 193 frames: error | with its adapter |")
+    assert next(line for line in lines if line.startswith("| `fast`")).endswith("| 0.346 | 0.200 |")
+    assert next(line for line in lines if line.startswith("| `paper`")).endswith("| 0.346 | - |")
+    assert next(line for line in lines if line.startswith("| `quality`")).endswith("| - | - |")
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
 def test_no_figure_stands_outside_the_tables() -> None:
     prose = CODE.sub("", GENERATED.sub("", README.read_text()))
     assert not FIGURE.findall(prose)

@@ -131,6 +131,9 @@ def main() -> None:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--num-frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=6, help="of the trajectory; the first two warm up")
+    parser.add_argument(
+        "--layers", type=int, help="of the model; fewer where it does not fit: figures are theirs alone"
+    )
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda")
@@ -144,10 +147,11 @@ def main() -> None:
     )
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+    model = clip.model if options.layers is None else clip.model.model_copy(update={"layers": options.layers})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with joined(device) as group, tempfile.TemporaryDirectory() as folder:
         pipeline = WanPipeline(
-            transformer=random_transformer(clip.model, device, dtype, 0),
+            transformer=random_transformer(model, device, dtype, 0),
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=None,
             text_encoder=None,
@@ -162,6 +166,7 @@ def main() -> None:
             "preset": clip.preset.name,
             "size": options.size,
             "num_frames": options.num_frames,
+            "layers": [model.layers, clip.model.layers],
             "rank": options.rank,
             "checkpointing": not options.no_checkpointing,
             "teacher_forward_s": teacher(pipeline, clip, device, path),

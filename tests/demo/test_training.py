@@ -149,11 +149,13 @@ def test_the_text_encoder_grows_by_later_words(trained: Path, tmp_path: Path) ->
     assert "order" in report["read_right"]
 
 
-def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "first"), [([], 0), (["0.5"], 2)])
+def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path, share: list[str], first: int) -> None:
     command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path), "--samples", "0"]
-    main([*command, "--structured", "--batch", "4", "--small-until", "0", "--profile-steps", "5"])
+    main([*command, "--structured", *share, "--batch", "4", "--small-until", "0", "--profile-steps", "5"])
     lines = [json.loads(line) for line in (tmp_path / "dit_log.jsonl").read_text().splitlines()]
     assert json.loads((tmp_path / "dit_report.json").read_text())["structured"]
+    assert [line["step"] for line in lines if line["event"] == "structured"] == [first]
     assert (tmp_path / "weights" / "transformer").is_dir(), lines[-1]
 
 

@@ -59,6 +59,16 @@ def test_small_clips_are_decoded_at_once_and_differ_by_rounding() -> None:
     assert np.abs(frames.astype(int) - stock_frames(pipeline, latents())).max() <= 1
 
 
+def test_small_frames_of_a_long_clip_are_decoded_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(wan, "_WHOLE_PIXELS", 32 * 48 * 16)  # half of it: eight frames
+    parts = list(decode(pipeline, latents(), SHAPE))
+    assert [len(part) for part in parts] == [1, 8, 8]
+    assert np.abs(np.concatenate(parts).astype(int) - stock_frames(pipeline, latents())).max() <= 1
+    (one,) = decode(pipeline, latents()[:, :, :1], (32, 48, 1000))
+    assert len(one) == 1
+
+
 @pytest.mark.usefixtures("in_chunks")
 def test_a_residual_decoder_gives_parts_too() -> None:
     from diffusers import AutoencoderKLWan

@@ -506,7 +506,9 @@ def test_points_of_a_preset_are_joined(tmp_path: Path, shapes: list[tuple[int, i
     assert len(first) % lines == 0
     assert sum(first) % len(shapes) == 0
     assert max(first) == (3 if lines == 1 else 2)
-    assert "latent frames x positions in a frame" in (tmp_path / "x.svg").read_text()
+    text = (tmp_path / "x.svg").read_text()
+    assert "latent frames x positions in a frame" in text
+    assert ("a dot alone has another size" in text) == (lines == 2)
 
 
 def test_a_plot_is_drawn_by_the_command() -> None:

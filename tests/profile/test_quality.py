@@ -16,6 +16,10 @@ from typer.testing import CliRunner, Result
 
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.cli.profile import quality_table as tables
+from vmonarch_cli.cli.profile import request
+from vmonarch_cli.demo.captions import plain_caption
+from vmonarch_cli.demo.score import held_out_specs
+from vmonarch_cli.models.registry import find_model
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile import quality
 from vmonarch_cli.profile.blocks import block_attention, block_flops
@@ -239,7 +243,7 @@ def test_the_plot_explains_its_groups_and_names_what_it_cannot_draw(tmp_path: Pa
         QualityRow("exact", "preset", True, flops=1, flops_share=1.0, latent_errors=[0.0]),
         QualityRow("2 iterations, band 1", "band", False, flops=1, flops_share=0.5, latent_errors=[0.1]),
     ]
-    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    plot_quality([profile], "CPU", tmp_path / "frontier.svg")
     text = (tmp_path / "frontier.svg").read_text()
     assert "not drawn, as its error is 0: exact" in text
     assert "band: exact frames on each side" in text
@@ -254,10 +258,25 @@ def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
         QualityRow(name, "dense steps", False, flops=1, flops_share=share, latent_errors=[error])
         for name, share, error in near
     ]
-    plot_quality(profile, "CPU", tmp_path / "frontier.svg")
+    plot_quality([profile], "CPU", tmp_path / "frontier.svg")
     text = (tmp_path / "frontier.svg").read_text()
     first, second = (float(re.findall(rf'y="([\d.]+)"[^>]*>{name}<', text)[0]) for name, *_ in near)
     assert second - first >= 6  # the height of their letters
+
+
+def test_a_row_with_an_adapter_hangs_hollow_on_the_row_without(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    short, long = invented(), invented()
+    long.size = (96, 96, 193)
+    long.rows.append(QualityRow("fast, tuned", "preset", True, flops=1, flops_share=0.27, latent_errors=[0.05]))
+    plot_quality([short, long], "CPU", tmp_path / "frontier.svg")
+    text = (tmp_path / "frontier.svg").read_text()
+    for words in ("demo, 49 frames", "demo, 193 frames", "preset (shipped), with its adapter"):
+        assert text.count(words) == 1
+    assert "fast, tuned" not in text  # its place below the preset says whose it is
+    assert text.count("fill: #ffffff; stroke: #d55e00") == 2  # in the panel and in the legend
+    plot_quality([short], "CPU", tmp_path / "bare.svg")
+    assert "with its adapter" not in (tmp_path / "bare.svg").read_text()
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -270,3 +289,14 @@ def test_tables_fit_the_terminal(width: int) -> None:
     figures = ("21.0", "12.59") if width > 60 else ("no room for",)
     for words in ("fast *", "0.090", "H100", "broken has no figures: out of memory", *figures):
         assert words in text
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(("frames", "motions"), [(49, {1}), (193, {1, 2, 3})])
+def test_held_out_prompts_tell_as_many_motions_as_the_clip_has_time_for(frames: int, motions: set[int]) -> None:
+    entry, source = find_model("demo")
+    texts = request.prompts(request.ModelShape(entry, source, 96, 96, frames), None, 32)
+    assert {text.count(" then ") + 1 for text in texts} == motions
+    assert texts == tuple(plain_caption(spec) for spec in held_out_specs(32, frames))

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 PROMPT = "a large red star moving from left to right on a light blue background"
 FRAMES = 193
-STEPS = 6
-"""With fewer the star loses its outline; with these, two cores need less than three minutes for both clips."""
+STEPS = 8
+"""With fewer the star loses its outline; with these, two free cores need about two minutes for both clips."""
 PRESET = "fast"
 
 
@@ -79,7 +79,7 @@ def demo(
 ) -> None:
     """See what structured attention gains on this machine: one long clip of the built-in model, dense and structured.
 
-    Takes about three minutes on two free cores. Shows both timings as they come, and writes the clips and a page
+    Takes about two minutes on two free cores. Shows both timings as they come, and writes the clips and a page
     with them side by side. `vmonarch compare` does the same for any model.
     """
     from vmonarch_cli.review.compare.files import write_comparison

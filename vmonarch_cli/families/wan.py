@@ -22,8 +22,10 @@ from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
 from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS, rehearse
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
 
-_WHOLE_PIXELS = 1 << 20
-"""A clip of so few pixels in all is decoded whole: chunk by chunk, as long clips must be, takes twice as long."""
+_WHOLE_PIXELS = 1 << 19
+"""A clip of so few pixels in all is decoded whole, and chunks of a longer one have half as many: a convolution of few
+frames is slow on a CPU (16 times in chunks of four frames of 96x96), one of many leaves the caches.
+"""
 
 
 class WanMonarchProcessor(MonarchProcessor):
@@ -86,7 +88,12 @@ def decode_wan(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Ite
     if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(vae):
         yield decode_raw(vae, latents).clamp(-1, 1)
     else:
-        yield from decode_chunks(vae, latents)
+        yield from decode_chunks(vae, latents, _together(shape) if is_plain(vae) else 1)
+
+
+def _together(shape: Shape | None) -> int:
+    """Latent frames of a chunk: as many as are small enough, and one where they are large or nobody says how large."""
+    return 1 if shape is None else max(1, _WHOLE_PIXELS // 2 // (4 * shape[0] * shape[1]))
 
 
 def _encode(pipeline: Any, frames: torch.Tensor) -> torch.Tensor:

@@ -32,16 +32,18 @@ def is_plain(vae: Any) -> bool:
     return vae.config.patch_size is None and not vae.config.is_residual
 
 
-def decode_chunks(vae: Any, latents: Tensor) -> Iterator[Tensor]:
+def decode_chunks(vae: Any, latents: Tensor, together: int = 1) -> Iterator[Tensor]:
     """What `vae.decode` makes of latents (B, z, T, h, w), to the bit, in T parts: (B, 3, 1, H, W), then (B, 3, 4, H, W)
-    each.
+    each. With more latent frames `together` (of the plain blocks alone) a part has as many times 4 frames, which differ
+    by rounding.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
     features: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     latents = vae.post_quant_conv(latents)
-    for index in range(latents.shape[2]):
-        part = vae.decoder(latents[:, :, index : index + 1], feat_cache=features, feat_idx=[0], first_chunk=index == 0)
+    for begin in (0, *range(1, latents.shape[2], together)):
+        chunk = latents[:, :, begin : begin + (together if begin else 1)]
+        part = vae.decoder(chunk, feat_cache=features, feat_idx=[0], first_chunk=begin == 0)
         if vae.config.patch_size is not None:
             part = unpatchify(part, patch_size=vae.config.patch_size)
         yield part.clamp(-1, 1)

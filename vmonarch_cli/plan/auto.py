@@ -43,7 +43,7 @@ def choose_preset(plan: Plan) -> tuple[str, str]:
             passed.append(f"{name} does not take as many frames")
         elif gain >= need:
             before = f"; {', '.join(passed)}" if passed else ""
-            return name, f"{where}: {gain:.1f}x fewer operations than dense, and {need:g}x gain time{before}"
+            return name, f"{where}: {gain:.1f}x fewer operations than dense, where {need:g}x gain time{before}"
         else:
             passed.append(f"{name} has {gain:.1f}x")
     return _DENSE, f"{where}: {need:g}x fewer operations than dense gain time, and {', '.join(passed)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.errors import InputError
+from vmonarch_cli.plan.tuned import TUNED_ROW
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
 from vmonarch_cli.profile.record import check_file
 from vmonarch_cli.profile.results import EXACT, KernelShape, ModelProfile
@@ -86,7 +87,10 @@ def plot_kernel(shapes: Sequence[KernelShape], caption: str, path: Path) -> None
                 va="bottom",
             )
         who = "FlashAttention-2 (SDPA flash)" if on_gpu else "SDPA flash"
-        axis.set_title(f"against {who if panel == 'flash' else 'the fastest dense backend'}", fontsize=10, loc="left")
+        title = f"against {who if panel == 'flash' else 'the fastest dense backend'}"
+        if 1 < len({shape.positions for shape in ordered}) < len(ordered):
+            title += "\nlines join lengths of one frame size; a dot alone has another size"
+        axis.set_title(title, fontsize=9, loc="left")
         axis.set_ylabel("speedup of the attention call")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
@@ -148,22 +152,61 @@ def plot_model(profile: ModelProfile, caption: str, path: Path) -> None:
 _NO_ROOM_LEFT = 0.16  # of the work of dense attention: names to the left would run into the axis
 
 
-def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
-    """Latent error over work, presets named, the frontier as a line."""
-    rows = [r for r in profile.rows if r.latent_error and r.flops_share]
-    groups = list(dict.fromkeys(row.group for row in rows))
-    figure, axes = _figure(1, caption, width=8.4 if len(groups) > 1 else 6.4)
-    axis = axes[0]
-    for number, (colour, group) in enumerate(zip(_cycle(len(groups)), groups, strict=True)):
-        of_group = [row for row in rows if row.group == group]
-        axis.plot(
-            [100 * (row.flops_share or 0) for row in of_group],
-            [row.latent_error for row in of_group],
-            _MARKERS[number % len(_MARKERS)],
-            color=colour,
-            markersize=7 if group == "preset" else 5,
-            label=_GROUPS.get(group, group),
-        )
+def plot_quality(profiles: Sequence[QualityProfile], caption: str, path: Path) -> None:
+    """Latent error over work, one panel a profile, presets named, the frontier as a line; a row with an adapter is
+    hollow and hangs on the row without it.
+    """
+    groups = list(dict.fromkeys(row.group for profile in profiles for row in _drawn(profile)))
+    has_adapters = any(_bare(row) is not None for profile in profiles for row in profile.rows)
+    has_legend = len(groups) > 1 or has_adapters
+    figure, axes = _figure(len(profiles), caption, width=8.4 if has_legend else 6.4, share_y=True)
+    looks = dict(zip(groups, zip(_cycle(len(groups)), _MARKERS * len(groups), strict=False), strict=False))
+    for number, (axis, profile) in enumerate(zip(axes, profiles, strict=True)):
+        _quality_panel(axis, profile, looks)
+        axis.set_ylabel("" if number else "relative L2 error of the final latents")
+    if has_legend:
+        # Each group once, whichever panel has it.
+        entries = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
+        shown = {label: handle for of_axis in entries for handle, label in of_axis}
+        above = {"loc": "outside upper left", "ncols": 4}
+        place = above if len(profiles) > 1 else {"loc": "outside right upper"}
+        figure.legend([*shown.values()], [*shown], frameon=False, fontsize=8, **place)
+    figure.draw_without_rendering()  # places of names depend on the room that the axes are left
+    for axis, profile in zip(axes, profiles, strict=True):
+        named = [*profile.frontier(), *(row for row in _drawn(profile) if row.is_preset)]
+        _name_points(axis, list({r.name: r for r in named if r.latent_error and _bare(r) is None}.values()))
+    _save(figure, path)
+
+
+def _drawn(profile: QualityProfile) -> list[QualityRow]:
+    """Rows that a logarithm can show."""
+    return [row for row in profile.rows if row.latent_error and row.flops_share]
+
+
+def _bare(row: QualityRow) -> str | None:
+    """The name of the row without the adapter; None for one that has none."""
+    name, tuned, _ = row.name.partition(TUNED_ROW)
+    return name if tuned else None
+
+
+def _quality_panel(axis: Any, profile: QualityProfile, looks: dict[str, tuple[str, str]]) -> None:
+    """One profile; `looks`: colour and marker of each group."""
+    rows = _drawn(profile)
+    at = {row.name: (100 * (row.flops_share or 0), row.latent_error or 0) for row in rows}
+    for group, (colour, marker) in looks.items():
+        style: dict[str, Any] = {"color": colour, "markersize": 7 if group == "preset" else 5}
+        for row in (row for row in rows if row.group == group and (_bare(row) or "") in at):
+            axis.plot(*zip(at[_bare(row) or ""], at[row.name], strict=True), ":", color=colour, linewidth=1)
+        label = _GROUPS.get(group, group)
+        for names, more in (
+            ([row.name for row in rows if row.group == group and _bare(row) is None], {"label": label}),
+            (
+                [row.name for row in rows if row.group == group and _bare(row) is not None],
+                {"label": f"{label}, with its adapter", "markerfacecolor": "white"},
+            ),
+        ):
+            if names:
+                axis.plot(*zip(*map(at.get, names), strict=True), marker, **style, **more)
     frontier = [row for row in profile.frontier() if row.latent_error]
     axis.plot(
         [100 * (row.flops_share or 0) for row in frontier],
@@ -174,24 +217,19 @@ def plot_quality(profile: QualityProfile, caption: str, path: Path) -> None:
         zorder=0,
     )
     _log_axes(axis, "self-attention operations, % of dense", log_x=False)
-    axis.set_ylabel("relative L2 error of the final latents")
-    axis.margins(x=0.18, y=0.12)
-    axis.set_xlim(left=0)
+    axis.margins(y=0.12)
+    axis.set_xlim(0, max(100, *(1.18 * work for work, _ in at.values())) if at else None)
     clips = f"{len(profile.prompts)} prompt{'s' if len(profile.prompts) > 1 else ''}"
-    title = f"{profile.model}: {clips}, {profile.steps} steps\nline: the frontier, nothing has less work and less error"
+    title = f"{profile.model}, {profile.size[2]} frames: {clips}, {profile.steps} steps"
+    title += "\nline: the frontier, nothing has less work and less error"
     equal = [r.name for r in profile.rows if r.latent_error == 0]
     if equal:
         title += f"\nnot drawn, as {'its error is' if len(equal) == 1 else 'their errors are'} 0: {', '.join(equal)}"
     axis.set_title(title, fontsize=9, loc="left")
-    if len(groups) > 1:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    _name_points(figure, axis, list({row.name: row for row in [*frontier, *(r for r in rows if r.is_preset)]}.values()))
-    _save(figure, path)
 
 
-def _name_points(figure: Any, axis: Any, rows: list[QualityRow]) -> None:
+def _name_points(axis: Any, rows: list[QualityRow]) -> None:
     """The rows' names beside their points; one that would cover a name before it steps down."""
-    figure.draw_without_rendering()  # places depend on the room that the axes are left
     taken: list[Any] = []
     for row in rows:
         # Below and to the left of the frontier there is nothing, so that is where its names go.
@@ -213,12 +251,12 @@ def _name_points(figure: Any, axis: Any, rows: list[QualityRow]) -> None:
         taken.append(name.get_window_extent())
 
 
-def _figure(panels: int, caption: str, width: float = 6.4) -> tuple[Any, list[Any]]:
+def _figure(panels: int, caption: str, width: float = 6.4, *, share_y: bool = False) -> tuple[Any, list[Any]]:
     """A figure on white paper, which stays white on a dark page; `width` in inches, of one panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width if panels == 1 else 10.4, 4.4), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(1, panels, squeeze=False, sharey=share_y)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)

@@ -29,7 +29,7 @@ def split_prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tup
             raise InputError(
                 f"no prompts to tune {clip.model.alias} with: --prompts-file takes a file with one prompt per line"
             )
-        return _demo_prompts(held_out)
+        return _demo_prompts(held_out, clip.num_frames)
     texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
@@ -97,13 +97,13 @@ def _words(text: str) -> set[str]:
     return set(tokens(text)) - set(GLUE)
 
 
-def _demo_prompts(held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Captions of clips that the demo model was trained on, and those of its held-out clips."""
+def _demo_prompts(held_out: int, frames: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Captions of clips of so many frames that the demo model was trained on, and those of its held-out clips."""
     import random
 
     from vmonarch_cli.demo.captions import caption, plain_caption
     from vmonarch_cli.demo.score import held_out_specs
     from vmonarch_cli.demo.specs import sample_spec
 
-    training = [caption(sample_spec("train", 7, i), random.Random(i)) for i in range(DEFAULT_PROMPTS)]
-    return tuple(training), tuple(plain_caption(spec) for spec in held_out_specs(held_out))
+    training = [caption(sample_spec("train", 7, i, frames), random.Random(i)) for i in range(DEFAULT_PROMPTS)]
+    return tuple(training), tuple(plain_caption(spec) for spec in held_out_specs(held_out, frames))

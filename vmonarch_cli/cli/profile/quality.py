@@ -67,7 +67,7 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
     checks.whole("--prompts", flags.prompts, 1, 1000)
     request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
     checks.whole("--batch", flags.batch, 1, 64)
-    texts = request.prompts(clip.entry, flags.prompt, flags.prompts or 4)
+    texts = request.prompts(clip, flags.prompt, flags.prompts or 4)
     compared = _variants(flags)
     defaults = clip.entry.defaults
     guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
@@ -93,7 +93,7 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
         found.notes.append(f"sol: Sol-Attn, INT8, by top-k share or threshold tau; {peers[0].note}")
     run.show(lambda columns: quality_table(found, run.caption, columns))
     if run.plot is not None and found.rows:
-        plot_quality(found, run.caption, run.plot)
+        plot_quality([found], run.caption, run.plot)
     failures = [f"{check.against}: error {check.error:.2g}" for check in verified if not check.passed]
     failures += [row.name for row in found.rows if row.failure and row.group != PEER]
     run.finish(skipped, failures, [], measured=bool(found.rows))

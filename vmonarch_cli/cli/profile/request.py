@@ -160,12 +160,13 @@ def check_sampling(steps: int | None, guidance_scale: float | None, flow_shift: 
     checks.number("--flow-shift", flow_shift, 0.01, 100)
 
 
-def prompts(entry: ModelEntry, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """The prompts given, or `count` of the demo's held-out prompts, or of a short list for other models."""
+def prompts(clip: ModelShape, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """The prompts given, or `count` of the demo's held-out prompts of clips so long, or of a short list for others."""
+    entry = clip.entry
     if given:
         return tuple(checks.prompt(text) for text in given)
     if entry.alias == DEMO_ALIAS:
-        return tuple(plain_caption(spec) for spec in held_out_specs(count))
+        return tuple(plain_caption(spec) for spec in held_out_specs(count, clip.num_frames))
     if count > len(GENERIC_PROMPTS):
         raise InputError(
             f"--prompts takes at most {len(GENERIC_PROMPTS)} for {entry.alias}, got {count}: give more with --prompt"

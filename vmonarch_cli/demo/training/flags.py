@@ -101,8 +101,12 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
     parser.add_argument(
         "--structured",
-        action="store_true",
-        help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4)",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="SHARE",
+        help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4), once this "
+        "share of the training is over (from the start, if no share is given)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")

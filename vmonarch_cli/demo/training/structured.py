@@ -80,7 +80,8 @@ def structured_attention(
 class HalfStructured(WanMonarchProcessor):
     """Dense attention for the first half of a batch, and for the second, which holds the same clips, Monarch's.
 
-    One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`.
+    One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`. `frames` may be set anew
+    before any call: compiled code does not depend on it.
     """
 
     def __init__(self, frames: int) -> None:
@@ -89,11 +90,11 @@ class HalfStructured(WanMonarchProcessor):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         """(B, N, heads, D) each -> (B, N, heads, D)."""
-        return _split_batch(q.to(v.dtype), k.to(v.dtype), v, self.frames)
+        return _split_batch(self, q.to(v.dtype), k.to(v.dtype), v)
 
 
-def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    half, quarter = q.shape[0] // 2, q.shape[0] * 3 // 4
+def _attend_in_parts(processor: HalfStructured, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    half, quarter, frames = q.shape[0] // 2, q.shape[0] * 3 // 4, processor.frames
     dense = F.scaled_dot_product_attention(q[:half].transpose(1, 2), k[:half].transpose(1, 2), v[:half].transpose(1, 2))
     paper = structured_attention(q[half:quarter], k[half:quarter], v[half:quarter], frames)
     fast = structured_attention(q[quarter:], k[quarter:], v[quarter:], frames, own_frame=True, settled=True)
@@ -101,10 +102,14 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
 
 
 # Compiled by torch 2.11 for an H100, its output is right and its gradients are wrong by orders of magnitude.
-_split_batch: Callable[[Tensor, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_attend_in_parts)
+_split_batch: Callable[[HalfStructured, Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(_attend_in_parts)
 
 
-def halve_attention(transformer: Any, frames: int) -> None:
-    """Give every self-attention of a Wan transformer a `HalfStructured` processor, for batches of a multiple of 4."""
+def halve_attention(transformer: Any, frames: int) -> HalfStructured:
+    """Give every self-attention of a Wan transformer the `HalfStructured` processor that is returned, for batches of a
+    multiple of 4.
+    """
+    processor = HalfStructured(frames)
     for attention in WAN.self_attentions(transformer).values():
-        attention.set_processor(HalfStructured(frames))
+        attention.set_processor(processor)
+    return processor

@@ -10,7 +10,7 @@ them until they fade in its second half: the loss weighs more where objects are,
 the objects' outlines from the middle of the transformer.
 
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
-models, and the loss also asks that both halves agree.
+models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.outlines import OutlineHead
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
-from vmonarch_cli.demo.training.structured import halve_attention
+from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
 from vmonarch_cli.models.demo_vocabulary import vocabulary
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 class TransformerTraining:
     def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
-        if args.structured and args.batch % 4:
+        if args.structured is not None and args.batch % 4:
             raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
@@ -103,11 +103,10 @@ class TransformerTraining:
         self.last_loss = float("nan")
         self.banks = self._banks()
         self.source = InputSource(
-            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed,
-            halves=args.structured,
-        )  # fmt: skip
+            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed
+        )
         self._inputs: list[StepInputs] = []
-        self._halved = 0  # latent frames that --structured's attention is set up for
+        self._structured: HalfStructured | None = None  # the attention of --structured, once it runs
 
     @property
     def small(self) -> bool:
@@ -115,6 +114,11 @@ class TransformerTraining:
         where is learned just as well.
         """
         return self.clock.position(self.step) < float(self.args.small_until)
+
+    @property
+    def halves(self) -> bool:
+        """Whether half of each batch has Monarch attention at this point."""
+        return self.args.structured is not None and self.clock.position(self.step) >= self.args.structured
 
     def _banks(self) -> list[LatentBank]:
         """A bank for each of `--clips`, at the size of this point."""
@@ -141,6 +145,8 @@ class TransformerTraining:
             self._train()
 
     def _train(self) -> None:
+        if self.halves:
+            self._halve(trial=False)
         if self.args.compile:
             self._compile()
         else:
@@ -154,6 +160,9 @@ class TransformerTraining:
             if self.small != self.banks_small:
                 self._grow()
                 last_log, logged, logged_clips = time.monotonic(), self.step, self.clips_seen
+                running.clear()
+            if self.halves and not self.source.halves:
+                self._halve()
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self._refresh()
@@ -185,6 +194,15 @@ class TransformerTraining:
         bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
         self._inputs = []
 
+    def _halve(self, *, trial: bool = True) -> None:
+        """From here on, Monarch attention for half of each batch."""
+        self.source = replace(self.source, halves=True)
+        self._inputs = []
+        self._structured = halve_attention(self.transformer, frames=1)
+        self.log.write("structured", step=self.step)
+        if trial and self.args.compile:
+            self._keep_compiled_if_right()
+
     def _grow(self) -> None:
         """Go on with clips of the whole size; filling their banks does not move the schedule."""
         began = time.monotonic()
@@ -203,6 +221,9 @@ class TransformerTraining:
         torch.fx.experimental._config.use_duck_shape = False
         self.transformer.compile_repeated_blocks(dynamic=len(self.banks) > 1)
         self.outline_head.listen_to(self.transformer)
+        self._keep_compiled_if_right()
+
+    def _keep_compiled_if_right(self) -> None:
         if not self._trial():
             for block in self.transformer.blocks:
                 block._compiled_call_impl = None
@@ -234,18 +255,17 @@ class TransformerTraining:
         """What a step minimises; its flow-matching loss, the cross-entropy of its outlines and, with --structured, the
         mean squared difference of dense and Monarch attention's velocities (scalars).
         """
-        bank, structured = self.banks[inputs.bank], self.args.structured
+        bank, structured = self.banks[inputs.bank], self._structured
         clean = bank.latents[inputs.rows].float()
         covered = bank.outlines[inputs.rows].float()
         generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
-        copies = 2 if structured else 1
+        copies = 1 if structured is None else 2
         noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
         noise = noise.repeat(copies, 1, 1, 1, 1)
         mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
-        if structured and clean.shape[2] != self._halved:
-            self._halved = clean.shape[2]
-            halve_attention(self.transformer, frames=self._halved)
+        if structured is not None:
+            structured.frames = clean.shape[2]
         with loop.autocast(self.device):
             velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
             outlines = self.outline_head.loss(covered)
@@ -254,7 +274,7 @@ class TransformerTraining:
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
         objective = (errors * weight).mean() / weight.mean()
         measured = {"loss": errors.mean().detach(), "outlines": outlines.detach()}
-        if not structured:  # a tuning starts from a transformer that knows where things are
+        if structured is None:  # a tuning starts from a transformer that knows where things are
             return objective + emphasis * _OUTLINE_WEIGHT * outlines, measured
         disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
         return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
@@ -332,7 +352,7 @@ class TransformerTraining:
             "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),
             "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
-            "structured": self.args.structured,
+            "structured": self.source.halves,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,

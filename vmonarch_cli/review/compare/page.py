@@ -8,6 +8,7 @@ from vmonarch_cli.machine.versions import caption_versions
 from vmonarch_cli.review import webpage
 from vmonarch_cli.review.charts import Chart, draw_chart
 from vmonarch_cli.review.compare.results import ComparedClip, Comparison
+from vmonarch_cli.review.compare.verdict import verdict
 from vmonarch_cli.review.words import error_words, lost_subject
 from vmonarch_cli.text import flops, seconds
 
@@ -32,6 +33,7 @@ def report_page(comparison: Comparison, film: bytes | None, sheet: bytes | None)
         title=comparison.title,
         prompt=comparison.prompt,
         facts=_facts_line(comparison),
+        verdict=verdict(comparison),
         names=list(colours),
         figures=figures,
         explained=" ".join(EXPLAINED[title] for title, _ in figures if title in EXPLAINED),

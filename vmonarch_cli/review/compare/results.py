@@ -78,11 +78,15 @@ class ComparedClip:
 
     @property
     def other_step_s(self) -> float | None:
-        """The part of it that is in a denoising step, on average."""
+        """The part of it that is in a denoising step, on average; without the first one, which warms up, where
+        there are more and their times are known.
+        """
         timing = None if self.record is None else self.record.timing
         if timing is None or timing.denoise_s is None or timing.attention_s is None or not timing.steps:
             return None
-        return (timing.denoise_s - timing.attention_s) / len(timing.steps)
+        timed = [(step.step_s, step.attention_s) for step in timing.steps[1:]]
+        known = [whole - attention for whole, attention in timed if whole is not None and attention is not None]
+        return statistics.fmean(known) if known else (timing.denoise_s - timing.attention_s) / len(timing.steps)
 
     @property
     def flops(self) -> int | None:
