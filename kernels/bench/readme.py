@@ -23,6 +23,8 @@ sys.path.insert(0, str(HERE))
 
 from report import Record, RefusedRecord, load, table  # noqa: E402  (the scripts of this folder are no package)
 
+FA4 = ("h200-kernel-fa4.json", "h200-kernel-fa4-long.json")
+"""Runs with FlashAttention 4 beside the others, each of one length."""
 KERNEL, QUALITY = "h200-kernel.json", "h200-quality-demo.json"
 LONG = "h200-quality-demo-193.json"
 """As QUALITY for longer clips; its columns are left out where there is no such record."""
@@ -41,7 +43,15 @@ _COLOURS = {"paper": "#D55E00", "fast": "#3B8BD0", "balanced": "#009E73", "quali
 def calls(records: dict[str, Record]) -> list[str]:
     """One attention call over its length."""
     rows = []
+    newest = {
+        (shape["frames"], shape["positions"]): row["over_fastest_dense"]
+        for name in FA4
+        for shape in records[name]["shapes"]
+        for row in shape["rows"]
+        if row["name"] == "paper" and shape["fastest_dense"] == "fa4"
+    }
     for shape in records[KERNEL]["shapes"]:
+        over_fa4 = newest.get((shape["frames"], shape["positions"]))
         by_name = {row["name"]: row for row in shape["rows"]}
         flash, dense, paper = by_name["flash"], by_name[shape["fastest_dense"]], by_name["paper"]
         rows.append(
@@ -52,10 +62,11 @@ def calls(records: dict[str, Record]) -> list[str]:
                 _ms(paper["time"]["median"]),
                 f"**{_times(paper['over_flash'])}**",
                 *(_times(by_name[name]["over_fastest_dense"]) for name in ("paper", "fast", "balanced")),
+                "-" if over_fa4 is None else _times(over_fa4),
             ]
         )
     titles = ["tokens (latent frames x positions)", "FlashAttention-2", "cuDNN", "`paper`", "`paper` against FA2"]
-    titles += [f"`{name}` against cuDNN" for name in ("paper", "fast", "balanced")]
+    titles += [f"`{name}` against cuDNN" for name in ("paper", "fast", "balanced")] + ["`paper` against FA4"]
     return [*table(titles, rows), "", _origin(records[KERNEL])]
 
 

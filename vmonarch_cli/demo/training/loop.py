@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -284,6 +285,12 @@ def report_of_init(init: Path | None, name: str) -> dict[str, Any] | None:
             report: dict[str, Any] = json.loads(path.read_text())
             return report
     return None
+
+
+def keep_report(path: Path, folder: Path) -> None:
+    """Copy the report of an earlier training into a folder, if it exists and is not there already."""
+    if path.is_file() and path.parent.resolve() != folder.resolve():
+        shutil.copy(path, folder)
 
 
 def compare_compiled(parameters: Sequence[nn.Parameter], backward: Callable[[], None]) -> None:

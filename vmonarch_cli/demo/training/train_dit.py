@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -39,6 +38,7 @@ from vmonarch_cli.demo.model import (
 )
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.outlines import OutlineHead
 from vmonarch_cli.demo.training.samples import draw_samples
@@ -52,7 +52,6 @@ from vmonarch_cli.pipeline.device import device_name, pick_device
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
 _OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
 _AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
-_REPORTS_BEFORE = ("vae_report.json", "text_report.json")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,6 +87,7 @@ class TransformerTraining:
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        self.compiled = CompiledBlocks(self.transformer, self.outline_head, log, device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
             [*self.transformer.parameters(), *self.outline_head.parameters()],
@@ -110,9 +110,7 @@ class TransformerTraining:
 
     @property
     def small(self) -> bool:
-        """Whether clips have half their size at this point, where a step sees four times as many of them and what moves
-        where is learned just as well.
-        """
+        """Whether clips have half their size: a step sees four times as many, and motion is learned just as well."""
         return self.clock.position(self.step) < float(self.args.small_until)
 
     @property
@@ -146,9 +144,10 @@ class TransformerTraining:
 
     def _train(self) -> None:
         if self.halves:
-            self._halve(trial=False)
+            self._halve()
         if self.args.compile:
-            self._compile()
+            self.compiled.compile(dynamic=len(self.banks) > 1)
+            self._keep_compiled_if_right()
         else:
             self.outline_head.listen_to(self.transformer)
         self.clock.start()
@@ -163,6 +162,7 @@ class TransformerTraining:
                 running.clear()
             if self.halves and not self.source.halves:
                 self._halve()
+                self._keep_compiled_if_right()
                 running.clear()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self._refresh()
@@ -194,14 +194,12 @@ class TransformerTraining:
         bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
         self._inputs = []
 
-    def _halve(self, *, trial: bool = True) -> None:
+    def _halve(self) -> None:
         """From here on, Monarch attention for half of each batch."""
         self.source = replace(self.source, halves=True)
         self._inputs = []
         self._structured = halve_attention(self.transformer, frames=1)
         self.log.write("structured", step=self.step)
-        if trial and self.args.compile:
-            self._keep_compiled_if_right()
 
     def _grow(self) -> None:
         """Go on with clips of the whole size; filling their banks does not move the schedule."""
@@ -211,37 +209,19 @@ class TransformerTraining:
         self.banks = self._banks()
         self.fill_banks()
         self._inputs = []
-        if self.args.compile:
-            self._trial()
+        self._keep_compiled_if_right()
         self.clock.exclude(time.monotonic() - began)
 
-    def _compile(self) -> None:
-        """Compile the blocks and try them on every bucket; if that fails, say so and go on eagerly."""
-        # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
-        torch.fx.experimental._config.use_duck_shape = False
-        self.transformer.compile_repeated_blocks(dynamic=len(self.banks) > 1)
-        self.outline_head.listen_to(self.transformer)
-        self._keep_compiled_if_right()
-
     def _keep_compiled_if_right(self) -> None:
-        if not self._trial():
-            for block in self.transformer.blocks:
-                block._compiled_call_impl = None
-            self.outline_head.listen_to(self.transformer)
+        """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
+        if not self.args.compile:
+            return
 
-    def _trial(self) -> bool:
-        """Compile for these clips by trying a step of every bank without an update; whether it worked, and gave the
-        gradients that the same code gives without compilation.
-        """
-        for which, bank in enumerate(self.banks):
-            if not loop.trial(self.log, f"dit, {bank.bucket.name}", self.device, partial(self._compare, which)):
-                return False
+        def objective(which: int) -> Tensor:
+            return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
+
+        self.compiled.keep_if_right((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks))
         self.optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def _compare(self, which: int) -> None:
-        inputs = self.source.draw([(self.step, which)], self.banks)[0]
-        loop.compare_compiled(list(self.transformer.parameters()), lambda: self.losses(inputs)[0].backward())
 
     def _next_inputs(self) -> StepInputs:
         """What this step sees; drawn for all steps up to the next refresh at once."""
@@ -338,7 +318,18 @@ class TransformerTraining:
         loop.set_layout(self.vae, channels_last=False)
         vae, transformer, text = (copy.deepcopy(m) for m in (self.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
-        summary: dict[str, Any] = {
+        summary = self._summary(weights)
+        (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
+        loop.keep_report(self.args.vae.parent / "vae_report.json", self.args.out)
+        loop.keep_report(self.args.text / "text_report.json", self.args.out)
+        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        if self.args.samples:
+            del self.optimizer, self.banks
+            draw_samples(weights, self.args, self.device, self.log)
+        return summary
+
+    def _summary(self, weights: Path) -> dict[str, Any]:
+        return {
             "trained": "transformer",
             "loss": self.last_loss,
             "preset": self.args.preset,
@@ -357,12 +348,3 @@ class TransformerTraining:
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
         }
-        (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
-        for folder, name in zip((self.args.vae.parent, self.args.text), _REPORTS_BEFORE, strict=True):
-            if (folder / name).is_file() and folder.resolve() != self.args.out.resolve():
-                shutil.copy(folder / name, self.args.out / name)
-        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-        if self.args.samples:
-            del self.optimizer, self.banks
-            draw_samples(weights, self.args, self.device, self.log)
-        return summary

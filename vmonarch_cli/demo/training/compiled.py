@@ -1,0 +1,53 @@
+"""Compiled blocks of the transformer. They are used only while their gradients are those of the code itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmonarch_cli.demo.training import loop
+from vmonarch_cli.demo.training.outlines import OutlineHead
+
+
+@dataclass(frozen=True)
+class CompiledBlocks:
+    """Compiles a transformer's blocks, and takes that back where it fails or gives other gradients.
+
+    Args:
+        transformer: of diffusers; its blocks are compiled one for all.
+        outline_head: listens to a block anew after each change.
+        log: told how long compiling took, or why it failed.
+        device: where it runs.
+
+    """
+
+    transformer: Any
+    outline_head: OutlineHead
+    log: loop.JsonLog
+    device: torch.device
+
+    def compile(self, *, dynamic: bool) -> None:
+        """Compile the blocks; `dynamic`: for clips of several lengths and sizes."""
+        # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
+        torch.fx.experimental._config.use_duck_shape = False
+        self.transformer.compile_repeated_blocks(dynamic=dynamic)
+        self.outline_head.listen_to(self.transformer)
+
+    def keep_if_right(self, objectives: Iterable[tuple[str, Callable[[], Tensor]]]) -> None:
+        """Try objectives, each with the name of its clips, without an update; where one fails or has other gradients
+        than without compilation, say so and go on eagerly.
+        """
+        for name, objective in objectives:
+            if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._compare, objective)):
+                for block in self.transformer.blocks:
+                    block._compiled_call_impl = None
+                self.outline_head.listen_to(self.transformer)
+                break
+
+    def _compare(self, objective: Callable[[], Tensor]) -> None:
+        loop.compare_compiled(list(self.transformer.parameters()), lambda: objective().backward())
