@@ -23,8 +23,11 @@ from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.cli.output import Output, plain_console
 from vmonarch_cli.cli.report import coverage_words, step_legend, step_table
 from vmonarch_cli.errors import ModelError, PresetError
+from vmonarch_cli.pipeline.fuse import fused
+from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.pipeline.tuned_scripts import with_tuned
+from vmonarch_cli.plan.small_calls import SmallCalls
 from vmonarch_cli.presets import DEFAULT_PRESET, FewSteps, Preset, apply_overrides, load_preset, read_preset
 from vmonarch_cli.text import shown
 from vmonarch_cli.timing import Coverage, StepAttention
@@ -118,6 +121,8 @@ def monarch(
     dense_every: int = 0,
     dense_attention: str = AUTO,
     tuned: str | os.PathLike[str] | None = None,
+    fuse: bool = False,
+    dense_below: int = 0,
     **fields: Unpack[PresetFields],
 ) -> Iterator[MonarchSession]:
     """Run a pipeline's self-attention as a preset says; after the block, also after an error, all is as before.
@@ -130,16 +135,18 @@ def monarch(
         the expected fastest of all that are installed and fit the first such call.
     tuned: a file that ``vmonarch tune`` made of this model for this preset; its layers are on where attention is
         structured, off where it is dense, and taken out again afterwards. Load the pipeline with ``from_pretrained``.
+    fuse: run what a block does between its products in fused passes, of Triton on a GPU and of torch elsewhere, until
+        the block ends. The pipeline must not be offloaded yet.
+    dense_below: calls of fewer tokens run dense, which on a GPU is faster where tokens are few; 0 none.
     fields: fields of the preset to change, such as ``dense_steps=2``.
 
-    Raises ModelError for a pipeline of an unknown family and for one whose attention is replaced already, PresetError
-    for a preset, field or name of dense attention that is not valid, and ModelError for an adapter of other weights or
-    with another preset. A call raises DenseUnavailable (a ValueError) when
-    the dense attention that was named cannot run.
+    Raises InputError for ``fuse`` with blocks that have no fused form, or whose forward was replaced; ModelError for a
+    pipeline of an unknown family and for one whose attention is replaced already, PresetError for a preset, field or
+    name of dense attention that is not valid, and ModelError for an adapter of other weights or with another preset. A
+    call raises DenseUnavailable (a ValueError) when the dense attention that was named cannot run.
     """
-    session = enable_monarch(
-        pipeline, preset, dense_every=dense_every, dense_attention=dense_attention, tuned=tuned, **fields
-    )
+    how: dict[str, Any] = {"dense_every": dense_every, "dense_attention": dense_attention, "tuned": tuned}
+    session = enable_monarch(pipeline, preset, **how, fuse=fuse, dense_below=dense_below, **fields)
     try:
         yield session
     finally:
@@ -154,12 +161,15 @@ def enable_monarch(
     dense_every: int = 0,
     dense_attention: str = AUTO,
     tuned: str | os.PathLike[str] | None = None,
+    fuse: bool = False,
+    dense_below: int = 0,
     **fields: Unpack[PresetFields],
 ) -> MonarchSession:
     """Replace a pipeline's self-attention until ``disable_monarch``; arguments and errors are those of ``monarch``."""
     chosen = _preset(preset, dict(fields))
-    if type(dense_every) is not int or dense_every < 0:
-        raise PresetError(f"dense_every takes a whole number from 0, got {shown(dense_every)}")
+    for name, count in (("dense_every", dense_every), ("dense_below", dense_below)):
+        if type(count) is not int or count < 0:
+            raise PresetError(f"{name} takes a whole number from 0, got {shown(count)}")
     if dense_attention not in DENSE_NAMES:
         raise PresetError(f"dense_attention takes {', '.join(DENSE_NAMES)}, got {shown(dense_attention)}")
     if tuned is not None and not isinstance(tuned, str | os.PathLike):
@@ -167,9 +177,11 @@ def enable_monarch(
     if not hasattr(pipeline, "scheduler"):
         raise ModelError(f"{type(pipeline).__name__} is no diffusers pipeline with a transformer and a scheduler")
     with ExitStack() as undo:
+        for transformer in transformers_of(pipeline) if fuse else ():
+            undo.enter_context(fused(transformer, "auto"))
         adapter = None if tuned is None else undo.enter_context(with_tuned(pipeline, os.fspath(tuned), chosen))
-        swap = swapped(pipeline, chosen, sample_dense_every=dense_every, dense=(dense_attention,), adapter=adapter)
-        attention = undo.enter_context(swap)
+        how: dict[str, Any] = {"sample_dense_every": dense_every, "dense": (dense_attention,), "adapter": adapter}
+        attention = undo.enter_context(swapped(pipeline, chosen, **how, small=SmallCalls(dense_below)))
         session = MonarchSession(attention, undo.pop_all())
     setattr(pipeline, _OURS, session)
     return session

@@ -9,6 +9,7 @@ from tape import Tape
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey
+from vmonarch_cli.plan.small_calls import SmallCalls
 from vmonarch_cli.presets import load_preset
 from vmonarch_kernels.graphs import Graphs
 
@@ -44,7 +45,7 @@ def test_a_clip_through_graphs_is_the_same_to_the_bit(preset: str) -> None:
 
 
 def test_a_failure_is_a_warning_of_the_session() -> None:
-    session = AttentionSession(load_preset("paper"), [2], graphs=True)
+    session = AttentionSession(load_preset("paper"), [2], small=SmallCalls(graphs=True))
     assert session.graphs is not None
     assert session.warnings == ()
     session.graphs.failure = "RuntimeError: out of memory"

@@ -384,6 +384,22 @@ def test_a_folder_in_a_clips_place_fails_that_clip_alone(tiny_wan_folder: Path, 
     assert status(tmp_path) == ["failed", "failed", "done"]
 
 
+def test_a_clip_with_stock_blocks_by_default_is_not_made_again(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    """When that was the default everywhere, records said so."""
+    opened = batch(tiny_wan_folder, tmp_path, "red\n")
+    make(opened)
+    path = record_path(opened.clips[0].path)
+    record = json.loads(path.read_text())
+    record["settings"]["fuse"] = {"value": False, "origin": "default"}
+    path.write_text(json.dumps(record))
+    kept = [line for line in opened.manifest.path.read_text().splitlines() if json.loads(line)["event"] in _EARLY]
+    opened.manifest.path.write_text("\n".join(kept) + "\n")
+    seen: list[Any] = []
+    make(batch(tiny_wan_folder, tmp_path, "red\n"), seen.append)
+    assert seen == []
+    assert status(tmp_path) == ["done"]
+
+
 @pytest.mark.parametrize("unknown", [(), LATER], ids=["this version", "an earlier one"])
 def test_a_torn_tail_is_mended_from_the_record(tiny_wan_folder: Path, tmp_path: Path, unknown: tuple[str, ...]) -> None:
     """Also from the record of an earlier version, which did not know some settings."""

@@ -17,15 +17,26 @@ from tiny_wan import LAYERS, tiny_transformer
 from typer.testing import CliRunner, Result
 from wan_original import write_gguf
 
+from vmonarch_cli.batch.clips import plan_clips
+from vmonarch_cli.batch.lines import Line, Prompts
 from vmonarch_cli.cli.app import app
-from vmonarch_cli.errors import InputError
+from vmonarch_cli.clip.record import plan_again
+from vmonarch_cli.errors import DeviceError, InputError
 from vmonarch_cli.families import fusing, wan_blocks
 from vmonarch_cli.families.fusing import StreamShape
 from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.library import monarch
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.pipeline import preflight
 from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, unfuse
 from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.offload import Placement
+from vmonarch_cli.pipeline.preflight import Machine
+from vmonarch_cli.pipeline.quantize import compute_in
 from vmonarch_cli.pipeline.swap import swapped
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import Setup
 
 APART = "hunyuan-video-i2v"
@@ -245,6 +256,44 @@ def test_narrow_weights_and_caches(folders: dict[str, Path], more: dict[str, Any
     torch.testing.assert_close(made(folders["wan"], "torch", **more), stock, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_projections_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused arithmetic lies around the products: it is as far from 16 bits as stock blocks, whatever those are in."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    transformer = tiny_transformer(layers=2).to(torch.bfloat16)
+    given = {
+        name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x
+        for name, x in wan_inputs(transformer).items()
+    }
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = transformer(**given)[0]
+        return result.float()
+
+    narrow = forward()
+    assert compute_in(transformer, kind, CPU)
+    stock = forward()
+    with fused(transformer, "torch"):
+        found = forward()
+    assert 0 < float((stock - narrow).norm() / narrow.norm()) < 0.2
+    assert float((found - narrow).norm()) < 1.2 * float((stock - narrow).norm())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_in_bfloat16_fused_blocks_err_no_more_than_stock_ones(folders: dict[str, Path], name: str) -> None:
+    """Against float32, over the steps of a clip."""
+
+    def clip(impl: str | None, dtype: torch.dtype) -> torch.Tensor:
+        pipeline = load_pipeline(str(folders[name]), device=CPU, dtype=dtype, setup=setup(impl))
+        return latents_of(pipeline, TINY[name]).float()
+
+    exact, stock, found = clip(None, torch.float32), clip(None, torch.bfloat16), clip("torch", torch.bfloat16)
+    errors = [float((latents - exact).norm() / exact.norm()) for latents in (found, stock)]
+    assert 0 < errors[0] < 1.5 * errors[1]
+
+
 def test_a_lora(folders: dict[str, Path], lora: Path) -> None:
     plain = made(folders["wan"], None)
     stock = made(folders["wan"], None, loras=(str(lora),))
@@ -302,11 +351,108 @@ def test_a_record_says_whether_blocks_were_fused(tiny: tuple[str, ...], tmp_path
 
     plain, off, on = record("plain"), record("off", "--no-fuse"), record("on", "--fuse", "--impl", "torch")
     assert [found["fused"] for found in (plain, off, on)] == [None, None, "torch"]
-    assert [found["settings"]["fuse"]["value"] for found in (plain, off, on)] == [False, False, True]
+    assert [found["settings"]["fuse"]["value"] for found in (plain, off, on)] == ["auto", False, True]
     assert plain["frames"]["sha256"] == off["frames"]["sha256"]
     call("rerun", str(tmp_path / "on.json"), "-o", str(tmp_path / "again.gif"))
     again = json.loads((tmp_path / "again.json").read_text())
     assert (again["fused"], again["frames"]["sha256"]) == ("torch", on["frames"]["sha256"])
+
+
+def machine_of(monkeypatch: Any, plans: list[Plan], device: str) -> Machine:
+    """What preflight decides on a machine with or without a GPU that runs the kernels."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu = Machine("cuda:0", "A card", "bfloat16", "triton")
+    cpu = Machine("cpu", "CPU", "float32", "torch")
+    placed = Placement("none", "", False, 2**40)
+    monkeypatch.setattr(preflight, "_machine", lambda plan: gpu if device == "cuda" else cpu)
+    monkeypatch.setattr("vmonarch_cli.pipeline.offload.mode_for", lambda *given: placed)
+    monkeypatch.setattr(preflight, "_dense", lambda plan, machine: ("sdpa",))
+    monkeypatch.setattr(preflight, "_check_quantize", lambda plan, machine: None)
+    monkeypatch.setattr("vmonarch_kernels.fused.hardware_obstacle", lambda device: None)
+    monkeypatch.setattr("vmonarch_kernels.api.hardware_obstacle", lambda device: None)
+    return preflight.check_machine_for(plans)
+
+
+def planned(model: Path | str, **more: Any) -> Plan:
+    return resolve(GenerateRequest(model=str(model), prompt="x", output="x.gif", overwrite=True, **more))
+
+
+def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
+    folders: dict[str, Path], tiny_wan_folder: Path, monkeypatch: Any
+) -> None:
+    def decided(plan: Plan, device: str = "cuda") -> str | None:
+        return machine_of(monkeypatch, [plan], device).decided(plan).fused_impl
+
+    plan = planned(tiny_wan_folder)
+    assert plan.setup.fuse is None
+    assert decided(plan) is None, "so few tokens do not repay the launches"
+    assert decided(planned(tiny_wan_folder, fuse=True)) == "triton"
+    assert decided(planned("demo")) is None
+    large = planned("wan2.1-1.3b")
+    assert decided(large) == "triton"
+    assert decided(planned("wan2.1-1.3b", compile=True)) == "triton"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8")) == "triton"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True)) is None, "the compiler joins more than they"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True, fuse=True)) == "triton"
+    both = machine_of(monkeypatch, [planned("wan2.1-1.3b", size="64x64", num_frames=5), large], "cuda")
+    assert both.fused_impl == "triton", "the largest decides"
+    monkeypatch.setattr(preflight, "_repays_fusing", lambda plans: True)
+    assert decided(plan) == "triton"
+    assert decided(planned(tiny_wan_folder, preset="dense")) == "triton"
+    assert decided(plan, "cpu") is None
+    assert decided(planned(tiny_wan_folder, fuse=False)) is None
+    assert decided(planned(tiny_wan_folder, impl="torch")) is None, "what was named needs no Triton"
+    assert decided(planned(tiny_wan_folder, impl="torch", fuse=True)) == "torch"
+    assert decided(planned(folders["mochi-1"])) is None
+
+
+def test_a_gpu_that_cannot_run_the_kernels_has_stock_blocks(monkeypatch: Any) -> None:
+    plan, forced = planned("wan2.1-1.3b", preset="dense"), planned("wan2.1-1.3b", preset="dense", fuse=True)
+    machine_of(monkeypatch, [plan], "cuda")
+    monkeypatch.setattr("vmonarch_kernels.fused.hardware_obstacle", lambda device: "Triton is not installed")
+    assert preflight.check_machine(plan).fused_impl is None
+    with pytest.raises(DeviceError, match="--fuse: impl='triton' cannot run because Triton is not installed"):
+        preflight.check_machine(forced)
+
+
+def test_what_the_machine_decides_is_no_other_clip_of_a_batch(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    def keys(**more: Any) -> list[str]:
+        request = GenerateRequest(model=str(tiny_wan_folder), output=str(tmp_path), **more)
+        prompts = Prompts("a.txt", [Line(1, {"prompt": "red"})], [])
+        return [clip.key for clip in plan_clips(request, prompts)[0]]
+
+    assert keys() == keys(device="cuda:0") == keys(device="cpu")
+    assert len({*keys(), *keys(fuse=True), *keys(fuse=False)}) == 3
+
+
+def test_a_script_fuses_inside_its_block(folders: dict[str, Path]) -> None:
+    pipeline = load_pipeline(str(folders["wan"]), device=CPU, dtype=torch.float32)
+    with monarch(pipeline, "exact"):
+        expected = latents_of(pipeline, TINY["wan"])
+        assert fused_impl(pipeline.transformer) is None
+    with monarch(pipeline, "exact", fuse=True):
+        assert fused_impl(pipeline.transformer) == "auto"
+        torch.testing.assert_close(latents_of(pipeline, TINY["wan"]), expected, **CLOSE)
+    assert fused_impl(pipeline.transformer) is None
+    mochi = load_pipeline(str(folders["mochi-1"]), device=CPU, dtype=torch.float32)
+    with pytest.raises(InputError, match="no blocks with a fused form"), monarch(mochi, "exact", fuse=True):
+        pass
+
+
+def test_the_record_of_a_gpu_s_clip_runs_on_a_cpu(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    call("generate", *tiny, "--preset", "paper", "--dense-steps", "1", "-o", str(tmp_path / "x.gif"))
+    record = json.loads((tmp_path / "x.json").read_text())
+    device = {**record["device"], "type": "cuda:0", "name": "A card"}
+    made = {"device": device, "fused": "triton", "impl": "triton", "dense_attention": "cudnn"}
+    (tmp_path / "x.json").write_text(json.dumps({**record, **made}))
+    shown = call("rerun", str(tmp_path / "x.json"), "-o", str(tmp_path / "again.gif"), code=0).output
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["fused"], again["impl"], again["frames"]["sha256"]) == (None, "torch", record["frames"]["sha256"])
+    assert "identical" in shown
+    earlier = plan_again(tmp_path / "x.json", str(tmp_path / "y.gif"), device="cuda")
+    assert (earlier.setup.fuse, earlier.preset.impl, earlier.setup.dense_attention) == (True, "triton", "cudnn")
+    (tmp_path / "x.json").write_text(json.dumps({**record, **made, "fused": None}))
+    assert plan_again(tmp_path / "x.json", str(tmp_path / "y.gif"), device="cuda").setup.fuse is False
 
 
 def test_on_a_cpu_an_explicit_choice_is_refused(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from vmonarch_cli.attention.structured import Attention, AttentionCall, Structur
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.plan.small_calls import AS_THEY_ARE, DENSE_BELOW, SmallCalls
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_cli.timing import Coverage, StepAttention
 from vmonarch_kernels import dense_choices
@@ -52,7 +54,7 @@ class AttentionSession:
         sample_dense_every: int = 0,
         on_first_call: Callable[[], None] | None = None,
         dense: Sequence[str] = (SDPA,),
-        graphs: bool = False,
+        small: SmallCalls = AS_THEY_ARE,
     ) -> None:
         """layers: how many self-attention layers each transformer has.
 
@@ -92,7 +94,9 @@ class AttentionSession:
         self._attention = attention
         self._sample_every = sample_dense_every
         self._structured = StructuredAttention(preset, self._layers, stages)
-        self._structured.graphs = Graphs() if graphs else None
+        self.small = small
+        """What becomes of calls that are small."""
+        self._structured.graphs = Graphs() if small.graphs else None
         self._replayed_before = 0
         self._tracker = StepTracker()
         self._meter = Meter() if on_first_call is None else Meter(on_first_call)
@@ -318,7 +322,9 @@ class AttentionSession:
             raise RuntimeError(NO_STEP)
         if self.preset.attention == "dense" or self._tracker.step.index < self._resolved.dense_steps:
             return True
-        return self._attention is None and options_for(self._resolved, self.grid[0]).exact
+        if self._attention is not None:
+            return False
+        return math.prod(self.grid) < self.small.dense_below or options_for(self._resolved, self.grid[0]).exact
 
     def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
@@ -329,7 +335,9 @@ class AttentionSession:
             return GRID_MISFIT
         if call.step < self._resolved.dense_steps:
             return DENSE_STEPS
-        return DENSE_LAYERS if call.key.layer < self.preset.dense_layers else None
+        if call.key.layer < self.preset.dense_layers:
+            return DENSE_LAYERS
+        return DENSE_BELOW if self._attention is None and math.prod(call.grid) < self.small.dense_below else None
 
     def _is_sampled(self, step: int, key: CallKey) -> bool:
         """Whether this is the call to sample: every n-th structured step, one layer in turn, first branch."""

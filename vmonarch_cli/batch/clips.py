@@ -33,7 +33,7 @@ from vmonarch_cli.untrusted.files import file_sha256, user_path
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
-_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse")
+_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse", "dense_below")
 _LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
 """Settings that came after the first batches: where nobody chooses, clips keep the keys that these gave them."""
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
@@ -310,7 +310,7 @@ def _identity(plan: Plan, wanted: str | None) -> str:
         del content["audio"]
     for part, names in ((content["setup"], _LATER_IN_SETUP), (content, _LATER)):
         for name in names:
-            if part[name] == Plan.default_of(name):
+            if part[name] is None or part[name] == Plan.default_of(name):
                 del part[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture

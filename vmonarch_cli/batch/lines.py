@@ -35,7 +35,7 @@ _OTHER_NAMES = {
 }
 _FOR_ALL = {
     *("model", "revision", "device", "dtype", "overwrite", "num_videos", "offload", "compile", "fuse", "quantize"),
-    "graphs",
+    *("graphs", "dense_below"),
 }
 
 

@@ -132,6 +132,8 @@ def run_prompts_file(
     leave_group()
     flags = options.flags(request.overwrite)
     planned = plan_batch(request, flags, rank)
+    from vmonarch_cli.cli.report import small_notes
+
     out = shown.output(main=rank.is_main)
     _tell_notes(planned, out)
     if dry_run:
@@ -142,6 +144,7 @@ def run_prompts_file(
     opened = planned.open(on_wait=out.insist, facts={"overlap": asdict(overlap)})
     if out.main:
         out.warn(*opened.notes)
+        out.note(*small_notes([clip.plan for clip in planned.clips], machine))
     _run(opened, _Way(machine, overlap), flags, out, debug=debug, open_page=open_page)
 
 

@@ -51,6 +51,7 @@ _NOT_OF_A_CLIP = (
     "quality",
     "fuse",
     "graphs",
+    "dense_below",
     "vae_tiling",
     "vae_dtype",
     "cache",

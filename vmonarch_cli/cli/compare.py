@@ -83,6 +83,7 @@ def make_comparison(request: GenerateRequest, presets: list[str], out: Output) -
     Raises as `plan_comparison` and `run_comparison` do.
     """
     from vmonarch_cli.cli.race import RaceProgress
+    from vmonarch_cli.cli.report import small_notes
     from vmonarch_cli.pipeline.preflight import check_machine_for
     from vmonarch_cli.plan.history import remember
     from vmonarch_cli.review.compare.runs import plan_comparison, run_comparison
@@ -94,6 +95,7 @@ def make_comparison(request: GenerateRequest, presets: list[str], out: Output) -
         out.note(f"seed {first.seed} was drawn: --seed {first.seed} makes the same clips")
     out.warn(*dict.fromkeys(sentence for plan in plans.values() for sentence in plan.warnings))
     machine = check_machine_for(list(plans.values()))
+    out.note(*small_notes(list(plans.values()), machine))
     with RaceProgress(out, list(plans), lambda result, load_s: remember(result.record)) as progress:
         comparison, _ = run_comparison(plans, machine, progress)
     return folder, comparison

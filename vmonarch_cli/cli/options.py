@@ -250,13 +250,15 @@ class RequestFlags(TypedDict, total=False):
     compile: Annotated[bool, option("--compile", panel=SPEED, help="Compile the transformer's blocks.")]
     fuse: Annotated[
         bool | None,
-        option(
-            "--fuse/--no-fuse", panel=SPEED, help="Fused kernels between the products of Wan-like blocks. Default: off."
-        ),
+        option("--fuse/--no-fuse", panel=SPEED, help="Fused kernels within blocks. Default: on a GPU, of long clips."),
     ]
     graphs: Annotated[
         bool | None,
-        option("--graphs/--no-graphs", panel=SPEED, help="CUDA graphs of small calls, not measured yet. Default: off."),
+        option("--graphs/--no-graphs", panel=SPEED, help="Replay small structured calls as CUDA graphs. Default: off."),
+    ]
+    dense_below: Annotated[
+        int | None,
+        whole_option("--dense-below", panel=SPEED, help="Tokens below which calls run dense. Default: by the GPU."),
     ]
 
 

@@ -14,6 +14,7 @@ from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lor
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import (
@@ -27,6 +28,7 @@ from vmonarch_cli.plan.memory import (
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
+from vmonarch_cli.plan.small_calls import dense_below, repays_fusing, small_words
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -78,6 +80,8 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         ("attention", flops_words(plan)),
         *schedule_rows(plan.step_costs),
         *dense_rows(plan),
+        *_fused_rows(plan),
+        *_small_rows(plan),
         *_quantize_rows(plan),
         *(("adapter", words) for words in adapter_words(plan)),
         ("sigmas", _sigma_words(plan)),
@@ -115,6 +119,27 @@ def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
         missing = wanted in PACKAGES and wanted not in found
         words = f"{wanted}, which is not installed here" if missing else _package_words(wanted)
     return [("dense calls", f"by {words}")]
+
+
+def _fused_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """That the blocks will be fused: one row where a GPU will run them so."""
+    if plan.setup.fuse is False or not will_use_gpu(plan) or not PIPELINES[plan.pipeline].fuses:
+        return []
+    compiled = plan.setup.compile and plan.setup.linear_dtype is not None
+    large = repays_fusing(plan.tokens, plan.model.hidden_dim)
+    if plan.setup.fuse is None and (plan.preset.impl in ("torch", "reference") or compiled or not large):
+        return []
+    return [("blocks", "fused between their products, where Triton runs on this GPU; --no-fuse keeps the stock ones")]
+
+
+def _small_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
+    """That all calls will run dense because they are small, as far as the GPU's name says so; otherwise no row."""
+    below = plan.setup.dense_below
+    if below is None and will_use_gpu(plan) and plan.preset.impl == "auto":
+        below = dense_below(device_key(plan.device), plan.model.heads * plan.model.head_dim)
+    if plan.preset.attention == "dense" or below is None or plan.tokens >= below:
+        return []
+    return [("small calls", small_words(plan.tokens, below, asked=plan.setup.dense_below is not None))]
 
 
 def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

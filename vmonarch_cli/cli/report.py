@@ -21,6 +21,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
+from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_kernels.cost import is_small
@@ -42,7 +43,8 @@ def header(plan: Plan, machine: Machine) -> Table:
             *(("tuned", words) for words in adapter_words(plan)),
             ("device", f"{machine.device_name}, {machine.dtype}, attention by {_attention_words(plan, machine)}"),
             *quantize_rows(plan),
-            ("attention", f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"),
+            ("attention", _work_words(plan, machine)),
+            *small_rows(plan, machine),
             *lora_rows(plan),
             *([("memory", machine.memory)] if machine.memory else []),
         ]
@@ -56,8 +58,9 @@ def _others(plan: Plan) -> str:
 def _attention_words(plan: Plan, machine: Machine) -> str:
     """'triton, dense calls by fa4, fused blocks by triton'; on a CPU nothing but torch's own runs dense calls."""
     structured, dense = machine.impl_of(plan.preset), machine.dense[0]
-    fused = "" if machine.fused_impl is None else f", fused blocks by {machine.fused_impl}"
-    if _replays(plan, machine):
+    by = machine.fused_of(plan)
+    fused = "" if by is None else f", fused blocks by {by}"
+    if _replays(plan, machine) and not machine.runs_dense(plan):
         fused += ", small calls replayed as CUDA graphs"
     if plan.setup.dense_attention == "auto" and not machine.on_gpu:
         return structured + fused
@@ -70,6 +73,28 @@ def adapter_words(plan: Plan) -> list[str]:
     if plan.tuned is not None:
         return [tuned_words(plan.tuned, plan.origins["tuned"])]
     return [] if plan.tuned_note is None else [f"none: {plan.tuned_note}"]
+
+
+def small_notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
+    """The same of several plans, a sentence for each kind of call; for what prints no header."""
+    found = (str(words) for plan in plans for _, words in small_rows(plan, machine))
+    return list(dict.fromkeys(found))
+
+
+def _work_words(plan: Plan, machine: Machine) -> str:
+    """Operations of the clip's attention, and how the steps share them."""
+    if machine.runs_dense(plan):
+        return flops_ratio(plan.flops.dense, plan.flops.dense, "per clip")
+    return f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"
+
+
+def small_rows(plan: Plan, machine: Machine) -> list[tuple[str, RenderableType]]:
+    """Why all calls run dense where they are small: one row, none where they are not."""
+    if not machine.runs_dense(plan):
+        return []
+    below, asked = machine.small_of(plan).dense_below, plan.setup.dense_below is not None
+    off = "" if plan.tuned is None else "; the adapter, which is for structured calls, is off"
+    return [("small calls", small_words(plan.tokens, below, asked=asked) + off)]
 
 
 def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

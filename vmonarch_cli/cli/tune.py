@@ -61,6 +61,7 @@ _NOT_OF_A_CLIP = (
     "compile",
     "fuse",
     "graphs",
+    "dense_below",
     "quality",
     "tuned",
     "transformer",

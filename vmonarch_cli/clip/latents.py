@@ -65,6 +65,8 @@ class Denoised:
     """What the blocks' projections computed in, by its torch name, where that is another than `dtype`."""
     replayed_calls: int = 0
     """Structured calls that were replayed from CUDA graphs."""
+    dense_below: int = 0
+    """Structured calls of fewer tokens ran dense."""
     weights: tuple[dict[str, str], ...] = ()
     """Single files that transformers came from: "part", "file" and "sha256" of each."""
     dense_attention: str | None = None

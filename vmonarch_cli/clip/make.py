@@ -53,6 +53,7 @@ from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import with_hub_loras
 from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.small_calls import DENSE_BELOW, SmallCalls
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipResult
 
@@ -117,12 +118,10 @@ class ClipMaker:
         """Load the plan's model where the machine has it.
 
         retry_dense: make a clip whose latents are not finite once more, all dense. share_clip: the processes of a
-        torchrun make each clip together; otherwise they have nothing to do with each other. to_decode: load no more
-        than `finish` needs. adapters: those of all plans to come, the first one's by default. preview: see `Preview`.
+        torchrun make each clip together. to_decode: load no more than `finish` needs. adapters: those of all plans to
+        come, the first one's by default. preview: see `Preview`.
         """
-        self._on_event = on_event
-        self._retry_dense = retry_dense
-        self._preview = preview
+        self._on_event, self._retry_dense, self._preview = on_event, retry_dense, preview
         self._machine = machine
         self._device = torch.device(machine.device)
         on_event(ModelLoading(plan.model_source))
@@ -136,14 +135,14 @@ class ClipMaker:
         self._scheduler = self._pipeline.scheduler
         self._waited_s, self._asked = 0.0, False
         self._weights = () if to_decode else weights_facts(plan.setup.single_files)
-        self._sessions: dict[tuple[Preset, int, bool], AttentionSession] = {}
+        self._sessions: dict[tuple[Preset, int, SmallCalls], AttentionSession] = {}
         impl = None if to_decode else machine.impl_of(plan.preset)
         self._load_s: float | None = time.perf_counter() - began
         on_event(ModelLoaded(plan.model_source, self._load_s, machine.device_name, machine.dtype, impl))
 
     def _load(self, plan: Plan, adapters: tuple[AdapterFile, ...] | None, share_clip: bool) -> Any:
         """The plan's pipeline with what this machine decided; without adapters (None) what decodes alone."""
-        setup = self._machine.decided(plan.setup)
+        setup = self._machine.decided(plan)
         where: dict[str, Any] = {
             "device": self._device,
             "dtype": DTYPES[self._machine.dtype],
@@ -291,10 +290,11 @@ class ClipMaker:
                 sound=latents.sound if plan.audio else None,
                 weights=self._weights,
                 seed=seed,
-                impl=session.impl or "",
-                fused=self._machine.fused_impl,
+                impl=session.impl or "dense",
+                fused=self._machine.fused_of(plan),
                 linear_dtype=plan.setup.linear_dtype,
                 replayed_calls=session.replayed_calls,
+                dense_below=session.small.dense_below if DENSE_BELOW in session.coverage().dense else 0,
                 dense_attention=session.dense[0],
                 grid=session.grid or plan.grid,
                 coverage=session.coverage(),
@@ -330,7 +330,7 @@ class ClipMaker:
         """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
-        key = (preset, plan.dense_every, plan.setup.graphs)
+        key = (preset, plan.dense_every, small := self._machine.small_of(plan))
         with swapped(
             self._pipeline,
             preset,
@@ -339,7 +339,7 @@ class ClipMaker:
             session=self._sessions.get(key),
             adapter=None if plan.tuned is None else plan.tuned.layer_name,
             dense=self._machine.dense,
-            graphs=plan.setup.graphs,
+            small=small,
         ) as session:
             self._sessions[key] = session
             try:

@@ -25,8 +25,9 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import AdapterFile
+from vmonarch_cli.plan.small_calls import DENSE_BELOW
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.timing import ClipTiming
 from vmonarch_cli.untrusted.files import file_sha256
 from vmonarch_cli.untrusted.shapes import fault_of
@@ -58,6 +59,7 @@ def make_record(
     `pixels`: the frames as decoded. `written`: size and hash of the clip's file, see
     `whole.file_facts`; None where there is none. `vae_dtype`: what the frames were decoded in.
     """
+    plan = _as_it_ran(plan, denoised)
     return {
         "schema": RECORD_SCHEMA,
         "prompt": plan.prompt,
@@ -85,6 +87,7 @@ def make_record(
         "impl": denoised.impl,
         "fused": denoised.fused,
         **({} if denoised.linear_dtype is None else {"linear_dtype": denoised.linear_dtype}),
+        **({"dense_below": denoised.dense_below} if denoised.dense_below else {}),
         **({"replayed_calls": denoised.replayed_calls} if denoised.replayed_calls else {}),
         "dense_attention": denoised.dense_attention,
         "coverage": denoised.coverage.to_json(),
@@ -102,6 +105,15 @@ def make_record(
         **({"weights": list(denoised.weights)} if denoised.weights else {}),
         **({} if sound is None else {"audio": _sound_facts(sound, clip)}),
     }
+
+
+def _as_it_ran(plan: Plan, denoised: Denoised) -> Plan:
+    """The plan, with the costs of dense attention where all its calls ran dense because they are small."""
+    if denoised.coverage.structured or DENSE_BELOW not in denoised.coverage.dense:
+        return plan
+    dense = load_preset("dense")
+    costs = tuple(plan.work.step_costs(dense))
+    return plan.model_copy(update={"step_costs": costs, "flops": plan.work.flops(dense, costs)})
 
 
 def tags_of(
@@ -185,6 +197,8 @@ def plan_again(
 ) -> Plan:
     """A plan that makes the clip of a record again, every setting as it was resolved then; its notes say what it loads.
 
+    A GPU's clip on a CPU: what nobody chose and a CPU has not (Triton, fused blocks, backends of dense attention) is
+    chosen anew.
     InputError or ModelError when the record asks for something that this version or this machine does not have.
     """
     record = read_record(file)
@@ -209,9 +223,12 @@ def plan_again(
         "overwrite": overwrite,
         "tuned": NONE,  # the record's own is chosen below, where the preset is known
     }
+    elsewhere = record.device.type.startswith("cuda") and not given["device"].startswith("cuda")
+    given |= {"fuse": None if elsewhere else record.fused is not None, "dense_below": record.dense_below}
     try:
         _StrictRequest(**given)
-        preset = Preset.model_validate({**record.preset.model_dump(), **_implementation(record)})
+        ran = {} if elsewhere else _implementation(record)
+        preset = Preset.model_validate({**record.preset.model_dump(), **ran})
     except ValidationError as error:
         raise InputError(f"{name}: {fault_of(error)}") from None
     plan = resolve(GenerateRequest(**given))
@@ -224,7 +241,7 @@ def plan_again(
         setup = setup.model_copy(update={"vae_dtype": then})
     if record.decoded_in_tiles:
         setup = setup.model_copy(update={"vae_tiling": True})
-    if record.dense_attention is not None and record.coverage.dense:
+    if record.dense_attention is not None and record.coverage.dense and not elsewhere:
         setup = setup.model_copy(update={"dense_attention": record.dense_attention})
     if record.tuned is not None:
         setup = setup.model_copy(update={"tuned": (_adapter(record.tuned, plan, preset, name),)})
@@ -259,7 +276,7 @@ def _decoded_in(record: Record) -> str | None:
 
 def _implementation(record: Record) -> dict[str, str]:
     """The implementation that ran, in place of "auto": another one may round otherwise."""
-    return {} if record.impl in (None, "dense") else {"impl": str(record.impl)}
+    return {} if record.impl in (None, "", "dense") else {"impl": str(record.impl)}
 
 
 def _loads(plan: Plan) -> Iterator[str]:

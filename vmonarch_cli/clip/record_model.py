@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.tags import TAGGED, read_tag
-from vmonarch_cli.plan.setup import EARLIER_NAMES
+from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, EARLIER_NAMES
 from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
 from vmonarch_cli.untrusted.shapes import fault_of, short_value
@@ -227,6 +227,8 @@ class Record(_Part):
     """What the blocks' projections computed in; None for `dtype`, as in records of earlier versions."""
     replayed_calls: int = 0
     """Structured calls that were replayed from CUDA graphs."""
+    dense_below: int = 0
+    """Structured calls of fewer tokens ran dense; 0 in records of earlier versions, too."""
     dense_attention: DenseName | None = None
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
@@ -247,10 +249,15 @@ class Record(_Part):
 
     @model_validator(mode="after")
     def _under_todays_name(self) -> Record:
-        """A record whose weights were only stored in 8 bits, by a version in which nothing computed in them."""
+        """A record whose weights were only stored in 8 bits, by a version in which nothing computed in them, or whose
+        blocks were stock ones by default.
+        """
         found = self.settings.get("quantize")
         if found is not None and self.linear_dtype is None and str(found.value) in EARLIER_NAMES:
             self.settings["quantize"] = Setting(value=EARLIER_NAMES[found.value], origin=found.origin)
+        fuse = self.settings.get("fuse")
+        if fuse is not None and fuse.origin == "default" and fuse.value is False:  # when that was nobody's choice
+            self.settings["fuse"] = Setting(value=AUTO, origin=fuse.origin)
         return self
 
     @field_validator("clip")
@@ -275,6 +282,10 @@ class Record(_Part):
         if self.tuned is not None:
             values["tuned.sha256"] = self.tuned.sha256
         values["dtype"], values["vae_dtype"], values["impl"] = self.dtype, self.vae_dtype, self.impl
+        for name in DECIDED_LATER:  # what they came to is below
+            values.pop(name, None)
+        if self.dense_below:
+            values["dense_below"] = self.dense_below
         if self.fused is not None:
             values["fused"] = self.fused
         if self.linear_dtype is not None:

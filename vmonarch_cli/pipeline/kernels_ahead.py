@@ -24,9 +24,10 @@ def start_kernels(plan: Plan, machine: Machine) -> KernelsAhead | None:
     """
     family = FAMILIES[PIPELINES[plan.model.pipeline].transformer]
     structured = plan.preset.dense_steps < plan.steps and plan.preset.dense_layers < plan.model.layers
+    structured = structured and not machine.runs_dense(plan)
     device, dtype = torch.device(machine.device), DTYPES[machine.dtype]
     rehearsals: list[Callable[[], object]] = []
-    if machine.on_gpu and machine.fused_impl == "triton" and family.rehearse_fused is not None:
+    if machine.on_gpu and machine.fused_of(plan) == "triton" and family.rehearse_fused is not None:
         stream = StreamShape(plan.tokens, plan.model.heads, plan.model.head_dim, dtype, device)
         rehearsals.append(functools.partial(family.rehearse_fused, stream))
     if machine.on_gpu and machine.impl_of(plan.preset) == "triton" and family.plain_calls and structured:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from vmonarch_cli.errors import DeviceError, ModelError
 from vmonarch_cli.machine.memory import available_bytes
 from vmonarch_cli.media.ffmpeg import CODECS, require_encoder
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.plan.small_calls import SmallCalls, dense_below, repays_fusing
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -36,7 +38,7 @@ class Machine:
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
     fused_impl: str | None = None
-    """What fused blocks run with: "triton" or "torch"; None for stock blocks."""
+    """What fused blocks run with, where a pipeline has them: "triton" or "torch"; None for stock blocks."""
     dense: tuple[str, ...] = ("sdpa",)
     """Dense attention, see `vmonarch_kernels.dense_choices`: what runs it, and what else samples compare with."""
     free_bytes: int | None = None
@@ -51,10 +53,29 @@ class Machine:
         """What a record says of the device; `threads`: of torch on the CPU."""
         return {"type": self.device, "name": self.device_name, "threads": threads}
 
-    def decided(self, setup: Setup) -> Setup:
+    def decided(self, plan: Plan) -> Setup:
         """A plan's setup with what this machine decided."""
-        decided = {name: getattr(self, name) for name in ("offload", "vae_dtype", "fused_impl")}
-        return setup.model_copy(update={**decided, "vae_tiling": setup.vae_tiling or self.tiles})
+        decided = {"offload": self.offload, "vae_dtype": self.vae_dtype, "fused_impl": self.fused_of(plan)}
+        return plan.setup.model_copy(update={**decided, "vae_tiling": plan.setup.vae_tiling or self.tiles})
+
+    def fused_of(self, plan: Plan) -> str | None:
+        """What the fused blocks of a plan's pipeline run with; None for stock blocks, as those without a fused form."""
+        return self.fused_impl if PIPELINES[plan.pipeline].fuses else None
+
+    def small_of(self, plan: Plan) -> SmallCalls:
+        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer. An
+        implementation that was named runs, and calls that are to be replayed are.
+        """
+        below, preset = plan.setup.dense_below, plan.preset
+        if below is None:
+            named = preset.impl != "auto" or plan.setup.graphs
+            chosen = self.on_gpu and not named and self.impl_of(preset) == "triton"
+            below = dense_below(self.device_name, plan.model.heads * plan.model.head_dim) if chosen else 0
+        return SmallCalls(below, plan.setup.graphs)
+
+    def runs_dense(self, plan: Plan) -> bool:
+        """Whether all calls of a plan run dense because they are small."""
+        return plan.preset.attention != "dense" and plan.tokens < self.small_of(plan).dense_below
 
     def impl_of(self, preset: Preset) -> str:
         """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""
@@ -158,23 +179,36 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
 def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
     """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
 
-    Raises DeviceError where Triton cannot run: on a CPU nothing would be gained.
+    Nobody's choice is Triton on a GPU for streams that are long enough to repay it, and stock blocks elsewhere, also
+    where a compiler joins what is around products in 8 bits with them. Raises DeviceError where fused blocks are asked
+    for and Triton cannot run: on a CPU nothing would be gained.
     """
     from vmonarch_cli.pipeline.device import DTYPES
     from vmonarch_kernels import ImplUnavailable, resolve_fused_impl
 
-    if not any(plan.setup.fuse for plan in plans):
-        return None
+    wanted = plans[0].setup.fuse
     in_torch = all(plan.preset.impl in ("torch", "reference") for plan in plans)
+    if wanted is False or (wanted is None and (in_torch or not machine.on_gpu or not _repays_fusing(plans))):
+        return None
     try:
         return resolve_fused_impl("torch" if in_torch else "triton", machine.device, DTYPES[machine.dtype])
     except ImplUnavailable as error:
+        if wanted is None:
+            return None
         if machine.on_gpu:
             raise DeviceError(f"--fuse: {error}") from None
         raise DeviceError(
             "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
             "--impl torch for the same operations in torch, which gain nothing"
         ) from None
+
+
+def _repays_fusing(plans: Sequence[Plan]) -> bool:
+    """Whether the largest of the plans is large enough, and no compiler does as much."""
+    setup = plans[0].setup
+    if setup.compile and setup.linear_dtype is not None:
+        return False
+    return any(repays_fusing(plan.tokens, plan.model.hidden_dim) for plan in plans)
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:

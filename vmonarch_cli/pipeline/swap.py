@@ -20,6 +20,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.unfit import UNFIT
 from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
 from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
+from vmonarch_cli.plan.small_calls import AS_THEY_ARE, SmallCalls
 from vmonarch_cli.presets import Preset
 from vmonarch_kernels.dense import SDPA
 
@@ -39,7 +40,7 @@ def swapped(
     session: AttentionSession | None = None,
     adapter: str | None = None,
     dense: Sequence[str] = (SDPA,),
-    graphs: bool = False,
+    small: SmallCalls = AS_THEY_ARE,
 ) -> Iterator[AttentionSession]:
     """Run self-attention as ``preset`` says inside the block; afterwards, also after an error, all is as before.
 
@@ -49,10 +50,10 @@ def swapped(
     sample_dense_every: measure dense attention on one layer's tensors in every n-th structured step; 0 never.
     on_first_call: called before a kernel variant runs for the first time, which may compile for seconds.
     session: one to go on with, warm state and counters included, instead of a new one; the arguments above,
-        `dense` and `graphs` are then its own. This is how several presets take turns on one model.
+        `dense` and `small` are then its own. This is how several presets take turns on one model.
     dense: names of `vmonarch_kernels.dense_attention`: what runs the calls that are dense, and what else a sample
         times; ("auto",) is what suits the first such call.
-    graphs: small structured calls are recorded as CUDA graphs and replayed, where a GPU runs them.
+    small: what becomes of structured calls that are small: run dense, or recorded as CUDA graphs and replayed.
     adapter: name of a tuned adapter that the transformers have (see `tuned.switch_of`). It is on in the forwards
         whose attention is structured, except in the first layers that run dense, and off otherwise and afterwards.
 
@@ -68,7 +69,7 @@ def swapped(
             sample_dense_every=sample_dense_every,
             on_first_call=on_first_call,
             dense=dense,
-            graphs=graphs,
+            small=small,
         )
     session_id = op.register(session)
     with ExitStack() as undo:

@@ -13,7 +13,7 @@ from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.seeds import DRAWN
-from vmonarch_cli.plan.setup import AdapterFile, Setup
+from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, AdapterFile, Setup
 from vmonarch_cli.presets import Preset
 
 
@@ -119,6 +119,8 @@ class Plan(BaseModel):
     @classmethod
     def default_of(cls, name: str) -> Any:
         """What a setting is where nobody chooses, ready for JSON; None for one that each clip resolves."""
+        if name in DECIDED_LATER:
+            return AUTO
         field = Setup.model_fields.get(name) or cls.model_fields.get(name)
         if field is None or field.is_required():
             return None
@@ -137,7 +139,8 @@ class Plan(BaseModel):
             elif name == "tuned":
                 values[name] = None if self.tuned is None else self.tuned.path
             elif name in Setup.model_fields:
-                values[name] = getattr(self.setup, name)
+                value = getattr(self.setup, name)
+                values[name] = AUTO if value is None and name in DECIDED_LATER else value
             elif name != "model":
                 values[name] = getattr(self, name)
         return {name: {"value": value, "origin": self.origins[name]} for name, value in values.items()}

@@ -76,6 +76,7 @@ class GenerateRequest:
     compile: bool = False
     fuse: bool | None = None
     graphs: bool | None = None
+    dense_below: int | None = None
     tuned: str | None = None
     defaults: tuple[Level, ...] = field(default=())
     """What counts where no flag does, the first place first; see `plan/defaults.py`."""

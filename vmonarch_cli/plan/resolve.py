@@ -225,6 +225,7 @@ def _resolve_setup(
         "compile": request.compile or None,
         "fuse": request.fuse,
         "graphs": request.graphs,
+        "dense_below": checks.whole("--dense-below", request.dense_below, 0, 1_000_000),
         "dense_attention": checks.one_of("--dense-attention", request.dense_attention, DENSE_ATTENTION),
     }
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -38,6 +38,9 @@ QUANTISED_DENSE = ("sage",)
 """Those that compute in 8 bit: never chosen unless named."""
 
 
+DECIDED_LATER = ("fuse", "dense_below")
+"""Settings that are None until the machine of a run decides them, and shown as `AUTO`."""
+AUTO = "auto"
 ADAPTER_NAME = "vmonarch_tuned"
 """Begins the names that peft knows the layers of tuned adapters by."""
 
@@ -88,12 +91,14 @@ class Setup(BaseModel):
     loras: tuple[str, ...] = ()
     cache: str | None = None
     compile: bool = False
-    fuse: bool = False
-    """The arithmetic between the products of the transformer's blocks runs in fused passes."""
+    fuse: bool | None = None
+    """The arithmetic between the products of the transformer's blocks runs in fused passes; None: where that repays."""
     fused_impl: str | None = None
     """What these run with, "triton" or "torch", once a machine has decided it."""
     graphs: bool = False
     """Structured calls that are small are recorded and replayed, where a GPU runs them."""
+    dense_below: int | None = None
+    """Structured calls of fewer tokens run dense; None: those that a GPU computes dense in less time."""
     dense_attention: str = "auto"
     """What computes the calls that run dense; "auto" is the expected fastest of all that are installed and fit."""
     tuned: tuple[AdapterFile, ...] = ()

@@ -18,6 +18,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.clip_results import Circumstances, ClipProfile, ClipRow
 from vmonarch_cli.profile.repeat import Budget, OnWork, unheard
@@ -55,6 +56,7 @@ def run_clips(
         profile = _empty(settings.plan, machine)
         if machine.on_gpu:
             profile.notes.append(f"dense attention by {dense_words(machine)}")
+        profile.notes += _machine_notes(settings.plan, machine)
         on_work("loading the model")
         maker = ClipMaker(settings.plan, machine, retry_dense=False)
         run = _Run(maker, plans, profile, on_result, _paced(on_work, 2 * (1 + settings.repeats)))
@@ -69,6 +71,15 @@ def run_clips(
             for row in profile.rows:
                 run.warm(row)
     return profile
+
+
+def _machine_notes(plan: Plan, machine: Machine) -> Iterator[str]:
+    """What the machine decided and the user did not."""
+    if (fused := machine.fused_of(plan)) is not None:
+        yield f"blocks fused by {fused} in both kinds"
+    if machine.runs_dense(plan):
+        below, asked = machine.small_of(plan).dense_below, plan.setup.dense_below is not None
+        yield f"{plan.preset.name}: {small_words(plan.tokens, below, asked=asked)}"
 
 
 def _paced(on_work: OnWork, clips: int) -> OnWork:

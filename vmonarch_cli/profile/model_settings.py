@@ -11,6 +11,7 @@ from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset
+from vmonarch_cli.profile.results import FUSED
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModelSettings:
         """Row of a preset with fused blocks -> the preset."""
         if self.fused_impl is None:
             return {}
-        how = "fused" if self.fused_impl == "triton" else f"fused in {self.fused_impl}"
+        how = FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
         return {f"{preset.name}, {how}": preset for preset in self.presets if preset.attention != "dense"}
 
     @property

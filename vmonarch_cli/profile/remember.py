@@ -8,8 +8,9 @@ from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.plan.history import Measurement, computed_fields, keep
+from vmonarch_cli.plan.small_calls import repays_fusing
 from vmonarch_cli.presets import Preset, at_steps, load_preset
-from vmonarch_cli.profile.results import ModelProfile
+from vmonarch_cli.profile.results import FUSED, ModelProfile, StepRow
 
 
 def remember_profile(
@@ -18,7 +19,7 @@ def remember_profile(
     """Keep what `profile model` found of whole clips; nothing of a compiled model, which `generate` does not make."""
     if profile.compiled or profile.decode_s is None:
         return
-    measured = [(preset, profile.row(preset.name, "warm") or profile.row(preset.name)) for preset in presets]
+    measured = [(preset, _row(profile, preset, entry.hidden_dim)) for preset in presets]
     measured.append((load_preset("dense"), profile.fastest_dense))
     for preset, row in measured:
         if row is None or row.clip_s is None or row.step is None:
@@ -44,6 +45,14 @@ def remember_profile(
                 peak_memory_bytes=row.peak_bytes,
             )
         )
+
+
+def _row(profile: ModelProfile, preset: Preset, channels: int) -> StepRow | None:
+    """The row of a preset as a run makes it: with fused blocks where these repay, warm where it starts so."""
+    fused, name = f"{preset.name}, {FUSED}", preset.name
+    if repays_fusing(profile.tokens, channels) and any(row.name == fused and row.step for row in profile.rows):
+        name = fused
+    return profile.row(name, "warm") or profile.row(name)
 
 
 def _others(entry: ModelEntry, profile: ModelProfile) -> int:

@@ -157,6 +157,8 @@ class KernelShape:
 
 
 QUANTISED = "quantised"
+FUSED = "fused"
+"""Ends the name of a row whose blocks run fused in Triton, as `generate` makes clips on a GPU."""
 EXACT = "exact"
 """Preset that is dense attention by way of the structured code: a check, not a competitor."""
 

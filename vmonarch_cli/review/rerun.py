@@ -91,6 +91,7 @@ def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, s
         ("dtype", then.dtype, now.dtype),
         *([("vae_dtype", then.vae_dtype, now.vae_dtype)] if then.vae_dtype is not None else []),
         ("impl", then.impl, now.impl),
+        ("fused blocks", then.fused or "stock", now.fused or "stock"),
         *([] if then.dense_attention is None else [("dense attention", then.dense_attention, now.dense_attention)]),
         ("model", then.model.source, now.model.source),
         *((file.part, file.sha256[:12], _hash_of(now, file.part)) for file in then.weights),

@@ -75,13 +75,13 @@ class ModelFlags:
         ),
     ] = None
     fuse: Annotated[
-        bool,
+        bool | None,
         option(
             "--fuse/--no-fuse",
             panel=ATTENTION,
-            help="Add a row for every preset with fused blocks (on a CPU their operations in torch). Default: none.",
+            help="Add a row for every preset with fused blocks (on a CPU: in torch). Default: on a GPU.",
         ),
-    ] = False
+    ] = None
     fail_below: Annotated[
         float | None,
         number_option(
@@ -157,12 +157,15 @@ def _adapters(
 
 
 def _fused(flags: ModelFlags, clip: request.ModelShape, run: ProfileRun) -> str | None:
-    """What the rows with fused blocks run with; InputError for a model whose blocks have no fused form."""
-    if not flags.fuse:
+    """What the rows with fused blocks run with; None for no such rows. InputError where they are asked for and the
+    model's blocks have no fused form.
+    """
+    facts = PIPELINES[clip.entry.pipeline]
+    if flags.fuse is False or (flags.fuse is None and not (run.on_gpu and facts.fuses)):
         return None
     from vmonarch_kernels import resolve_fused_impl
 
-    check_additions(Setup(fuse=True), PIPELINES[clip.entry.pipeline])
+    check_additions(Setup(fuse=True), facts)
     return resolve_fused_impl("auto", run.device, run.dtype)
 
 

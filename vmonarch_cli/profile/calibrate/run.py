@@ -114,7 +114,7 @@ def calibrate(
         device=torch.device(machine.device),
         dtype=DTYPES[machine.dtype],
         revision=clip.revision,
-        setup=machine.decided(clip.setup),
+        setup=machine.decided(clip),
     )
     return _Run(plan, pipeline, on_phase).run()
 
