@@ -108,7 +108,7 @@ def test_the_record_says_that_tiles_were_taken_and_a_rerun_takes_them(tiny_wan_f
     plan = resolve(request)
     for tiles in (False, True):
         machine = replace(check_machine(plan), tiles=tiles)
-        decided = machine.decided(plan.setup)
+        decided = machine.decided(plan)
         assert decided.vae_tiling is tiles
     generate(plan, machine)
     record = read_record(tmp_path / "x.json")
