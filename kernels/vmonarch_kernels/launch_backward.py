@@ -710,10 +710,12 @@ def frame_backward_triton(inputs: Inputs, frame: int, scale: float, kept: Forwar
     q = inputs.q
     # The kernels number all tokens: the frame's rows lie at their place, the others are never read.
     full = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # The Hopper kernel reads whole tiles: rows behind the frame, which may be the next sample's, get no weight there,
+    # but must be finite.
+    samples, tokens = full.shape[:2]
+    for behind in range((frame + 1) * grad.shape[1], samples * tokens, tokens):
+        full.flatten(0, 1)[behind : behind + HOPPER_QUERY_ROWS] = 0
     split_frames(full, inputs.frames)[:, frame] = grad
-    # The Hopper kernel reads whole tiles: rows behind the frame get no weight there, but must be finite.
-    behind = (frame + 1) * grad.shape[1]
-    full[:, behind : behind + HOPPER_QUERY_ROWS] = 0
     run = _Backward(inputs, Options(first_frame=False, scale=scale), full)
     assert kept.lse is not None  # noqa: S101  # of exact rows
     lse, delta = run.call.statistic(), run.call.statistic()

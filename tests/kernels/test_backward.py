@@ -200,6 +200,38 @@ def test_triton_has_a_frame_s_gradients(frame: int, extra: bool) -> None:
     assert max(errors(run("triton", torch.float32), run("torch", torch.float64)).values()) < 2e-6
 
 
+@pytest.mark.parametrize("frame", [0, 1, 2])
+def test_whole_tiles_of_a_frame_s_gradient_are_finite_in_every_sample(
+    monkeypatch: pytest.MonkeyPatch, frame: int
+) -> None:
+    from vmonarch_kernels import launch_backward
+    from vmonarch_kernels.configs_backward import HOPPER_QUERY_ROWS
+
+    # A tile of queries ends in the frames behind, and that of the last frames in the next sample.
+    inputs = make((3, 1, 7), dim=16, dtype=torch.float32, batch=3)
+    tiles = []
+    grad_keys = launch_backward._Backward.grad_keys
+
+    def looked_at(run: Any, rows: Any, window: Any) -> None:
+        for first in range(frame * 7, 3 * 21, 21):
+            tiles.append(rows.gv.flatten(0, 2)[first : first + HOPPER_QUERY_ROWS])
+        grad_keys(run, rows, window)
+
+    monkeypatch.setattr(launch_backward._Backward, "grad_keys", looked_at)
+    empty = torch.empty
+
+    def unset(*size: Any, **how: Any) -> Tensor:
+        made = empty(*size, **how)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    out = frame_attention(inputs.q, inputs.k, inputs.v, inputs.grid, frame, impl="triton")
+    monkeypatch.setattr(launch_backward.torch, "empty", unset)
+    torch.autograd.grad(out.sum(), wanted(inputs))
+    assert len(tiles) == 3
+    for tile in tiles:
+        assert bool(tile.isfinite().all())
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_refreshed_frames_have_the_gradients_of_what_they_show(impl: str) -> None:
     """Two calls that share a residual, each with turns: gradients against those of the output written out by hand."""

@@ -160,11 +160,14 @@ def test_its_gradients_are_those_of_the_plain_kernels(
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
-def test_its_gradients_of_one_frame_leave_what_lies_behind_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("frame", "batch"), [(2, 1), (4, 2)])
+def test_its_gradients_of_one_frame_leave_what_lies_behind_it_alone(
+    monkeypatch: pytest.MonkeyPatch, frame: int, batch: int
+) -> None:
     from vmonarch_kernels import frame_attention, launch_backward
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 5 * 97, 2, 128, generator=generator).to("cuda", torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(batch, 5 * 97, 2, 128, generator=generator).to("cuda", torch.bfloat16) for _ in range(3))
     found = []
     for tiles in (0, float("inf")):
         monkeypatch.setattr(launch_backward, "MIN_WAVES", tiles)
@@ -172,7 +175,7 @@ def test_its_gradients_of_one_frame_leave_what_lies_behind_it_alone(monkeypatch:
         del_me = torch.full((1 << 22,), float("nan"), device="cuda", dtype=torch.bfloat16)
         del del_me
         wanted = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = frame_attention(*wanted, (5, 1, 97), 2, impl="triton")
+        out = frame_attention(*wanted, (5, 1, 97), frame, impl="triton")
         found.append(torch.autograd.grad(out.float().square().sum(), wanted))
     for ours, expected in zip(*found, strict=True):
         assert float((ours.double() - expected.double()).norm() / expected.double().norm()) < 0.03
