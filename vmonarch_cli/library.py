@@ -142,8 +142,9 @@ def monarch(
 
     Raises InputError for ``fuse`` with blocks that have no fused form, or whose forward was replaced; ModelError for a
     pipeline of an unknown family and for one whose attention is replaced already, PresetError for a preset, field or
-    name of dense attention that is not valid, and ModelError for an adapter of other weights or with another preset. A
-    call raises DenseUnavailable (a ValueError) when the dense attention that was named cannot run.
+    name of dense attention, or a ``fuse`` or number, that is not valid, and ModelError for an adapter of other weights
+    or with another preset. A call raises DenseUnavailable (a ValueError) when the dense attention that was named cannot
+    run.
     """
     how: dict[str, Any] = {"dense_every": dense_every, "dense_attention": dense_attention, "tuned": tuned}
     session = enable_monarch(pipeline, preset, **how, fuse=fuse, dense_below=dense_below, **fields)
@@ -170,6 +171,8 @@ def enable_monarch(
     for name, count in (("dense_every", dense_every), ("dense_below", dense_below)):
         if type(count) is not int or count < 0:
             raise PresetError(f"{name} takes a whole number from 0, got {shown(count)}")
+    if type(fuse) is not bool:
+        raise PresetError(f"fuse takes True or False, got {shown(fuse)}")
     if dense_attention not in DENSE_NAMES:
         raise PresetError(f"dense_attention takes {', '.join(DENSE_NAMES)}, got {shown(dense_attention)}")
     if tuned is not None and not isinstance(tuned, str | os.PathLike):

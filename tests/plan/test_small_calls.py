@@ -112,11 +112,21 @@ def test_a_script_chooses_the_limit(tiny_wan_folder: Path) -> None:
     with monarch(pipeline, "paper", dense_below=30) as session:
         latents_of(pipeline, steps=1)
         assert session.coverage.dense == {}
-    with (
-        pytest.raises(PresetError, match="dense_below takes a whole number from 0, got -1"),
-        monarch(pipeline, "paper", dense_below=-1),
+    for fault, given in (
+        ("dense_below takes a whole number from 0, got -1", {"dense_below": -1}),
+        ("fuse takes True or False, got 'no'", {"fuse": "no"}),
     ):
-        pass
+        with pytest.raises(PresetError, match=fault), monarch(pipeline, "paper", **given):
+            pass
+
+
+def test_a_plan_counts_the_operations_of_calls_that_run_dense() -> None:
+    def attention(*flags: str) -> str:
+        shown = call("plan", "-p", "x", "--num-frames", "9", "--preset", "paper", *flags).stdout
+        return next(line for line in shown.splitlines() if line.startswith("attention "))
+
+    assert "per clip, all dense" in attention("--dense-below", "5000")
+    assert "per clip against" in attention("--dense-below", "0")
 
 
 def test_what_is_no_number_of_tokens_is_refused() -> None:

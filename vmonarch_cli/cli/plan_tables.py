@@ -73,15 +73,17 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         style = "dim" if entry["origin"] in ("default", "model default") else "bold"
         made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
+    small = _small_rows(plan)
+    work = flops_ratio(plan.flops.dense, plan.flops.dense, "per clip") if small else flops_words(plan)
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         *others_row(plan),
         *([] if plan.preset_reason is None else [("preset auto", plan.preset_reason)]),
-        ("attention", flops_words(plan)),
-        *schedule_rows(plan.step_costs),
+        ("attention", work),
+        *([] if small else schedule_rows(plan.step_costs)),
         *dense_rows(plan),
         *_fused_rows(plan),
-        *_small_rows(plan),
+        *small,
         *_quantize_rows(plan),
         *(("adapter", words) for words in adapter_words(plan)),
         ("sigmas", _sigma_words(plan)),
