@@ -165,6 +165,16 @@ def test_a_batch_that_cannot_be_split_is_refused(trained: Path, tmp_path: Path) 
         main([*command, "--structured"])
 
 
+@pytest.mark.parametrize("flag", ["--structured", "--small-until"])
+@pytest.mark.parametrize("share", ["nan", "1.5", "-0.1"])
+def test_what_is_no_share_of_the_training_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, share: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*DIT, "--vae", str(tmp_path), "--text", str(tmp_path), "--out", str(tmp_path), f"{flag}={share}"])
+    assert f"{flag}: got {share}, valid are shares of the training from 0 to 1" in capsys.readouterr().err
+
+
 def test_what_training_writes(trained: Path) -> None:
     report = json.loads((trained / "vae_report.json").read_text())
     assert report["steps"] == 4

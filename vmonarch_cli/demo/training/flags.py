@@ -28,6 +28,14 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
     return phases
 
 
+def parse_share(text: str) -> float:
+    """A share of the training, from 0 to 1."""
+    share = float(text)
+    if not 0 <= share <= 1:  # and so no NaN
+        raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training from 0 to 1")
+    return share
+
+
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train vae`."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and vae/")
@@ -98,10 +106,10 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refresh", type=int, default=32, help="clips replaced at a refresh")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--small-until", type=float, default=0.5, help="share of the training at half the size")
+    parser.add_argument("--small-until", type=parse_share, default=0.5, help="share of the training at half the size")
     parser.add_argument(
         "--structured",
-        type=float,
+        type=parse_share,
         nargs="?",
         const=0.0,
         metavar="SHARE",
