@@ -70,10 +70,14 @@ def killed_when(process: subprocess.Popen[str], file: Path) -> None:
 
 
 def same_adapter(a: Path, b: Path) -> None:
+    """Equal weights to the bit. Evaluations may differ by rounding: products depend on where weights lie."""
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
-    assert read_adapter(a).evaluation == read_adapter(b).evaluation
+    before, after = (read_adapter(path).evaluation for path in (a, b))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, dict) else value)
 
 
 def test_killed_in_both_phases_a_run_comes_to_the_same_adapter(tiny_wan_folder: Path, tmp_path: Path) -> None:
