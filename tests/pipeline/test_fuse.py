@@ -396,7 +396,7 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
     assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True, fuse=True)) == "triton"
     both = machine_of(monkeypatch, [planned("wan2.1-1.3b", size="64x64", num_frames=5), large], "cuda")
     assert both.fused_impl == "triton", "the largest decides"
-    monkeypatch.setattr(preflight, "_repays_fusing", lambda plans: True)
+    monkeypatch.setattr("vmonarch_cli.plan.plan.repays_fusing", lambda tokens, channels: True)
     assert decided(plan) == "triton"
     assert decided(planned(tiny_wan_folder, preset="dense")) == "triton"
     assert decided(plan, "cpu") is None

@@ -28,7 +28,7 @@ from vmonarch_cli.plan.memory import (
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
-from vmonarch_cli.plan.small_calls import dense_below, repays_fusing, small_words
+from vmonarch_cli.plan.small_calls import dense_below, small_words
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -127,9 +127,7 @@ def _fused_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
     """That the blocks will be fused: one row where a GPU will run them so."""
     if plan.setup.fuse is False or not will_use_gpu(plan) or not PIPELINES[plan.pipeline].fuses:
         return []
-    compiled = plan.setup.compile and plan.setup.linear_dtype is not None
-    large = repays_fusing(plan.tokens, plan.model.hidden_dim)
-    if plan.setup.fuse is None and (plan.preset.impl in ("torch", "reference") or compiled or not large):
+    if plan.setup.fuse is None and (plan.preset.impl in ("torch", "reference") or not plan.repays_fusing):
         return []
     return [("blocks", "fused between their products, where Triton runs on this GPU; --no-fuse keeps the stock ones")]
 

@@ -21,7 +21,6 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
-from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.text import binary_size, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_kernels.cost import is_small
@@ -90,11 +89,11 @@ def _work_words(plan: Plan, machine: Machine) -> str:
 
 def small_rows(plan: Plan, machine: Machine) -> list[tuple[str, RenderableType]]:
     """Why all calls run dense where they are small: one row, none where they are not."""
-    if not machine.runs_dense(plan):
+    why = machine.why_dense(plan)
+    if why is None:
         return []
-    below, asked = machine.small_of(plan).dense_below, plan.setup.dense_below is not None
     off = "" if plan.tuned is None else "; the adapter, which is for structured calls, is off"
-    return [("small calls", small_words(plan.tokens, below, asked=asked) + off)]
+    return [("small calls", why + off)]
 
 
 def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:

@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.plan.small_calls import SmallCalls, dense_below, repays_fusing
+from vmonarch_cli.plan.small_calls import SmallCalls, dense_below, small_words
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -76,6 +76,12 @@ class Machine:
     def runs_dense(self, plan: Plan) -> bool:
         """Whether all calls of a plan run dense because they are small."""
         return plan.preset.attention != "dense" and plan.tokens < self.small_of(plan).dense_below
+
+    def why_dense(self, plan: Plan) -> str | None:
+        """Why all calls of a plan run dense where they are small; None where they are not."""
+        if not self.runs_dense(plan):
+            return None
+        return small_words(plan.tokens, self.small_of(plan).dense_below, asked=plan.setup.dense_below is not None)
 
     def impl_of(self, preset: Preset) -> str:
         """The implementation of a preset's attention: "reference", "torch" or "triton"; "dense" for a dense preset."""
@@ -188,7 +194,8 @@ def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
 
     wanted = plans[0].setup.fuse
     in_torch = all(plan.preset.impl in ("torch", "reference") for plan in plans)
-    if wanted is False or (wanted is None and (in_torch or not machine.on_gpu or not _repays_fusing(plans))):
+    repays = machine.on_gpu and not in_torch and any(plan.repays_fusing for plan in plans)
+    if wanted is False or (wanted is None and not repays):
         return None
     try:
         return resolve_fused_impl("torch" if in_torch else "triton", machine.device, DTYPES[machine.dtype])
@@ -201,14 +208,6 @@ def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
             "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
             "--impl torch for the same operations in torch, which gain nothing"
         ) from None
-
-
-def _repays_fusing(plans: Sequence[Plan]) -> bool:
-    """Whether the largest of the plans is large enough, and no compiler does as much."""
-    setup = plans[0].setup
-    if setup.compile and setup.linear_dtype is not None:
-        return False
-    return any(repays_fusing(plan.tokens, plan.model.hidden_dim) for plan in plans)
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:

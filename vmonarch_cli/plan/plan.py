@@ -14,6 +14,7 @@ from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, AdapterFile, Setup
+from vmonarch_cli.plan.small_calls import repays_fusing
 from vmonarch_cli.presets import Preset
 
 
@@ -115,6 +116,14 @@ class Plan(BaseModel):
     def seed_was_drawn(self) -> bool:
         """Whether nobody chose the seed."""
         return self.origins.get("seed", "").endswith(DRAWN)
+
+    @property
+    def repays_fusing(self) -> bool:
+        """Whether fused blocks are faster than stock ones on a GPU: no compiler joins what is around products in 8 bits
+        with them, and the stream is long enough.
+        """
+        joined = self.setup.compile and self.setup.linear_dtype is not None
+        return not joined and repays_fusing(self.tokens, self.model.hidden_dim)
 
     @classmethod
     def default_of(cls, name: str) -> Any:

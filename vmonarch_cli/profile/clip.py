@@ -18,7 +18,6 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.dense import dense_words, fastest_first
 from vmonarch_cli.pipeline.preflight import Machine, check_machine_for
 from vmonarch_cli.plan.plan import Plan
-from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.clip_results import Circumstances, ClipProfile, ClipRow
 from vmonarch_cli.profile.repeat import Budget, OnWork, unheard
@@ -77,9 +76,8 @@ def _machine_notes(plan: Plan, machine: Machine) -> Iterator[str]:
     """What the machine decided and the user did not."""
     if (fused := machine.fused_of(plan)) is not None:
         yield f"blocks fused by {fused} in both kinds"
-    if machine.runs_dense(plan):
-        below, asked = machine.small_of(plan).dense_below, plan.setup.dense_below is not None
-        yield f"{plan.preset.name}: {small_words(plan.tokens, below, asked=asked)}"
+    if (why := machine.why_dense(plan)) is not None:
+        yield f"{plan.preset.name}: {why}"
 
 
 def _paced(on_work: OnWork, clips: int) -> OnWork:
