@@ -53,6 +53,7 @@ PUBLIC = {
         "gelu_tanh_",
         "layer_norm_modulate",
         "linear_e4m3",
+        "linear_gelu_tanh",
         "monarch_attention",
         "monarch_factors",
         "qk_norm_rope",

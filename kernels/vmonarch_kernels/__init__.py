@@ -19,6 +19,7 @@ What is public; all else may change between versions:
 - ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
   block's products, each in one pass.
 - ``gelu_tanh_``, ``gated_activation``: activations, in place, or of half the channels.
+- ``linear_gelu_tanh``: a linear layer's product with GELU in its epilogue.
 - ``quantize_rows``, ``linear_e4m3``: rows in e4m3 with a scale each, and a linear layer whose product takes them.
 - ``HeadNorm``, ``Rotation``, ``Norm``, ``Term``: what these take beside their tensors.
 - ``resolve_fused_impl``: the implementation of these that a device and dtype get.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         gated_residual,
         gelu_tanh_,
         layer_norm_modulate,
+        linear_gelu_tanh,
         qk_norm_rope,
         residual_norm,
         resolve_fused_impl,
@@ -67,6 +69,7 @@ _HOMES = {
     "gated_residual": "fused",
     "gelu_tanh_": "fused",
     "layer_norm_modulate": "fused",
+    "linear_gelu_tanh": "fused",
     "qk_norm_rope": "fused",
     "residual_norm": "fused",
     "resolve_fused_impl": "fused",
@@ -101,6 +104,7 @@ __all__ = [
     "gelu_tanh_",
     "layer_norm_modulate",
     "linear_e4m3",
+    "linear_gelu_tanh",
     "monarch_attention",
     "monarch_factors",
     "qk_norm_rope",

@@ -8,6 +8,7 @@ attention, and "torch" elsewhere and where a gradient is wanted, which the kerne
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_kernels import fused_reference as reference
@@ -132,10 +133,34 @@ def gelu_tanh_(x: Tensor, *, impl: str = "auto") -> Tensor:
     if not x.is_contiguous():
         raise ValueError(f"x has strides {tuple(x.stride())} for shape {tuple(x.shape)}; valid is a contiguous tensor.")
     if _chosen(impl, x) == "torch":
-        return x.copy_(torch.nn.functional.gelu(x, approximate="tanh"))
+        return x.copy_(F.gelu(x, approximate="tanh"))
     if x.numel():
         _gelu_tanh_op(x)
     return x
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
+    """GELU, in its tanh form, of x @ weight^T + bias.
+
+    x: (..., K), weight: (N, K), bias: (N,) or None, of one float dtype. With "triton" on an NVIDIA GPU, 16 bits and a
+    bias, GELU is taken where the product is still in registers, in float32: by cuBLASLt's epilogue, which saves a pass
+    over the largest tensor of a forward. Elsewhere it is `gelu_tanh_` on the product.
+
+    Returns (..., N) in x's dtype, contiguous. Raises what `torch.nn.functional.linear` raises; ImplUnavailable.
+    """
+    chosen = _chosen(impl, x, weight, bias)
+    if chosen == "triton" and bias is not None and _has_epilogue(x):
+        rows = x.reshape(-1, x.shape[-1])
+        # Of torch's two forms of this operator, the CPU's takes GELU with erf: only CUDA's is the tanh form.
+        out: Tensor = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], weight.shape[0])
+    product = F.linear(x, weight, bias)
+    return F.gelu(product, approximate="tanh") if chosen == "torch" else gelu_tanh_(product.contiguous(), impl="triton")
+
+
+def _has_epilogue(x: Tensor) -> bool:
+    """Whether products of a tensor come from a library whose epilogue is GELU's tanh form."""
+    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def gated_activation(x: Tensor, kind: Activation, *, impl: str = "auto") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 from pathlib import Path
@@ -194,6 +195,62 @@ def test_what_wraps_a_fused_forward_stays_when_the_stock_blocks_come_back(monkey
     monkeypatch.setattr(fusing, "gelu_tanh_", lambda x, impl: (calls.append(1), x)[1])
     run(transformer)
     assert len(calls) == LAYERS
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx-video", "hunyuan-video"])
+def test_gelu_is_taken_with_the_product_of_a_plain_layer_alone(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else a layer has runs as before: hooks, a forward or a class of its own, weights of another kind."""
+    pipeline = load(folders[name], setup=setup("torch"))
+    joined: list[int] = []
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, impl: str) -> torch.Tensor:
+        joined.append(id(weight))
+        return torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias), approximate="tanh")
+
+    monkeypatch.setattr(fusing, "linear_gelu_tanh", noted)
+    expected = latents_of(pipeline, TINY[name])
+    layers = [
+        layer
+        for path, layer in pipeline.transformer.named_modules()
+        if path.endswith((".net.0.proj", ".proj_mlp")) and "refiner" not in path
+    ]
+    assert layers
+    assert set(joined) == {id(layer.weight) for layer in layers}
+
+    class Own(torch.nn.Linear):
+        pass
+
+    class Weight(torch.nn.Parameter):
+        pass
+
+    calls: list[int] = []
+
+    def with_hook(layer: torch.nn.Linear) -> None:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+
+    def with_early_hook(layer: torch.nn.Linear) -> None:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def with_forward(layer: torch.nn.Linear) -> None:
+        stock = layer.forward
+        layer.forward = lambda x: (calls.append(1), stock(x))[1]  # type: ignore[method-assign]
+
+    def with_class(layer: torch.nn.Linear) -> None:
+        layer.__class__ = Own
+        with_hook(layer)
+
+    def with_weight(layer: torch.nn.Linear) -> None:
+        layer.weight.__class__ = Weight
+        with_hook(layer)
+
+    ways = (with_hook, with_early_hook, with_forward, with_class, with_weight)
+    for layer, way in zip(layers, itertools.cycle(ways), strict=False):
+        way(layer)
+    joined.clear()
+    torch.testing.assert_close(latents_of(pipeline, TINY[name]), expected, **CLOSE)
+    assert (joined, len(calls) >= len(layers)) == ([], True)
 
 
 def test_blocks_whose_forward_is_wrapped_already_are_refused() -> None:
@@ -516,6 +573,7 @@ def test_the_rehearsed_operations_are_those_of_a_block(tiny_wan_folder: Path, mo
                 monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     dtype = torch.bfloat16
     pipeline = load_pipeline(str(tiny_wan_folder), device=CPU, dtype=dtype, setup=setup("torch"))
+    pipeline.transformer.blocks[0].ffn.net[0].proj.register_forward_hook(lambda *_: None)  # no plain layer any more
     with swapped(pipeline, PAPER) as session:
         latents_of(pipeline, TINY["wan"])
         assert session.grid is not None

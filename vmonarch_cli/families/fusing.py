@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_module
 
-from vmonarch_kernels import HeadNorm, Norm, Rotation, gated_activation, gelu_tanh_, qk_norm_rope
+from vmonarch_kernels import HeadNorm, Norm, Rotation, gated_activation, gelu_tanh_, linear_gelu_tanh, qk_norm_rope
 
 ATTRIBUTE = "fused_impl"
 """Of every module whose forward was replaced, and of attention modules whose processor asks for it."""
@@ -108,13 +109,43 @@ def normed_and_rotated(
     return q, k
 
 
+def unhooked(module: Any) -> bool:
+    """Whether nothing beside a module's own forward runs when it is called: what it computes may be taken elsewhere."""
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(getattr(forward, "__func__", None), "fused", False)
+    return own and not any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        )
+    )
+
+
+def _plain(linear: Any) -> bool:
+    """Whether a layer is torch's own, with a weight that is a tensor as any other: no adapter, no quantised weight, no
+    offloading of its own.
+    """
+    return type(linear) is torch.nn.Linear and type(linear.weight) is torch.nn.Parameter and unhooked(linear)
+
+
+def gelu_of(linear: Any, hidden_states: torch.Tensor, impl: str) -> torch.Tensor:
+    """GELU, in its tanh form, of a linear layer's product: with the product where the layer is plain, else in place."""
+    if _plain(linear):
+        return linear_gelu_tanh(hidden_states, linear.weight, linear.bias, impl=impl)
+    return gelu_tanh_(linear(hidden_states).contiguous(), impl=impl)
+
+
 @replacement
 def gelu_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """diffusers' GELU, a product and its activation, in place on the product where it is the tanh form."""
+    """diffusers' GELU, a product and its activation, where it is the tanh form."""
     if self.approximate != "tanh":
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
-    return gelu_tanh_(self.proj(hidden_states).contiguous(), impl=self.fused_impl)
+    return gelu_of(self.proj, hidden_states, self.fused_impl)
 
 
 @replacement
@@ -124,6 +155,15 @@ def activation_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         stock: torch.Tensor = type(self).forward(self, input)
         return stock
     return gelu_tanh_(input.contiguous(), impl=self.fused_impl)
+
+
+def activated(linear: Any, activation: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A linear layer's product through an activation module that is fused by `activation_forward`."""
+    impl = impl_of(activation)
+    if impl is not None and activation.approximate == "tanh" and unhooked(activation):
+        return gelu_of(linear, hidden_states, impl)
+    result: torch.Tensor = activation(linear(hidden_states))
+    return result
 
 
 @replacement

@@ -11,6 +11,7 @@ import torch
 
 from vmonarch_cli.families.fusing import (
     FusedBlock,
+    activated,
     activation_forward,
     gelu_forward,
     give_parameters,
@@ -99,7 +100,7 @@ def _single_forward(
     tokens = encoder_hidden_states.shape[1]
     stream = torch.cat([hidden_states, encoder_hidden_states], dim=1)
     normed, gate = self.norm(stream, emb=temb)
-    inner = self.act_mlp(self.proj_mlp(normed))
+    inner = activated(self.proj_mlp, self.act_mlp, normed)
     out, text_out = self.attn(
         hidden_states=normed[:, :-tokens],
         encoder_hidden_states=normed[:, -tokens:],

@@ -135,4 +135,5 @@ def rehearse(shape: StreamShape, impl: str = "triton") -> None:
     residual_norm(stream, stream, gate, affine, impl=impl)
     residual_norm(stream, stream, None, Norm(_EPS), c_scale, c_shift, impl=impl)
     gated_residual(stream, stream, c_gate, impl=impl)
+    # Behind layers that are not plain, and in float32; others take it with the product.
     gelu_tanh_(empty(1, shape.tokens, 4 * channels), impl=impl)
