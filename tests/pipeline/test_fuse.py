@@ -39,6 +39,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import Setup
+from vmonarch_kernels import linear8
 
 APART = "hunyuan-video-i2v"
 """Modulates its first frame's tokens apart, in blocks of its own, which have no fused form."""
@@ -336,6 +337,44 @@ def test_projections_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         found = forward()
     assert 0 < float((stock - narrow).norm() / narrow.norm()) < 0.2
     assert float((found - narrow).norm()) < 1.2 * float((stock - narrow).norm())
+
+
+@pytest.mark.parametrize(("impl", "made"), [(None, 7), ("torch", 6), ("triton", 3)], ids=str)
+def test_fp8_rows_are_made_once_where_their_tensor_is_written(
+    impl: str | None, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the inputs of a block's ten products: those of q, k and v are one tensor, as those of the text's k and v.
+
+    Fused, GELU makes those of the last product, and in kernels the norms make their own.
+    """
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    transformer = tiny_transformer(layers=1).to(torch.bfloat16)
+    given = {
+        name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x
+        for name, x in wan_inputs(transformer).items()
+    }
+    assert compute_in(transformer, "fp8", CPU) == 10
+    quantised: list[int] = []
+    real = linear8.quantize_rows
+    monkeypatch.setattr(linear8, "quantize_rows", lambda x, impl: (quantised.append(1), real(x, impl=impl))[1])
+    block = transformer.blocks[0]
+
+    def forward() -> torch.Tensor:
+        quantised.clear()
+        with torch.no_grad():
+            result: torch.Tensor = transformer(**given)[0]
+        return result.float()
+
+    if impl is not None:
+        fuse(transformer, impl)
+    found = forward()
+    assert len(quantised) == made
+    seen: list[Any] = []
+    block.ffn.net[2].register_forward_pre_hook(lambda module, args: seen.extend(args))
+    hooked = forward()
+    assert ([type(x) for x in seen], len(quantised)) == ([torch.Tensor], made + (impl is not None))
+    assert float((hooked - found).norm() / found.norm()) < 0.02
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -16,8 +16,19 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from vmonarch_kernels import HeadNorm, Norm, Rotation, gated_activation, gelu_tanh_, linear_gelu_tanh, qk_norm_rope
+from vmonarch_kernels import (
+    HeadNorm,
+    Norm,
+    Rotation,
+    gated_activation,
+    gelu_tanh_,
+    gelu_tanh_rows,
+    linear_gelu_tanh,
+    qk_norm_rope,
+)
 
+TAKES_ROWS = "takes_rows"
+"""Of a linear layer's own forward that computes in e4m3: it takes rows (`vmonarch_kernels.Rows`), beside tensors."""
 ATTRIBUTE = "fused_impl"
 """Of every module whose forward was replaced, and of attention modules whose processor asks for it."""
 Forward = Callable[..., Any]
@@ -46,6 +57,8 @@ class StreamShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    e4m3: bool = False
+    """Whether the products of it compute in e4m3."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +123,10 @@ def normed_and_rotated(
 
 
 def unhooked(module: Any) -> bool:
-    """Whether nothing beside a module's own forward runs when it is called: what it computes may be taken elsewhere."""
+    """Whether nothing runs before and after a module's forward when it is called, and nothing has wrapped that."""
     forward = vars(module).get("forward")
-    own = forward is None or getattr(getattr(forward, "__func__", None), "fused", False)
+    function = getattr(forward, "__func__", None)
+    own = forward is None or getattr(function, "fused", False) or getattr(function, TAKES_ROWS, False)
     return own and not any(
         (
             module._forward_hooks,
@@ -123,6 +137,16 @@ def unhooked(module: Any) -> bool:
             torch_module._global_forward_pre_hooks,
         )
     )
+
+
+def takes_rows(linear: Any) -> bool:
+    """Whether a linear layer computes in e4m3 and takes the rows of its input as they are.
+
+    Not within a compiler, which makes them itself, and not where anything hooks into the layer: that expects a tensor.
+    """
+    forward = vars(linear).get("forward")
+    able = getattr(getattr(forward, "__func__", None), TAKES_ROWS, False)
+    return able and not torch.compiler.is_compiling() and unhooked(linear)
 
 
 def _plain(linear: Any) -> bool:
@@ -146,6 +170,19 @@ def gelu_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     return gelu_of(self.proj, hidden_states, self.fused_impl)
+
+
+@replacement
+def feed_forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """diffusers' FeedForward; between layers in e4m3, GELU writes what the second one takes, and nothing in 16 bits."""
+    first, dropout, last, *others = self.net
+    in_e4m3 = not others and takes_rows(last) and getattr(first, "approximate", "") == "tanh" and unhooked(first)
+    if not in_e4m3 or dropout.training or not unhooked(dropout) or torch.is_grad_enabled():
+        stock: torch.Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
+        return stock
+    rows = gelu_tanh_rows(first.proj(hidden_states), impl=self.fused_impl)
+    out: torch.Tensor = last(rows)
+    return out
 
 
 @replacement
