@@ -47,6 +47,13 @@ FUSED = [name for name, tiny in TINY.items() if FAMILIES[tiny.transformer_class]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture
+def fp8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao converts to fp8 on machines without it, too; torch multiplies there, slowly."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+
+
 def setup(impl: str | None, **more: Any) -> Setup:
     return Setup(**{"offload": "none", "fused_impl": impl, **more})
 
@@ -69,6 +76,11 @@ def wan_inputs(transformer: Any, *, tokens: bool = False) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(1, 7, transformer.config.text_dim, generator=generator),
         "return_dict": False,
     }
+
+
+def bfloat16_inputs(transformer: Any) -> dict[str, Any]:
+    given = wan_inputs(transformer)
+    return {name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x for name, x in given.items()}
 
 
 def run(transformer: Any, **options: bool) -> torch.Tensor:
@@ -315,15 +327,11 @@ def test_narrow_weights_and_caches(folders: dict[str, Path], more: dict[str, Any
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_projections_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fp8_anywhere")
+def test_projections_in_8_bits(kind: str) -> None:
     """Fused arithmetic lies around the products: it is as far from 16 bits as stock blocks, whatever those are in."""
-    pytest.importorskip("torchao")
-    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     transformer = tiny_transformer(layers=2).to(torch.bfloat16)
-    given = {
-        name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x
-        for name, x in wan_inputs(transformer).items()
-    }
+    given = bfloat16_inputs(transformer)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -340,6 +348,7 @@ def test_projections_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("impl", "made"), [(None, 7), ("torch", 6), ("triton", 3)], ids=str)
+@pytest.mark.usefixtures("fp8_anywhere")
 def test_fp8_rows_are_made_once_where_their_tensor_is_written(
     impl: str | None, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,13 +356,8 @@ def test_fp8_rows_are_made_once_where_their_tensor_is_written(
 
     Fused, GELU makes those of the last product, and in kernels the norms make their own.
     """
-    pytest.importorskip("torchao")
-    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     transformer = tiny_transformer(layers=1).to(torch.bfloat16)
-    given = {
-        name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x
-        for name, x in wan_inputs(transformer).items()
-    }
+    given = bfloat16_inputs(transformer)
     assert compute_in(transformer, "fp8", CPU) == 10
     quantised: list[int] = []
     real = linear8.quantize_rows
@@ -419,6 +423,29 @@ def test_compiled_blocks(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(run(transformer), expected, **CLOSE)
     assert counts["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fp8_anywhere")
+def test_compiled_blocks_in_e4m3() -> None:
+    """Without a break too; there the compiler makes the rows."""
+    transformer = tiny_transformer(layers=2).to(torch.bfloat16)
+    given = bfloat16_inputs(transformer)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = transformer(**given)[0]
+        return result.float()
+
+    narrow = forward()
+    assert compute_in(transformer, "fp8", CPU)
+    fuse(transformer, "torch")
+    eager = forward()
+    torch._dynamo.reset()
+    for block in transformer.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    compiled = forward()
+    torch._dynamo.reset()
+    assert 0 < float((compiled - narrow).norm()) < 1.2 * float((eager - narrow).norm())
 
 
 # The command line
