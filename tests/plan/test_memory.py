@@ -126,7 +126,7 @@ def test_flags_without_effect_are_named() -> None:
 @pytest.mark.parametrize(
     ("model", "shape", "whole", "tiled"),
     [
-        ("wan2.1-1.3b", (480, 832, 81), 4880, 1140),
+        ("wan2.1-1.3b", (480, 832, 81), 5680, 1140),  # whole: on an H200, in float32 and in bfloat16
         ("hunyuan-video", (720, 1280, 129), 20_139, 1936),
         ("cogvideox-5b", (480, 720, 49), 22_893, 5851),
         ("mochi-1", (480, 848, 85), 79_903, 9680),
