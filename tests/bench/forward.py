@@ -124,7 +124,7 @@ def _fused(transformer: Any, impl: str, within: Contender) -> Callable[[], Any]:
 def warm_up(
     rows: list[Contender], transformer: Any, inputs: StepTensors, settings: ModelSettings, *, once: bool
 ) -> list[Contender]:
-    """Those that ran twice and agree with their stock row; what failed is named in its row."""
+    """Those that ran, warm presets twice, and agree with their stock row; what failed is named in its row."""
     ready: list[Contender] = []
     made: dict[str, torch.Tensor] = {}
     for contender in rows:
@@ -132,7 +132,7 @@ def warm_up(
         try:
             first_s, prediction = wall(lambda: predict(contender, transformer, inputs), settings.device)  # noqa: B023
             made[row.name] = prediction.float().cpu()
-            if not once:
+            if not once and row.note == "warm":
                 predict(contender, transformer, inputs)
         except Exception as error:
             contender.row = replace(row, failure=reason(error))
