@@ -392,8 +392,9 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
     assert decided(large) == "triton"
     assert decided(planned("wan2.1-1.3b", compile=True)) == "triton"
     assert decided(planned("wan2.1-1.3b", quantize="fp8")) == "triton"
-    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True)) is None, "the compiler joins more than they"
-    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True, fuse=True)) == "triton"
+    assert decided(planned("wan2.1-1.3b", quantize="fp8", compile=True)) == "triton", "204 ms a forward, 209 stock"
+    assert decided(planned("wan2.1-1.3b", quantize="int8", compile=True)) is None, "the compiler joins more than they"
+    assert decided(planned("wan2.1-1.3b", quantize="int8", compile=True, fuse=True)) == "triton"
     both = machine_of(monkeypatch, [planned("wan2.1-1.3b", size="64x64", num_frames=5), large], "cuda")
     assert both.fused_impl == "triton", "the largest decides"
     monkeypatch.setattr("vmonarch_cli.plan.plan.repays_fusing", lambda tokens, channels: True)

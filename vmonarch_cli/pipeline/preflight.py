@@ -186,7 +186,7 @@ def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
     """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
 
     Nobody's choice is Triton on a GPU for streams that are long enough to repay it, and stock blocks elsewhere, also
-    where a compiler joins what is around products in 8 bits with them. Raises DeviceError where fused blocks are asked
+    where a compiler joins what is around products in int8 with them. Raises DeviceError where fused blocks are asked
     for and Triton cannot run: on a CPU nothing would be gained.
     """
     from vmonarch_cli.pipeline.device import DTYPES

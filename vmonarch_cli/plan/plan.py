@@ -119,10 +119,10 @@ class Plan(BaseModel):
 
     @property
     def repays_fusing(self) -> bool:
-        """Whether fused blocks are faster than stock ones on a GPU: no compiler joins what is around products in 8 bits
-        with them, and the stream is long enough.
+        """Whether fused blocks are faster than stock ones on a GPU: the stream is long enough, and no compiler joins
+        what is around products in int8 with them, beside which fused ones were not measured.
         """
-        joined = self.setup.compile and self.setup.linear_dtype is not None
+        joined = self.setup.compile and self.setup.quantize == "int8"
         return not joined and repays_fusing(self.tokens, self.model.hidden_dim)
 
     @classmethod
