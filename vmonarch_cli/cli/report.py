@@ -83,7 +83,7 @@ def small_notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
 def _work_words(plan: Plan, machine: Machine) -> str:
     """Operations of the clip's attention, and how the steps share them."""
     if machine.runs_dense(plan):
-        return flops_ratio(plan.flops.dense, plan.flops.dense, "per clip")
+        return flops_words(plan.with_dense_costs())
     return f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"
 
 
