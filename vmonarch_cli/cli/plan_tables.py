@@ -63,6 +63,7 @@ def preset_table(preset: Preset) -> Group:
 def dry_run(plan: Plan, vram: float | None = None) -> Group:
     """Every resolved setting with its origin, and what would be computed and written; `vram`: GiB of a card."""
     made = table("setting", "value", "from")
+    made.columns[0].overflow = "fold"
     for name, entry in plan.settings().items():
         if name == "output":  # the files follow below
             continue

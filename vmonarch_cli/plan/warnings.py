@@ -84,10 +84,8 @@ def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, s
     if preset.attention == "dense" or small or asks_for_dense:
         return
     if all(row.dense for row in schedule):
-        yield (
-            f"preset {preset.name} runs nothing structured here: all {len(schedule)} steps are dense, "
-            "as with --preset dense"
-        )
+        all_steps = "its one step is dense" if len(schedule) == 1 else f"all {len(schedule)} steps are dense"
+        yield (f"preset {preset.name} runs nothing structured here: {all_steps}, as with --preset dense")
     elif flops.planned > COSTLY * flops.dense:
         yield (
             f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "
