@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vmonarch_cli.demo.clips import frame_times, occupancy, render, signed_distance
+from vmonarch_cli.demo.clips import frame_times, motions_at, occupancy, render, signed_distance
 from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, MOTIONS, SHAPES
 
 FEW_AND_MANY = pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.slow)])
 
@@ -156,3 +157,16 @@ def test_the_reader_finds_nothing_in_an_empty_clip() -> None:
     reading = read_clip(colour.expand(3, 9, 96, 96))
     assert reading.background == "navy"
     assert reading.objects == ()
+
+
+def test_motions_change_when_their_turn_comes() -> None:
+    spec = next(s for s in (sample_spec("train", 0, i, 193) for i in range(99)) if s.motions == 3)
+    item = spec.objects[0]
+    found = motions_at(spec, frame_times(193)[::4])
+    assert found.shape == (49, len(MOTIONS))
+    assert found.sum(1).tolist() == [1.0] * 49
+    order = [list(MOTIONS)[int(row.argmax())] for row in found]
+    assert (order[0], order[24], order[48]) == item.motions
+    assert [a != b for a, b in pairwise(order)].count(True) == 2
+    pair = next(s for s in (sample_spec("train", 0, i) for i in range(99)) if len({o.motions for o in s.objects}) == 2)
+    assert motions_at(pair, frame_times()).sum(1).tolist() == [2.0] * 49

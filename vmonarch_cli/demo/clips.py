@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vmonarch_cli.demo.specs import BEAT_FRAMES, ClipSpec, ObjectSpec
 from vmonarch_cli.demo.tracks import Track
-from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, RGB, SHAPES
+from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, RGB, SHAPES
 
 NUM_FRAMES = BEAT_FRAMES + 1
 SIZE = 96
@@ -95,6 +95,16 @@ def occupancy(
         inside = _coverage(_distances(objects, x - cx, y - cy, r, angle), size)
         covered[index] = torch.maximum(covered[index], inside)
     return covered
+
+
+def motions_at(spec: ClipSpec, times: Tensor) -> Tensor:
+    """Which motions objects have at times (F,) in [0, 1]: (F, motions of the vocabulary) of 0 and 1."""
+    names = list(MOTIONS)
+    found = torch.zeros(len(times), len(names))
+    for item in spec.objects:
+        turns = (times.cpu() * len(item.motions)).long().clamp(max=len(item.motions) - 1)
+        found[torch.arange(len(times)), torch.tensor([names.index(m) for m in item.motions])[turns]] = 1.0
+    return found
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.demo.training.outlines import OutlineHead
+from vmonarch_cli.demo.training.middle_head import MiddleHead
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class CompiledBlocks:
 
     Args:
         transformer: of diffusers; its blocks are compiled one for all.
-        outline_head: listens to a block anew after each change.
+        middle_head: listens to a block anew after each change.
         log: told how long compiling took, or why it failed.
         device: where it runs.
 
     """
 
     transformer: Any
-    outline_head: OutlineHead
+    middle_head: MiddleHead
     log: loop.JsonLog
     device: torch.device
 
@@ -36,7 +36,7 @@ class CompiledBlocks:
         # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
         torch.fx.experimental._config.use_duck_shape = False
         self.transformer.compile_repeated_blocks(dynamic=dynamic)
-        self.outline_head.listen_to(self.transformer)
+        self.middle_head.listen_to(self.transformer)
 
     def keep_if_right(self, objectives: Iterable[tuple[str, Callable[[], Tensor]]]) -> None:
         """Try objectives, each with the name of its clips, without an update; where one fails or has other gradients
@@ -46,7 +46,7 @@ class CompiledBlocks:
             if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._compare, objective)):
                 for block in self.transformer.blocks:
                     block._compiled_call_impl = None
-                self.outline_head.listen_to(self.transformer)
+                self.middle_head.listen_to(self.transformer)
                 break
 
     def _compare(self, objective: Callable[[], Tensor]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmonarch_cli.demo.clips import frame_times, occupancy, render
+from vmonarch_cli.demo.clips import frame_times, motions_at, occupancy, render
 from vmonarch_cli.demo.model import latent_stats
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.families.wan_vae import encode_mean
+from vmonarch_cli.models.demo_vocabulary import MOTIONS
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class BankLimits:
 
 
 class LatentBank:
-    """Normalised latents of rendered training clips and where their objects are, kept on the device in float16.
+    """Normalised latents of rendered training clips, where their objects are and how they move, kept on the device in
+    float16.
 
     Args:
         vae: the frozen autoencoder, float32, with measured latent statistics in its config.
@@ -55,6 +57,7 @@ class LatentBank:
         half = torch.float16
         self.latents = torch.empty(limits.clips, vae.config.z_dim, frames, rows, columns, dtype=half, device=device)
         self.outlines = torch.empty(limits.clips, frames, 2 * rows, 2 * columns, dtype=half, device=device)
+        self.moving = torch.empty(limits.clips, frames, len(MOTIONS), dtype=half, device=device)
         self._times = frame_times(bucket.frames)
 
     def _put(self, row: int, specs: list[ClipSpec]) -> None:
@@ -63,6 +66,7 @@ class LatentBank:
         self.latents[rows] = self.encode(specs).to(torch.float16)
         covered = occupancy(specs, self._times[::4], size=self.outlines.shape[-1], device=self.device)
         self.outlines[rows] = covered.to(torch.float16)
+        self.moving[rows] = torch.stack([motions_at(spec, self._times[::4]) for spec in specs]).to(self.moving)
 
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:

@@ -7,7 +7,7 @@ same number of tokens. The first part of the training sees clips of half the siz
 
 Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
 them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
-the objects' outlines from the middle of the transformer.
+the objects' outlines and motions from the middle of the transformer.
 
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
 models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
@@ -40,7 +40,7 @@ from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
-from vmonarch_cli.demo.training.outlines import OutlineHead
+from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
@@ -50,7 +50,7 @@ from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.pipeline.device import device_name, pick_device
 
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
-_OUTLINE_WEIGHT = 0.2  # of the outlines' cross-entropy against the flow-matching loss
+_READING_WEIGHT = 0.2  # of what the middle head misses against the flow-matching loss
 _AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
 
 
@@ -86,11 +86,11 @@ class TransformerTraining:
             start = WanTransformer3DModel.from_pretrained(args.init / "transformer").float()
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
-        self.outline_head = OutlineHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
-        self.compiled = CompiledBlocks(self.transformer, self.outline_head, log, device)
+        self.middle_head = MiddleHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        self.compiled = CompiledBlocks(self.transformer, self.middle_head, log, device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
-            [*self.transformer.parameters(), *self.outline_head.parameters()],
+            [*self.transformer.parameters(), *self.middle_head.parameters()],
             lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda",
         )  # fmt: skip
         self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
@@ -149,7 +149,7 @@ class TransformerTraining:
             self.compiled.compile(dynamic=len(self.banks) > 1)
             self._keep_compiled_if_right()
         else:
-            self.outline_head.listen_to(self.transformer)
+            self.middle_head.listen_to(self.transformer)
         self.clock.start()
         last_save = last_log = time.monotonic()
         logged, logged_clips = self.step, self.clips_seen
@@ -232,8 +232,8 @@ class TransformerTraining:
         return self._inputs.pop(0)
 
     def losses(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step minimises; its flow-matching loss, the cross-entropy of its outlines and, with --structured, the
-        mean squared difference of dense and Monarch attention's velocities (scalars).
+        """What a step minimises; its flow-matching loss, the cross-entropies of its outlines and motions and, with
+        --structured, the mean squared difference of dense and Monarch attention's velocities (scalars).
         """
         bank, structured = self.banks[inputs.bank], self._structured
         clean = bank.latents[inputs.rows].float()
@@ -248,14 +248,14 @@ class TransformerTraining:
             structured.frames = clean.shape[2]
         with loop.autocast(self.device):
             velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
-            outlines = self.outline_head.loss(covered)
+            outlines, motions = self.middle_head.losses(covered, bank.moving[inputs.rows].float())
         errors = (velocity - (noise - clean)).square().mean(1)
         emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
         objective = (errors * weight).mean() / weight.mean()
-        measured = {"loss": errors.mean().detach(), "outlines": outlines.detach()}
+        measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
         if structured is None:  # a tuning starts from a transformer that knows where things are
-            return objective + emphasis * _OUTLINE_WEIGHT * outlines, measured
+            return objective + emphasis * _READING_WEIGHT * (outlines + motions), measured
         disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
         return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
 
@@ -280,7 +280,7 @@ class TransformerTraining:
             {
                 "preset": self.args.preset,
                 "transformer": self.transformer.state_dict(),
-                "outline_head": self.outline_head.state_dict(),
+                "middle_head": self.middle_head.state_dict(),
                 "averaged": self.averaged.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
@@ -297,7 +297,7 @@ class TransformerTraining:
         if state["preset"] != self.args.preset:
             raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.transformer.load_state_dict(state["transformer"])
-        self.outline_head.load_state_dict(state["outline_head"])
+        self.middle_head.load_state_dict(state["middle_head"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)

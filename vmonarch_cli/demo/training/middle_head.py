@@ -1,0 +1,68 @@
+"""A head that reads what the clip shows from the middle of the transformer, in training alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmonarch_cli.models.demo_vocabulary import MOTIONS
+
+_BLOCK = 4  # the block after which it reads (counted from 0)
+_SIDE = 4  # each token says in 4 x 4 values where objects are
+
+
+class MiddleHead(nn.Module):
+    """Reads from the tokens in the middle of the transformer where objects are in each frame, and how they move then.
+
+    It makes the first blocks find out early, from noise and words, what is where and which of several motions has its
+    turn: the idea of REPA (Yu et al., 2024), with the renderer's own knowledge in place of another network's. The
+    velocity alone teaches turns slowly, since a frame's noise hides how the frames around it move.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.outlines = _reading(dim, _SIDE**2)
+        self.motions = _reading(dim, len(MOTIONS))
+        self._tokens: Tensor | None = None
+
+    def listen_to(self, transformer: Any) -> None:
+        """Keep what the middle block returns, compiled or not; call it again after (un)compiling the block."""
+        block = transformer.blocks[min(_BLOCK, len(transformer.blocks) - 1)]
+        run = block._compiled_call_impl or block._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._tokens = run(*args, **kwargs)
+            return self._tokens
+
+        # Outside the compiled code: a hook would be traced into this block and keep it from sharing the others' code.
+        block._compiled_call_impl = call
+
+    def losses(self, covered: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last call's tokens miss of a clip: two mean cross-entropies (scalars).
+
+        Args:
+            covered: how much of each place objects cover, (B, T, h, w) in [0, 1].
+            moving: which motions of the vocabulary objects have in each latent frame, (B, T, motions) of 0 and 1.
+
+        Raises:
+            RuntimeError: the transformer has not run since `listen_to`.
+
+        """
+        if self._tokens is None:
+            raise RuntimeError("middle head: the transformer has not run since listen_to")
+        tokens, self._tokens = self._tokens, None
+        target = F.pixel_unshuffle(covered, _SIDE)
+        batch, channels, rows, columns = target.shape
+        patches = _SIDE**2
+        target = target.view(batch, channels // patches, patches, rows, columns).permute(0, 1, 3, 4, 2)
+        outlines = F.binary_cross_entropy_with_logits(self.outlines(tokens).view(target.shape).float(), target)
+        of_frames = tokens.view(batch, moving.shape[1], rows * columns, -1).mean(2)
+        return outlines, F.binary_cross_entropy_with_logits(self.motions(of_frames).float(), moving)
+
+
+def _reading(dim: int, values: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, values)
+    )
