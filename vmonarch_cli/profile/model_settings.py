@@ -36,9 +36,13 @@ class ModelSettings(ProfiledClips):
     """Adapters that have a row of their own, with the preset that each was made for."""
 
     @property
+    def fused_how(self) -> str:
+        """How the names of rows with fused blocks end."""
+        return FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
+
+    @property
     def fused_names(self) -> dict[str, Preset]:
         """Row of a preset with fused blocks -> the preset."""
         if self.fused_impl is None:
             return {}
-        how = FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
-        return {f"{preset.name}, {how}": preset for preset in self.presets if preset.attention != "dense"}
+        return {f"{preset.name}, {self.fused_how}": preset for preset in self.presets if preset.attention != "dense"}
