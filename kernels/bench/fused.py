@@ -1,14 +1,16 @@
 """Measure the fused operations of a block against torch's eager and compiled ones on the GPU at hand.
 
     python kernels/bench/fused.py --json fused.json --seconds 100
+    python kernels/bench/fused.py --only "product and gelu" --no-compiled
     python kernels/bench/fused.py --search --json tiles.json
 
 The default shape is one block of Wan2.1-1.3B at 832x480 and 81 frames in bfloat16. Each operation is first compared
 with float64 on a part of the tokens (its error may be 1.5 times that of torch's in bfloat16); a row that fails has no
-times. Times are medians with quartiles of calls of all contenders in turn; `floor_ms` is bytes over the rate of a copy
-measured in the same run. ``--search`` times other numbers of rows of a program and of elements of a thread; what it
-finds is written into `vmonarch_kernels/launch_fused.py` by hand. Without a GPU a small shape runs in Triton's
-interpreter, which tests this script and measures nothing.
+times. Times are medians with quartiles of calls of all contenders in turn, on a GPU that is kept busy until they are
+launched; `floor_ms` is bytes over the rate of a copy measured in the same run, which leaves out the work of a product.
+``--search`` times other numbers of rows of a program and of elements of a thread; what it finds is written into
+`vmonarch_kernels/launch_fused.py` by hand. Without a GPU a small shape runs in Triton's interpreter, which tests this
+script and measures nothing (and rounds to e4m3 wrongly).
 """
 
 import argparse
@@ -29,15 +31,20 @@ from vmonarch_kernels import (
     HeadNorm,
     Norm,
     Rotation,
+    Rows,
     Term,
     gated_activation,
     gated_residual,
     gelu_tanh_,
+    gelu_tanh_rows,
     launch_fused,
     layer_norm_modulate,
+    linear_gelu_tanh,
     qk_norm_rope,
+    quantize_rows,
     residual_norm,
 )
+from vmonarch_kernels.fused_spec import kept_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -45,6 +52,8 @@ CHECKED = 8192
 """Tokens that are compared with float64: so many that programs take several rows, as in the whole."""
 FACTOR = 1.5
 REPEATS = 21
+BUSY_CYCLES = 2_000_000
+"""About a millisecond: longer than the launches of what is timed."""
 SEARCHED = [(rows, elements) for elements in (16, 8, 32) for rows in (8, 1, 2, 4, 16)]
 
 
@@ -62,6 +71,9 @@ class Block:
         return self.heads * self.dim
 
 
+Outputs = tuple[Tensor | Rows, ...]
+
+
 @dataclass
 class Operation:
     """One fused operation and what torch does in its place.
@@ -71,10 +83,12 @@ class Operation:
 
     name: str
     make: Callable[[int], dict[str, Tensor]]
-    fused: Callable[[str, dict[str, Tensor]], tuple[Tensor, ...]]
-    stock: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+    fused: Callable[[str, dict[str, Tensor]], Outputs]
+    stock: Callable[[dict[str, Tensor]], Outputs]
     moved: int
     """Bytes that one pass reads and writes, for a token."""
+    apart: Callable[[dict[str, Tensor]], object] | None = None
+    """What came before it: the same in two fused passes, or behind a product."""
 
 
 def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -175,6 +189,50 @@ def operations(block: Block, low: torch.dtype) -> Iterator[Operation]:
         2 * block.inner * size,
     )
 
+    def layer(tokens: int) -> dict[str, Tensor]:
+        x, weight = draw(1, tokens, width, dtype=low), draw(block.inner, width, dtype=low) / width**0.5
+        return {"x": x, "weight": weight, "bias": draw(block.inner, dtype=low)}
+
+    yield Operation(
+        "product and gelu",
+        layer,
+        lambda impl, t: (linear_gelu_tanh(t["x"], t["weight"], t["bias"], impl=impl),),
+        lambda t: (F.gelu(F.linear(t["x"], t["weight"], t["bias"]), approximate="tanh"),),
+        (width + block.inner) * size,
+        lambda t: gelu_tanh_(F.linear(t["x"], t["weight"], t["bias"]), impl="triton"),
+    )
+
+    def rows_of(x: Tensor) -> Rows:
+        return Rows(*quantize_rows(x, impl="torch"), tuple(x.shape), x.dtype)
+
+    def in_e4m3(impl: str, t: dict[str, Tensor]) -> Outputs:
+        gate, affine = Term(t["gate"]), Norm(1e-6, t["weight"], t["bias"])
+        total, out = residual_norm(t["x"], t["y"], gate, affine, rows=True, impl=impl)
+        kept = kept_rows(out)
+        assert kept is not None
+        return total, kept
+
+    def apart_in_e4m3(t: dict[str, Tensor]) -> object:
+        gate, affine = Term(t["gate"]), Norm(1e-6, t["weight"], t["bias"])
+        return quantize_rows(residual_norm(t["x"], t["y"], gate, affine, impl="triton")[1], impl="triton")
+
+    yield Operation(
+        "gate, sum and affine norm, in e4m3 too",
+        stream,
+        in_e4m3,
+        lambda t: (total := gated(t), rows_of(normed(total, t["weight"], t["bias"]).type_as(total))),
+        4 * row + width,
+        apart_in_e4m3,
+    )
+    yield Operation(
+        "gelu in e4m3",
+        lambda tokens: {"x": draw(1, tokens, block.inner, dtype=low)},
+        lambda impl, t: (gelu_tanh_rows(t["x"], impl=impl),),
+        lambda t: (rows_of(F.gelu(t["x"], approximate="tanh")),),
+        block.inner * (size + 1),
+        lambda t: quantize_rows(gelu_tanh_(t["x"], impl="triton"), impl="triton"),
+    )
+
     def swiglu(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
         value, gate = t["x"].chunk(2, dim=-1)
         return (value * F.silu(gate),)
@@ -188,6 +246,13 @@ def operations(block: Block, low: torch.dtype) -> Iterator[Operation]:
     )
 
 
+def _error(found: Tensor | Rows, exact: Tensor | Rows) -> float:
+    one, other = (
+        (x.values.double() * x.scale).view(x.shape) if isinstance(x, Rows) else x.double() for x in (found, exact)
+    )
+    return float((one - other).norm() / other.norm())
+
+
 def check(operation: Operation, tokens: int) -> dict[str, Any]:
     """Errors against float64 of the fused and the stock operation, and whether the fused one's is small enough."""
     tensors = operation.make(tokens)
@@ -197,10 +262,7 @@ def check(operation: Operation, tokens: int) -> dict[str, Any]:
 
     exact = operation.stock(copies(torch.float64))
     found, stock = operation.fused("triton", copies()), operation.stock(copies())
-    errors = [
-        max(float((one.double() - other).norm() / other.norm()) for one, other in zip(outs, exact, strict=True))
-        for outs in (found, stock)
-    ]
+    errors = [max(_error(one, other) for one, other in zip(outs, exact, strict=True)) for outs in (found, stock)]
     return {"error": errors[0], "stock_error": errors[1], "correct": errors[0] <= FACTOR * errors[1]}
 
 
@@ -222,6 +284,7 @@ def _once(run: Callable[[], object]) -> float:
         run()
         return 1000 * (time.perf_counter() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(BUSY_CYCLES)
     start.record()
     run()
     end.record()
@@ -235,18 +298,22 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: round(x, 4) for name, x in named.items()}
 
 
-def measure(operation: Operation, block: Block, repeats: int, rate: float) -> dict[str, Any]:
+def measure(operation: Operation, block: Block, repeats: int, rate: float, *, compiles: bool) -> dict[str, Any]:
     """Times of one operation, after its check."""
     row = check(operation, min(CHECKED, block.tokens))
     if not row["correct"]:
         return row
     tensors = operation.make(block.tokens)
-    compiled = torch.compile(operation.stock, dynamic=False)
     ways: dict[str, Callable[[], object]] = {
         "triton": lambda: operation.fused("triton", tensors),
         "eager": lambda: operation.stock(tensors),
-        "compiled": lambda: compiled(tensors),
     }
+    apart = operation.apart
+    if apart is not None:
+        ways["apart"] = lambda: apart(tensors)
+    if compiles:
+        compiled = torch.compile(operation.stock, dynamic=False)
+        ways["compiled"] = lambda: compiled(tensors)
     moved = operation.moved * block.tokens
     row |= {"bytes": moved, "floor_ms": round(1000 * moved / rate, 4), "ms": timed(ways, repeats)}
     row["share_of_floor"] = round(row["floor_ms"] / row["ms"]["triton"]["median"], 3)
@@ -281,6 +348,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here, after each of them")
     parser.add_argument("--seconds", type=float, default=100, help="start no row after so many seconds")
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--only", action="append", help="a row to measure; may be given again")
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
     parser.add_argument("--search", action="store_true", help="time rows of a program and elements of a thread instead")
     flags = parser.parse_args()
     block = Block(*map(int, flags.shape.split("x")))
@@ -303,12 +372,15 @@ def main() -> int:
         machine = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__, "copy_bytes_per_s": rate}
         save({"row": "machine", "shape": flags.shape, "dtype": str(low), **machine})
         for operation in operations(block, low):
+            if flags.only and operation.name not in flags.only:
+                continue
             if time.monotonic() > until:
                 save({"row": operation.name, "failed": "out of time"})
                 continue
             try:
                 rows = search(operation, block, flags.repeats) if flags.search else None
-                for row in [measure(operation, block, flags.repeats, rate)] if rows is None else rows:
+                compiles = not flags.no_compiled
+                for row in rows or [measure(operation, block, flags.repeats, rate, compiles=compiles)]:
                     save({"row": operation.name, **row})
             except Exception as error:
                 save({"row": operation.name, "failed": repr(error)[:600]})

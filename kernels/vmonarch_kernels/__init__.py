@@ -19,7 +19,9 @@ What is public; all else may change between versions:
 - ``qk_norm_rope``, ``layer_norm_modulate``, ``gated_residual``, ``residual_norm``: norms, rotation and gates between a
   block's products, each in one pass.
 - ``gelu_tanh_``, ``gated_activation``: activations, in place, or of half the channels.
+- ``linear_gelu_tanh``: a linear layer's product with GELU in its epilogue.
 - ``quantize_rows``, ``linear_e4m3``: rows in e4m3 with a scale each, and a linear layer whose product takes them.
+- ``gelu_tanh_rows``, ``Rows``: rows of an activation, and what a product takes in the place of a tensor.
 - ``HeadNorm``, ``Rotation``, ``Norm``, ``Term``: what these take beside their tensors.
 - ``resolve_fused_impl``: the implementation of these that a device and dtype get.
 """
@@ -36,12 +38,13 @@ if TYPE_CHECKING:
         gated_residual,
         gelu_tanh_,
         layer_norm_modulate,
+        linear_gelu_tanh,
         qk_norm_rope,
         residual_norm,
         resolve_fused_impl,
     )
-    from vmonarch_kernels.fused_spec import HeadNorm, Norm, Rotation, Term
-    from vmonarch_kernels.linear8 import linear_e4m3, quantize_rows
+    from vmonarch_kernels.fused_spec import HeadNorm, Norm, Rotation, Rows, Term
+    from vmonarch_kernels.linear8 import gelu_tanh_rows, linear_e4m3, quantize_rows
     from vmonarch_kernels.reference import Factors, monarch_factors
     from vmonarch_kernels.residual import Residual
     from vmonarch_kernels.spec import Inputs, Options
@@ -67,14 +70,17 @@ _HOMES = {
     "gated_residual": "fused",
     "gelu_tanh_": "fused",
     "layer_norm_modulate": "fused",
+    "linear_gelu_tanh": "fused",
     "qk_norm_rope": "fused",
     "residual_norm": "fused",
     "resolve_fused_impl": "fused",
     "quantize_rows": "linear8",
+    "gelu_tanh_rows": "linear8",
     "linear_e4m3": "linear8",
     "HeadNorm": "fused_spec",
     "Norm": "fused_spec",
     "Rotation": "fused_spec",
+    "Rows": "fused_spec",
     "Term": "fused_spec",
 }
 
@@ -88,6 +94,7 @@ __all__ = [
     "Options",
     "Residual",
     "Rotation",
+    "Rows",
     "Term",
     "attend",
     "attention_lse",
@@ -99,8 +106,10 @@ __all__ = [
     "gated_activation",
     "gated_residual",
     "gelu_tanh_",
+    "gelu_tanh_rows",
     "layer_norm_modulate",
     "linear_e4m3",
+    "linear_gelu_tanh",
     "monarch_attention",
     "monarch_factors",
     "qk_norm_rope",

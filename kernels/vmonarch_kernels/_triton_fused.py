@@ -133,6 +133,14 @@ def _term(p, p_table, o_c, m_c):
 
 
 @triton.jit
+def _store_e4m3(p_o, p_scale, x, o_c, m_c, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """x / scale of one row, which brings its largest entry to LARGEST, rounded to o's dtype; entries outside are 0."""
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / LARGEST, LEAST)
+    tl.store(p_o + o_c, (x / scale).to(p_o.dtype.element_ty), m_c)
+    tl.store(p_scale, scale)
+
+
+@triton.jit
 def residual_norm_kernel(
     p_x, s_xb, s_xn, p_y, s_yb, s_yn,  # (B, N, C)
     p_h, p_o,  # (B, N, C), contiguous: the sum, and its norm
@@ -140,9 +148,10 @@ def residual_norm_kernel(
     p_scale, s_sb, s_sn, p_scale_table,
     p_shift, s_hb, s_hn, p_shift_table,
     p_weight, p_bias,  # (C), or None
+    p_e, p_e_scale,  # (B * N, C) and (B * N), contiguous: the norm's rows in e4m3, or None
     eps, tokens, channels,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    TOKEN_GATE: tl.constexpr, TOKEN_MODULATION: tl.constexpr,
+    TOKEN_GATE: tl.constexpr, TOKEN_MODULATION: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """h = x + y * gate, o = norm(h) * weight + bias, o * (1 + scale) + shift; each part where its tensor is there."""
     b = tl.program_id(1).to(tl.int64)
@@ -186,7 +195,11 @@ def residual_norm_kernel(
                     scale = 1.0 + _term(p_scale + b * s_sb + n * s_sn, p_scale_table, o_c, m_c)
                     shift = _term(p_shift + b * s_hb + n * s_hn, p_shift_table, o_c, m_c)
                 o = o * scale + shift
-            tl.store(p_o + row + o_c, o.to(p_o.dtype.element_ty), m_c)
+            o = o.to(p_o.dtype.element_ty)
+            tl.store(p_o + row + o_c, o, m_c)
+            if p_e is not None:
+                # Of what is kept in 16 bits, too.
+                _store_e4m3(p_e + row, p_e_scale + b * tokens + n, o.to(tl.float32), o_c, m_c, LARGEST, LEAST)
 
 
 @triton.jit
@@ -222,13 +235,14 @@ def gated_activation_kernel(p_x, s_x, p_o, channels, BLOCK: tl.constexpr, KIND: 
 
 @triton.jit
 def quantize_rows_kernel(
-    p_x, s_x, p_o, p_scale, channels, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """o (rows, C) = x / scale (rows), which brings the largest entry of a row to LARGEST; rounded to o's dtype."""
+    p_x, s_x, p_o, p_scale, channels,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, GELU_FIRST: tl.constexpr,
+):  # fmt: skip
+    """o (rows, C) = x / scale (rows), or the same of GELU of x in its tanh form; see `_store_e4m3`."""
     row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < channels
     x = tl.load(p_x + row * s_x + o_c, m_c, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / LARGEST, LEAST)
-    tl.store(p_o + row * channels + o_c, (x / scale).to(p_o.dtype.element_ty), m_c)
-    tl.store(p_scale + row, scale)
+    if GELU_FIRST:
+        x = _activation(x, GELU_TANH)
+    _store_e4m3(p_o + row * channels, p_scale + row, x, o_c, m_c, LARGEST, LEAST)

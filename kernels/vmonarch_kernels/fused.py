@@ -8,11 +8,24 @@ attention, and "torch" elsewhere and where a gradient is wanted, which the kerne
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_kernels import fused_reference as reference
 from vmonarch_kernels.api import ImplUnavailable, hardware_obstacle
-from vmonarch_kernels.fused_spec import ACTIVATIONS, LAYOUTS, Activation, HeadNorm, Layout, Norm, Rotation, Term
+from vmonarch_kernels.fused_spec import (
+    ACTIVATIONS,
+    E4M3,
+    LAYOUTS,
+    Activation,
+    HeadNorm,
+    Layout,
+    Norm,
+    Rotation,
+    Rows,
+    Term,
+    keep_rows,
+)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IMPLS = ("auto", "torch", "triton")
@@ -38,6 +51,11 @@ def resolve_fused_impl(impl: str, device: torch.device | str, dtype: torch.dtype
     if impl == "auto":
         return "torch"
     raise ImplUnavailable(f"impl='triton' cannot run because {obstacle}.")
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether the kernels can write e4m3 there: in hardware, or in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _chosen(impl: str, x: Tensor, *others: Tensor | None) -> Literal["torch", "triton"]:
@@ -78,13 +96,19 @@ def qk_norm_rope(
 
 
 def layer_norm_modulate(
-    x: Tensor, norm: Norm, scale: Term | None = None, shift: Term | None = None, *, impl: str = "auto"
+    x: Tensor,
+    norm: Norm,
+    scale: Term | None = None,
+    shift: Term | None = None,
+    *,
+    rows: bool = False,
+    impl: str = "auto",
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift in float32, of x (B, N, C) in any float dtype, which the result has too.
 
-    scale and shift are both there or both None. Raises ValueError and ImplUnavailable as ``residual_norm``.
+    scale and shift are both there or both None. rows, ValueError and ImplUnavailable: as ``residual_norm``.
     """
-    return residual_norm(x, None, None, norm, scale, shift, impl=impl)[1]
+    return residual_norm(x, None, None, norm, scale, shift, rows=rows, impl=impl)[1]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Term | None = None, *, impl: str = "auto") -> Tensor:
@@ -104,12 +128,14 @@ def residual_norm(
     scale: Term | None = None,
     shift: Term | None = None,
     *,
+    rows: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A block's residual sum h = x + y * gate, and norm(h) * (1 + scale) + shift of it, in one pass.
 
     x, y: (B, N, C), any strides; with y None h is x itself. gate, scale and shift: see ``Term``; None is a gate of 1
-    and no modulation. Arithmetic is in float32, the norm is that of h as it is kept.
+    and no modulation. Arithmetic is in float32, the norm is that of h as it is kept. With `rows` the kernel writes the
+    norm in e4m3 too, for the products of it by `linear_e4m3`, which make this themselves where it is not there.
 
     Returns (h, its norm), (B, N, C) each, contiguous where they are new, in x's dtype. Raises ValueError that names the
     argument, what came and what is valid; ImplUnavailable.
@@ -119,7 +145,11 @@ def residual_norm(
     if _chosen(impl, x, y, *terms, norm.weight, norm.bias) == "torch":
         total = x if y is None else reference.add_gated(x, y, gate)
         return total, reference.norm_modulate(total, norm, scale, shift)
-    total, out = _residual_norm_op(x, y, *terms, norm.weight, norm.bias, norm.eps, norm.kind)
+    if rows and has_e4m3(x.device):
+        total, out, *rows8 = _residual_norm_rows_op(x, y, *terms, norm.weight, norm.bias, norm.eps, norm.kind)
+        keep_rows(out, Rows(rows8[0], rows8[1], tuple(out.shape), out.dtype))
+    else:
+        total, out = _residual_norm_op(x, y, *terms, norm.weight, norm.bias, norm.eps, norm.kind)
     return x if y is None else total, out
 
 
@@ -132,10 +162,34 @@ def gelu_tanh_(x: Tensor, *, impl: str = "auto") -> Tensor:
     if not x.is_contiguous():
         raise ValueError(f"x has strides {tuple(x.stride())} for shape {tuple(x.shape)}; valid is a contiguous tensor.")
     if _chosen(impl, x) == "torch":
-        return x.copy_(torch.nn.functional.gelu(x, approximate="tanh"))
+        return x.copy_(F.gelu(x, approximate="tanh"))
     if x.numel():
         _gelu_tanh_op(x)
     return x
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
+    """GELU, in its tanh form, of x @ weight^T + bias.
+
+    x: (..., K), weight: (N, K), bias: (N,) or None, of one float dtype. With "triton" on an NVIDIA GPU, 16 bits and a
+    bias, GELU is taken where the product is still in registers, in float32: by cuBLASLt's epilogue, which saves a pass
+    over the largest tensor of a forward. Elsewhere it is `gelu_tanh_` on the product.
+
+    Returns (..., N) in x's dtype, contiguous. Raises what `torch.nn.functional.linear` raises; ImplUnavailable.
+    """
+    chosen = _chosen(impl, x, weight, bias)
+    if chosen == "triton" and bias is not None and _has_epilogue(x):
+        rows = x.reshape(-1, x.shape[-1])
+        # Of torch's two forms of this operator, the CPU's takes GELU with erf: only CUDA's is the tanh form.
+        out: Tensor = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+        return out.view(*x.shape[:-1], weight.shape[0])
+    product = F.linear(x, weight, bias)
+    return F.gelu(product, approximate="tanh") if chosen == "torch" else gelu_tanh_(product.contiguous(), impl="triton")
+
+
+def _has_epilogue(x: Tensor) -> bool:
+    """Whether products of a tensor come from a library whose epilogue is GELU's tanh form."""
+    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def gated_activation(x: Tensor, kind: Activation, *, impl: str = "auto") -> Tensor:
@@ -282,7 +336,7 @@ def _residual_norm_op(
     norm = Norm(eps, weight, bias, "layer" if kind == "layer" else "rms")
     terms = _term(gate, gate_table), _term(scale, scale_table), _term(shift, shift_table)
     with launch_fused.on_device_of(x):
-        total, out = launch_fused.residual_norm(x, y, terms[0], norm, *terms[1:])
+        total, out, _ = launch_fused.residual_norm(x, y, terms[0], norm, *terms[1:])
     assert out is not None  # noqa: S101 - for the type checker: there is a norm
     return x.new_empty(0) if total is None else total, out
 
@@ -292,12 +346,46 @@ def _(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(0) if y is None else x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@torch.library.custom_op("vmonarch_kernels::residual_norm_rows", mutates_args=())
+def _residual_norm_rows_op(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    gate_table: Tensor | None,
+    scale: Tensor | None,
+    scale_table: Tensor | None,
+    shift: Tensor | None,
+    shift_table: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vmonarch_kernels import launch_fused
+
+    norm = Norm(eps, weight, bias, "layer" if kind == "layer" else "rms")
+    terms = _term(gate, gate_table), _term(scale, scale_table), _term(shift, shift_table)
+    with launch_fused.on_device_of(x):
+        total, out, rows = launch_fused.residual_norm(x, y, terms[0], norm, *terms[1:], e4m3=True)
+    assert out is not None  # noqa: S101 - for the type checker: there is a norm
+    assert rows is not None  # noqa: S101 - and its rows
+    return x.new_empty(0) if total is None else total, out, *rows
+
+
+@_residual_norm_rows_op.register_fake
+def _(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+    total = x.new_empty(0) if y is None else x.new_empty(x.shape)
+    values = x.new_empty(rows, channels, dtype=E4M3)
+    return total, x.new_empty(x.shape), values, x.new_empty(rows, 1, dtype=torch.float32)
+
+
 @torch.library.custom_op("vmonarch_kernels::gated_residual", mutates_args=())
 def _gated_residual_op(x: Tensor, y: Tensor, gate: Tensor | None, gate_table: Tensor | None) -> Tensor:
     from vmonarch_kernels import launch_fused
 
     with launch_fused.on_device_of(x):
-        total, _ = launch_fused.residual_norm(x, y, _term(gate, gate_table), None, None, None)
+        total, *_ = launch_fused.residual_norm(x, y, _term(gate, gate_table), None, None, None)
     assert total is not None  # noqa: S101 - for the type checker: there is y
     return total
 

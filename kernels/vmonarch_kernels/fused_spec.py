@@ -1,4 +1,4 @@
-"""What the fused operations take beside their tensors."""
+"""What the fused operations take beside their tensors, and what they leave with them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -63,3 +63,36 @@ class Term:
 
     values: Tensor
     table: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor (..., C) as products in e4m3 take it: x is values * scale."""
+
+    values: Tensor
+    """(rows, C) in e4m3; the largest entry of a row is 448."""
+    scale: Tensor
+    """(rows, 1) in float32."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of the tensor, which a product of it has too."""
+
+
+_KEPT = "_vmonarch_rows"
+
+
+def keep_rows(x: Tensor, rows: Rows) -> None:
+    """Let a tensor have its rows until it changes.
+
+    Not within a compiler, nor where torch does not count changes (inference mode).
+    """
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        setattr(x, _KEPT, (x._version, rows))
+
+
+def kept_rows(x: Tensor) -> Rows | None:
+    """The rows that a tensor has, and None where it has none or has changed since."""
+    if torch.compiler.is_compiling():
+        return None
+    version, rows = getattr(x, _KEPT, (None, None))
+    return rows if rows is not None and version == x._version else None

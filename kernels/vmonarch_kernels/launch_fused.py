@@ -78,25 +78,42 @@ def _tables(rotation: Rotation, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def residual_norm(
-    x: Tensor, y: Tensor | None, gate: Term | None, norm: Norm | None, scale: Term | None, shift: Term | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(x + y * gate or None without y, its norm or None without norm); see ``fused.residual_norm``."""
+    x: Tensor,
+    y: Tensor | None,
+    gate: Term | None,
+    norm: Norm | None,
+    scale: Term | None,
+    shift: Term | None,
+    *,
+    e4m3: bool = False,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """(x + y * gate or None without y, its norm or None without norm, the norm's rows in e4m3 or None)."""
     x, y = _side_by_side(x), None if y is None else _side_by_side(y)
     batch, tokens, channels = x.shape
     total = None if y is None else x.new_empty(x.shape)
     out = None if norm is None else x.new_empty(x.shape)
+    rows8 = _rows8(x, batch * tokens) if e4m3 else None
     block = power_of_2(channels)
     token_gate, token_modulation = (term is not None and term.values.shape[1] > 1 for term in (gate, scale))
     rows = _rows(tokens, not (token_gate or token_modulation))
     kernels.residual_norm_kernel[(cdiv(tokens, rows), batch)](
         x, *_row_strides(x), y, *_row_strides(y), total, out,
         *_of_term(gate, batch), *_of_term(scale, batch), *_of_term(shift, batch),
-        None if norm is None else norm.weight, None if norm is None else norm.bias,
+        None if norm is None else norm.weight, None if norm is None else norm.bias, *(rows8 or (None, None)),
         0.0 if norm is None else norm.eps, tokens, channels,
         ROWS=rows, BLOCK=block, NORM=0 if norm is None else _NORMS[norm.kind],
-        TOKEN_GATE=token_gate, TOKEN_MODULATION=token_modulation, num_warps=warps(block),
+        TOKEN_GATE=token_gate, TOKEN_MODULATION=token_modulation, LARGEST=LARGEST, LEAST=LEAST,
+        num_warps=warps(block),
     )  # fmt: skip
-    return total, out
+    return total, out, rows8
+
+
+def _rows8(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Where rows of x's width in e4m3 and their scales go."""
+    return (
+        torch.empty(rows, x.shape[-1], dtype=E4M3, device=x.device),
+        x.new_empty(rows, 1, dtype=torch.float32),
+    )
 
 
 def _of_term(term: Term | None, batch: int) -> tuple[Any, ...]:
@@ -127,17 +144,15 @@ def gated_activation(x: Tensor, kind: Activation) -> Tensor:
     return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``linear8.quantize_rows``."""
+def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """See ``linear8.quantize_rows`` and ``linear8.gelu_tanh_rows``."""
     flat = _side_by_side(x).reshape(-1, x.shape[-1])
-    out, scale = (
-        torch.empty(flat.shape, dtype=E4M3, device=x.device),
-        x.new_empty(flat.shape[0], 1, dtype=torch.float32),
-    )
+    out, scale = _rows8(x, flat.shape[0])
     block = power_of_2(x.shape[-1])
     kernels.quantize_rows_kernel[(flat.shape[0],)](
-        *(flat, flat.stride(0), out, scale, x.shape[-1]), LARGEST, LEAST, BLOCK=block, num_warps=warps(block)
-    )
+        *(flat, flat.stride(0), out, scale, x.shape[-1]), LARGEST, LEAST, BLOCK=block, GELU_FIRST=gelu,
+        num_warps=warps(block),
+    )  # fmt: skip
     return out, scale
 
 

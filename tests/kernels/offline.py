@@ -124,9 +124,9 @@ def fused_calls(dtype: torch.dtype, width: int, tokens: int) -> dict[str, Callab
     inner, per_head = (HeadNorm(meta(size), meta(size), 1e-6, size == 128) for size in (width, 128))
     affine = Norm(1e-6, meta(width, dtype=wide), meta(width, dtype=wide))
 
-    def chain(*terms: Term | None, norm: Norm | None) -> Callable[[], object]:
+    def chain(*terms: Term | None, norm: Norm | None, e4m3: bool = False) -> Callable[[], object]:
         gate, scale, shift = terms
-        return lambda: launch_fused.residual_norm(stream, stream, gate, norm, scale, shift)
+        return lambda: launch_fused.residual_norm(stream, stream, gate, norm, scale, shift, e4m3=e4m3)
 
     return {
         "heads, all": lambda: launch_fused.qk_norm_rope(q, k, heads, inner, shared),
@@ -139,6 +139,7 @@ def fused_calls(dtype: torch.dtype, width: int, tokens: int) -> dict[str, Callab
         "gate": chain(of_sample, None, None, norm=None),
         "gate and affine norm": chain(of_sample, None, None, norm=affine),
         "gate and modulation": chain(of_sample, of_sample, of_sample, norm=Norm(1e-6)),
+        "gate and modulation in e4m3": chain(of_sample, of_sample, of_sample, norm=Norm(1e-6), e4m3=True),
         "gate and modulation of tokens": chain(of_token, of_token, of_token, norm=Norm(1e-6, kind="rms")),
         "gelu": lambda: launch_fused.gelu_tanh_(meta(1, tokens, 4 * width)),
         "swiglu": lambda: launch_fused.gated_activation(meta(1, tokens, 8 * width), "silu"),
@@ -211,13 +212,13 @@ def compile_all(request: dict[str, Any]) -> list[dict[str, Any]]:
         made = fused_calls(dtype, request["width"], frames * positions)
     else:
         made = calls(dtype, request["dim"], frames, positions)
-    on_request: dict[str, Callable[[], object]] = {
-        "rows in e4m3": lambda: launch_fused.quantize_rows(
-            torch.empty(frames * positions, request["width"], dtype=dtype, device="meta")
-        ),
-    }
-    for name in request.get("calls", made):
-        (made | on_request)[name]()
+    if "width" in request:
+        x = torch.empty(frames * positions, request["width"], dtype=dtype, device="meta")
+        made["rows in e4m3"] = lambda: launch_fused.quantize_rows(x)
+        made["gelu in e4m3"] = lambda: launch_fused.quantize_rows(x, gelu=True)
+    # Not every chip has e4m3.
+    for name in request.get("calls", [name for name in made if "e4m3" not in name]):
+        made[name]()
     return [describe(*one) for one in found.values()]
 
 

@@ -24,6 +24,7 @@ from vmonarch_kernels import (
     gated_residual,
     gelu_tanh_,
     layer_norm_modulate,
+    linear_gelu_tanh,
     qk_norm_rope,
     residual_norm,
     resolve_fused_impl,
@@ -203,9 +204,35 @@ def test_gelu_is_in_place_and_keeps_its_range() -> None:
         assert x.tolist() == [[0.0, 0.0, 0.0, 10.0, 60000.0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_a_linear_layer(dtype: torch.dtype) -> None:
+    """With the product on a GPU, in its tanh form everywhere; rows of any strides."""
+
+    def run(cast: Callable[[Tensor], Tensor], impl: str) -> tuple[Tensor, ...]:
+        x, weight, bias = (cast(random(*size, seed=1)) for size in ((2, 37, 64), (144, 64), (144,)))
+        outs = (
+            linear_gelu_tanh(x, weight, bias, impl=impl),
+            linear_gelu_tanh(x[:, ::3], weight, bias, impl=impl),
+            linear_gelu_tanh(x[0, :1], weight, None, impl=impl),
+        )
+        assert all(out.is_contiguous() for out in outs)
+        return outs
+
+    check(run, dtype)
+
+
+def test_gelu_of_a_linear_layer_has_gradients_where_they_are_wanted() -> None:
+    x, weight = random(1, 3, 8).float(), random(16, 8).float().requires_grad_()
+    linear_gelu_tanh(x, weight, None).sum().backward()
+    assert weight.grad is not None
+    with pytest.raises(ImplUnavailable, match="a gradient is wanted"):
+        linear_gelu_tanh(x, weight, None, impl="triton")
+
+
 def test_a_video_of_no_samples_is_no_error() -> None:
     empty = torch.empty(0, 4, 8, device=DEVICE)
     assert gelu_tanh_(empty, impl="triton").shape == (0, 4, 8)
+    assert linear_gelu_tanh(empty, torch.empty(6, 8, device=DEVICE), None, impl="triton").shape == (0, 4, 6)
     assert gated_activation(empty, "silu", impl="triton").shape == (0, 4, 4)
     assert gated_residual(empty, empty, impl="triton").shape == (0, 4, 8)
     assert qk_norm_rope(empty, None, 2, impl="triton")[0].shape == (0, 4, 2, 4)
@@ -322,6 +349,7 @@ def test_all_of_them_compile_into_one_graph(impl: str) -> None:
         total, out = residual_norm(x, y, gate, Norm(1e-6), scale, shift, impl=impl)
         q, k = qk_norm_rope(out, y, heads, norm=HeadNorm(weight, None, 1e-6), rotation=turned, impl=impl)
         inner = gelu_tanh_(torch.cat([out, out], dim=-1), impl=impl)
+        inner = inner + linear_gelu_tanh(out, inner[0, :1].expand(2 * width, -1)[:, :width], None, impl=impl)
         assert k is not None
         return total, q, k, gated_residual(total, gated_activation(inner, "silu", impl=impl), gate, impl=impl)
 

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmonarch_kernels import ImplUnavailable, linear_e4m3, quantize_rows
+from vmonarch_kernels import (
+    ImplUnavailable,
+    Norm,
+    Rows,
+    Term,
+    gelu_tanh_,
+    gelu_tanh_rows,
+    layer_norm_modulate,
+    linear8,
+    linear_e4m3,
+    quantize_rows,
+    residual_norm,
+)
 
 pytest.importorskip("vmonarch_kernels.launch_fused")
 CUDA = torch.cuda.is_available()
@@ -91,6 +103,93 @@ def test_a_linear_layer_is_that_of_its_rounded_operands(bias: bool) -> None:
     assert float((out.double().reshape(-1, 48) - exact).norm() / exact.norm()) < 0.004
     stock = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
     assert float((out.double() - stock).norm() / stock.norm()) < 0.06
+
+
+def same(rows: Rows | tuple[Tensor, Tensor], values: Tensor, scale: Tensor) -> None:
+    """To the bit, but for ties of a rounded quotient."""
+    found, of_rows = (rows.values, rows.scale) if isinstance(rows, Rows) else rows
+    torch.testing.assert_close(of_rows, scale)
+    assert float((found.float() != values.float()).float().mean()) < 0.01
+
+
+@pytest.fixture
+def quantised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what had to be quantised for its products."""
+    seen: list[tuple[int, ...]] = []
+    real = linear8.quantize_rows
+    monkeypatch.setattr(linear8, "quantize_rows", lambda x, impl: (seen.append(tuple(x.shape)), real(x, impl=impl))[1])
+    return seen
+
+
+def layer(width: int) -> tuple[Tensor, Tensor]:
+    return quantize_rows(random(32, width, seed=3))
+
+
+def test_products_of_one_tensor_share_its_rows(quantised: list[tuple[int, ...]]) -> None:
+    x, weight = random(2, 5, 48, dtype=torch.bfloat16), layer(48)
+    first, second = (linear_e4m3(x, *weight) for _ in range(2))
+    assert torch.equal(first, second)
+    assert quantised == [(2, 5, 48)]
+    x.mul_(2)  # what has changed is quantised anew
+    torch.testing.assert_close(linear_e4m3(x, *weight), 2 * first)
+    linear_e4m3(x[:1], *weight)  # and so is a part
+    assert quantised == [(2, 5, 48), (2, 5, 48), (1, 5, 48)]
+    with torch.inference_mode():
+        x = random(2, 5, 48, dtype=torch.bfloat16)
+        assert torch.equal(linear_e4m3(x, *weight), first)
+        x.mul_(2)
+        torch.testing.assert_close(linear_e4m3(x, *weight), 2 * first)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_norm_writes_its_rows(summed: bool, quantised: list[tuple[int, ...]]) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    x, y = (random(2, 2100, 48, dtype=dtype, seed=seed) for seed in (1, 2))  # several rows a program
+    gate, scale, shift = (Term(random(2, 1, 48, seed=seed)) for seed in (4, 5, 6))
+    norm = Norm(1e-6, random(48, seed=7))
+
+    def run(rows: bool) -> Tensor:
+        if summed:
+            return residual_norm(x, y, gate, norm, scale, shift, rows=rows, impl="triton")[1]
+        return layer_norm_modulate(x, norm, scale, shift, rows=rows, impl="triton")
+
+    plain, out = run(False), run(True)
+    assert torch.equal(out, plain)
+    found = linear8.kept_rows(out)
+    assert found is not None
+    assert (found.shape, found.dtype) == (tuple(out.shape), dtype)
+    same(found, *quantize_rows(plain, impl="triton"))
+    if CUDA:
+        linear_e4m3(out, *layer(48))
+        assert quantised == []
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_of_an_activation(impl: str) -> None:
+    x = 3 * random(2, 7, 200)
+    rows = gelu_tanh_rows(x, impl=impl)
+    assert (rows.shape, rows.dtype) == ((2, 7, 200), torch.float32)
+    same(rows, *quantize_rows(gelu_tanh_(x.clone(), impl="torch"), impl="torch"))
+    with pytest.raises(ValueError, match="x has 40000 channels"):
+        gelu_tanh_rows(torch.empty(1, 40000, device=DEVICE), impl=impl)
+
+
+def test_a_product_takes_rows_in_the_place_of_a_tensor() -> None:
+    x, weight = random(2, 7, 96, dtype=torch.bfloat16), layer(96)
+    rows = gelu_tanh_rows(x, impl="torch")
+    out = linear_e4m3(rows, *weight, random(32, dtype=torch.bfloat16))
+    assert (out.shape, out.dtype) == ((2, 7, 32), torch.bfloat16)
+    exact = (rows.values.double() * rows.scale) @ (weight[0].double() * weight[1]).t() + random(32).bfloat16().double()
+    assert float((out.double().reshape(-1, 32) - exact).norm() / exact.norm()) < 0.004
+
+
+@pytest.mark.parametrize("op", ["quantize_rows", "gelu_tanh_rows", "residual_norm_rows"])
+def test_each_operator_keeps_torch_s_rules(op: str) -> None:
+    x, values = random(2, 5, 32), random(2, 1, 32, seed=2)
+    terms = (x, x, values, None, values, values[0, 0], values, None, None, None, 1e-6, "layer")
+    found = getattr(torch.ops.vmonarch_kernels, op).default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(found, terms if op == "residual_norm_rows" else (x,), test_utils=tests)
 
 
 def test_what_cannot_be_quantised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,11 +176,20 @@ def test_the_fused_operations_compile_without_spills() -> None:
     check_fused(90, 1536, calls=["heads, all", "gate and modulation", "gelu", "swiglu"])
 
 
-@pytest.mark.parametrize(("arch", "width"), [(90, 1536), (90, 8960), (89, 13824)])
-def test_rows_in_e4m3_compile_without_spills(arch: int, width: int) -> None:
-    (found,) = compiled(arch=arch, dtype="bfloat16", width=width, calls=["rows in e4m3"])
-    assert (found["kernel"], found["stack"]) == ("quantize_rows_kernel", 0)
-    assert found["registers"] <= 128
+@pytest.mark.parametrize(
+    ("arch", "width", "calls"),
+    [
+        (90, 1536, ("rows in e4m3", "gate and modulation in e4m3")),
+        (90, 8960, ("rows in e4m3", "gelu in e4m3")),
+        (89, 13824, ("rows in e4m3", "gelu in e4m3")),
+        (120, 5120, ("gate and modulation in e4m3",)),
+    ],
+)
+def test_rows_in_e4m3_compile_without_spills(arch: int, width: int, calls: tuple[str, ...]) -> None:
+    found = compiled(arch=arch, dtype="bfloat16", width=width, calls=list(calls))
+    assert len(found) == len(calls)
+    assert {entry["stack"] for entry in found} == {0}
+    assert max(entry["registers"] for entry in found) <= 128
 
 
 @pytest.mark.slow

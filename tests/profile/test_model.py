@@ -89,8 +89,18 @@ def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> 
     data = json.loads(Path("out.json").read_text())
     rows = by_name(data)
     fused = {"paper, fused in torch": "paper", "fast, fused in torch cold": "fast", "fast, fused in torch warm": "fast"}
-    assert list(rows) == ["sdpa", "paper", "fast cold", "fast warm", *fused, "skipped"]
-    assert {name: row["stock"] for name, row in rows.items() if row["stock"]} == fused
+    others = {"sdpa, fused in torch": "sdpa", "skipped, fused in torch": "skipped"}
+    assert list(rows) == [
+        "sdpa",
+        "paper",
+        "fast cold",
+        "fast warm",
+        *fused,
+        *list(others)[:1],
+        "skipped",
+        *list(others)[1:],
+    ]
+    assert {name: row["stock"] for name, row in rows.items() if row["stock"]} == fused | others
     for name, row in rows.items():
         assert row["failure"] is None
         if name in fused:
@@ -98,6 +108,22 @@ def test_fused_blocks_have_rows_beside_the_stock_ones(tiny_wan_folder: Path) -> 
             assert (row["error"] is None) == (stock["error"] is None) == ("cold" in name)
             assert (row["clip_s"] is None) == (stock["clip_s"] is None)
             assert row["error"] is None or row["error"] == pytest.approx(stock["error"], rel=1e-3)
+    fastest = min((rows[name]["step"]["median"], name) for name in ("sdpa", "sdpa, fused in torch"))
+    assert data["model"]["fastest_dense"] == fastest[1], (
+        "a preset is held against dense attention among fused blocks, too"
+    )
+    assert rows["paper, fused in torch"]["over_fastest_dense"] == pytest.approx(
+        fastest[0] / rows["paper, fused in torch"]["step"]["median"]
+    )
+    for name, how in (
+        ("paper", ""),
+        ("paper, fused in torch", ", fused in torch"),
+        ("sdpa, fused in torch", ", fused in torch"),
+    ):
+        floor, row = rows[f"skipped{how}"]["step"]["median"], rows[name]
+        assert row["attention_share"] == pytest.approx(max(0.0, 1 - floor / row["step"]["median"])), (
+            "of the same blocks"
+        )
     assert data["settings"]["fused"] == "torch"
     assert any("preset exact with fused blocks against dense" in check["against"] for check in data["checks"])
     assert data["checks_passed"]

@@ -14,9 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_module
 
-from vmonarch_kernels import HeadNorm, Norm, Rotation, gated_activation, gelu_tanh_, qk_norm_rope
+from vmonarch_kernels import (
+    HeadNorm,
+    Norm,
+    Rotation,
+    gated_activation,
+    gelu_tanh_,
+    gelu_tanh_rows,
+    linear_gelu_tanh,
+    qk_norm_rope,
+)
 
+TAKES_ROWS = "takes_rows"
+"""Of a linear layer's own forward that computes in e4m3: it takes rows (`vmonarch_kernels.Rows`), beside tensors."""
 ATTRIBUTE = "fused_impl"
 """Of every module whose forward was replaced, and of attention modules whose processor asks for it."""
 Forward = Callable[..., Any]
@@ -45,6 +57,8 @@ class StreamShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    e4m3: bool = False
+    """Whether the products of it compute in e4m3."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +122,67 @@ def normed_and_rotated(
     return q, k
 
 
+def unhooked(module: Any) -> bool:
+    """Whether nothing runs before and after a module's forward when it is called, and nothing has wrapped that."""
+    forward = vars(module).get("forward")
+    function = getattr(forward, "__func__", None)
+    own = forward is None or getattr(function, "fused", False) or getattr(function, TAKES_ROWS, False)
+    return own and not any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        )
+    )
+
+
+def takes_rows(linear: Any) -> bool:
+    """Whether a linear layer computes in e4m3 and takes the rows of its input as they are.
+
+    Not within a compiler, which makes them itself, and not where anything hooks into the layer: that expects a tensor.
+    """
+    forward = vars(linear).get("forward")
+    able = getattr(getattr(forward, "__func__", None), TAKES_ROWS, False)
+    return able and not torch.compiler.is_compiling() and unhooked(linear)
+
+
+def _plain(linear: Any) -> bool:
+    """Whether a layer is torch's own, with a weight that is a tensor as any other: no adapter, no quantised weight, no
+    offloading of its own.
+    """
+    return type(linear) is torch.nn.Linear and type(linear.weight) is torch.nn.Parameter and unhooked(linear)
+
+
+def gelu_of(linear: Any, hidden_states: torch.Tensor, impl: str) -> torch.Tensor:
+    """GELU, in its tanh form, of a linear layer's product: with the product where the layer is plain, else in place."""
+    if _plain(linear):
+        return linear_gelu_tanh(hidden_states, linear.weight, linear.bias, impl=impl)
+    return gelu_tanh_(linear(hidden_states).contiguous(), impl=impl)
+
+
 @replacement
 def gelu_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """diffusers' GELU, a product and its activation, in place on the product where it is the tanh form."""
+    """diffusers' GELU, a product and its activation, where it is the tanh form."""
     if self.approximate != "tanh":
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
-    return gelu_tanh_(self.proj(hidden_states).contiguous(), impl=self.fused_impl)
+    return gelu_of(self.proj, hidden_states, self.fused_impl)
+
+
+@replacement
+def feed_forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """diffusers' FeedForward; between layers in e4m3, GELU writes what the second one takes, and nothing in 16 bits."""
+    first, dropout, last, *others = self.net
+    in_e4m3 = not others and takes_rows(last) and getattr(first, "approximate", "") == "tanh" and unhooked(first)
+    if not in_e4m3 or dropout.training or not unhooked(dropout) or torch.is_grad_enabled():
+        stock: torch.Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
+        return stock
+    rows = gelu_tanh_rows(first.proj(hidden_states), impl=self.fused_impl)
+    out: torch.Tensor = last(rows)
+    return out
 
 
 @replacement
@@ -124,6 +192,15 @@ def activation_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         stock: torch.Tensor = type(self).forward(self, input)
         return stock
     return gelu_tanh_(input.contiguous(), impl=self.fused_impl)
+
+
+def activated(linear: Any, activation: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A linear layer's product through an activation module that is fused by `activation_forward`."""
+    impl = impl_of(activation)
+    if impl is not None and activation.approximate == "tanh" and unhooked(activation):
+        return gelu_of(linear, hidden_states, impl)
+    result: torch.Tensor = activation(linear(hidden_states))
+    return result
 
 
 @replacement

@@ -11,11 +11,14 @@ import torch
 
 from vmonarch_cli.families.fusing import (
     FusedBlock,
+    activated,
     activation_forward,
+    feed_forward,
     gelu_forward,
     give_parameters,
     norm_of,
     replacement,
+    takes_rows,
 )
 from vmonarch_kernels import Term, gated_residual, layer_norm_modulate, residual_norm
 
@@ -58,7 +61,8 @@ def _rest(block: Any, stream: torch.Tensor, out: torch.Tensor, terms: tuple[Any,
     """What follows a dual-stream block's attention, for the video ("") or the text ("_context")."""
     gate, shift, scale, mlp_gate = (_of_sample(values) for values in terms)
     norm, network = getattr(block, f"norm2{which}"), getattr(block, f"ff{which}")
-    stream, normed = residual_norm(stream, out, gate, norm_of(norm), scale, shift, impl=block.fused_impl)
+    rows = takes_rows(block.attn.to_q)
+    stream, normed = residual_norm(stream, out, gate, norm_of(norm), scale, shift, rows=rows, impl=block.fused_impl)
     return gated_residual(stream, network(normed), mlp_gate, impl=block.fused_impl)
 
 
@@ -99,7 +103,7 @@ def _single_forward(
     tokens = encoder_hidden_states.shape[1]
     stream = torch.cat([hidden_states, encoder_hidden_states], dim=1)
     normed, gate = self.norm(stream, emb=temb)
-    inner = self.act_mlp(self.proj_mlp(normed))
+    inner = activated(self.proj_mlp, self.act_mlp, normed)
     out, text_out = self.attn(
         hidden_states=normed[:, :-tokens],
         encoder_hidden_states=normed[:, -tokens:],
@@ -116,6 +120,7 @@ _DUAL = FusedBlock(
     {
         **dict.fromkeys(("norm1", "norm1_context"), _ada_norm_zero),
         **dict.fromkeys(("attn.norm_q", "attn.norm_k"), give_parameters),
+        **dict.fromkeys(("ff", "ff_context"), feed_forward),
         **dict.fromkeys(("ff.net.0", "ff_context.net.0"), gelu_forward),
     },
     ("attn",),

@@ -13,10 +13,12 @@ import torch
 from vmonarch_cli.families.fusing import (
     FusedBlock,
     StreamShape,
+    feed_forward,
     gelu_forward,
     give_parameters,
     norm_of,
     replacement,
+    takes_rows,
 )
 from vmonarch_kernels import (
     HeadNorm,
@@ -27,6 +29,7 @@ from vmonarch_kernels import (
     gelu_tanh_,
     layer_norm_modulate,
     qk_norm_rope,
+    quantize_rows,
     residual_norm,
 )
 
@@ -52,16 +55,16 @@ def _run(
     block: Any, stream: torch.Tensor, text: torch.Tensor, terms: list[Term], rotary_emb: Any, mask: Any = None
 ) -> torch.Tensor:
     """The stream (B, N, C) after one block's attention to itself and to the text, and its feed-forward network."""
-    impl = block.fused_impl
+    impl, rows = block.fused_impl, takes_rows(block.attn1.to_q)
     shift, scale, gate, c_shift, c_scale, c_gate = terms
-    normed = layer_norm_modulate(stream, norm_of(block.norm1), scale, shift, impl=impl)
+    normed = layer_norm_modulate(stream, norm_of(block.norm1), scale, shift, rows=rows, impl=impl)
     out = block.attn1(normed, None, mask, rotary_emb)
     if isinstance(block.norm2, torch.nn.Identity):
         stream = normed = gated_residual(stream, out, gate, impl=impl)
     else:
-        stream, normed = residual_norm(stream, out, gate, norm_of(block.norm2), impl=impl)
+        stream, normed = residual_norm(stream, out, gate, norm_of(block.norm2), rows=rows, impl=impl)
     out = block.attn2(normed, text, None, None)
-    stream, normed = residual_norm(stream, out, None, norm_of(block.norm3), c_scale, c_shift, impl=impl)
+    stream, normed = residual_norm(stream, out, None, norm_of(block.norm3), c_scale, c_shift, rows=rows, impl=impl)
     return gated_residual(stream, block.ffn(normed), c_gate, impl=impl)
 
 
@@ -108,6 +111,7 @@ def _skyreels_forward(
 
 _PARTS = {
     **dict.fromkeys(("norm2", "attn1.norm_q", "attn1.norm_k"), give_parameters),
+    "ffn": feed_forward,
     "ffn.net.0": gelu_forward,
 }
 WAN_BLOCKS = {"WanTransformerBlock": FusedBlock(_wan_forward, _PARTS, ("attn1",))}
@@ -124,15 +128,18 @@ def rehearse(shape: StreamShape, impl: str = "triton") -> None:
     def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=shape.device)
 
-    stream, wide = empty(1, shape.tokens, channels), torch.float32
+    stream, wide, rows = empty(1, shape.tokens, channels), torch.float32, shape.e4m3
     shift, scale, gate, c_shift, c_scale, c_gate = _of_samples(empty(1, 6, channels, dtype=wide), empty(1, 6, channels))
-    layer_norm_modulate(stream, Norm(_EPS), scale, shift, impl=impl)
+    layer_norm_modulate(stream, Norm(_EPS), scale, shift, rows=rows, impl=impl)
     table = empty(1, shape.tokens, 1, shape.head_dim, dtype=wide)
     rotation = Rotation(table, table)
     weights = empty(channels), empty(channels)
     qk_norm_rope(stream, stream, shape.heads, norm=HeadNorm(*weights, _EPS), rotation=rotation, impl=impl)
     affine = Norm(_EPS, empty(channels, dtype=wide), empty(channels, dtype=wide))
-    residual_norm(stream, stream, gate, affine, impl=impl)
-    residual_norm(stream, stream, None, Norm(_EPS), c_scale, c_shift, impl=impl)
+    residual_norm(stream, stream, gate, affine, rows=rows, impl=impl)
+    residual_norm(stream, stream, None, Norm(_EPS), c_scale, c_shift, rows=rows, impl=impl)
     gated_residual(stream, stream, c_gate, impl=impl)
+    # Behind layers that are not plain, and in float32; others take it with the product.
     gelu_tanh_(empty(1, shape.tokens, 4 * channels), impl=impl)
+    if rows:
+        quantize_rows(stream, impl=impl)

@@ -1,8 +1,12 @@
 """What decoding a clip takes at its peak, by VAE: families share them. No torch.
 
-Figures of `tests/bench/decoder_memory.py`, which runs the decoders of diffusers 0.42 at their true sizes without
-computing anything; the unit is one float32 channel of a full-size frame. A decoder that works in chunks of frames grows
-with the clip by little more than its frames; one that takes the whole clip at once grows in proportion.
+Figures of `tests/bench/decoder_memory.py`; the unit is one channel of a full-size frame. A decoder that works in chunks
+of frames grows with the clip by little more than its frames; one that takes the whole clip at once grows in proportion.
+
+How they grow is that of tensors alone: the decoders of diffusers 0.42 run at their true sizes without computing
+anything. How much it is was measured on an H200 (bfloat16, torch 2.11, 33 frames, 31 of Mochi), where workspaces of
+convolutions come on top: 10 to 22 % for Wan's two, 14 to 47 % for LTX-Video's and LTX-2's, 39 % for Mochi's tiles, none
+for CogVideoX's and for Mochi's full frames. HunyuanVideo's two are without them.
 """
 
 from __future__ import annotations
@@ -42,14 +46,14 @@ def _at(line: tuple[float, float], frames: int) -> float:
     return line[0] + line[1] * frames
 
 
-_WAN21 = DecoderPeak((4864, 3.1), (788, 4.35), 480 * 832, 126_892_531)
-_WAN22 = DecoderPeak((5376, 3.05), (7, 14.0), 704 * 1280, 704_688_668)
+_WAN21 = DecoderPeak((5638, 3.1), (928, 4.35), 480 * 832, 126_892_531)
+_WAN22 = DecoderPeak((5908, 3.05), (110, 14.0), 704 * 1280, 704_688_668)
 _HUNYUAN = DecoderPeak((19_617, 4.05), (1414, 4.05), 720 * 1280, 246_478_803)  # 16 frames at a time
 _HUNYUAN15 = DecoderPeak((1, 768.0), (22, 129.5), 480 * 832, 1_260_634_115)
 _COGVIDEOX = DecoderPeak((22_893, 0.0), (5722, 2.65), 480 * 720, 215_583_907)  # two latent frames at a time
-_MOCHI = DecoderPeak((3075, 903.9), (592, 106.9), 480 * 848, 459_748_611)
-_LTX = DecoderPeak((43, 34.0), (31, 24.75), 512 * 704, 419_193_649)
-_LTX2 = DecoderPeak((58, 42.2), (1, 11.4), 512 * 768, 1_222_479_601)
+_MOCHI = DecoderPeak((3075, 903.9), (823, 148.6), 480 * 848, 459_748_611)
+_LTX = DecoderPeak((63, 50.0), (45, 36.3), 512 * 704, 419_193_649)
+_LTX2 = DecoderPeak((80, 58.1), (1, 13.0), 512 * 768, 1_222_479_601)
 
 _BY_FAMILY = {
     "wan": (_WAN21, _WAN22),

@@ -28,7 +28,8 @@ def start_kernels(plan: Plan, machine: Machine) -> KernelsAhead | None:
     device, dtype = torch.device(machine.device), DTYPES[machine.dtype]
     rehearsals: list[Callable[[], object]] = []
     if machine.on_gpu and machine.fused_of(plan) == "triton" and family.rehearse_fused is not None:
-        stream = StreamShape(plan.tokens, plan.model.heads, plan.model.head_dim, dtype, device)
+        e4m3 = plan.setup.quantize == "fp8" and not plan.setup.compile
+        stream = StreamShape(plan.tokens, plan.model.heads, plan.model.head_dim, dtype, device, e4m3)
         rehearsals.append(functools.partial(family.rehearse_fused, stream))
     if machine.on_gpu and machine.impl_of(plan.preset) == "triton" and family.plain_calls and structured:
         rehearsals.append(functools.partial(ahead.rehearse, plan, device, dtype))

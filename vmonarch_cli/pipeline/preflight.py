@@ -185,9 +185,8 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
 def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
     """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
 
-    Nobody's choice is Triton on a GPU for streams that are long enough to repay it, and stock blocks elsewhere, also
-    where a compiler joins what is around products in 8 bits with them. Raises DeviceError where fused blocks are asked
-    for and Triton cannot run: on a CPU nothing would be gained.
+    Nobody's choice is Triton on a GPU where a plan's stream repays it, and stock blocks elsewhere. Raises DeviceError
+    where fused blocks are asked for and Triton cannot run: on a CPU nothing would be gained.
     """
     from vmonarch_cli.pipeline.device import DTYPES
     from vmonarch_kernels import ImplUnavailable, resolve_fused_impl

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from vmonarch_cli.errors import DeviceError, InputError
+from vmonarch_cli.families.fusing import TAKES_ROWS
 from vmonarch_cli.plan.setup import COMPUTED, NEEDS_TORCHAO, STORED, QuantizeFacts
-from vmonarch_kernels import linear_e4m3
+from vmonarch_kernels import Rows, linear_e4m3
 
 _MODULATION = ("norm", "modulation", "adaln")
 """In the names of layers that make scales, shifts and gates."""
@@ -101,14 +102,17 @@ def compute_in(transformer: Any, kind: str, device: torch.device, *, back: bool 
     return len(found)
 
 
-def _forward_fp8(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer's product: eager torch quantises x in one kernel of ours, where torchao's would take six passes; a
-    compiler makes one pass of those, or none beside what wrote x.
+def _forward_fp8(self: torch.nn.Linear, x: torch.Tensor | Rows) -> torch.Tensor:
+    """The layer's product: eager torch quantises x in one kernel of ours, where torchao's would take six passes, or not
+    at all where the pass that wrote x has done so; a compiler makes one pass of those, or none beside what wrote x.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not isinstance(x, Rows):
         return torch.nn.functional.linear(x, self.weight, self.bias)
     weight: Any = self.weight
     return linear_e4m3(x, weight.qdata, weight.scale, self.bias)
+
+
+setattr(_forward_fp8, TAKES_ROWS, True)
 
 
 def _config(kind: str) -> Any:

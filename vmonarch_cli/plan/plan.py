@@ -119,11 +119,11 @@ class Plan(BaseModel):
 
     @property
     def repays_fusing(self) -> bool:
-        """Whether fused blocks are faster than stock ones on a GPU: no compiler joins what is around products in 8 bits
-        with them, and the stream is long enough.
+        """Whether fused blocks are faster than stock ones on a GPU: the stream is long enough, and products are not in
+        int8 under a compiler, beside which they have not been measured.
         """
-        joined = self.setup.compile and self.setup.linear_dtype is not None
-        return not joined and repays_fusing(self.tokens, self.model.hidden_dim)
+        unmeasured = self.setup.compile and self.setup.quantize == "int8"
+        return not unmeasured and repays_fusing(self.tokens, self.model.hidden_dim)
 
     @classmethod
     def default_of(cls, name: str) -> Any:

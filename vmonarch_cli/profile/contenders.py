@@ -102,16 +102,27 @@ def _of_preset(transformer: Any, name: str, preset: Preset, adapter: str | None 
     return replace(contender, period=refresh_period(preset.refresh))
 
 
-def fused_blocks(transformer: Any, name: str, preset: Preset, impl: str) -> Contender:
-    """A structured preset with fused blocks, "triton" or "torch"; the stock ones are back after every step."""
-    plain = _of_preset(transformer, name, preset)
+def fused_blocks(transformer: Any, stock: Contender, how: str, impl: str) -> Contender:
+    """What a contender does with its attention, among fused blocks of `impl`, "triton" or "torch"; the stock blocks are
+    back after every step. `how` ends the row's name.
+    """
+    layers = [len(FAMILIES[type(transformer).__name__].self_attentions(transformer))]
+    row = replace(stock.row, name=f"{stock.row.name}, {how}", stock=stock.row.name)
+    if row.kind == "skipped":
+        within = skipped(transformer, layers[0])
+    elif stock.session is None:  # fused blocks have their dense attention from a session, too
+        session = AttentionSession(load_preset("dense"), layers, dense=(stock.row.name,))
+        within = structured(transformer, row, session)
+    else:
+        session = AttentionSession(stock.session.preset, layers, dense=stock.session.dense)
+        within = structured(transformer, row, session)
 
     @contextmanager
     def enter() -> Iterator[None]:
-        with fused(transformer, impl), plain.enter():
+        with fused(transformer, impl), within.enter():
             yield
 
-    return replace(plain, row=replace(plain.row, stock=preset.name), enter=enter)
+    return replace(within, row=row, period=stock.period, enter=enter)
 
 
 def skipped(transformer: Any, layers: int) -> Contender:

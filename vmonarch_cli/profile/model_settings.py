@@ -51,12 +51,16 @@ class ModelSettings:
         return self.entry.grid(self.height, self.width, self.num_frames)
 
     @property
+    def fused_how(self) -> str:
+        """How the names of rows with fused blocks end."""
+        return FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
+
+    @property
     def fused_names(self) -> dict[str, Preset]:
         """Row of a preset with fused blocks -> the preset."""
         if self.fused_impl is None:
             return {}
-        how = FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
-        return {f"{preset.name}, {how}": preset for preset in self.presets if preset.attention != "dense"}
+        return {f"{preset.name}, {self.fused_how}": preset for preset in self.presets if preset.attention != "dense"}
 
     @property
     def forwards(self) -> int:

@@ -127,11 +127,11 @@ def plot_model(profile: ModelProfile, caption: str, path: Path) -> None:
     rows = [row for row in profile.rows if row.step is not None]
     figure, axes = _figure(1, caption)
     axis = axes[0]
-    floor = profile.skipped.step.median if profile.skipped and profile.skipped.step else 0.0
     for place, row in enumerate(rows):
         if row.step is None:
             continue
-        total = row.step.median
+        total, skipped = row.step.median, profile.floor(row)
+        floor = skipped.step.median if skipped and skipped.step else 0.0
         colour = {"dense": "#0072B2", "structured": "#D55E00"}.get(row.kind, _GREY)
         rest = min(floor, total)
         axis.barh(place, rest, color="#bbbbbb", height=0.62)

@@ -24,7 +24,7 @@ def remember_profile(
     for preset, row in measured:
         if row is None or row.clip_s is None or row.step is None:
             continue
-        attention_s = (row.share(profile.skipped) or 0) * row.clip_s
+        attention_s = (row.share(profile.floor(row)) or 0) * row.clip_s
         if row.attention_s is not None:
             attention_s = row.clip_s * row.attention_s / row.step.median
         keep(

@@ -253,9 +253,10 @@ class ModelProfile:
     def row(self, name: str, note: str | None = None) -> StepRow | None:
         return next((r for r in self.rows if r.name == name and note in (None, r.note)), None)
 
-    @property
-    def skipped(self) -> StepRow | None:
-        return next((r for r in self.rows if r.kind == "skipped"), None)
+    def floor(self, row: StepRow) -> StepRow | None:
+        """The row without self-attention among the same blocks, stock or fused."""
+        fused = row.stock is not None
+        return next((r for r in self.rows if r.kind == "skipped" and (r.stock is not None) is fused), None)
 
     @property
     def fastest_dense(self) -> StepRow | None:
@@ -278,7 +279,7 @@ class ModelProfile:
         rows = [
             {
                 **row.to_json(),
-                "attention_share": row.share(self.skipped),
+                "attention_share": row.share(self.floor(row)),
                 "over_fastest_dense": self.speedup(row),
                 "over_flash": self.speedup(row, flash) if flash else None,
                 "end_to_end_s": self.end_to_end(row),

@@ -116,7 +116,7 @@ class StepsRun:
             self.profile.notes.append(
                 "dense: preset dense, which leaves the text's padding out; the stock model masks it"
             )
-        kinds[-1:-1] = self._with_fused_blocks()
+        kinds = self._with_fused_blocks(kinds, masked)
         ready, expected = self._first_steps(kinds, inputs)
         if expected is None:
             self.profile.notes.append("no dense attention ran, so nothing here can be compared with it")
@@ -131,14 +131,19 @@ class StepsRun:
         self._cold_rows(ready, inputs)
         self.on_result()
 
-    def _with_fused_blocks(self) -> list[Contender]:
-        """Every structured preset once more, with fused blocks."""
-        impl = self.settings.fused_impl
-        if impl is None:
-            return []
-        return [
-            fused_blocks(self.transformer, name, preset, impl) for name, preset in self.settings.fused_names.items()
-        ]
+    def _with_fused_blocks(self, kinds: list[Contender], masked: bool) -> list[Contender]:
+        """With every preset, a dense attention and skipped attention once more among fused blocks.
+
+        Dense: the first, which is the fastest as a rule; where the stock model masks its text, preset `dense`.
+        """
+        chosen = self.settings
+        if chosen.fused_impl is None:
+            return kinds
+        presets = {preset.name for preset in chosen.presets}
+        dense = [c for c in kinds if c.row.kind == "dense" and (c.session is not None or not masked)][:1]
+        stock = [*(c for c in kinds if c.row.name in presets and c.row.kind == "structured"), *dense, kinds[-1]]
+        made = [fused_blocks(self.transformer, c, chosen.fused_how, chosen.fused_impl) for c in stock]
+        return [*kinds[:-1], *made[:-1], kinds[-1], made[-1]]
 
     def _first_steps(self, kinds: list[Contender], inputs: StepTensors) -> tuple[list[Contender], Tensor | None]:
         """(contenders that ran, the first dense prediction); each dense one after it is checked against that."""

@@ -44,7 +44,7 @@ def model_table(profile: ModelProfile, caption: str, width: int) -> RenderableTy
             name_cell(row.name, row.kind, row.note),
             maybe(row.step, lambda s: shown(s.median)),
             maybe(row.step, lambda s: f"{100 * s.width:.0f}" if s.count > 1 else ABSENT),
-            maybe(row.share(profile.skipped), lambda share: f"{100 * share:.0f}"),
+            maybe(row.share(profile.floor(row)), lambda share: f"{100 * share:.0f}"),
             *(times(profile.speedup(row, other)) for other in against),
         ]
         cells += [maybe(row.error, error_cell)] if errors else []
