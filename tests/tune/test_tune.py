@@ -70,6 +70,22 @@ def test_the_command_writes_one_adapter_and_says_what_it_is_for(tiny_wan_folder:
     assert not file.with_suffix(".tune").exists(), "the work folder goes when the adapter is there"
 
 
+def test_an_adapter_that_brings_clips_no_closer_is_written_with_a_warning(
+    tiny_wan_folder: Path, tmp_path: Path
+) -> None:
+    file, prompts = tmp_path / "own.safetensors", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    flags = "--preset fast --sampler-steps 2 --size 48x32 --num-frames 17 --guidance-scale 1 --steps 4 --eval-prompts 1"
+    command = ["tune", "-m", str(tiny_wan_folder), *flags.split(), "--prompts-file", str(prompts), "-o", str(file)]
+    result = CliRunner().invoke(app, [*command, "--lr", "0.3"])
+    assert result.exit_code == 0, result.stderr
+    evaluation = read_adapter(file).evaluation
+    before, after = (evaluation[when]["latent_error_mean"] for when in ("before", "after"))
+    assert before < after
+    said = f"no closer to dense: latent error {before:.3f} before, {after:.3f} after 4 steps with --batch 1"
+    assert said in " ".join(result.stderr.split())
+
+
 def test_prompts_of_the_demo_model_tell_as_many_motions_as_its_clips_have_time_for(tmp_path: Path) -> None:
     for frames, several in ((49, False), (97, True)):
         request = GenerateRequest(preset="fast", num_frames=frames)

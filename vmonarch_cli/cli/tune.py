@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -218,7 +219,19 @@ def _finish(plan: TunePlan, tuned: TuneResult, plot: Any, out: Output) -> None:
         out.json({"path": str(tuned.path), **tuned.adapter.model_dump(by_alias=True), "losses": tuned.losses})
     if tuned.before is not None and tuned.after is not None:
         out.show(_figures(plan, tuned.before, tuned.after))
+        out.warn(*_no_gain(tuned.before, tuned.after, tuned.adapter.training))
     out.paths(tuned.path, *([plot] if plot is not None else []))
+
+
+def _no_gain(before: Figures, after: Figures, training: Mapping[str, Any]) -> list[str]:
+    """A sentence where held-out clips are as far from dense as without the adapter, or farther."""
+    if after.latent_error_mean < before.latent_error_mean:
+        return []
+    return [
+        f"the adapter brings held-out clips no closer to dense: latent error {before.latent_error_mean:.3f} before, "
+        f"{after.latent_error_mean:.3f} after {training['steps']} steps with --batch {training['batch']}; clips have "
+        "little in common to learn, and more of them help: a larger --batch, more --steps or --seconds, more prompts"
+    ]
 
 
 def _figures(plan: TunePlan, before: Figures, after: Figures) -> Any:
