@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -51,6 +52,17 @@ def shown(value: object, limit: int = 60) -> str:
 def listed(words: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 step', '4 steps'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def with_article(name: str) -> str:
+    """'a WanPipeline', 'an AllegroPipeline', 'an LTXPipeline': the name of a class with its article."""
+    spelt = re.match(r"[FHLMNRSX](?=[A-Z])", name)  # read letter by letter
+    return f"an {name}" if name[:1] in "AEIOU" or spelt else f"a {name}"
 
 
 def binary_size(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import records
 from batches import batch, request
+from command import call
 from PIL import Image
 
 from vmonarch_cli.batch.clips import PlannedClip, in_running_order, plan_clips
@@ -224,6 +226,35 @@ def test_keys_say_what_a_clip_is_and_nothing_else(tiny_wan_folder: Path, tmp_pat
     others = [key(seed=1), key(steps=3), key(preset="fast"), key(fps=9), key(dtype="bf16"), key(negative_prompt="x")]
     assert len({key(), *others}) == 7
     assert len({key(quantize=kind) for kind in (None, "fp8", "int8", "fp8-storage", "int8-storage")}) == 5
+
+
+def test_keys_hold_what_changes_a_clip_not_how_it_was_asked_for(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    def key(folder: Path = tiny_wan_folder, **flags: Any) -> str:
+        return clips(folder, tmp_path, lines("red"), **flags)[0].key
+
+    small = key()
+    tokens = clips(tiny_wan_folder, tmp_path, lines("red"))[0].plan.tokens
+    assert small == key(fuse=False) != key(fuse=True), "few tokens do not repay fused blocks"
+    assert small == key(vae_dtype="float32") != key(vae_dtype="bfloat16"), "Wan's VAE decodes in float32"
+    assert small != key(dense_below=0), "a GPU would run so few tokens dense"
+    assert key(dense_below=0) == key(dense_below=tokens) == key(dense_below=tokens, fuse=False)
+    assert key(dense_below=tokens + 1) == key(dense_below=tokens + 50) not in (small, key(dense_below=0))
+    assert key(preset="dense") == key(preset="dense", dense_below=0) == key(preset="dense", dense_below=10**6)
+    assert key(impl="torch") == key(impl="torch", dense_below=0), "what was named runs"
+    assert key(graphs=True) == key(graphs=True, dense_below=0), "what is to be replayed is"
+    long: dict[str, Any] = {"folder": Path("wan2.1-1.3b"), "height": 480, "width": 832, "num_frames": 81}
+    assert key(**long) == key(**long, fuse=True) == key(**long, dense_below=0) != key(**long, fuse=False)
+    assert key(**long, impl="torch") == key(**long, impl="torch", fuse=False)
+
+
+def test_a_batch_that_is_asked_for_in_other_words_is_done(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    """The same clips, so that nothing is made again."""
+    (tmp_path / "p.txt").write_text("red\n")
+    batch = ("generate", "-m", str(tiny_wan_folder), "--prompts-file", str(tmp_path / "p.txt"), "--device", "cpu")
+    tiny = ("--size", "32x32", "--num-frames", "5", "--steps", "1", "-o", str(tmp_path / "out"), "--json")
+    assert [clip["status"] for clip in json.loads(call(*batch, *tiny).stdout)["clips"]] == ["done"]
+    again = json.loads(call("plan", *batch[1:], *tiny, "--no-fuse", "--vae-dtype", "float32").stdout)["clips"]
+    assert [clip["status"] for clip in again] == ["done"]
 
 
 def test_a_picture_that_was_painted_over_is_another_clip(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_family_without_loras_is_refused(adapter: Path, tmp_path: Path) -> Non
     tiny.build().save_pretrained(tmp_path / "allegro", safe_serialization=True)
     size = ("--size", f"{tiny.width}x{tiny.height}", "--num-frames", tiny.num_frames)
     found = error("generate", "-m", tmp_path / "allegro", "-p", "x", *size, "--preset", "paper", "--tuned", adapter)
-    assert found == "--tuned: diffusers loads no LoRA into a AllegroPipeline"
+    assert found == "--tuned: diffusers loads no LoRA into an AllegroPipeline"
 
 
 def test_bad_files_are_refused_before_anything_loads(tiny_wan_folder: Path, adapter: Path, tmp_path: Path) -> None:

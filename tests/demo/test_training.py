@@ -168,14 +168,43 @@ def test_a_batch_that_cannot_be_split_is_refused(trained: Path, tmp_path: Path) 
         main([*command, "--structured"])
 
 
-@pytest.mark.parametrize("flag", ["--structured", "--small-until"])
+@pytest.mark.parametrize(
+    ("flag", "valid"), [("--structured", "from 0 up to below 1"), ("--small-until", "from 0 to 1")]
+)
 @pytest.mark.parametrize("share", ["nan", "1.5", "-0.1"])
 def test_what_is_no_share_of_the_training_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, share: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, valid: str, share: str
 ) -> None:
     with pytest.raises(SystemExit):
         main([*DIT, "--vae", str(tmp_path), "--text", str(tmp_path), "--out", str(tmp_path), f"{flag}={share}"])
-    assert f"{flag}: got {share}, valid are shares of the training from 0 to 1" in capsys.readouterr().err
+    assert f"{flag}: got {share}, valid are shares of the training {valid}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["1", "1.0"])
+def test_a_start_of_monarch_attention_that_would_never_come_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*DIT, "--vae", str(tmp_path), "--text", str(tmp_path), "--out", str(tmp_path), "--structured", share])
+    expected = f"--structured: got {share}, valid are shares of the training from 0 up to below 1\n"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "given", "sentence"),
+    [
+        (VAE, "--phases", "2:1", "got '2:1', valid are rising ends up to 1 and frame counts 4 n + 1"),
+        (VAE, "--phases", "x", "got 'x', valid are rising ends up to 1 and frame counts 4 n + 1"),
+        (VAE, "--polish", "2", "got 2, valid are shares of the training from 0 to 1"),
+        (DIT, "--clips", "48x96", "got '48x96', valid are different FRAMESxSIZE or FRAMESxSIZE:SHARE with commas"),
+    ],
+)
+def test_what_a_training_cannot_read_is_refused_with_what_is_valid(
+    capsys: pytest.CaptureFixture[str], command: list[str], flag: str, given: str, sentence: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, flag, given])
+    assert f"error: argument {flag}: {sentence}" in capsys.readouterr().err
 
 
 def test_what_training_writes(trained: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_it_cannot_do_is_said(folders: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"has 8 frames, and a clip goes on from the last 9: give a longer video"):
         resolve(request(video=str(short)))
     film = save_video(tmp_path / "film.gif", video(9, 32, 32))
-    with pytest.raises(InputError, match="--strength is for videos that are noised, and a LTX2ConditionPipeline"):
+    with pytest.raises(InputError, match="--strength is for videos that are noised, and an LTX2ConditionPipeline"):
         resolve(request(video=str(film), strength=0.5))
     assert resolve(request(video=str(film))).video == str(film)
 

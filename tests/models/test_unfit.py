@@ -13,6 +13,7 @@ from vmonarch_cli import ModelError, enable_monarch
 from vmonarch_cli.cli.app import app
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.unfit import UNFIT
+from vmonarch_cli.text import with_article
 
 pipelines = pytest.mark.parametrize("name", UNFIT)
 
@@ -25,14 +26,14 @@ def test_a_folder_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
-    assert said == f"error: {tmp_path} holds a {name}, which is not supported: {UNFIT[name]}"
+    assert said == f"error: {tmp_path} holds {with_article(name)}, which is not supported: {UNFIT[name]}"
     assert [path.name for path in tmp_path.iterdir()] == [index]
 
 
 @pipelines
 def test_a_script_gets_the_same_reason(name: str) -> None:
     pipeline = type(name, (), {"scheduler": object(), "transformer": object()})()
-    with pytest.raises(ModelError, match=f"attention of a {name} cannot be swapped: {UNFIT[name]}"):
+    with pytest.raises(ModelError, match=f"attention of {with_article(name)} cannot be swapped: {UNFIT[name]}"):
         enable_monarch(pipeline)
 
 

@@ -26,6 +26,7 @@ from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import Setup, check_additions
+from vmonarch_cli.text import with_article
 from vmonarch_cli.timing import Coverage
 
 Record = Callable[[str, object], None]
@@ -87,7 +88,9 @@ def test_a_cache_skips_calls_that_are_counted_apart(
     tiny, facts, steps = TINY[name], facts_of(folders[name]), 12
     if cache not in facts.caches:
         record_property("refused", True)
-        with pytest.raises(InputError, match=f"--cache {cache} does not run in a {facts.name} of diffusers: "):
+        with pytest.raises(
+            InputError, match=f"--cache {cache} does not run in {with_article(facts.name)} of diffusers: "
+        ):
             check_additions(Setup(cache=cache), facts)
         return
     monkeypatch.setattr(apply_setup, "FIRST_BLOCK_THRESHOLD", 0.8)  # steps of a random model differ more
@@ -106,7 +109,7 @@ def test_what_a_family_cannot_do_is_said_before_anything_loads(
 ) -> None:
     for name, flags, sentence in (
         ("cogvideox-5b", {"compile": True}, "--compile: diffusers names no repeated blocks for CogVideoXTransformer3D"),
-        ("allegro", {"loras": (str(lora),)}, "--lora: diffusers loads no LoRA into a AllegroPipeline"),
+        ("allegro", {"loras": (str(lora),)}, "--lora: diffusers loads no LoRA into an AllegroPipeline"),
         ("hunyuan-video-i2v", {"cache": "first-block"}, r"--cache first-block does not run in a .*: only pab can"),
         ("ltx-2", {"cache": "first-block"}, "LTX2Pipeline of diffusers: only pab and taylorseer can"),
         ("kandinsky-5", {"cache": "pab"}, "--cache pab does not run in a Kandinsky5T2VPipeline of .*: no cache can"),

@@ -547,7 +547,7 @@ def test_what_the_machine_decides_is_no_other_clip_of_a_batch(tiny_wan_folder: P
         return [clip.key for clip in plan_clips(request, prompts)[0]]
 
     assert keys() == keys(device="cuda:0") == keys(device="cpu")
-    assert len({*keys(), *keys(fuse=True), *keys(fuse=False)}) == 3
+    assert keys() == keys(fuse=False) != keys(fuse=True), "a stream as short as this one is not fused anyway"
 
 
 def test_a_script_fuses_inside_its_block(folders: dict[str, Path]) -> None:

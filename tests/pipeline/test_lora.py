@@ -14,6 +14,7 @@ from tiny_families import TINY, latents_of
 from vmonarch_cli.errors import InputError, ModelError
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.setup import Setup, check_additions
+from vmonarch_cli.text import with_article
 
 Record = Callable[[str, object], None]
 families = pytest.mark.parametrize("name", TINY)
@@ -28,7 +29,7 @@ def test_a_lora_changes_the_result_by_its_scale(
     assert facts.lora == hasattr(getattr(diffusers, facts.name), "load_lora_weights")
     if not facts.lora:
         record_property("refused", True)
-        with pytest.raises(InputError, match=f"--lora: diffusers loads no LoRA into a {facts.name}"):
+        with pytest.raises(InputError, match=f"--lora: diffusers loads no LoRA into {with_article(facts.name)}"):
             check_additions(Setup(loras=("any.safetensors",)), facts)
         return
     lora = write_lora(folders[name], tmp_path)

@@ -192,7 +192,7 @@ def test_a_file_of_another_family_is_refused_before_anything_loads(tiny_wan_fold
     weights = TINY["ltx-video"].build().transformer.state_dict()
     save_file({name: value.clone() for name, value in weights.items()}, ltx)
     assert refused(tiny_wan_folder, tmp_path, "--transformer", str(ltx)) == (
-        f"{ltx} holds a LTXVideoTransformer3DModel, and tiny-wan has a WanTransformer3DModel: "
+        f"{ltx} holds an LTXVideoTransformer3DModel, and tiny-wan has a WanTransformer3DModel: "
         "give a file of that family"
     )
     planned = invoke("plan", "-m", str(tiny_wan_folder), *SHAPE, "--transformer", str(ltx))
@@ -280,7 +280,9 @@ def test_the_table_of_readable_transformers_is_that_of_diffusers() -> None:
 def test_a_family_that_diffusers_reads_no_file_into_says_so(files: Path) -> None:
     from vmonarch_cli.models.catalogue import PIPELINES
 
-    with pytest.raises(ModelError, match=r"--transformer: diffusers reads no single file into a AllegroTransformer3DM"):
+    with pytest.raises(
+        ModelError, match=r"--transformer: diffusers reads no single file into an AllegroTransformer3DM"
+    ):
         check_single_file(str(files / "own.safetensors"), "--transformer", "allegro", PIPELINES["AllegroPipeline"])
 
 

@@ -12,7 +12,7 @@ import torch
 from batches import request
 from command import call
 
-from vmonarch_cli.batch.clips import _identity
+from vmonarch_cli.batch.keys import identity_of
 from vmonarch_cli.clip import make
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.media.read import read_clip
@@ -125,6 +125,6 @@ def test_the_name_of_a_clip_in_a_batch_is_that_of_earlier_versions_where_nobody_
         resolve(request(tiny_wan_folder, tmp_path / "x.mp4", prompt="red", **more))
         for more in ({}, {"vae_dtype": "auto"}, {"vae_dtype": "bfloat16"})
     ]
-    keys = [_identity(plan, None) for plan in plans]
+    keys = [identity_of(plan, None) for plan in plans]
     assert keys[0] == keys[1] != keys[2]
     assert "vae_dtype" not in plans[0].setup.model_dump(exclude_defaults=True)

@@ -231,6 +231,17 @@ def test_what_costs_as_much_as_dense_is_said() -> None:
         assert plan(**quiet).warnings == ()  # type: ignore[arg-type]
 
 
+def test_what_runs_dense_because_it_is_small_costs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"size": "32x32", "num_frames": 17, "steps": 20, "preset": "balanced"}
+    assert len(plan(**small).warnings) == 1
+    tokens = plan(**small).tokens
+    assert plan(**small, dense_below=tokens + 1).warnings == ()
+    assert len(plan(**small, dense_below=tokens).warnings) == 1
+    assert len(plan(**small, device="cuda").warnings) == 0, "no GPU runs so few tokens structured unless asked to"
+    assert len(plan(**small, device="cuda", dense_below=0).warnings) == 1
+    assert plan(**{**small, "preset": "quality", "steps": 2}, dense_steps=2, dense_below=tokens + 1).warnings == ()
+
+
 @pytest.mark.parametrize(("steps", "said"), [(4, 1), (8, 1), (9, 0)])
 def test_a_step_cache_in_few_steps_is_warned_of(steps: int, said: int) -> None:
     warnings = plan(preset="fast", cache="first-block", steps=steps).warnings

@@ -31,7 +31,7 @@ def refused(*arguments: str) -> str:
         ("-o a.safetensors --set dense_steps=20", "runs its first 20 steps dense, which are all of 20"),
         ("-o a.safetensors --set dense_layers=8", "runs 8 layers dense, which are all 8 of demo"),
         ("-o a.safetensors --model wan2.1-1.3b", "no prompts to tune wan2.1-1.3b with"),
-        ("-o a.safetensors --model allegro", "diffusers loads no LoRA into a AllegroPipeline"),
+        ("-o a.safetensors --model allegro", "diffusers loads no LoRA into an AllegroPipeline"),
         ("-o a.safetensors --model ltx-2", "it makes sound in the same forward"),
         ("-o a.safetensors --full --model minimax-h3", "minimax-h3 cannot be tuned: "),
         ("-o a.safetensors --full --model hunyuan-video-1.5", "its guider decides in every step which forwards run"),
@@ -60,7 +60,7 @@ def test_a_flag_that_cannot_be_honoured(
         (
             "a red circle\na red circle\n",
             "--eval-prompts 1",
-            "leaves no prompt to train with: there are 1 diff",
+            "leaves no prompt to train with: there is 1 diff",
         ),
     ],
 )

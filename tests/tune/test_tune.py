@@ -165,7 +165,7 @@ def test_a_run_that_was_stopped_in_every_phase_comes_to_the_same_bytes(
 def test_resume_refuses_other_settings(tiny_wan_folder: Path, tmp_path: Path) -> None:
     stopped_in_phase(planned(tiny_wan_folder, tmp_path / "a.safetensors"), "sampling the teacher", 0)
     other = planned(tiny_wan_folder, tmp_path / "a.safetensors", rank=8, resume=True)
-    with pytest.raises(InputError, match=r"begun with another rank \(4, now 8\)"):
+    with pytest.raises(InputError, match=r"begun with rank 4, and now it is 8:"):
         run.tune(other, CPU)
 
 

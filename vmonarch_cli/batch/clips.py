@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,34 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.batch.faults import Faults
+from vmonarch_cli.batch.keys import identity_of
 from vmonarch_cli.batch.lines import PRESET_FIELD, Line, Prompts
 from vmonarch_cli.batch.manifest import ManifestEntry
 from vmonarch_cli.batch.names import Names, folded, plain_name
 from vmonarch_cli.batch.prompts import STDIN
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
-from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.auto import MARK
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM
-from vmonarch_cli.plan.setup import EARLIER_NAMES
 from vmonarch_cli.plan.tuned import NONE, read
 from vmonarch_cli.text import shown
-from vmonarch_cli.untrusted.files import file_sha256, user_path
+from vmonarch_cli.untrusted.files import user_path
 
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
-_LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse", "dense_below")
-_LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
-"""Settings that came after the first batches: where nobody chooses, clips keep the keys that these gave them."""
-# Neither where nor how a clip is computed changes what it is; every other field of the plan does.
-_NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
-_NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
-_NOT_IDENTITY |= {"loras", "preset_reason"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -248,7 +238,7 @@ class _Planner:
         plan = plan.model_copy(update={"origins": origins, "overwrite": False})
         if wanted is not None and offset:
             wanted = str(Path(wanted).with_stem(f"{Path(wanted).stem}-{offset + 1}"))
-        identity = _identity(plan, wanted)
+        identity = identity_of(plan, wanted)
         self._seen[identity] += 1
         key = identity if self._seen[identity] == 1 else f"{identity}-{self._seen[identity]}"
         return PlannedClip(key, line.number, plan, wanted)
@@ -287,43 +277,6 @@ def _came_from_line(name: str, given: Mapping[str, Any]) -> bool:
     if name in ("preset.dense_steps", "preset.dense_layers"):
         return name in given or name.removeprefix(PRESET_FIELD) in given
     return name in given
-
-
-def _identity(plan: Plan, wanted: str | None) -> str:
-    """Sixteen hexadecimal digits of everything that the clip's content depends on."""
-    content = plan.model_dump(mode="json", exclude=_NOT_IDENTITY & set(Plan.model_fields))
-    if plan.seed_was_drawn:  # the manifest keeps it
-        content["seed"] = RANDOM
-    for decided in ("offload", "fused_impl", "graphs"):  # by the machine, or the same to the bit
-        content["setup"].pop(decided, None)
-    stored = {now: earlier for earlier, now in EARLIER_NAMES.items()}  # keeps the key that it had under that name
-    content["setup"]["quantize"] = stored.get(kind := plan.setup.quantize or "", kind and f"computed in {kind}") or None
-    adapters = content["setup"].pop("tuned")
-    if adapters:  # the same weights, from wherever they were read
-        content["tuned"] = adapters[0]["sha256"]
-    for name in ("transformer", "transformer_2"):
-        del content["setup"][name]
-    for name, file in plan.setup.single_files.items():  # weights that were replaced are other weights
-        about = Path(file).stat()
-        content[name] = [str(Path(file).resolve()), about.st_size, about.st_mtime_ns]
-    if not plan.audio:  # clips that were planned before there was sound keep their keys
-        del content["audio"]
-    for part, names in ((content["setup"], _LATER_IN_SETUP), (content, _LATER)):
-        for name in names:
-            if part[name] is None or part[name] == Plan.default_of(name):
-                del part[name]
-    content["preset"] = plan.preset.computed_fields()
-    if plan.image is not None:  # a picture that was painted over is another picture
-        content["image"] = file_sha256(Path(plan.image))
-    for name, given in (("last_image", plan.last_image), ("video", plan.video)):
-        if given is not None:
-            content[name] = file_sha256(Path(given))
-    if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
-        content["model_source"] = DEMO_ALIAS
-    elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
-        content["model_source"] = str(Path(plan.model_source).resolve())
-    text = json.dumps([content, wanted], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _clashes(clips: Sequence[PlannedClip]) -> dict[str, list[int]]:

@@ -44,6 +44,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             raise InputError(f"{path} has no latents to decode: they end in {LATENTS_ENDING}")
         if not inside[0].is_file():
             raise InputError(f"there is no file or folder {path}")
+        if not inside[0].name.endswith(LATENTS_ENDING):
+            raise InputError(f"{path} holds no latents: the files that decode takes end in {LATENTS_ENDING}")
         found += inside
     return list(dict.fromkeys(found))
 

@@ -54,7 +54,16 @@ def read_csv(text: str, reader: Reader) -> None:
             reader.add(number, list(zip(header, (cell.strip() for cell in row), strict=False)), as_text=True)
 
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What other programs put between the cells of a CSV file, and its name."""
+
+
 def _good_header(header: list[str], number: int, reader: Reader) -> bool:
+    only = header[0] if len(header) == 1 else ""
+    for sign, plural in _SEPARATORS.items():
+        if all(is_field(field_name(cell)) for cell in only.split(sign)) and sign in only:
+            reader.wrong(number, f"has {plural} between its columns, and a CSV file has commas here")
+            return False
     names = [field_name(cell) for cell in header]
     before = len(reader.faults)
     for given, name in zip(header, names, strict=True):

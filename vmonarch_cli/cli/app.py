@@ -74,13 +74,23 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, VmonarchError):
         return error.message, error.exit_code
     if hasattr(error, "format_message"):  # typer's and click's usage errors
-        return str(error.format_message()).rstrip("."), EXIT_BAD_INPUT
+        return _usage(error), EXIT_BAD_INPUT
     if isinstance(error, MemoryError):
         return "out of memory: choose a smaller size, fewer frames or a narrower --dtype", EXIT_CLIP_FAILED
     return (
         f"unexpected {type(error).__name__}: {first_line(error, 'no message')} (--debug shows where)",
         EXIT_CLIP_FAILED,
     )
+
+
+def _usage(error: Any) -> str:
+    """A usage error's own words, and what is valid where they do not say it."""
+    words = str(error.format_message()).rstrip(".")
+    commands = getattr(getattr(error.ctx, "command", None), "commands", {})
+    if words.startswith("No such command") and "Did you mean" not in words:
+        return f"{words}: valid are {', '.join(commands)}"
+    about = getattr(getattr(error, "param", None), "help", None)
+    return f"{words}: {about.rstrip('.')}" if words.startswith("Missing argument") and about else words
 
 
 app = typer.Typer(

@@ -29,6 +29,7 @@ from vmonarch_cli.cli.tables import table
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.profile.calibrate.request import CalibratePlan, CalibrateRequest, resolve_calibrate
+from vmonarch_cli.text import counted
 
 if TYPE_CHECKING:
     from vmonarch_cli.profile.calibrate.run import CalibrateResult, PresetFigures, Row
@@ -148,8 +149,8 @@ def _header(plan: CalibratePlan) -> str:
     aim = f"at most {plan.budget:.1f} units" if plan.error is None else f"an error of {plan.error:g}"
     return (
         f"calibrating {clip.preset.name} for {clip.model.alias}: {clip.width}x{clip.height}, {clip.num_frames} frames, "
-        f"{clip.steps} steps, guidance {clip.guidance_scale:g}; {aim} (dense is {4 * clip.grid[0]}), "
-        f"{len(plan.prompts)} prompts measured, {len(plan.held_out)} held out"
+        f"{counted(clip.steps, 'step')}, guidance {clip.guidance_scale:g}; {aim} (dense is {4 * clip.grid[0]}), "
+        f"{counted(len(plan.prompts), 'prompt')} measured, {len(plan.held_out)} held out"
     )
 
 

@@ -10,6 +10,7 @@ from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, configured, nu
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.checks import number
+from vmonarch_cli.plan.here import as_it_will_run
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -68,6 +69,7 @@ def show_plan(resolved: Plan, out: Output, vram: float | None = None) -> None:
 
 def plan_json(resolved: Plan) -> dict[str, Any]:
     """Every setting with its origin, and what follows from them."""
+    expected = as_it_will_run(resolved)
     return {
         "version": __version__,
         "settings": resolved.settings(),
@@ -77,8 +79,8 @@ def plan_json(resolved: Plan) -> dict[str, Any]:
         **({} if resolved.preset_reason is None else {"preset_reason": resolved.preset_reason}),
         "grid": list(resolved.grid),
         "tokens": resolved.tokens,
-        "flops": resolved.flops.model_dump(),
-        "schedule": [row.model_dump() for row in resolved.step_costs],
+        "flops": expected.flops.model_dump(),
+        "schedule": [row.model_dump() for row in expected.step_costs],
         "sigmas": None if resolved.noise_levels is None else list(resolved.noise_levels),
         "loras": [facts.model_dump() for facts in resolved.loras],
         "outputs": [str(path) for path in resolved.outputs],

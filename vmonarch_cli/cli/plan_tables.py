@@ -14,8 +14,8 @@ from vmonarch_cli.cli.report import adapter_words, flops_ratio, flops_words, lor
 from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
-from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo import DEMO
+from vmonarch_cli.plan.here import as_it_will_run, runs_small, small_limit
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import (
     Footprint,
@@ -28,7 +28,7 @@ from vmonarch_cli.plan.memory import (
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
-from vmonarch_cli.plan.small_calls import dense_below, small_words
+from vmonarch_cli.plan.small_calls import small_words
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed
@@ -63,6 +63,7 @@ def preset_table(preset: Preset) -> Group:
 def dry_run(plan: Plan, vram: float | None = None) -> Group:
     """Every resolved setting with its origin, and what would be computed and written; `vram`: GiB of a card."""
     made = table("setting", "value", "from")
+    made.columns[0].overflow = "fold"
     for name, entry in plan.settings().items():
         if name == "output":  # the files follow below
             continue
@@ -74,7 +75,7 @@ def dry_run(plan: Plan, vram: float | None = None) -> Group:
         made.add_row(name, Text(value, overflow="fold"), Text(entry["origin"], style=style))
     shape = " x ".join(str(n) for n in plan.grid)
     small = _small_rows(plan)
-    work = flops_ratio(plan.flops.dense, plan.flops.dense, "per clip") if small else flops_words(plan)
+    work = flops_words(as_it_will_run(plan))
     rows: list[tuple[str, RenderableType]] = [
         ("grid", f"{shape} = {plan.tokens:,} tokens (latent frames x rows x columns)"),
         *others_row(plan),
@@ -125,21 +126,17 @@ def dense_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
 
 def _fused_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
     """That the blocks will be fused: one row where a GPU will run them so."""
-    if plan.setup.fuse is False or not will_use_gpu(plan) or not PIPELINES[plan.pipeline].fuses:
-        return []
-    if plan.setup.fuse is None and (plan.preset.impl in ("torch", "reference") or not plan.repays_fusing):
+    asked = plan.fuses_unasked if plan.setup.fuse is None else plan.setup.fuse
+    if not asked or not will_use_gpu(plan):
         return []
     return [("blocks", "fused between their products, where Triton runs on this GPU; --no-fuse keeps the stock ones")]
 
 
 def _small_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
     """That all calls will run dense because they are small, as far as the GPU's name says so; otherwise no row."""
-    below = plan.setup.dense_below
-    if below is None and will_use_gpu(plan) and plan.preset.impl == "auto":
-        below = dense_below(device_key(plan.device), plan.model.heads * plan.model.head_dim)
-    if plan.preset.attention == "dense" or below is None or plan.tokens >= below:
+    if not runs_small(plan):
         return []
-    return [("small calls", small_words(plan.tokens, below, asked=plan.setup.dense_below is not None))]
+    return [("small calls", small_words(plan.tokens, small_limit(plan), asked=plan.setup.dense_below is not None))]
 
 
 def _quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
@@ -186,7 +183,7 @@ def estimates(plan: Plan, vram: float | None = None) -> dict[str, Any]:
 
 def totals_rows(plans: Sequence[Plan], vram: float | None = None) -> list[tuple[str, RenderableType]]:
     """What all clips of a batch take together; `plans` are of the clips that are still to be made."""
-    sums = totals(plans, _clip_seconds)
+    sums = totals([as_it_will_run(plan) for plan in plans], _clip_seconds)
     clips = f"for {sums.clips} clip{'s' if sums.clips > 1 else ''}"
     if sums.seconds is None:
         time = f"no record of this model on {device_key(plans[0].device)} yet: a first clip makes one"
@@ -224,7 +221,7 @@ def totals_json(plans: Sequence[Plan], vram: float | None = None) -> dict[str, A
     """The same for JSON; None where no clip is left to make."""
     if not plans:
         return None
-    sums = totals(plans, _clip_seconds)
+    sums = totals([as_it_will_run(plan) for plan in plans], _clip_seconds)
     return {
         "clips": sums.clips,
         "flops": {"dense": sums.dense_flops, "planned": sums.planned_flops},

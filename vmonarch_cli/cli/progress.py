@@ -27,7 +27,7 @@ from vmonarch_cli.clip.events import (
     Retrying,
     StepDone,
 )
-from vmonarch_cli.text import clock, seconds
+from vmonarch_cli.text import clock, counted, seconds
 from vmonarch_cli.timing import ClipResult, Pace, StepAttention, attention_speedup
 
 _OTHER_LINES = 9
@@ -290,4 +290,4 @@ class RunProgress(OnTerminal):
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(words, total=total, count=f"0/{total}" if total else "")
         else:
-            self._out.tell(f"{words} ({total} steps)" if total else words)
+            self._out.tell(f"{words} ({counted(total, 'step')})" if total else words)

@@ -11,7 +11,7 @@ from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.progress import RunProgress
 from vmonarch_cli.cli.tables import ABSENT, table, times
 from vmonarch_cli.clip.events import ClipStarted, Decoding, Event, StepDone
-from vmonarch_cli.text import as_fast, seconds
+from vmonarch_cli.text import as_fast, counted, seconds
 from vmonarch_cli.timing import ClipResult, StepAttention
 
 
@@ -65,7 +65,7 @@ class RaceProgress(RunProgress):
         """'fast: 6 steps in 31.2 s, attention 9.8 s, 2.71x as fast as dense's'."""
         steps, gain = self._runs[self._runner], self._gain()
         took, attention = (sum(getattr(step, name) for step in steps) for name in ("step_s", "attention_s"))
-        words = f"{self._runner}: {len(steps)} steps in {seconds(took)}, attention {seconds(attention)}"
+        words = f"{self._runner}: {counted(len(steps), 'step')} in {seconds(took)}, attention {seconds(attention)}"
         return words if gain is None else f"{words}, {as_fast(gain)} as {self._names[0]}'s"
 
 

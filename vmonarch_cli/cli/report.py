@@ -21,7 +21,7 @@ from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import QUANTISED_DENSE, AdapterFile
-from vmonarch_cli.text import binary_size, flops, seconds
+from vmonarch_cli.text import binary_size, counted, flops, seconds
 from vmonarch_cli.timing import LOST_SUBJECT, ClipResult, ClipTiming, Coverage, StepAttention
 from vmonarch_kernels.cost import is_small
 
@@ -31,11 +31,11 @@ _TELLS = 0.01
 
 def header(plan: Plan, machine: Machine) -> Table:
     """What is about to run, in seven lines, and one more each for an adapter and 8-bit weights."""
-    shape = " x ".join(str(n) for n in plan.grid)
+    shape, frames = " x ".join(str(n) for n in plan.grid), counted(plan.num_frames, "frame")
     return facts(
         [
             ("model", Text.assemble((plan.model.title, "bold"), f"  {_layers(plan)}")),
-            ("clip", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} fps, {plan.steps} steps"),
+            ("clip", f"{plan.width}x{plan.height}, {frames} at {plan.fps} fps, {counted(plan.steps, 'step')}"),
             ("tokens", f"{plan.tokens:,} = {shape} (latent frames x rows x columns){_others(plan)}"),
             ("preset", Text.assemble((plan.preset.name, "bold"), f"  {preset_words(plan)}")),
             *([] if plan.preset_reason is None else [("auto", plan.preset_reason)]),
@@ -83,7 +83,7 @@ def small_notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
 def _work_words(plan: Plan, machine: Machine) -> str:
     """Operations of the clip's attention, and how the steps share them."""
     if machine.runs_dense(plan):
-        return flops_ratio(plan.flops.dense, plan.flops.dense, "per clip")
+        return flops_words(plan.with_dense_costs())
     return f"{flops_words(plan)}; {schedule_words(plan.step_costs)}"
 
 

@@ -29,7 +29,7 @@ from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.profile.plot import check_plot
-from vmonarch_cli.text import binary_size
+from vmonarch_cli.text import binary_size, counted
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePla
 
 def _header(plan: TunePlan) -> str:
     clip = plan.clip
-    limits = [f"{plan.steps} steps" if plan.steps else "", f"{plan.seconds:g} s" if plan.seconds else ""]
+    limits = [counted(plan.steps, "step") if plan.steps else "", f"{plan.seconds:g} s" if plan.seconds else ""]
     some = "up to " if plan.seconds else ""
     return (
         f"tuning {clip.model.alias} to {clip.preset.name}: {clip.width}x{clip.height}, {clip.num_frames} frames, "

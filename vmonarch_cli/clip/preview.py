@@ -22,6 +22,7 @@ from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.registry import FAMILIES, family_of
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.text import with_article
 
 Picture = npt.NDArray[np.uint8]
 _FRAMES = 8
@@ -108,7 +109,7 @@ def colour_maps(pipeline: Any) -> torch.Tensor:
     """
     family, vae = family_of(pipeline), pipeline.vae
     if family.encode is None:
-        raise ValueError(f"latents of a {type(pipeline).__name__} have no encoder here")
+        raise ValueError(f"latents of {with_article(type(pipeline).__name__)} have no encoder here")
     device = getattr(pipeline, "_execution_device", vae.device)
     generator = torch.Generator().manual_seed(0)
     samples, colours = [], []

@@ -27,7 +27,7 @@ from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.small_calls import DENSE_BELOW
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
-from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
 from vmonarch_cli.untrusted.files import file_sha256
 from vmonarch_cli.untrusted.shapes import fault_of
@@ -111,9 +111,7 @@ def _as_it_ran(plan: Plan, denoised: Denoised) -> Plan:
     """The plan, with the costs of dense attention where all its calls ran dense because they are small."""
     if denoised.coverage.structured or DENSE_BELOW not in denoised.coverage.dense:
         return plan
-    dense = load_preset("dense")
-    costs = tuple(plan.work.step_costs(dense))
-    return plan.model_copy(update={"step_costs": costs, "flops": plan.work.flops(dense, costs)})
+    return plan.with_dense_costs()
 
 
 def tags_of(

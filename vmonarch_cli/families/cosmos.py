@@ -17,6 +17,7 @@ import torch
 from vmonarch_cli.attention.base import MonarchProcessor, heads_of
 from vmonarch_cli.errors import InputError, NonFiniteError, RefusedError
 from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, Shape, layers
+from vmonarch_cli.families.rotary import turned_by_halves
 from vmonarch_cli.families.wan import decode_wan
 from vmonarch_cli.models.base import ModelEntry
 
@@ -47,9 +48,7 @@ class CosmosMonarchProcessor(MonarchProcessor):
 
 def _apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x (B, N, heads, D) by halves of the channels; the tables are (N, D), in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos[None, :, None, :] + turned * sin[None, :, None, :]).to(x.dtype)
+    return turned_by_halves(x.float(), cos, sin).to(x.dtype)
 
 
 def _missing() -> str | None:

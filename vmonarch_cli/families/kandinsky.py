@@ -14,6 +14,7 @@ import torch
 from vmonarch_cli.attention.base import MonarchProcessor
 from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.families.base import Family, Shape, at_once, decode_scaled, layers, patch_of
+from vmonarch_cli.families.rotary import turned_by_matrices
 from vmonarch_cli.models.base import Grid
 
 
@@ -37,17 +38,15 @@ class KandinskyMonarchProcessor(MonarchProcessor):
         query = attn.query_norm(query.float()).type_as(query)
         key = attn.key_norm(key.float()).type_as(key)
         if rotary_emb is not None:
-            query = _apply_rotary(query, rotary_emb).type_as(query)
-            key = _apply_rotary(key, rotary_emb).type_as(key)
+            query, key = (_turned_as_trained(x, rotary_emb) for x in (query, key))
 
         result: torch.Tensor = attn.out_layer(self.attend(query, key, value).flatten(-2, -1))
         return result
 
 
-def _apply_rotary(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotation matrices on pairs of channels; bfloat16, whatever x is, as the model was trained."""
-    pairs = x.reshape(*x.shape[:-1], -1, 1, 2).to(torch.float32)
-    return (rope * pairs).sum(dim=-1).reshape(*x.shape).to(torch.bfloat16)
+def _turned_as_trained(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Kandinsky 5's rotary embedding has values of bfloat16, whatever x is, as the model was trained."""
+    return turned_by_matrices(x, rope).to(torch.bfloat16).type_as(x)
 
 
 class Kandinsky6MonarchProcessor(MonarchProcessor):
@@ -70,18 +69,12 @@ class Kandinsky6MonarchProcessor(MonarchProcessor):
         )
         query, key = attn.query_norm(query), attn.key_norm(key)
         if rotary_emb is not None:
-            query = _apply_rotary_6(query, rotary_emb)
+            query = turned_by_matrices(query, rotary_emb).type_as(query)
         if rotary_emb_kv is not None:
-            key = _apply_rotary_6(key, rotary_emb_kv)
+            key = turned_by_matrices(key, rotary_emb_kv).type_as(key)
 
         result: torch.Tensor = attn.out_layer(self.attend(query, key, value).flatten(-2, -1))
         return result
-
-
-def _apply_rotary_6(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """The same in float32, in which this model was trained."""
-    pairs = x.reshape(*x.shape[:-1], -1, 1, 2).float()
-    return (rope.float() * pairs).sum(dim=-1).reshape(*x.shape).to(x.dtype)
 
 
 def _grid(transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grid:

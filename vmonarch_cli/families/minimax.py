@@ -19,6 +19,7 @@ from vmonarch_cli.attention.base import MonarchProcessor, heads_of, project
 from vmonarch_cli.attention.joint import Packed
 from vmonarch_cli.families.base import Family, ForwardInputs, LatentClip, Shape, at_once, layers, mean_and_std, run_vae
 from vmonarch_cli.families.raster import raster_grid
+from vmonarch_cli.families.rotary import turned_by_halves
 from vmonarch_cli.models.base import ModelEntry
 
 _VIDEO_TAG, _TEXT_TAG, _AUDIO_TAG = 0, 1, 2
@@ -51,9 +52,7 @@ class MiniMaxH3MonarchProcessor(MonarchProcessor):
 def _apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first channels of x (B, rows, heads, D); the tables are (rows, channels)."""
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    cos, sin = (table.to(x.dtype)[None, :, None, :] for table in (cos, sin))
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = turned_by_halves(turned, cos.to(x.dtype), sin.to(x.dtype))
     return torch.cat((turned, kept), dim=-1).contiguous()
 
 

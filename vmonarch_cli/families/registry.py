@@ -18,6 +18,7 @@ from vmonarch_cli.families.motif import MOTIF_VIDEO
 from vmonarch_cli.families.wan import SKYREELS_V2, WAN, WAN_VACE
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
+from vmonarch_cli.text import with_article
 
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": WAN,
@@ -56,5 +57,5 @@ def forward_inputs(entry: ModelEntry) -> ForwardInputs:
     """What one forward of an entry's transformer takes; ValueError for a family that does not say."""
     forward = FAMILIES[PIPELINES[entry.pipeline].transformer].forward
     if forward is None:
-        raise ValueError(f"what a forward of a {entry.pipeline} takes is not known")
+        raise ValueError(f"what a forward of {with_article(entry.pipeline)} takes is not known")
     return forward

@@ -25,6 +25,11 @@ def device_key(device: str) -> str:
     return f"{_cpu_name()} x {_cpus()}"
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether "auto", "cpu", "cuda" or "cuda:N" will be a GPU."""
+    return device.startswith("cuda") or (device == "auto" and can_use_gpu())
+
+
 def can_use_gpu() -> bool:
     """Whether "auto" will be the GPU: there is one, and torch is not a CPU build."""
     try:

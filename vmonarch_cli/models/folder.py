@@ -14,7 +14,7 @@ from vmonarch_cli.models.catalogue import PIPELINES, PUBLISHED
 from vmonarch_cli.models.config import Config
 from vmonarch_cli.models.unfit import UNFIT
 from vmonarch_cli.models.weights import count_parameters
-from vmonarch_cli.text import printable, shown
+from vmonarch_cli.text import printable, shown, with_article
 from vmonarch_cli.untrusted.files import read_json
 
 _BESIDE_THE_TEXT = ("text_encoder", "text_encoder_2", "image_encoder", "connectors")  # counted with the text encoder
@@ -51,7 +51,7 @@ def read_folder(folder: Path, count: Callable[[Path], int] = count_parameters) -
             raise ModelError(f"{folder} is not a complete model: its {index_name} names no {name}")
     _check_configs(folder, index)
     params = {name: count(folder / name) for name in present}
-    owner = "a Wan transformer" if facts.family == "wan" else f"a {facts.transformer}"
+    owner = "a Wan transformer" if facts.family == "wan" else with_article(facts.transformer)
     path = folder / "transformer" / "config.json"
     config = Config(_table(folder, "transformer/config.json", "a complete model"), path, owner)
     vae = Config(_table(folder, "vae/config.json", "a complete model"), folder / "vae" / "config.json", "its VAE")
@@ -154,7 +154,7 @@ def _facts(folder: Path, index: dict[str, Any]) -> PipelineFacts:
     if isinstance(name, str) and name in PIPELINES:
         return PIPELINES[name]
     if isinstance(name, str) and name in UNFIT:
-        raise ModelError(f"{folder} holds a {name}, which is not supported: {UNFIT[name]}")
+        raise ModelError(f"{folder} holds {with_article(name)}, which is not supported: {UNFIT[name]}")
     named = name if isinstance(name, str) and name else "pipeline of no named class"
     found = f"{folder} holds a {printable(named)}"
     transformer = index.get("transformer")

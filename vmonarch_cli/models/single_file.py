@@ -11,7 +11,7 @@ from pathlib import Path
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.weights import read_header, refuse_scaled
-from vmonarch_cli.text import printable
+from vmonarch_cli.text import printable, with_article
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 GGUF = ".gguf"
@@ -58,7 +58,9 @@ def check_single_file(text: str, flag: str, model: str, facts: PipelineFacts) ->
     path = user_path(text, "transformer file", ModelError)
     ending = path.suffix.lower()
     if facts.transformer not in READABLE:
-        raise ModelError(f"{flag}: diffusers reads no single file into a {facts.transformer}, which {model} has")
+        raise ModelError(
+            f"{flag}: diffusers reads no single file into {with_article(facts.transformer)}, which {model} has"
+        )
     missing = f"there is no transformer file {printable(text)}: {flag} takes a .safetensors or a .gguf file"
     require_regular(path, f"transformer file {printable(text)}", ModelError, missing=missing)
     if ending in _PICKLES:
@@ -75,8 +77,10 @@ def check_single_file(text: str, flag: str, model: str, facts: PipelineFacts) ->
     refuse_scaled(str(path), tensors)
     found = _kind_of(tensors, facts.transformer)
     if found != facts.transformer:
-        what = "no video transformer that is known" if found is None else f"a {found}"
-        raise ModelError(f"{path} holds {what}, and {model} has a {facts.transformer}: give a file of that family")
+        what = "no video transformer that is known" if found is None else with_article(found)
+        raise ModelError(
+            f"{path} holds {what}, and {model} has {with_article(facts.transformer)}: give a file of that family"
+        )
     return path
 
 

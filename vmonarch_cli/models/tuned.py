@@ -21,7 +21,7 @@ from vmonarch_cli.models.finite import FLOATS, first_not_finite
 from vmonarch_cli.models.lora import check_shapes, lora_tensors
 from vmonarch_cli.models.weights import Layout, component_files, read_headers, read_layout
 from vmonarch_cli.presets import LABELS, Preset, at_steps, format_value
-from vmonarch_cli.text import one_line, printable, shown
+from vmonarch_cli.text import counted, one_line, printable, shown
 from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_json, parse_text
 
@@ -118,8 +118,8 @@ class TunedAdapter(BaseModel):
         """What it was made for, and its gain: 'made for paper, 20 steps, guidance 4, 96x96, 49 frames, error ...'."""
         error = "" if self.gain is None else ", error {:.3g} before and {:.3g} after tuning".format(*self.gain)
         return (
-            f"made for {self.preset_name}, {self.steps} steps, guidance {self.guidance_scale:g}, {self.size}, "
-            f"{self.num_frames} frames{error}"
+            f"made for {self.preset_name}, {counted(self.steps, 'step')}, guidance {self.guidance_scale:g}, "
+            f"{self.size}, {counted(self.num_frames, 'frame')}{error}"
         )
 
     def to_json(self) -> str:

@@ -18,6 +18,7 @@ from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.pipeline import step_cache
 from vmonarch_cli.pipeline.modular import free_models, input_names, is_modular, without_decoding
 from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.text import with_article
 
 Frames = npt.NDArray[np.uint8]
 Embeddings = dict[str, Any]
@@ -178,7 +179,7 @@ def decode_sound(pipeline: Any, latents: torch.Tensor) -> Sound:
     """
     family, vae = family_of(pipeline), pipeline.audio_vae
     if family.decode_sound is None:
-        raise ValueError(f"a {type(pipeline).__name__} makes no sound")
+        raise ValueError(f"{with_article(type(pipeline).__name__)} makes no sound")
     device = pipeline._execution_device if _is_offloaded(vae) else vae.device
     samples, rate = family.decode_sound(pipeline, latents.to(device))
     if not torch.isfinite(samples).all():

@@ -8,7 +8,6 @@ import torch
 
 from vmonarch_cli.errors import DeviceError, InputError
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,10 +57,7 @@ def pick_vae_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
     """
     if plan.setup.vae_dtype != "auto":
         return DTYPES[plan.setup.vae_dtype]
-    facts = PIPELINES.get(plan.pipeline)
-    if not plan.model.vae_float32 or (facts is not None and facts.vae_in_dtype):
-        return dtype
-    return torch.float32
+    return DTYPES.get(plan.vae_dtype_unasked, dtype)
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmonarch_cli.machine.hardware import gpu_names
-from vmonarch_cli.text import binary_size, first_line
+from vmonarch_cli.text import binary_size, counted, first_line
 
 if TYPE_CHECKING:
     from vmonarch_cli.pipeline.self_test import SelfTest
@@ -176,7 +176,7 @@ def _demo_adapters() -> list[Finding]:
         except InputError as error:
             found.append(Finding("demo adapter", error.message, "broken"))
             continue
-        words = f"made for {said.preset_name}, {said.steps} steps, guidance {said.guidance_scale:g}"
+        words = f"made for {said.preset_name}, {counted(said.steps, 'step')}, guidance {said.guidance_scale:g}"
         found.append(Finding("demo adapter", words))
     return found
 

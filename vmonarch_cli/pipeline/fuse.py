@@ -12,6 +12,7 @@ import torch
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.fusing import ATTRIBUTE, Forward, FusedBlock
 from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.text import with_article
 
 
 def fuse(transformer: Any, impl: str) -> None:
@@ -26,8 +27,8 @@ def fuse(transformer: Any, impl: str) -> None:
     for module, _ in replaced:
         if "forward" in vars(module) and not hasattr(module, ATTRIBUTE):
             raise InputError(
-                f"a {type(module).__name__} of this {_name(transformer)} has a forward of its own already: fuse before "
-                "offloading, caches and context parallelism"
+                f"{with_article(type(module).__name__)} of this {_name(transformer)} has a forward of its own "
+                "already: fuse before offloading, caches and context parallelism"
             )
     for module, forward in replaced:
         setattr(module, ATTRIBUTE, impl)

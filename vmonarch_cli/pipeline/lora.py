@@ -21,7 +21,7 @@ from vmonarch_cli.models.lora_files import LoraFile, lora_files, parse_lora
 from vmonarch_cli.models.weights import read_header
 from vmonarch_cli.pipeline.lora_changes import Changes, LoraWeights, apply_outright, changes_of
 from vmonarch_cli.pipeline.lora_names import LayerNames
-from vmonarch_cli.text import innermost_line, printable
+from vmonarch_cli.text import innermost_line, printable, with_article
 
 
 class ReadLora(NamedTuple):
@@ -49,7 +49,7 @@ def load_loras(pipeline: Any, loras: Sequence[ReadLora]) -> None:
     A LoRA of scale 0 is checked as any other and changes nothing, to the bit.
     """
     if loras and not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(f"--lora: diffusers loads no LoRA into a {type(pipeline).__name__}")
+        raise InputError(f"--lora: diffusers loads no LoRA into {with_article(type(pipeline).__name__)}")
     scales: dict[str, dict[str, float]] = {}
     for index, lora in enumerate(loras):
         for component in load_lora(pipeline, lora, f"lora_{index}"):

@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.plan.small_calls import SmallCalls, dense_below, small_words
+from vmonarch_cli.plan.small_calls import SmallCalls, all_dense, dense_limit, small_words
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -63,19 +63,14 @@ class Machine:
         return self.fused_impl if PIPELINES[plan.pipeline].fuses else None
 
     def small_of(self, plan: Plan) -> SmallCalls:
-        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer. An
-        implementation that was named runs, and calls that are to be replayed are.
-        """
-        below, preset = plan.setup.dense_below, plan.preset
-        if below is None:
-            named = preset.impl != "auto" or plan.setup.graphs
-            chosen = self.on_gpu and not named and self.impl_of(preset) == "triton"
-            below = dense_below(self.device_name, plan.model.heads * plan.model.head_dim) if chosen else 0
-        return SmallCalls(below, plan.setup.graphs)
+        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer."""
+        gpu = self.device_name if self.on_gpu and self.impl_of(plan.preset) == "triton" else None
+        limit = dense_limit(plan.setup, plan.preset, gpu, plan.model.hidden_dim)
+        return SmallCalls(limit, plan.setup.graphs)
 
     def runs_dense(self, plan: Plan) -> bool:
         """Whether all calls of a plan run dense because they are small."""
-        return plan.preset.attention != "dense" and plan.tokens < self.small_of(plan).dense_below
+        return all_dense(plan.tokens, plan.preset, self.small_of(plan).dense_below)
 
     def why_dense(self, plan: Plan) -> str | None:
         """Why all calls of a plan run dense where they are small; None where they are not."""

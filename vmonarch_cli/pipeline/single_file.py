@@ -11,6 +11,7 @@ import torch
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.single_file import GGUF
 from vmonarch_cli.models.weights import read_header
+from vmonarch_cli.text import with_article
 from vmonarch_cli.untrusted.files import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,11 +65,13 @@ def _check_fits(kind: Any, config: dict[str, Any], shapes: Shapes, file: Path, f
             own = convert(config=config, checkpoint=own)
         except Exception as error:
             # Converters take tensors by name and by number, and raise KeyError, IndexError, RuntimeError and others.
-            raise ModelError(f"{file} does not hold the weights of a {kind.__name__}, which {folder} is") from error
+            raise ModelError(
+                f"{file} does not hold the weights of {with_article(kind.__name__)}, which {folder} is"
+            ) from error
     found = {name: tuple(value.shape) for name, value in own.items()}
     missing = sorted(expected.keys() - found.keys())
     if 2 * len(missing) > len(expected):
-        raise ModelError(f"{file} does not hold the weights of a {kind.__name__}, which {folder} is")
+        raise ModelError(f"{file} does not hold the weights of {with_article(kind.__name__)}, which {folder} is")
     wrong = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
     if wrong:
         name = wrong[0]

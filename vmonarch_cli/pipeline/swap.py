@@ -22,6 +22,7 @@ from vmonarch_cli.pipeline.tuned import AdapterSwitch, switch_of
 from vmonarch_cli.pipeline.tuned_weights import WeightSwitch
 from vmonarch_cli.plan.small_calls import AS_THEY_ARE, SmallCalls
 from vmonarch_cli.presets import Preset
+from vmonarch_cli.text import with_article
 from vmonarch_kernels.dense import SDPA
 
 _STAGES = ("transformer", "transformer_2")
@@ -104,7 +105,7 @@ def _parts(target: Any) -> tuple[list[Any], Any]:
         return list(target), None
     kind = type(target).__name__
     if kind in UNFIT:
-        raise ModelError(f"attention of a {kind} cannot be swapped: {UNFIT[kind]}")
+        raise ModelError(f"attention of {with_article(kind)} cannot be swapped: {UNFIT[kind]}")
     found = [getattr(target, name, None) for name in (*_STAGES, *_PARTITIONS)]
     transformers = [transformer for transformer in found if transformer is not None]
     if not transformers or getattr(target, "scheduler", None) is None:
@@ -121,7 +122,9 @@ def _class_name(transformer: Any) -> str:
 def _self_attentions(transformer: Any) -> dict[int, Any]:
     name = _class_name(transformer)
     if name not in FAMILIES:
-        raise ModelError(f"attention of a {name} cannot be swapped; known are {', '.join(sorted(FAMILIES))}")
+        raise ModelError(
+            f"attention of {with_article(name)} cannot be swapped; known are {', '.join(sorted(FAMILIES))}"
+        )
     family = FAMILIES[name]
     found = family.self_attentions(transformer)
     if not found:

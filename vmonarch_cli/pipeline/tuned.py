@@ -31,6 +31,7 @@ from vmonarch_cli.pipeline.tuned_weights import (
     load_weights,
 )
 from vmonarch_cli.plan.setup import ADAPTER_NAME, AdapterFile
+from vmonarch_cli.text import with_article
 
 
 def write_adapter(
@@ -86,7 +87,7 @@ def load_tuned(pipeline: Any, path: Path, *, name: str = ADAPTER_NAME) -> None:
     ModelError when a layer of the file is not in the model.
     """
     if not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(f"--tuned: diffusers loads no LoRA into a {type(pipeline).__name__}")
+        raise InputError(f"--tuned: diffusers loads no LoRA into {with_article(type(pipeline).__name__)}")
     if importlib.util.find_spec("peft") is None:
         raise InputError("--tuned needs peft: pip install peft")
     before = active_adapters(pipeline)

@@ -15,6 +15,7 @@ from vmonarch_cli.pipeline.tuned import is_loaded, load_adapters, unload
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.plan.tuned import read
 from vmonarch_cli.presets import Preset
+from vmonarch_cli.text import with_article
 from vmonarch_cli.untrusted.files import user_path
 
 _ANY_STEPS = 1000
@@ -55,13 +56,13 @@ def _check(pipeline: Any, adapter: AdapterFile, preset: Preset) -> None:
                 f"{misfit}"
             )
     if said.kind == "lora" and not hasattr(pipeline, "load_lora_weights"):
-        raise ModelError(f"adapter {adapter.path} is a LoRA, and diffusers loads none into a {name}")
+        raise ModelError(f"adapter {adapter.path} is a LoRA, and diffusers loads none into {with_article(name)}")
     if said.kind == "lora" and importlib.util.find_spec("peft") is None:
         raise ModelError(f"adapter {adapter.path} needs peft: pip install peft")
     if said.kind == "weights" and _moves(pipeline):
         raise ModelError(
-            f"adapter {adapter.path} holds whole weights, which change places with the model's: a {name} that is "
-            "offloaded by groups or by layers cannot have it"
+            f"adapter {adapter.path} holds whole weights, which change places with the model's: {with_article(name)} "
+            "that is offloaded by groups or by layers cannot have it"
         )
     check_base(said, adapter.path, _folder(pipeline, adapter))
 

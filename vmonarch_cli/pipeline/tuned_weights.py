@@ -21,6 +21,7 @@ from vmonarch_cli.errors import ModelError
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.models.tuned import METADATA_KEY, TunedAdapter
 from vmonarch_cli.models.weights import read_header, read_metadata
+from vmonarch_cli.text import with_article
 
 _PARTS = ("transformer", "transformer_2")
 _UP, _DOWN = ".lora_B.weight", ".lora_A.weight"
@@ -61,7 +62,9 @@ def load_weights(pipeline: Any, path: Path, name: str) -> None:
             part, _, weight = key.partition(".")
             parameter = found.get(part, {}).get(weight)
             if parameter is None:
-                raise ModelError(f"adapter {path} holds {key}, which is no weight of a {type(pipeline).__name__}")
+                raise ModelError(
+                    f"adapter {path} holds {key}, which is no weight of {with_article(type(pipeline).__name__)}"
+                )
             _hold(getattr(pipeline, part), name, number, weight, file.get_tensor(key).to(parameter))
 
 

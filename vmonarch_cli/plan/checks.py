@@ -13,7 +13,7 @@ from vmonarch_cli.models.catalogue import ENTRIES, PIPELINES
 from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
-from vmonarch_cli.text import near, shown
+from vmonarch_cli.text import near, shown, with_article
 from vmonarch_cli.untrusted.files import user_path
 from vmonarch_kernels.spec import MAX_FRAMES
 
@@ -278,7 +278,9 @@ def strength(facts: PipelineFacts, video: str | None, value: float | None, sigma
     if video is None:
         raise InputError("--strength is how far a given video is changed, and none was given: add --video FILE")
     if not facts.noises_video:
-        raise InputError(f"--strength is for videos that are noised, and a {facts.name} follows one: leave it out")
+        raise InputError(
+            f"--strength is for videos that are noised, and {with_article(facts.name)} follows one: leave it out"
+        )
     if sigmas:
         raise InputError("--sigmas and --strength both say at which noise level the clip begins: give one of them")
     return value

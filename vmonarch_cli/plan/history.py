@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vmonarch_cli.machine.hardware import can_use_gpu, device_key
+from vmonarch_cli.machine.hardware import device_key, uses_gpu
 from vmonarch_cli.models.base import Grid, ModelEntry
 from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.plan import Plan
@@ -152,7 +152,7 @@ def resolved_dtype(plan: Plan) -> str:
 
 def will_use_gpu(plan: Plan) -> bool:
     """Whether a plan will run on a GPU, as far as it can be known without torch."""
-    return plan.device.startswith("cuda") or (plan.device == "auto" and can_use_gpu())
+    return uses_gpu(plan.device)
 
 
 def computed_fields(preset: Preset) -> dict[str, Any]:

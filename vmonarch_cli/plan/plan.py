@@ -9,13 +9,14 @@ from pydantic import BaseModel, ConfigDict
 
 from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.models.base import Grid, ModelEntry
+from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.lora_facts import LoraFacts
 from vmonarch_cli.plan.costs import Flops, StepCost, Work, branches_of
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.seeds import DRAWN
 from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, AdapterFile, Setup
 from vmonarch_cli.plan.small_calls import repays_fusing
-from vmonarch_cli.presets import Preset
+from vmonarch_cli.presets import Preset, load_preset
 
 
 class Plan(BaseModel):
@@ -124,6 +125,25 @@ class Plan(BaseModel):
         """
         unmeasured = self.setup.compile and self.setup.quantize == "int8"
         return not unmeasured and repays_fusing(self.tokens, self.model.hidden_dim)
+
+    @property
+    def fuses_unasked(self) -> bool:
+        """Whether a GPU runs the transformer's blocks fused where nobody chooses."""
+        in_torch = self.preset.impl in ("torch", "reference")
+        return PIPELINES[self.pipeline].fuses and not in_torch and self.repays_fusing
+
+    @property
+    def vae_dtype_unasked(self) -> str:
+        """What the VAE decodes in where nobody chooses: float32 for the families whose pipelines need it, and the
+        transformer's dtype for all others.
+        """
+        return "float32" if self.model.vae_float32 and not PIPELINES[self.pipeline].vae_in_dtype else self.dtype
+
+    def with_dense_costs(self) -> Plan:
+        """The plan, with the costs that dense attention has."""
+        dense = load_preset("dense")
+        costs = tuple(self.work.step_costs(dense))
+        return self.model_copy(update={"step_costs": costs, "flops": self.work.flops(dense, costs)})
 
     @classmethod
     def default_of(cls, name: str) -> Any:

@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.plan.noise_levels import check_sampler, check_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.text import near, one_line, shown
+from vmonarch_cli.text import near, one_line, shown, with_article
 from vmonarch_cli.untrusted.files import read_text, user_path
 from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_toml
@@ -73,7 +73,9 @@ class Recipe(BaseModel):
         if model.alias == DEMO.alias:
             raise InputError(f"{made_for}, and the demo model was trained for itself: name a model with --model")
         if self.pipelines and model.pipeline not in self.pipelines:
-            raise InputError(f"{made_for} in a {' or '.join(self.pipelines)}, and {model.alias} is a {model.pipeline}")
+            raise InputError(
+                f"{made_for} in a {' or '.join(self.pipelines)}, and {model.alias} is {with_article(model.pipeline)}"
+            )
         if self.transformers is not None and model.transformers != self.transformers:
             raise InputError(
                 f"{made_for} models with {self.transformers} transformer{'s' if self.transformers > 1 else ''}, and "

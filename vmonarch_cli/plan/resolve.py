@@ -19,12 +19,14 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
+from vmonarch_cli.plan.here import limit_on
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
 from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
+from vmonarch_cli.plan.small_calls import all_dense
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
 
@@ -149,6 +151,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     origins["tuned"] = DEFAULT if request.tuned is None else FLAG
     if choice.is_shipped:
         origins["tuned"] = MODEL_DEFAULT
+    tokens = grid[0] * grid[1] * grid[2]
     return Plan(
         model=model,
         model_source=source,
@@ -175,7 +178,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         num_videos=num_videos,
         quality=take("quality", checks.whole("--quality", request.quality, 1, 10), DEFAULT_QUALITY, DEFAULT),
         preset=preset,
-        device=take("device", checks.device(request.device), "auto", DEFAULT),
+        device=(device := take("device", checks.device(request.device), "auto", DEFAULT)),
         dtype=take("dtype", checks.dtype(request.dtype), "auto", DEFAULT),
         dense_every=take(
             "dense_every", checks.whole("--dense-every", request.dense_every, 0, 1000), defaults.dense_every
@@ -183,7 +186,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         outputs=outputs,
         overwrite=request.overwrite,
         grid=grid,
-        tokens=grid[0] * grid[1] * grid[2],
+        tokens=tokens,
         flops=flops,
         step_costs=step_costs,
         revision=revision,
@@ -202,7 +205,12 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
             *warnings.of_flags(request, model, facts, guidance),
             *warnings.of_video(video, facts, levels.sigmas),
             *warnings.without_effect(request, preset, outputs),
-            *warnings.of_schedule(preset, step_costs, flops),
+            *warnings.of_schedule(
+                preset,
+                step_costs,
+                flops,
+                small=all_dense(tokens, preset, limit_on(device, setup, preset, model.hidden_dim)),
+            ),
             *warnings.of_cache(request.cache, steps),
             *warnings.of_quantize(setup, facts),
             *warnings.of_loras(setup.loras, loras, model, guidance),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.tuned import TunedAdapter
-from vmonarch_cli.text import listed
+from vmonarch_cli.text import listed, with_article
 
 OFFLOAD_MODES = ("auto", "none", "model", "group", "sequential")
 
@@ -151,7 +151,7 @@ def offload_modes(quantize: str | None) -> tuple[str, ...]:
 def check_additions(setup: Setup, facts: PipelineFacts) -> None:
     """InputError for what a pipeline has not: LoRA, such a cache or compilation in diffusers, fused blocks here."""
     if setup.loras and not facts.lora:
-        raise InputError(f"--lora: diffusers loads no LoRA into a {facts.name}")
+        raise InputError(f"--lora: diffusers loads no LoRA into {with_article(facts.name)}")
     check_tuned_weights(setup)
     if setup.offload not in (modes := offload_modes(setup.quantize)):
         raise InputError(
@@ -160,12 +160,13 @@ def check_additions(setup: Setup, facts: PipelineFacts) -> None:
         )
     if setup.cache is not None and setup.cache not in facts.caches:
         valid = f"only {' and '.join(facts.caches)} can" if facts.caches else "no cache can"
-        raise InputError(f"--cache {setup.cache} does not run in a {facts.name} of diffusers: {valid}")
+        raise InputError(f"--cache {setup.cache} does not run in {with_article(facts.name)} of diffusers: {valid}")
     if setup.compile and not facts.compiles:
         raise InputError(f"--compile: diffusers names no repeated blocks for {facts.transformer}")
     if setup.fuse and not facts.fuses:
-        raise InputError(f"--fuse: the blocks of a {facts.name} have no fused form: leave it out")
+        raise InputError(f"--fuse: the blocks of {with_article(facts.name)} have no fused form: leave it out")
     if setup.vae_dtype != "auto" and facts.vae_in_dtype:
         raise InputError(
-            f"--vae-dtype: a {facts.name} of diffusers runs its VAE in the transformer's dtype, which --dtype chooses"
+            f"--vae-dtype: {with_article(facts.name)} of diffusers runs its VAE in the transformer's dtype, "
+            "which --dtype chooses"
         )

@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vmonarch_cli.plan.setup import Setup
+from vmonarch_cli.presets import Preset
+
 DENSE_BELOW = "dense_below"
 """Why a call ran dense, in records and tables: it has fewer tokens than that."""
 LAUNCHES_S = 0.6e-3
@@ -26,6 +29,8 @@ _RATES = {"H100": 550e12, "H200": 550e12, "B200": 550e12, "B300": 550e12, "A100"
 """Operations of dense attention in a second, by a word of the GPU's name. Measured on an H200 (7,800 tokens, 12 heads x
 128: 0.67 ms); others by what their tensor cores do against it, Blackwell's no more than an H200's.
 """
+FASTEST = max(_RATES, key=lambda name: _RATES[name])
+"""With as many tokens as run structured on this GPU, they do so on every other."""
 _LEAST_RATE = 40e12
 """Of every other GPU."""
 
@@ -49,9 +54,24 @@ def dense_below(gpu: str, channels: int) -> int:
 
     gpu: its product name. channels: heads times head dimension. A dense call of N tokens has 4 N^2 channels operations.
     """
-    words = gpu.upper().replace("-", " ").split()
-    rate = next((rate for name, rate in _RATES.items() if any(_is(word, name) for word in words)), _LEAST_RATE)
+    rate = next((rate for name, rate in _RATES.items() if is_chip(gpu, name)), _LEAST_RATE)
     return math.isqrt(int(LAUNCHES_S * rate / (4 * channels)))
+
+
+def dense_limit(setup: Setup, preset: Preset, gpu: str | None, channels: int) -> int:
+    """Tokens below which the calls of a preset run dense: as asked for, or as a GPU computes them in less time.
+
+    gpu: its product name; None where nothing structured runs by Triton. channels: heads times head dimension. An
+    implementation that was named runs, and so do calls that are to be replayed as CUDA graphs.
+    """
+    if setup.dense_below is not None:
+        return setup.dense_below
+    return 0 if gpu is None or preset.impl != "auto" or setup.graphs else dense_below(gpu, channels)
+
+
+def all_dense(tokens: int, preset: Preset, limit: int) -> bool:
+    """Whether all calls of a clip run dense because they have fewer tokens than the limit."""
+    return preset.attention != "dense" and tokens < limit
 
 
 def repays_fusing(tokens: int, channels: int) -> bool:
@@ -70,6 +90,6 @@ def small_words(tokens: int, below: int, *, asked: bool) -> str:
     )
 
 
-def _is(word: str, name: str) -> bool:
-    """Whether a word of a product name is a chip's, alone or behind a G as in GH200 and GB200."""
-    return word in (name, f"G{name}")
+def is_chip(gpu: str, name: str) -> bool:
+    """Whether a word of a GPU's product name is that of a chip, alone or behind a G as in GH200 and GB200."""
+    return bool({name, f"G{name}"} & set(gpu.upper().replace("-", " ").split()))

@@ -22,7 +22,7 @@ from vmonarch_cli.models.tuned import (
 )
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
-from vmonarch_cli.text import listed
+from vmonarch_cli.text import counted, listed, with_article
 from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
 
 NONE = "none"
@@ -113,7 +113,7 @@ def check(tuned: AdapterFile, use: Use) -> None:
     """InputError when an adapter must not be used so: the sentence names what it was made for, and what runs."""
     is_lora = tuned.adapter.kind == "lora"
     if is_lora and not use.facts.lora:
-        raise InputError(f"--tuned: diffusers loads no LoRA into a {use.facts.name}")
+        raise InputError(f"--tuned: diffusers loads no LoRA into {with_article(use.facts.name)}")
     if is_lora and importlib.util.find_spec("peft") is None:
         raise InputError(f"--tuned {_PEFT}")
     if use.replaced:
@@ -134,8 +134,8 @@ def _of_another_preset(tuned: AdapterFile, use: Use, misfit: str) -> str:
     few = use.preset.few_steps
     if few is not None and said.misfit(use.preset, said.steps) is None:
         return (
-            f"adapter {tuned.path} was tuned with preset {name} at {said.steps} steps and cannot run at {use.steps}: "
-            f"up to {few.up_to} steps {name} computes otherwise ({misfit}); "
+            f"adapter {tuned.path} was tuned with preset {name} at {counted(said.steps, 'step')} and cannot run at "
+            f"{use.steps}: up to {few.up_to} steps {name} computes otherwise ({misfit}); "
             f"`vmonarch tune --sampler-steps {use.steps}` makes one"
         )
     return (
@@ -232,10 +232,10 @@ def _differences(tuned: AdapterFile, use: Use) -> str | None:
     """'96x96, and this run has 80x64', where steps, guidance or shape are not those that an adapter was made for."""
     said, size = tuned.adapter, f"{use.width}x{use.height}"
     pairs = [
-        (f"{said.steps} steps", f"{use.steps}", said.steps != use.steps),
+        (counted(said.steps, "step"), f"{use.steps}", said.steps != use.steps),
         (f"guidance {said.guidance_scale:g}", f"{use.guidance_scale:g}", said.guidance_scale != use.guidance_scale),
         (said.size, size, said.size != size),
-        (f"{said.num_frames} frames", f"{use.num_frames}", said.num_frames != use.num_frames),
+        (counted(said.num_frames, "frame"), f"{use.num_frames}", said.num_frames != use.num_frames),
     ]
     others = [(there, here) for there, here, differs in pairs if differs]
     there, here = (listed([pair[side] for pair in others]) for side in (0, 1))
@@ -243,4 +243,4 @@ def _differences(tuned: AdapterFile, use: Use) -> str | None:
 
 
 def _sampling(steps: int, guidance_scale: float) -> str:
-    return f"{steps} steps with guidance {guidance_scale:g}"
+    return f"{counted(steps, 'step')} with guidance {guidance_scale:g}"

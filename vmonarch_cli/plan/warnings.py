@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vmonarch_cli.machine.hardware import can_use_gpu
+from vmonarch_cli.machine.hardware import uses_gpu
 from vmonarch_cli.models.base import ModelEntry, PipelineFacts
 from vmonarch_cli.models.demo_vocabulary import unknown_words
 from vmonarch_cli.models.lora_facts import LoraFacts, distilled_word
@@ -76,15 +76,16 @@ def of_video(video: str | None, facts: PipelineFacts, sigmas: Sequence[float] | 
         )
 
 
-def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops) -> Iterator[str]:
-    """A preset of which nothing runs structured, though it is made for that, or which costs more than dense."""
-    if preset.attention == "dense" or flops.structured_call == flops.dense_call:  # a band over all frames asks for it
+def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, small: bool) -> Iterator[str]:
+    """A preset of which nothing runs structured, though it is made for that, or which costs more than dense; nothing
+    where all calls run dense because they are small, which other words say.
+    """
+    asks_for_dense = flops.structured_call == flops.dense_call  # a band over all frames does
+    if preset.attention == "dense" or small or asks_for_dense:
         return
     if all(row.dense for row in schedule):
-        yield (
-            f"preset {preset.name} runs nothing structured here: all {len(schedule)} steps are dense, "
-            "as with --preset dense"
-        )
+        all_steps = "its one step is dense" if len(schedule) == 1 else f"all {len(schedule)} steps are dense"
+        yield (f"preset {preset.name} runs nothing structured here: {all_steps}, as with --preset dense")
     elif flops.planned > COSTLY * flops.dense:
         yield (
             f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "
@@ -118,8 +119,7 @@ def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[P
         names = [name for name in (*assigned, *given) if name != "attention"]
         if names:
             yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
-    on_gpu = (request.device or "auto").startswith("cuda") or (request.device in (None, "auto") and can_use_gpu())
-    if request.offload not in (None, "auto", "none") and not on_gpu:
+    if request.offload not in (None, "auto", "none") and not uses_gpu(request.device or "auto"):
         yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
 
 

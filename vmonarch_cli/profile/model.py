@@ -24,6 +24,7 @@ from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.repeat import Budget, OnWork, reason, unheard, wall
 from vmonarch_cli.profile.results import ChipPeak, KernelShape, ModelProfile, OutputCheck
 from vmonarch_cli.profile.steps import StepsRun, first_inputs
+from vmonarch_cli.text import with_article
 from vmonarch_cli.timing import Pace
 
 
@@ -93,7 +94,7 @@ def random_transformer(entry: ModelEntry, device: torch.device, dtype: torch.dty
 
     facts = PIPELINES[entry.pipeline]
     if facts.transformer_config is None:
-        raise ModelError(f"a {facts.transformer} cannot be made without its weights: profile it with them")
+        raise ModelError(f"{with_article(facts.transformer)} cannot be made without its weights: profile it with them")
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:

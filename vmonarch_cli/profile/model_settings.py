@@ -5,28 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.plan.costs import branches_of
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.results import FUSED
+from vmonarch_cli.profile.settings import ProfiledClips
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(ProfiledClips):
     """What to measure on which model."""
 
-    entry: ModelEntry
-    source: str
     random_weights: bool
-    device: torch.device
-    dtype: torch.dtype
-    height: int
-    width: int
-    num_frames: int
-    guidance_scale: float
     flow_shift: float
     clip_steps: int
     """Denoising steps of a clip; the first `steps` of them are measured."""
@@ -47,10 +36,6 @@ class ModelSettings:
     """Adapters that have a row of their own, with the preset that each was made for."""
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.entry.grid(self.height, self.width, self.num_frames)
-
-    @property
     def fused_how(self) -> str:
         """How the names of rows with fused blocks end."""
         return FUSED if self.fused_impl == "triton" else f"{FUSED} in {self.fused_impl}"
@@ -61,8 +46,3 @@ class ModelSettings:
         if self.fused_impl is None:
             return {}
         return {f"{preset.name}, {self.fused_how}": preset for preset in self.presets if preset.attention != "dense"}
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of one denoising step."""
-        return branches_of(self.entry, self.guidance_scale)

@@ -15,18 +15,18 @@ from torch import Tensor
 from vmonarch_cli.attention.session import AttentionSession
 from vmonarch_cli.attention.structured import Attention
 from vmonarch_cli.media.metrics import psnr, relative_error, ssim
-from vmonarch_cli.models.base import ModelEntry
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.pipeline.call import decode_whole
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.swap import swapped
-from vmonarch_cli.plan.costs import branches_of, count_flops
+from vmonarch_cli.plan.costs import count_flops
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.blocks import attention_in_blocks, block_flops
 from vmonarch_cli.profile.quality_results import QualityProfile, QualityRow
 from vmonarch_cli.profile.repeat import Budget, OnWork, reason, unheard
 from vmonarch_cli.profile.results import EXACT, OutputCheck
+from vmonarch_cli.profile.settings import ProfiledClips
 from vmonarch_cli.profile.variants import Variant
 from vmonarch_cli.timing import Pace
 
@@ -36,33 +36,16 @@ _FRAMES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class QualitySettings:
+class QualitySettings(ProfiledClips):
     """What to generate; clip number i has prompt i and starts from the noise of seed `seed + i`."""
 
-    entry: ModelEntry
-    source: str
-    device: torch.device
-    dtype: torch.dtype
-    height: int
-    width: int
-    num_frames: int
     steps: int
-    guidance_scale: float
     flow_shift: float | None
     prompts: tuple[str, ...]
     batch: int
     variants: Sequence[Variant]
     sweep: str
     seed: int = 0
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.entry.grid(self.height, self.width, self.num_frames)
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of one denoising step."""
-        return branches_of(self.entry, self.guidance_scale)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vmonarch_cli.families.registry import FAMILIES, family_of
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.presets import load_preset
+from vmonarch_cli.text import with_article
 from vmonarch_cli.tune.clips import pixels
 from vmonarch_cli.tune.recorder import ForwardRecorder
 from vmonarch_cli.tune.request import TunePlan
@@ -59,7 +60,7 @@ def encode_clip(pipeline: Any, plan: TunePlan, number: int) -> Path:
     vae = pipeline.vae
     encode = family_of(pipeline).encode
     if encode is None:
-        raise ModelError(f"a {type(pipeline).__name__} cannot be tuned on clips")
+        raise ModelError(f"{with_article(type(pipeline).__name__)} cannot be tuned on clips")
     latents = encode(pipeline, (frames.to(vae.device).float() / 127.5 - 1).to(vae.dtype))
     recorder = ForwardRecorder()
     with _idle(pipeline):

@@ -11,7 +11,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.warnings import of_demo
-from vmonarch_cli.text import shown
+from vmonarch_cli.text import counted, shown
 
 if TYPE_CHECKING:
     from vmonarch_cli.tune.clips import CaptionedClip
@@ -33,8 +33,8 @@ def split_prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tup
     texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
-            f"--eval-prompts {held_out} leaves no prompt to train with: there are {len(texts)} different ones, and "
-            "those that are held out are not trained with"
+            f"--eval-prompts {held_out} leaves no prompt to train with: there {'is' if len(texts) == 1 else 'are'} "
+            f"{counted(len(texts), 'different prompt')}, and at least {held_out + 1} are needed"
         )
     cut = len(texts) - held_out
     return tuple(texts[:cut]), tuple(texts[cut:])

@@ -22,7 +22,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import at_steps
-from vmonarch_cli.text import binary_size, shown
+from vmonarch_cli.text import binary_size, shown, with_article
 from vmonarch_cli.tune.clips import CaptionedClip, find_clips
 from vmonarch_cli.tune.prompts import DEFAULT_EVAL, split_clips, split_prompts, unknown_words
 from vmonarch_cli.tune.same_base import same_base
@@ -263,7 +263,7 @@ def _output(request: TuneRequest) -> Path:
 def _check_model(clip: Plan, full: bool) -> None:
     model, facts = clip.model, PIPELINES[clip.model.pipeline]
     if not (facts.lora or full):
-        raise InputError(f"{model.alias} cannot be tuned: diffusers loads no LoRA into a {facts.name}")
+        raise InputError(f"{model.alias} cannot be tuned: diffusers loads no LoRA into {with_article(facts.name)}")
     reason = _obstacle(facts)
     if reason is not None:
         able = [name for name, other in PIPELINES.items() if (other.lora or full) and _obstacle(other) is None]

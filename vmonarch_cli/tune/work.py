@@ -40,8 +40,8 @@ def prepare_work(plan: TunePlan) -> None:
         raise InputError(f"{path} cannot be read: pass --overwrite without --resume to start anew") from None
     if differing is not None:
         raise InputError(
-            f"--resume: {folder} was begun with another {differing} ({_short(found[differing])}, now "
-            f"{_short(identity[differing])}): give the flags of that run, or --overwrite to start anew"
+            f"--resume: {folder} was begun with {differing} {_short(found[differing])}, and now it is "
+            f"{_short(identity[differing])}: give the flags of that run, or --overwrite to start anew"
         )
 
 

@@ -18,7 +18,7 @@ from vmonarch_cli.plan.setup import DENSE_ATTENTION, AdapterFile
 from vmonarch_cli.plan.tuned import NONE, Use, choose, read
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.profile.variants import GENERIC_PROMPTS
-from vmonarch_cli.text import shown
+from vmonarch_cli.text import shown, with_article
 from vmonarch_cli.untrusted.files import user_path
 
 WAN = "WanPipeline"
@@ -122,12 +122,13 @@ def model_shape(flags: ShapeFlags, *, random: bool) -> ModelShape:
     profiled = sorted((name for name, facts in PIPELINES.items() if facts.transformer_config is not None), key=len)
     if entry.pipeline not in profiled:
         raise InputError(
-            f"whole models are profiled for {', '.join(profiled)}, and {entry.alias} is a {entry.pipeline}: "
-            "`vmonarch profile kernel --shape TxP --heads H --head-dim D` measures its attention"
+            f"whole models are profiled for {', '.join(profiled)}, and {entry.alias} is "
+            f"{with_article(entry.pipeline)}: `vmonarch profile kernel --shape TxP --heads H --head-dim D` measures "
+            "its attention"
         )
     if entry.pipeline != WAN and not random:
         raise InputError(
-            f"with its own weights only a {WAN} is profiled, and {entry.alias} is a {entry.pipeline}: "
+            f"with its own weights only a {WAN} is profiled, and {entry.alias} is {with_article(entry.pipeline)}: "
             "add --random-weights, which takes the same time"
         )
     given_height, given_width = checks.size(flags.size, flags.height, flags.width)

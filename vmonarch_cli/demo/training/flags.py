@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS
 from vmonarch_cli.demo.training.buckets import parse_buckets
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,29 @@ class Phase:
 
 
 def parse_phases(text: str) -> tuple[Phase, ...]:
-    """Phases from text such as "1:0.1,17:0.35,49:1"."""
-    phases = tuple(Phase(int(part.split(":")[0]), float(part.split(":")[1])) for part in text.split(","))
-    ends = [p.end for p in phases]
-    if ends != sorted(ends) or ends[-1] < 1.0 or any((p.frames - 1) % 4 for p in phases):
+    """Phases from text such as "1:0.1,17:0.35,49:1"; ValueError for ends that do not rise to 1 and other frames."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        phases = tuple(Phase(int(frames), float(end)) for frames, end in pairs)
+    except ValueError:
+        phases = ()
+    ends = [phase.end for phase in phases]
+    rising = ends == sorted(set(ends)) and all(0 < end <= 1 for end in ends) and ends[-1:] == [1.0]
+    if not rising or any(phase.frames < 1 or (phase.frames - 1) % 4 for phase in phases):
         raise ValueError(f"--phases: got {text!r}, valid are rising ends up to 1 and frame counts 4 n + 1")
     return phases
+
+
+def _flag(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """The same for argparse, which names the flag itself and loses the sentence of any ValueError."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+    return read
 
 
 def parse_share(text: str) -> float:
@@ -33,6 +54,14 @@ def parse_share(text: str) -> float:
     share = float(text)
     if not 0 <= share <= 1:  # and so no NaN
         raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training from 0 to 1")
+    return share
+
+
+def parse_start(text: str) -> float:
+    """A share of the training after which something begins: below 1, or it never would."""
+    share = float(text)
+    if not 0 <= share < 1:  # and so no NaN
+        raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training from 0 up to below 1")
     return share
 
 
@@ -54,13 +83,15 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-batch", type=int, default=128, help="images a step at most")
     parser.add_argument(
         "--phases",
-        type=parse_phases,
+        type=_flag(parse_phases),
         default=parse_phases("1:0.17,49:1"),
         help="frames:end, ... with ends in [0, 1] of the whole training",
     )
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term; more makes smoother latents")
-    parser.add_argument("--polish", type=float, default=0.65, help="progress from which squared error dominates")
+    parser.add_argument(
+        "--polish", type=parse_share, default=0.65, help="share of the training from which squared error dominates"
+    )
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--seed", type=int, default=0)
@@ -89,7 +120,7 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(DIT_PRESETS), default="default")
     parser.add_argument(
         "--clips",
-        type=parse_buckets,
+        type=_flag(parse_buckets),
         default=parse_buckets(f"{NUM_FRAMES}x{SIZE}"),
         help="FRAMESxSIZE of the clips, or several with shares of the steps: 49x96:2,193x96:1",
     )
@@ -109,12 +140,12 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small-until", type=parse_share, default=0.5, help="share of the training at half the size")
     parser.add_argument(
         "--structured",
-        type=parse_share,
+        type=parse_start,
         nargs="?",
         const=0.0,
         metavar="SHARE",
         help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4), once this "
-        "share of the training is over (from the start, if no share is given)",
+        "share of the training is over, from 0 to below 1 (0, the start, if no share is given)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")

@@ -18,7 +18,7 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import parse_preset
 from vmonarch_cli.profile.calibrate.limits import cheapest, units_of
-from vmonarch_cli.text import shown
+from vmonarch_cli.text import counted, shown
 from vmonarch_cli.tune.prompts import checked_prompts
 
 DEFAULT_MEASURED, DEFAULT_EVAL = 4, 4
@@ -158,7 +158,7 @@ def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tu
     texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
-            f"--eval-prompts {held_out} leaves no prompt to measure with: there are {len(texts)} different ones, and "
-            "those that are held out are not measured with"
+            f"--eval-prompts {held_out} leaves no prompt to measure with: there {'is' if len(texts) == 1 else 'are'} "
+            f"{counted(len(texts), 'different prompt')}, and at least {held_out + 1} are needed"
         )
     return tuple(texts[:-held_out]), tuple(texts[-held_out:])
