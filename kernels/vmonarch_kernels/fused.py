@@ -316,29 +316,32 @@ def _(
     return q.new_empty(size), q.new_empty(0) if k is None else k.new_empty(size)
 
 
-@torch.library.custom_op("vmonarch_kernels::residual_norm", mutates_args=())
-def _residual_norm_op(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    gate_table: Tensor | None,
-    scale: Tensor | None,
-    scale_table: Tensor | None,
-    shift: Tensor | None,
-    shift_table: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
+# Operators infer their schema from annotations; these two would have the same twelve.
+_NORM_SCHEMA = (
+    "(Tensor x, Tensor? y, Tensor? gate, Tensor? gate_table, Tensor? scale, Tensor? scale_table, Tensor? shift, "
+    "Tensor? shift_table, Tensor? weight, Tensor? bias, float eps, str kind)"
+)
+
+
+def _residual_norm(x: Tensor, y: Tensor | None, *rest: Any, e4m3: bool) -> tuple[Tensor, ...]:
+    """(sum, empty where it is x; norm), and with `e4m3` the norm's rows and their scales; arguments as the schema's."""
     from vmonarch_kernels import launch_fused
 
-    norm = Norm(eps, weight, bias, "layer" if kind == "layer" else "rms")
-    terms = _term(gate, gate_table), _term(scale, scale_table), _term(shift, shift_table)
+    gate, scale, shift = (_term(*rest[place : place + 2]) for place in (0, 2, 4))
+    weight, bias, eps, kind = rest[6:]
     with launch_fused.on_device_of(x):
-        total, out, _ = launch_fused.residual_norm(x, y, terms[0], norm, *terms[1:])
+        total, out, rows = launch_fused.residual_norm(
+            x, y, gate, Norm(eps, weight, bias, kind), scale, shift, e4m3=e4m3
+        )
     assert out is not None  # noqa: S101 - for the type checker: there is a norm
-    return x.new_empty(0) if total is None else total, out
+    return x.new_empty(0) if total is None else total, out, *(rows or ())
+
+
+@torch.library.custom_op(
+    "vmonarch_kernels::residual_norm", mutates_args=(), schema=f"{_NORM_SCHEMA} -> (Tensor, Tensor)"
+)
+def _residual_norm_op(*tensors: Any) -> tuple[Tensor, ...]:
+    return _residual_norm(*tensors, e4m3=False)
 
 
 @_residual_norm_op.register_fake
@@ -346,30 +349,13 @@ def _(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(0) if y is None else x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vmonarch_kernels::residual_norm_rows", mutates_args=())
-def _residual_norm_rows_op(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    gate_table: Tensor | None,
-    scale: Tensor | None,
-    scale_table: Tensor | None,
-    shift: Tensor | None,
-    shift_table: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vmonarch_kernels import launch_fused
-
-    norm = Norm(eps, weight, bias, "layer" if kind == "layer" else "rms")
-    terms = _term(gate, gate_table), _term(scale, scale_table), _term(shift, shift_table)
-    with launch_fused.on_device_of(x):
-        total, out, rows = launch_fused.residual_norm(x, y, terms[0], norm, *terms[1:], e4m3=True)
-    assert out is not None  # noqa: S101 - for the type checker: there is a norm
-    assert rows is not None  # noqa: S101 - and its rows
-    return x.new_empty(0) if total is None else total, out, *rows
+@torch.library.custom_op(
+    "vmonarch_kernels::residual_norm_rows",
+    mutates_args=(),
+    schema=f"{_NORM_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _residual_norm_rows_op(*tensors: Any) -> tuple[Tensor, ...]:
+    return _residual_norm(*tensors, e4m3=True)
 
 
 @_residual_norm_rows_op.register_fake

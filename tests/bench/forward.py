@@ -4,9 +4,9 @@ with fused blocks, in turn in one process; and the kernels that one of them runs
     python tests/bench/forward.py --json forward.json
     python tests/bench/forward.py --compile --quantize fp8 --kernels "paper, fused" --json fp8.json
 
-`profile model` compares presets with the stock model; here every kind of attention has the same flags. What fused
-blocks predict is compared with what the stock ones do, and a row that is off has no times. Random weights have the time
-of real ones.
+`profile model` has such rows, and compares them all with dense attention. Here what fused blocks predict is compared
+with what the stock ones do, a row that is off has no times, and every dense attention has a fused row. Random weights
+have the time of real ones.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,17 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.media.metrics import relative_error
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline.apply_setup import compile_blocks
-from vmonarch_cli.pipeline.fuse import fused
 from vmonarch_cli.pipeline.quantize import compute_in
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.chip import measure_chip
-from vmonarch_cli.profile.contenders import Contender, contenders, skip_attention, structured
+from vmonarch_cli.profile.contenders import Contender, contenders, fused_blocks, structured
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.model_settings import ModelSettings
 from vmonarch_cli.profile.record import this_machine
 from vmonarch_cli.profile.repeat import order_of_round, reason, wall
-from vmonarch_cli.profile.results import Spread
+from vmonarch_cli.profile.results import FUSED, Spread
 from vmonarch_cli.profile.steps import StepTensors, first_inputs, predict, timed_step
 
 LARGEST_ERROR = {torch.bfloat16: 8e-2, torch.float16: 2e-2, torch.float32: 1e-3}
@@ -95,30 +92,8 @@ def rows_of(settings: ModelSettings, transformer: Any, masked: bool) -> list[Con
             plain[place] = structured(transformer, row.row, session)
     if settings.fused_impl is None:
         return plain
-    found = list(plain)
-    for row in plain:
-        within = row
-        if row.row.kind == "dense" and masked and row.row.name != dense.name:
-            continue
-        if row.row.kind == "dense":
-            names = (row.row.name,) if row.session is None else row.session.dense
-            within = structured(transformer, row.row, AttentionSession(dense, [layers], dense=names))
-        elif row.session is not None:
-            skips = skip_attention if row.row.kind == "skipped" else None
-            session = AttentionSession(row.session.preset, [layers], attention=skips)
-            within = structured(transformer, row.row, session)
-        named = replace(row.row, name=f"{row.row.name}, fused", stock=row.row.name)
-        found.append(replace(within, row=named, enter=_fused(transformer, settings.fused_impl, within)))
-    return found
-
-
-def _fused(transformer: Any, impl: str, within: Contender) -> Callable[[], Any]:
-    @contextmanager
-    def enter() -> Iterator[None]:
-        with fused(transformer, impl), within.enter():
-            yield
-
-    return enter
+    able = [row for row in plain if row.row.kind != "dense" or row.session is not None or not masked]
+    return [*plain, *(fused_blocks(transformer, row, FUSED, settings.fused_impl) for row in able)]
 
 
 def warm_up(

@@ -78,6 +78,12 @@ def wan_inputs(transformer: Any, *, tokens: bool = False) -> dict[str, Any]:
     }
 
 
+def predicted(transformer: Any, given: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = transformer(**given)[0]
+    return result.float()
+
+
 def bfloat16_inputs(transformer: Any) -> dict[str, Any]:
     given = wan_inputs(transformer)
     return {name: x.bfloat16() if name != "timestep" and torch.is_tensor(x) else x for name, x in given.items()}
@@ -333,16 +339,11 @@ def test_projections_in_8_bits(kind: str) -> None:
     transformer = tiny_transformer(layers=2).to(torch.bfloat16)
     given = bfloat16_inputs(transformer)
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            result: torch.Tensor = transformer(**given)[0]
-        return result.float()
-
-    narrow = forward()
+    narrow = predicted(transformer, given)
     assert compute_in(transformer, kind, CPU)
-    stock = forward()
+    stock = predicted(transformer, given)
     with fused(transformer, "torch"):
-        found = forward()
+        found = predicted(transformer, given)
     assert 0 < float((stock - narrow).norm() / narrow.norm()) < 0.2
     assert float((found - narrow).norm()) < 1.2 * float((stock - narrow).norm())
 
@@ -366,9 +367,7 @@ def test_fp8_rows_are_made_once_where_their_tensor_is_written(
 
     def forward() -> torch.Tensor:
         quantised.clear()
-        with torch.no_grad():
-            result: torch.Tensor = transformer(**given)[0]
-        return result.float()
+        return predicted(transformer, given)
 
     if impl is not None:
         fuse(transformer, impl)
@@ -431,19 +430,14 @@ def test_compiled_blocks_in_e4m3() -> None:
     transformer = tiny_transformer(layers=2).to(torch.bfloat16)
     given = bfloat16_inputs(transformer)
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            result: torch.Tensor = transformer(**given)[0]
-        return result.float()
-
-    narrow = forward()
+    narrow = predicted(transformer, given)
     assert compute_in(transformer, "fp8", CPU)
     fuse(transformer, "torch")
-    eager = forward()
+    eager = predicted(transformer, given)
     torch._dynamo.reset()
     for block in transformer.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
-    compiled = forward()
+    compiled = predicted(transformer, given)
     torch._dynamo.reset()
     assert 0 < float((compiled - narrow).norm()) < 1.2 * float((eager - narrow).norm())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command import call
 
-from vmonarch_cli.plan import auto, here
+from vmonarch_cli.plan import auto, small_calls_here
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_on_a_cpu_and_with_few_steps() -> None:
 
 def test_it_knows_the_card_and_says_where_its_figures_are_from(monkeypatch: pytest.MonkeyPatch) -> None:
     def on(gpu: str, *flags: str) -> tuple[str, str]:
-        for module in (auto, here):
+        for module in (auto, small_calls_here):
             monkeypatch.setattr(module, "device_key", lambda device: gpu)
         return chosen("--device", "cuda", "--num-frames", "193", *flags)
 

@@ -18,7 +18,7 @@ from vmonarch_cli.errors import PresetError
 from vmonarch_cli.library import monarch
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
-from vmonarch_cli.plan import here
+from vmonarch_cli.plan import small_calls_here
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -63,8 +63,8 @@ def test_what_a_machine_does_with_small_calls() -> None:
 
 
 def test_a_plan_says_which_calls_a_gpu_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "device_key", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(here, "uses_gpu", lambda device: True)
+    monkeypatch.setattr(small_calls_here, "device_key", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(small_calls_here, "uses_gpu", lambda device: True)
 
     def rows(**more: Any) -> list[str]:
         return [str(words) for _, words in plan_tables._small_rows(planned(**more))]
@@ -76,7 +76,7 @@ def test_a_plan_says_which_calls_a_gpu_runs_dense(monkeypatch: pytest.MonkeyPatc
     ]
     assert rows(model="demo", graphs=True) == [], "what is to be replayed runs"
     assert rows(model="demo", dense_below=0) == rows(model="demo", preset="dense") == rows(model="wan2.1-1.3b") == []
-    monkeypatch.setattr(here, "uses_gpu", lambda device: False)
+    monkeypatch.setattr(small_calls_here, "uses_gpu", lambda device: False)
     assert rows(model="demo") == []
 
 

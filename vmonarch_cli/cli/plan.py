@@ -10,10 +10,10 @@ from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, configured, nu
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.checks import number
-from vmonarch_cli.plan.here import as_it_will_run
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.small_calls_here import as_it_will_run
 
 
 @takes_request()

@@ -15,7 +15,6 @@ from vmonarch_cli.cli.schedule_tables import cost_table, schedule_rows
 from vmonarch_cli.cli.tables import facts, table
 from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.models.demo import DEMO
-from vmonarch_cli.plan.here import as_it_will_run, runs_small, small_limit
 from vmonarch_cli.plan.history import expect, resolved_dtype, will_use_gpu
 from vmonarch_cli.plan.memory import (
     Footprint,
@@ -29,6 +28,7 @@ from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.resolve import MODEL_DEFAULT
 from vmonarch_cli.plan.setup import COMPUTED
 from vmonarch_cli.plan.small_calls import small_words
+from vmonarch_cli.plan.small_calls_here import as_it_will_run, runs_small, small_limit
 from vmonarch_cli.presets import DEFAULT_PRESET, FIELD_DOCS, Preset, format_value
 from vmonarch_cli.text import binary_size, seconds
 from vmonarch_kernels.dense_facts import PACKAGES, installed

@@ -102,8 +102,8 @@ def motions_at(spec: ClipSpec, times: Tensor) -> Tensor:
     names = list(MOTIONS)
     found = torch.zeros(len(times), len(names))
     for item in spec.objects:
-        turns = (times.cpu() * len(item.motions)).long().clamp(max=len(item.motions) - 1)
-        found[torch.arange(len(times)), torch.tensor([names.index(m) for m in item.motions])[turns]] = 1.0
+        numbers = torch.tensor([names.index(motion) for motion in item.motions])
+        found[torch.arange(len(times)), numbers[_turns(times.cpu(), len(numbers)).long()]] = 1.0
     return found
 
 
@@ -174,13 +174,18 @@ def _soft_square(u: Tensor) -> Tensor:
     return torch.tanh(3.0 * torch.sin(2 * math.pi * u))
 
 
+def _turns(times: Tensor, count: Tensor | int) -> Tensor:
+    """Which of `count` motions that share the time equally has its turn at times in [0, 1], from 0, as floats."""
+    return (times * count).floor().clamp(max=count - 1)
+
+
 def _tracks(objects: Sequence[Sequence[Track]], times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, y, radius and angle (radians), each (B, F, 1, 1), of objects whose tracks share the time equally."""
     most = max(len(tracks) for tracks in objects)
     rows = [[*tracks, *[tracks[-1]] * (most - len(tracks))] for tracks in objects]
     table = torch.tensor([[[getattr(t, f) for f in _TRACK_FIELDS] for t in row] for row in rows], device=times.device)
     count = torch.tensor([[len(tracks)] for tracks in objects], device=times.device)
-    which = (times * count).floor().clamp(max=count - 1)
+    which = _turns(times, count)
     times = times * count - which
     chosen = table.gather(1, which.long()[..., None].expand(-1, -1, len(_TRACK_FIELDS)))
     p = {name: chosen[..., i] for i, name in enumerate(_TRACK_FIELDS)}

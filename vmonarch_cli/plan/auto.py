@@ -20,6 +20,7 @@ from vmonarch_cli.plan.history import will_use_gpu
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.small_calls import dense_below, is_chip
 from vmonarch_cli.presets import at_steps, load_preset
+from vmonarch_cli.text import counted
 
 AUTO = "auto"
 MARK = f", {AUTO}"
@@ -36,7 +37,7 @@ def choose_preset(plan: Plan) -> tuple[str, str]:
     model's default, `fast`, `dense`.
     """
     gpu, device = will_use_gpu(plan), device_key(plan.device)
-    where = f"{plan.tokens:,} tokens, {plan.steps} step{'' if plan.steps == 1 else 's'}, {device}"
+    where = f"{plan.tokens:,} tokens, {counted(plan.steps, 'step')}, {device}"
     asked = plan.setup.dense_below
     if asked is not None and plan.tokens < asked:
         return _DENSE, f"{where}: --dense-below {asked} has all calls run dense"

@@ -19,7 +19,6 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
-from vmonarch_cli.plan.here import limit_on
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
@@ -27,6 +26,7 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
 from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.small_calls import all_dense
+from vmonarch_cli.plan.small_calls_here import limit_on
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
 

@@ -85,7 +85,7 @@ def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, s
         return
     if all(row.dense for row in schedule):
         all_steps = "its one step is dense" if len(schedule) == 1 else f"all {len(schedule)} steps are dense"
-        yield (f"preset {preset.name} runs nothing structured here: {all_steps}, as with --preset dense")
+        yield f"preset {preset.name} runs nothing structured here: {all_steps}, as with --preset dense"
     elif flops.planned > COSTLY * flops.dense:
         yield (
             f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "

@@ -30,10 +30,15 @@ def split_prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tup
                 f"no prompts to tune {clip.model.alias} with: --prompts-file takes a file with one prompt per line"
             )
         return _demo_prompts(held_out, clip.num_frames)
+    return held_apart(clip, given, held_out, "train")
+
+
+def held_apart(clip: Plan, given: Sequence[str], held_out: int, use: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(prompts to use, the last ones of them), all different; InputError where none is left to "train" with."""
     texts = checked_prompts(clip, given)
     if len(texts) <= held_out:
         raise InputError(
-            f"--eval-prompts {held_out} leaves no prompt to train with: there {'is' if len(texts) == 1 else 'are'} "
+            f"--eval-prompts {held_out} leaves no prompt to {use} with: there {'is' if len(texts) == 1 else 'are'} "
             f"{counted(len(texts), 'different prompt')}, and at least {held_out + 1} are needed"
         )
     cut = len(texts) - held_out

@@ -51,17 +51,19 @@ def _flag(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 def parse_share(text: str) -> float:
     """A share of the training, from 0 to 1."""
-    share = float(text)
-    if not 0 <= share <= 1:  # and so no NaN
-        raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training from 0 to 1")
-    return share
+    return _share(text, "from 0 to 1", ends=True)
 
 
 def parse_start(text: str) -> float:
     """A share of the training after which something begins: below 1, or it never would."""
+    return _share(text, "from 0 up to below 1", ends=False)
+
+
+def _share(text: str, valid: str, *, ends: bool) -> float:
+    """ends: 1 is valid, too."""
     share = float(text)
-    if not 0 <= share < 1:  # and so no NaN
-        raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training from 0 up to below 1")
+    if not (0 <= share < 1 or (ends and share == 1)):  # and so no NaN
+        raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training {valid}")
     return share
 
 

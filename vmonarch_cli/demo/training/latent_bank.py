@@ -64,9 +64,10 @@ class LatentBank:
         """Render, encode and keep clips from a row on."""
         rows = slice(row, row + len(specs))
         self.latents[rows] = self.encode(specs).to(torch.float16)
-        covered = occupancy(specs, self._times[::4], size=self.outlines.shape[-1], device=self.device)
+        times = self._times[::4]  # of latent frames
+        covered = occupancy(specs, times, size=self.outlines.shape[-1], device=self.device)
         self.outlines[rows] = covered.to(torch.float16)
-        self.moving[rows] = torch.stack([motions_at(spec, self._times[::4]) for spec in specs]).to(self.moving)
+        self.moving[rows] = torch.stack([motions_at(spec, times) for spec in specs]).to(self.moving)
 
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:

@@ -19,7 +19,7 @@ from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import parse_preset
 from vmonarch_cli.profile.calibrate.limits import cheapest, units_of
 from vmonarch_cli.text import counted, shown
-from vmonarch_cli.tune.prompts import checked_prompts
+from vmonarch_cli.tune.prompts import held_apart
 
 DEFAULT_MEASURED, DEFAULT_EVAL = 4, 4
 """Prompts of the demo model to measure with, and to verify with, where no flag says how many."""
@@ -109,7 +109,7 @@ def _check_clip(clip: Plan) -> None:
         )
     if options_for(preset, clip.grid[0]).exact:
         raise InputError(
-            f"preset {preset.name} is exact on {clip.grid[0]} latent frame{'' if clip.grid[0] == 1 else 's'}, so that "
+            f"preset {preset.name} is exact on {counted(clip.grid[0], 'latent frame')}, so that "
             "there is nothing to measure: choose more frames or another preset"
         )
     facts = PIPELINES[model.pipeline]
@@ -155,10 +155,4 @@ def _prompts(clip: Plan, given: Sequence[str] | None, held_out: int) -> tuple[tu
 
         texts = list(dict.fromkeys(plain_caption(spec) for spec in held_out_specs(2 * (held_out + DEFAULT_MEASURED))))
         return tuple(texts[held_out : held_out + DEFAULT_MEASURED]), tuple(texts[:held_out])
-    texts = checked_prompts(clip, given)
-    if len(texts) <= held_out:
-        raise InputError(
-            f"--eval-prompts {held_out} leaves no prompt to measure with: there {'is' if len(texts) == 1 else 'are'} "
-            f"{counted(len(texts), 'different prompt')}, and at least {held_out + 1} are needed"
-        )
-    return tuple(texts[:-held_out]), tuple(texts[-held_out:])
+    return held_apart(clip, given, held_out, "measure")
