@@ -329,6 +329,27 @@ def _largest(record: Record) -> list[str]:
     return [how, "", *table(["frames", "tokens", "step, ms", "of it attention, ms", "peak, GiB"], rows)]
 
 
+def _tuning(record: Record) -> list[str]:
+    settings, step = record["settings"], record["step_s"]
+    built, all_layers = settings["layers"]
+    how = (
+        f"`vmonarch tune` of {settings['model']}, {settings['size']}, {settings['num_frames']} frames, preset "
+        f"{settings['preset']}, rank {settings['rank']}, {settings['dtype']}, random weights"
+        + (f", {built} of {all_layers} layers" if built < all_layers else "")
+        + ". *Step*: the student's forwards of both prompts, their backward pass and the optimiser, in each process."
+    )
+    row = [
+        str(settings["processes"]),
+        _ms(record["teacher_forward_s"]["median"]),
+        _ms(step["median"]),
+        f"{_ms(step['least'])} to {_ms(step['most'])}",
+        f"{settings['processes'] / step['median']:.3g}",
+        _maybe(record.get("peak_gib"), lambda value: f"{value:.1f}"),
+    ]
+    titles = ["processes", "teacher's forward, ms", "step, ms", "least to most", "clip steps a second", "peak, GiB"]
+    return [how, "", *table(titles, [row])]
+
+
 _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "kernel": _kernel,
     "model": _model,
@@ -338,6 +359,7 @@ _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "batch": _batch,
     "card": _card,
     "largest": _largest,
+    "tuning": _tuning,
 }
 """By kind of record, in the order of the page."""
 

@@ -18,49 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import WAN, write_model  # beside this script
 
-from vmonarch_cli.demo.model import build_tokenizer
-from vmonarch_cli.models.base import ModelEntry
-from vmonarch_cli.models.catalogue import ENTRIES
-from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 
 GIB = 2**30
-# The autoencoders of Wan 2.1 and of Wan 2.2 5B, by their number of latent channels.
-VAES: dict[int, dict[str, Any]] = {
-    16: {},
-    48: {
-        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2,
-        "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
-        "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-    },
-}  # fmt: skip
-UMT5_XXL = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-
-
-def write_model(entry: ModelEntry, folder: Path) -> None:
-    """A diffusers folder of a Wan model with random bfloat16 weights, made on the GPU."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    transformer = random_transformer(entry, torch.device("cuda"), torch.bfloat16)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        vae = AutoencoderKLWan(**VAES[entry.latent_channels])
-        text_encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
-    torch.set_default_dtype(torch.float32)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=entry.defaults.flow_shift
-    )
-    pipeline = WanPipeline(
-        tokenizer=build_tokenizer(), text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    del pipeline, transformer, vae, text_encoder
-    torch.cuda.empty_cache()
 
 
 class Watch(threading.Thread):
@@ -121,17 +83,15 @@ def measure(folder: Path, card: float, arguments: list[str], timeout: float) -> 
 def main() -> None:
     """Write the model if it is not there, then measure it on each card; the JSON is kept up after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[e.alias for e in ENTRIES if e.pipeline == "WanPipeline"], required=True)
+    parser.add_argument("--model", choices=WAN, required=True)
     parser.add_argument("--card", type=float, action="append", help="GiB free (repeatable; default 24)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the model and the clips")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds per clip")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("arguments", nargs="*", help="more flags of generate, after --")
     args = parser.parse_args()
-    entry = next(e for e in ENTRIES if e.alias == args.model)
     folder = args.work / args.model
-    if not (folder / "model_index.json").is_file():
-        write_model(entry, folder)
+    write_model(WAN[args.model], folder)
     settings = {"model": args.model, "arguments": args.arguments, "dtype": "bfloat16"}
     machine = this_machine(torch.device("cuda"))
     recorder = Recorder("card", str(args.json), machine, settings, "python tests/bench/small_card.py")

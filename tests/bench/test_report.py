@@ -15,6 +15,15 @@ from vmonarch_cli.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--shape", "3x16", "--heads", "1", "--head-dim", "16", "--repeats", "1", "--device", "cpu")
+GOOD = {
+    "schema": 1,
+    "kind": "kernel",
+    "checks_passed": True,
+    "finished": "2026-01-01",
+    "device": {"name": "x"},
+    "versions": {"torch": "2"},
+    "command": "vmonarch profile kernel",
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +71,33 @@ def test_the_page_comes_from_the_records(report: ModuleType, records: Path, tmp_
 def test_a_record_that_must_not_be_cited_is_refused(
     report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], words: str
 ) -> None:
-    good = {
-        "schema": 1,
-        "kind": "kernel",
-        "checks_passed": True,
-        "finished": "2026-01-01",
-        "device": {"name": "x"},
-        "versions": {"torch": "2"},
-        "command": "vmonarch profile kernel",
-    }
-    (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+    (tmp_path / "bad.json").write_text(json.dumps({**GOOD, **change}))
     out = tmp_path / "RESULTS.md"
     assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 1
     assert words in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_tuning_has_its_table(report: ModuleType, tmp_path: Path) -> None:
+    spread = {"median": 4.46, "least": 4.45, "most": 4.6, "count": 4}
+    record = {
+        **GOOD,
+        "kind": "tuning",
+        "started": "2026-01-01T00:00:00",
+        "settings": {
+            "processes": 2, "model": "wan2.1-14b", "preset": "paper", "size": "832x480", "num_frames": 81,
+            "dtype": "bfloat16", "layers": [4, 40], "rank": 64, "checkpointing": True,
+        },
+        "teacher_forward_s": {**spread, "median": 0.61},
+        "step_s": spread,
+        "peak_gib": 15.03,
+    }  # fmt: skip
+    (tmp_path / "tuning.json").write_text(json.dumps(record))
+    out = tmp_path / "RESULTS.md"
+    assert report.main(["--results", str(tmp_path), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "4 of 40 layers" in page
+    assert "| 2 | 610 | 4460 | 4450 to 4600 | 0.448 | 15.0 |" in page
 
 
 def test_the_page_in_the_tree_is_up_to_date(report: ModuleType) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -23,8 +22,6 @@ from typing import Any
 import torch
 
 from vmonarch_cli.machine.torchrun import read_rank
-from vmonarch_cli.machine.versions import installed_versions
-from vmonarch_cli.pipeline.device import device_name
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.plan.plan import Plan
@@ -32,6 +29,7 @@ from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.model import random_transformer
+from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import wall
 from vmonarch_cli.tune.group import joined
 from vmonarch_cli.tune.lora import add_lora
@@ -158,25 +156,27 @@ def main() -> None:
             tokenizer=None,
         )
         path = Path(folder) / "trajectory.safetensors"
-        result = {
-            "device": device_name(device),
+        settings = {
             "processes": rank.world,
-            "versions": installed_versions(),
             "model": clip.model.alias,
             "preset": clip.preset.name,
             "size": options.size,
             "num_frames": options.num_frames,
+            "dtype": "bfloat16" if dtype is torch.bfloat16 else "float32",
             "layers": [model.layers, clip.model.layers],
             "rank": options.rank,
             "checkpointing": not options.no_checkpointing,
-            "teacher_forward_s": teacher(pipeline, clip, device, path),
         }
-        result |= student(pipeline, clip, device, path, options, group)
+        target = str(options.json) if rank.is_main else None
+        recorder = Recorder("tuning", target, this_machine(device), settings, "python tests/bench/tuning.py")
+        recorder.save(teacher_forward_s=teacher(pipeline, clip, device, path))
+        found = student(pipeline, clip, device, path, options, group)
+        recorder.save(**found)
         group.wait()
+        recorder.finish(found["correct"])
         if rank.is_main:
-            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            print(json.dumps(result, indent=2))
-    if not result["correct"]:
+            print(recorder.text())
+    if not found["correct"]:
         sys.exit("the exact preset does not reproduce the teacher: nothing was timed")
 
 
