@@ -216,6 +216,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def queued(device: torch.device) -> Callable[[], None]:
+    """A function that waits for what is queued on the device now, and not for what is queued after this call."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
 class GuardedStep:
     """Optimiser steps on clipped gradients that leave everything as it was when the gradient is not finite.
 
