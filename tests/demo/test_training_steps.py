@@ -97,6 +97,28 @@ def test_a_bank_is_renewed_in_batches_of_the_size_it_was_filled_in(
     torch.testing.assert_close(bank.latents.float(), encode(bank.specs), rtol=2e-3, atol=2e-3)
 
 
+def test_a_bank_encodes_in_the_autoencoders_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(VAE_PRESETS["tiny"]).eval().requires_grad_(False)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        limits, log = BankLimits(2, 2, 100.0), JsonLog(tmp_path / "log.jsonl")
+        bank = LatentBank(vae.to(dtype), CPU, log, bucket=Bucket(5, 32, 1.0), limits=limits, seed=0)
+        bank.fill()
+        found[dtype] = bank.latents.float()
+    error = (found[torch.float16] - found[torch.float32]).norm() / found[torch.float32].norm()
+    assert 1e-5 < error < 2e-3  # of bfloat16 it would be 5e-3
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    vae = build_vae(VAE_PRESETS["tiny"]).eval().requires_grad_(False)
+    vae.encoder.conv_in.bias.fill_(float("inf"))
+    limits, log = BankLimits(1, 1, 100.0), JsonLog(tmp_path / "log.jsonl")
+    bank = LatentBank(vae, CPU, log, bucket=Bucket(5, 32, 1.0), limits=limits, seed=0)
+    with pytest.raises(FloatingPointError, match="--vae: it encodes clips of 5x32 to latents that are not finite"):
+        bank.fill()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is queued on a CPU")
 def test_rendering_does_not_wait_for_the_gpu() -> None:
     specs = [sample_spec("train", 0, i) for i in range(8)]

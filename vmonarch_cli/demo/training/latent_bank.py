@@ -41,7 +41,7 @@ class LatentBank:
     float16.
 
     Args:
-        vae: the frozen autoencoder, float32, with measured latent statistics in its config.
+        vae: the frozen autoencoder, which encodes in its own dtype, with measured latent statistics in its config.
         device: where everything lies.
         log: told about the filling.
         bucket: length and size of the clips.
@@ -81,11 +81,8 @@ class LatentBank:
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:
         """Normalised latents (B, z, T, h, w) of freshly rendered clips."""
-        video = render(specs, self._times, size=self.bucket.size, device=self.device).contiguous(
-            memory_format=self._layout
-        )
-        with loop.autocast(self.device):
-            latents = encode_mean(self.vae, video)
+        video = render(specs, self._times, size=self.bucket.size, device=self.device)
+        latents = encode_mean(self.vae, video.to(self.vae.dtype).contiguous(memory_format=self._layout))
         normalised: Tensor = (latents.float() - self._mean) / self._std
         return normalised
 
@@ -95,7 +92,7 @@ class LatentBank:
         self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.limits.clips))]
 
     def fill(self) -> None:
-        """Fill the bank, or as much of it as the time allows."""
+        """Fill the bank, or as much of it as the time allows; FloatingPointError for latents that are not finite."""
         start = time.monotonic()
         before = loop.queued(self.device)
         while len(self.specs) < len(self._numbers) and (
@@ -111,6 +108,8 @@ class LatentBank:
         self.next_clip = max(self.next_clip, len(self.specs))
         self._oldest = self.next_clip % len(self.specs)
         sample = self.latents[: min(len(self.specs), 512)].float()
+        if not sample.isfinite().all():
+            raise FloatingPointError(f"--vae: it encodes clips of {self.bucket.name} to latents that are not finite")
         self.log.write(
             "bank_full", bucket=self.bucket.name, clips=len(self.specs), took=time.monotonic() - start,
             mean=float(sample.mean()), std=float(sample.std()), memory_gb=loop.gpu_memory_gb(self.device),

@@ -96,6 +96,8 @@ class TransformerTraining:
         )  # fmt: skip
         self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
         self.vae = vae
+        # Autocast would keep norms and activations in float32 and be ten times as far from float32 as float16 is.
+        self.encoder = copy.deepcopy(vae).half() if device.type == "cuda" else vae
         self.clock = loop.Schedule(
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
@@ -131,7 +133,7 @@ class TransformerTraining:
         shown = bucket.halved() if self.banks_small else bucket
         at_once = shown.equal_count(a.encode_batch, first)
         limits = BankLimits.in_batches(kept, at_once, a.bank_seconds * bucket.share)
-        return LatentBank(self.vae, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
+        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
 
     def fill_banks(self) -> None:
         """Render and encode what the banks hold."""
@@ -214,8 +216,6 @@ class TransformerTraining:
 
     def _keep_compiled_if_right(self) -> None:
         """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
-        if not self.compiled.kept:
-            return
 
         def objective(which: int) -> Tensor:
             return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
@@ -324,7 +324,7 @@ class TransformerTraining:
         loop.keep_report(self.args.text / "text_report.json", self.args.out)
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:
-            del self.optimizer, self.banks
+            del self.optimizer, self.banks, self.encoder
             draw_samples(weights, self.args, self.device, self.log)
         return summary
 
