@@ -125,12 +125,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a reader sees the old one or the new one, never half of one."""
+def save_checkpoint(path: Path, state: dict[str, Any]) -> float:
+    """Write a checkpoint so that a reader sees the old one or the new one, never half of one; the seconds it took."""
+    start = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(path)
+    return time.monotonic() - start
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class TransformerTraining:
         return self.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
-        loop.save_checkpoint(
+        took = loop.save_checkpoint(
             self.args.out / "dit_checkpoint.pt",
             {
                 "preset": self.args.preset,
@@ -290,7 +290,7 @@ class TransformerTraining:
                 "elapsed": self.clock.elapsed(),
             },
         )
-        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed())
+        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
 
     def load(self, path: Path) -> None:
         state = loop.load_checkpoint(path, self.device)
