@@ -162,6 +162,23 @@ def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path, s
     assert (tmp_path / "weights" / "transformer").is_dir(), lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("small_until", "structured", "changes"), [("0.5", "0.5", 1), ("0", "0.5", 1), ("0.25", "0.5", 2), ("0.5", "0", 1)]
+)
+def test_what_begins_in_the_middle_does_not_move_the_schedule(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_until: str, structured: str, changes: int
+) -> None:
+    """Larger clips and Monarch attention that begin in one step are set up together, in time that does not count."""
+    excluded: list[float] = []
+    monkeypatch.setattr(Schedule, "exclude", lambda self, seconds: excluded.append(seconds))
+    command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path), "--samples", "0"]
+    main([*command, "--clips", "5x32", "--batch", "4", "--small-until", small_until, "--structured", structured])
+    assert len(excluded) == changes
+    report = json.loads((tmp_path / "dit_report.json").read_text())
+    assert report["structured"]
+    assert math.isfinite(report["loss"])
+
+
 def test_a_batch_that_cannot_be_split_is_refused(trained: Path, tmp_path: Path) -> None:
     command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="--batch: got 2; with --structured, valid are multiples of 4"):

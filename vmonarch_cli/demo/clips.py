@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vmonarch_cli.demo.specs import BEAT_FRAMES, ClipSpec, ObjectSpec
 from vmonarch_cli.demo.tracks import Track
+from vmonarch_cli.demo.transfer import to_device
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, RGB, SHAPES
 
 NUM_FRAMES = BEAT_FRAMES + 1
@@ -54,13 +55,13 @@ def render(
 
     """
     times = frame_times() if times is None else times
-    times = times.to(device=device, dtype=torch.float32).expand(len(specs), times.shape[-1])
+    times = to_device(times.float(), device).expand(len(specs), times.shape[-1])
     x, y = _pixel_grid(size, device)
     image = _backgrounds(specs, x, y, size, device)[:, :, None].expand(-1, -1, times.shape[1], -1, -1)
     for slot in range(max(len(s.objects) for s in specs)):
         rows = [b for b, s in enumerate(specs) if slot < len(s.objects)]
         whole = len(rows) == len(specs)
-        index = slice(None) if whole else torch.tensor(rows, device=device)
+        index = slice(None) if whole else to_device(torch.tensor(rows), device)
         painted = _paint(image[index], [specs[b].objects[slot] for b in rows], times[index], x, y, size)
         if whole:
             image = painted
@@ -90,8 +91,8 @@ def occupancy(
     for slot in range(max(len(s.objects) for s in specs)):
         rows = [b for b, s in enumerate(specs) if slot < len(s.objects)]
         objects = [specs[b].objects[slot] for b in rows]
-        cx, cy, r, angle = _tracks([o.tracks for o in objects], times.to(device).expand(len(rows), -1))
-        index = torch.tensor(rows, device=device)
+        cx, cy, r, angle = _tracks([o.tracks for o in objects], to_device(times, device).expand(len(rows), -1))
+        index = to_device(torch.tensor(rows), device)
         inside = _coverage(_distances(objects, x - cx, y - cy, r, angle), size)
         covered[index] = torch.maximum(covered[index], inside)
     return covered
@@ -133,7 +134,7 @@ def _pixel_grid(size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def _rgb(colours: Sequence[RGB], device: torch.device | str) -> Tensor:
-    return torch.tensor(list(colours), device=device, dtype=torch.float32)[:, :, None, None]
+    return to_device(torch.tensor(list(colours), dtype=torch.float32), device)[:, :, None, None]
 
 
 def _smoothstep(x: Tensor) -> Tensor:
@@ -149,9 +150,8 @@ def _coverage(distance: Tensor, size: int) -> Tensor:
 def _backgrounds(specs: Sequence[ClipSpec], x: Tensor, y: Tensor, size: int, device: torch.device | str) -> Tensor:
     """(B, 3, H, W) in [0, 1]."""
     base = _rgb([BACKGROUNDS[s.background] for s in specs], device)
-    numbers = torch.tensor(
-        [(s.pattern_angle, s.pattern_period, s.pattern_phase) for s in specs], device=device, dtype=torch.float32
-    )[:, :, None, None]
+    shapes = [(s.pattern_angle, s.pattern_period, s.pattern_phase) for s in specs]
+    numbers = to_device(torch.tensor(shapes, dtype=torch.float32), device)[:, :, None, None]
     angle, period, phase = numbers.unbind(1)
     cos, sin = torch.cos(2 * math.pi * angle), torch.sin(2 * math.pi * angle)
     u, v = x * cos + y * sin, y * cos - x * sin
@@ -164,7 +164,7 @@ def _backgrounds(specs: Sequence[ClipSpec], x: Tensor, y: Tensor, size: int, dev
         "checkered": wave_u * wave_v,
     }
     stacked = torch.stack([patterns[k] for k in kinds], 1)
-    which = torch.tensor([kinds.index(s.kind) for s in specs], device=device)
+    which = to_device(torch.tensor([kinds.index(s.kind) for s in specs]), device)
     tone = stacked[torch.arange(len(specs), device=device), which][:, None] * _TONE
     return torch.where(tone > 0, base + (1 - base) * tone, base * (1 + 1.2 * tone))
 
@@ -183,8 +183,9 @@ def _tracks(objects: Sequence[Sequence[Track]], times: Tensor) -> tuple[Tensor, 
     """x, y, radius and angle (radians), each (B, F, 1, 1), of objects whose tracks share the time equally."""
     most = max(len(tracks) for tracks in objects)
     rows = [[*tracks, *[tracks[-1]] * (most - len(tracks))] for tracks in objects]
-    table = torch.tensor([[[getattr(t, f) for f in _TRACK_FIELDS] for t in row] for row in rows], device=times.device)
-    count = torch.tensor([[len(tracks)] for tracks in objects], device=times.device)
+    table = torch.tensor([[[getattr(t, f) for f in _TRACK_FIELDS] for t in row] for row in rows])
+    count = torch.tensor([[len(tracks)] for tracks in objects])
+    table, count = to_device(table, times.device), to_device(count, times.device)
     which = _turns(times, count)
     times = times * count - which
     chosen = table.gather(1, which.long()[..., None].expand(-1, -1, len(_TRACK_FIELDS)))
@@ -224,7 +225,7 @@ def _distances(objects: Sequence[ObjectSpec], dx: Tensor, dy: Tensor, r: Tensor,
         return signed_distance(names[0], u, v, r)
     out = torch.empty_like(u)
     for shape in set(names):
-        rows = torch.tensor([b for b, name in enumerate(names) if name == shape], device=u.device)
+        rows = to_device(torch.tensor([b for b, name in enumerate(names) if name == shape]), u.device)
         out[rows] = signed_distance(shape, u[rows], v[rows], r[rows])
     return out
 

@@ -179,6 +179,8 @@ def build_scheduler() -> Any:
 
 def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> Any:
     """Prompt embeddings (B, MAX_TOKENS, d_model) exactly as `WanPipeline` makes them: zero after the real tokens."""
+    from vmonarch_cli.demo.transfer import to_device
+
     batch = tokenizer(
         prompts,
         padding="max_length",
@@ -188,8 +190,9 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> Any
         return_attention_mask=True,
         return_tensors="pt",
     )
-    mask = batch.attention_mask.to(text_encoder.device)
-    hidden = text_encoder(batch.input_ids.to(text_encoder.device), mask).last_hidden_state
+    device = text_encoder.device
+    mask = to_device(batch.attention_mask, device)
+    hidden = text_encoder(to_device(batch.input_ids, device), mask).last_hidden_state
     return hidden * mask[..., None].to(hidden.dtype)
 
 

@@ -14,7 +14,7 @@ from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 
 
-@dataclass(frozen=True)
+@dataclass
 class CompiledBlocks:
     """Compiles a transformer's blocks, and takes that back where it fails or gives other gradients.
 
@@ -23,6 +23,7 @@ class CompiledBlocks:
         middle_head: listens to a block anew after each change.
         log: told how long compiling took, or why it failed.
         device: where it runs.
+        kept: whether compiled blocks run.
 
     """
 
@@ -30,6 +31,7 @@ class CompiledBlocks:
     middle_head: MiddleHead
     log: loop.JsonLog
     device: torch.device
+    kept: bool = False
 
     def compile(self, *, dynamic: bool) -> None:
         """Compile the blocks; `dynamic`: for clips of several lengths and sizes."""
@@ -37,17 +39,29 @@ class CompiledBlocks:
         torch.fx.experimental._config.use_duck_shape = False
         self.transformer.compile_repeated_blocks(dynamic=dynamic)
         self.middle_head.listen_to(self.transformer)
+        self.kept = True
 
     def keep_if_right(self, objectives: Iterable[tuple[str, Callable[[], Tensor]]]) -> None:
-        """Try objectives, each with the name of its clips, without an update; where one fails or has other gradients
-        than without compilation, say so and go on eagerly.
+        """Try objectives, each with the name of its clips, without an update; where one fails, or code that it is the
+        first to run has other gradients than without compilation, say so and go on eagerly.
         """
         for name, objective in objectives:
-            if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._compare, objective)):
+            if not self.kept:
+                break
+            if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._try, objective)):
                 for block in self.transformer.blocks:
                     block._compiled_call_impl = None
                 self.middle_head.listen_to(self.transformer)
-                break
+                self.kept = False
 
-    def _compare(self, objective: Callable[[], Tensor]) -> None:
-        loop.compare_compiled(list(self.transformer.parameters()), lambda: objective().backward())
+    def _try(self, objective: Callable[[], Tensor]) -> None:
+        """Run what may compile, and compare it with the code itself where it did."""
+        known = _compilations()
+        objective().backward()
+        if _compilations() > known:
+            loop.compare_compiled(list(self.transformer.parameters()), lambda: objective().backward())
+
+
+def _compilations() -> int:
+    """How many graphs this process has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

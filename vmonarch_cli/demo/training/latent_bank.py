@@ -14,6 +14,7 @@ from vmonarch_cli.demo.model import latent_stats
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.transfer import to_device
 from vmonarch_cli.families.wan_vae import encode_mean
 from vmonarch_cli.models.demo_vocabulary import MOTIONS
 
@@ -26,13 +27,21 @@ class BankLimits:
     at_once: int
     seconds: float
 
+    @classmethod
+    def in_batches(cls, clips: int, at_once: int, seconds: float) -> BankLimits:
+        """At most so many clips, one at least, and of those above `at_once` only whole batches: cuDNN searches its
+        fastest convolutions anew for every number of clips.
+        """
+        clips = max(1, clips)
+        return cls(clips - clips % at_once or clips, at_once, seconds)
+
 
 class LatentBank:
     """Normalised latents of rendered training clips, where their objects are and how they move, kept on the device in
     float16.
 
     Args:
-        vae: the frozen autoencoder, float32, with measured latent statistics in its config.
+        vae: the frozen autoencoder, which encodes in its own dtype, with measured latent statistics in its config.
         device: where everything lies.
         log: told about the filling.
         bucket: length and size of the clips.
@@ -67,16 +76,13 @@ class LatentBank:
         times = self._times[::4]  # of latent frames
         covered = occupancy(specs, times, size=self.outlines.shape[-1], device=self.device)
         self.outlines[rows] = covered.to(torch.float16)
-        self.moving[rows] = torch.stack([motions_at(spec, times) for spec in specs]).to(self.moving)
+        self.moving[rows] = to_device(torch.stack([motions_at(spec, times) for spec in specs]), self.device).half()
 
     @torch.no_grad()
     def encode(self, specs: list[ClipSpec]) -> Tensor:
         """Normalised latents (B, z, T, h, w) of freshly rendered clips."""
-        video = render(specs, self._times, size=self.bucket.size, device=self.device).contiguous(
-            memory_format=self._layout
-        )
-        with loop.autocast(self.device):
-            latents = encode_mean(self.vae, video)
+        video = render(specs, self._times, size=self.bucket.size, device=self.device)
+        latents = encode_mean(self.vae, video.to(self.vae.dtype).contiguous(memory_format=self._layout))
         normalised: Tensor = (latents.float() - self._mean) / self._std
         return normalised
 
@@ -86,8 +92,9 @@ class LatentBank:
         self._numbers = [next_clip - 1 - (next_clip - 1 - row) % clips for row in range(min(clips, self.limits.clips))]
 
     def fill(self) -> None:
-        """Fill the bank, or as much of it as the time allows."""
+        """Fill the bank, or as much of it as the time allows; FloatingPointError for latents that are not finite."""
         start = time.monotonic()
+        before = loop.queued(self.device)
         while len(self.specs) < len(self._numbers) and (
             not self.specs or time.monotonic() - start < self.limits.seconds
         ):
@@ -95,25 +102,29 @@ class LatentBank:
             specs = [self._spec(number) for number in self._numbers[done : done + self.limits.at_once]]
             self._put(done, specs)
             self.specs.extend(specs)
-            loop.synchronize(self.device)
+            before()  # one batch ahead: the host prepares it while the device encodes the one before
+            before = loop.queued(self.device)
+        loop.synchronize(self.device)
         self.next_clip = max(self.next_clip, len(self.specs))
         self._oldest = self.next_clip % len(self.specs)
         sample = self.latents[: min(len(self.specs), 512)].float()
+        if not sample.isfinite().all():
+            raise FloatingPointError(f"--vae: it encodes clips of {self.bucket.name} to latents that are not finite")
         self.log.write(
             "bank_full", bucket=self.bucket.name, clips=len(self.specs), took=time.monotonic() - start,
             mean=float(sample.mean()), std=float(sample.std()), memory_gb=loop.gpu_memory_gb(self.device),
         )  # fmt: skip
 
     def refresh(self, count: int) -> None:
-        """Replace the oldest clips by new ones."""
-        count = min(count, len(self.specs) - self._oldest)
-        if count <= 0:
-            return
-        specs = [self._spec(self.next_clip + i) for i in range(count)]
-        self.next_clip += count
-        self._put(self._oldest, specs)
-        self.specs[self._oldest : self._oldest + count] = specs
-        self._oldest = (self._oldest + count) % len(self.specs)
+        """Replace the oldest clips by new ones, in whole batches where they are more than one."""
+        at_once = self.limits.at_once
+        count = min(BankLimits.in_batches(count, at_once, 0.0).clips, len(self.specs) - self._oldest)
+        for done in range(0, count, at_once):
+            specs = [self._spec(self.next_clip + i) for i in range(min(at_once, count - done))]
+            self._put(self._oldest, specs)
+            self.specs[self._oldest : self._oldest + len(specs)] = specs
+            self.next_clip += len(specs)
+            self._oldest = (self._oldest + len(specs)) % len(self.specs)
 
     def _spec(self, number: int) -> ClipSpec:
         return sample_spec("train", self.seed, number, self.bucket.frames)

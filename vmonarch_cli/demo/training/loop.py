@@ -125,12 +125,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a reader sees the old one or the new one, never half of one."""
+def save_checkpoint(path: Path, state: dict[str, Any]) -> float:
+    """Write a checkpoint so that a reader sees the old one or the new one, never half of one; the seconds it took."""
+    start = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(path)
+    return time.monotonic() - start
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
@@ -214,6 +216,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that wall-clock times mean something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def queued(device: torch.device) -> Callable[[], None]:
+    """A function that waits for what is queued on the device now, and not for what is queued after this call."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 class GuardedStep:

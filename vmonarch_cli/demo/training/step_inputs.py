@@ -15,6 +15,7 @@ from vmonarch_cli.demo.model import FLOW_SHIFT, encode_prompts
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.demo.training.latent_bank import LatentBank
+from vmonarch_cli.demo.transfer import to_device
 
 _EMPTY_CAPTION_SHARE = 0.1
 
@@ -65,28 +66,33 @@ class InputSource:
 
     @torch.no_grad()
     def draw(self, steps: Sequence[tuple[int, int]], banks: Sequence[LatentBank]) -> list[StepInputs]:
-        """Inputs of steps, each a step's number and that of its bank."""
-        rows, prompts, sigmas = [], [], []
-        for number, which in steps:
-            bank = banks[which]
-            copies = 2 if self.halves else 1
-            clips = self.clips(bank) // copies
-            rng = random.Random(self.seed_of(number))
-            chosen = [rng.randrange(len(bank.specs)) for _ in range(clips)]
-            rows.append(torch.tensor(chosen * copies, device=self.device))
-            said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in chosen]
-            prompts += said * copies
-            generator = torch.Generator().manual_seed(self.seed_of(number))
-            # A smaller clip has fewer values to average noise over: less noise hides as much of it.
-            shift = FLOW_SHIFT * bank.bucket.size / self.first.size
-            sigmas.append(sigmas_for(number, clips, generator, shift).repeat(copies))
+        """Inputs of steps, each a step's number and that of its bank.
+
+        The host's part comes first and waits for nothing, so that it passes while the device works on earlier steps.
+        """
+        drawn = [self._drawn(number, banks[which]) for number, which in steps]
+        counts = [len(rows) for rows, _, _ in drawn]
+        all_rows = to_device(torch.tensor([row for rows, _, _ in drawn for row in rows]), self.device)
+        all_sigmas = to_device(torch.cat([sigmas for _, sigmas, _ in drawn]), self.device)
         with loop.autocast(self.device):
-            text = encode_prompts(self.tokenizer, self.text_encoder, prompts)
-        texts = text.split([len(r) for r in rows])
+            texts = encode_prompts(self.tokenizer, self.text_encoder, [said for _, _, part in drawn for said in part])
+        copies = 2 if self.halves else 1
+        parts = zip(all_rows.split(counts), all_sigmas.split(counts), texts.split(counts), strict=True)
         return [
-            StepInputs(which, row, sigma.to(self.device), embedded)
-            for (_, which), row, sigma, embedded in zip(steps, rows, sigmas, texts, strict=True)
+            StepInputs(which, rows.repeat(copies), sigmas.repeat(copies), text.repeat(copies, 1, 1))
+            for (_, which), (rows, sigmas, text) in zip(steps, parts, strict=True)
         ]
+
+    def _drawn(self, number: int, bank: LatentBank) -> tuple[list[int], Tensor, list[str]]:
+        """Rows of a bank, noise levels and captions of the different clips of a step, on the host."""
+        clips = self.clips(bank) // (2 if self.halves else 1)
+        rng = random.Random(self.seed_of(number))
+        rows = [rng.randrange(len(bank.specs)) for _ in range(clips)]
+        said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in rows]
+        generator = torch.Generator().manual_seed(self.seed_of(number))
+        # A smaller clip has fewer values to average noise over: less noise hides as much of it.
+        shift = FLOW_SHIFT * bank.bucket.size / self.first.size
+        return rows, sigmas_for(number, clips, generator, shift), said
 
     def seed_of(self, step: int) -> int:
         """The seed of everything that is drawn for a step."""

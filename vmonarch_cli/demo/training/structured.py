@@ -1,8 +1,7 @@
-"""Monarch attention with gradients, so that the demo transformer can learn to work with both kinds of attention.
+"""Monarch attention for a part of every batch, so that the demo transformer learns to work with both kinds.
 
-The paper tunes its models with Monarch attention for 800 to 1,500 steps; the demo model's last training does the same
-for a part of every batch. Plain differentiable tensor operations, made for short clips: the R factor of every frame is
-held in memory.
+The paper tunes its models with Monarch attention for 800 to 1,500 steps; the demo model's last training does the same.
+The kernel library attends and has the gradients: Triton on a GPU, torch on a CPU.
 """
 
 from __future__ import annotations
@@ -15,78 +14,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_cli.families.wan import WAN, WanMonarchProcessor
+from vmonarch_cli.plan.call_options import options_for
+from vmonarch_cli.presets import Preset, load_preset
+from vmonarch_kernels import Inputs, attend
+from vmonarch_kernels.spec import Grid
 
 
-def structured_attention(
-    q: Tensor, k: Tensor, v: Tensor, frames: int, *, own_frame: bool = False, settled: bool = False
-) -> Tensor:
-    """Two cold iterations and the first frame exact, as preset `paper` (algorithm of section 3 of the paper).
+def warm_without_turns(preset: Preset) -> Preset:
+    """A preset with a warm start as a single training step can run it: no frame has turns, which take a whole clip of
+    steps, and the first one is recomputed exactly instead.
+    """
+    return preset.model_copy(update={"first_frame": True, "refresh": 0.0})
+
+
+def settled_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, preset: Preset, *, impl: str = "auto") -> Tensor:
+    """A warm call of a preset whose denoising steps hardly differ any more.
+
+    A cold call on the same tensors gives the L that this one starts from. It is a constant: gradients go through the
+    warm call's one iteration alone, as in a clip, where L comes from the step before.
 
     Args:
-        q: (B, N, heads, D) with N = frames x positions.
+        q: (B, N, heads, D) with N = T H W of the grid.
         k: as q.
         v: as q.
-        frames: frames of the token grid.
-        own_frame: every frame sees its own keys exactly besides, as with a band of 0 (this project's).
-        settled: one iteration that starts from the L of two others, through which no gradient flows: what a warm start
-            comes to once steps hardly differ.
+        grid: (T, H, W).
+        preset: one with a warm start, of which no frame is recomputed in turn.
+        impl: as for `vmonarch_kernels.attend`.
 
     Returns:
-        (B, N, heads, D), differentiable with respect to q, k and v.
+        (B, N, heads, D), differentiable with respect to q, k and v. Where the preset's band covers all frames, dense
+        attention.
 
     """
-    scale = q.shape[-1] ** -0.5
-    wide = torch.promote_types(q.dtype, torch.float32)
-    # (B, heads, T, P, D)
-    q5, k5, v5 = (x.unflatten(1, (frames, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
-    o_own = lse_own = exact = None
-    if own_frame:
-        scores = (scale * q5) @ k5.mT
-        lse_own = torch.logsumexp(scores.to(wide), dim=-1)
-        o_own = (scores - lse_own[..., None]).exp().to(v.dtype) @ v5
-        exact = torch.eye(frames, dtype=torch.bool, device=q.device)
-        exact[0] = True  # the first frame is exact as a whole, so R serves the others alone
-    beta = scale * q5
-    iterations = 3 if settled else 2
-    for step in range(iterations):
-        scores = (beta @ k5.mT).to(wide)
-        log_r = scores - torch.logsumexp(scores, dim=-1, keepdim=True)
-        R = log_r.exp()
-        c_l = (R * log_r).sum(-1)
-        R = R.to(v.dtype)
-        # One small matrix product per position: (B, heads, P, T_l, D) x (B, heads, P, D, T_k).
-        alpha = (R @ k5).transpose(2, 3)
-        logits = (q5.transpose(2, 3) @ alpha.mT).to(wide) * scale - c_l.transpose(2, 3)[..., None, :]
-        if exact is None or lse_own is None:
-            L, weight = torch.softmax(logits, dim=-1), None
-        else:
-            logits = logits.masked_fill(exact, float("-inf"))
-            both = torch.softmax(torch.cat([logits, lse_own.transpose(2, 3)[..., None]], dim=-1), dim=-1)
-            L, weight = both[..., :-1], both[..., -1:]
-        if step < iterations - 1:
-            L = L.detach() if settled else L
-            gathered = L.mT.to(q.dtype) @ q5.transpose(2, 3)
-            c_r = L.sum(-2)[..., None].clamp_min(0.1)
-            beta = (scale * gathered / c_r).to(q.dtype).transpose(2, 3)
-    out = L.to(v.dtype) @ (R @ v5).transpose(2, 3)
-    if weight is not None and o_own is not None:
-        out = out + weight.to(v.dtype) * o_own.transpose(2, 3)
-    rest = out.permute(0, 3, 2, 1, 4)[:, 1:].flatten(1, 2)  # (B, N - P, heads, D)
-    weights = torch.softmax(((scale * q5[:, :, 0]) @ k5.flatten(2, 3).mT).to(wide), dim=-1)
-    first = (weights.to(v.dtype) @ v5.flatten(2, 3)).transpose(1, 2)
-    return torch.cat([first, rest], dim=1)
+    start = None
+    cold = options_for(preset, grid[0])
+    if cold.keeps_l:
+        with torch.no_grad():
+            _, start = attend(Inputs(q, k, v, grid), cold.kernel, impl=impl, return_l=True)
+    warm = options_for(preset, grid[0], warm=start is not None)
+    return attend(Inputs(q, k, v, grid, start), warm.kernel, impl=impl)[0]
 
 
 class HalfStructured(WanMonarchProcessor):
     """Dense attention for the first half of a batch, and for the second, which holds the same clips, Monarch's.
 
-    One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`. `frames` may be set anew
-    before any call: compiled code does not depend on it.
+    One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`: warm, but with the first
+    frame exact in place of frames in turn. `frames` may be set anew before any call: compiled code does not depend on
+    it.
     """
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, *, impl: str = "auto") -> None:
         super().__init__(torch.zeros(2, dtype=torch.int64))
         self.frames = frames
+        self.impl = impl
+        self.paper, self.fast = load_preset("paper"), warm_without_turns(load_preset("fast"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         """(B, N, heads, D) each -> (B, N, heads, D)."""
@@ -94,22 +75,30 @@ class HalfStructured(WanMonarchProcessor):
 
 
 def _attend_in_parts(processor: HalfStructured, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    half, quarter, frames = q.shape[0] // 2, q.shape[0] * 3 // 4, processor.frames
-    dense = F.scaled_dot_product_attention(q[:half].transpose(1, 2), k[:half].transpose(1, 2), v[:half].transpose(1, 2))
-    paper = structured_attention(q[half:quarter], k[half:quarter], v[half:quarter], frames)
-    fast = structured_attention(q[quarter:], k[quarter:], v[quarter:], frames, own_frame=True, settled=True)
-    return torch.cat([dense.transpose(1, 2), paper, fast])
+    frames, parts = processor.frames, (q.shape[0] // 2, q.shape[0] // 4, q.shape[0] // 4)
+    grid = frames, 1, q.shape[1] // frames  # where a position lies in its frame makes no difference
+    # Split, not sliced: the gradients of parts are then put together once, not added up as whole tensors with zeros.
+    q1, q2, q3 = q.split(parts)
+    k1, k2, k3 = k.split(parts)
+    v1, v2, v3 = v.split(parts)
+    dense = F.scaled_dot_product_attention(q1.transpose(1, 2), k1.transpose(1, 2), v1.transpose(1, 2)).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):  # the library knows which of its numbers need float32
+        cold = options_for(processor.paper, frames).kernel
+        paper, _ = attend(Inputs(q2, k2, v2, grid), cold, impl=processor.impl)
+        fast = settled_attention(q3, k3, v3, grid, processor.fast, impl=processor.impl)
+    return torch.cat([dense, paper, fast])
 
 
-# Compiled by torch 2.11 for an H100, its output is right and its gradients are wrong by orders of magnitude.
+# Not compiled: torch 2.11 on an H100 made of such parts of a batch code whose output was right and whose gradients were
+# wrong by orders of magnitude.
 _split_batch: Callable[[HalfStructured, Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(_attend_in_parts)
 
 
-def halve_attention(transformer: Any, frames: int) -> HalfStructured:
+def halve_attention(transformer: Any, frames: int, *, impl: str = "auto") -> HalfStructured:
     """Give every self-attention of a Wan transformer the `HalfStructured` processor that is returned, for batches of a
-    multiple of 4.
+    multiple of 4; `impl` as for `vmonarch_kernels.attend`.
     """
-    processor = HalfStructured(frames)
+    processor = HalfStructured(frames, impl=impl)
     for attention in WAN.self_attentions(transformer).values():
         attention.set_processor(processor)
     return processor

@@ -43,6 +43,7 @@ from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
+from vmonarch_cli.demo.training.step_log import StepLog
 from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
@@ -95,12 +96,14 @@ class TransformerTraining:
         )  # fmt: skip
         self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
         self.vae = vae
+        # Autocast would keep norms and activations in float32 and be ten times as far from float32 as float16 is.
+        self.encoder = copy.deepcopy(vae).half() if device.type == "cuda" else vae
         self.clock = loop.Schedule(
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
         self.step = self.clips_seen = self.distinct_before = 0
-        self.last_loss = float("nan")
+        self.steps_log = StepLog(log)
         self.banks = self._banks()
         self.source = InputSource(
             self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed
@@ -126,10 +129,11 @@ class TransformerTraining:
     def _bank(self, bucket: Bucket) -> LatentBank:
         a, first = self.args, self.args.clips[0]
         # At half the size as many clips are kept, each of a quarter of the memory.
-        kept = max(1, round(bucket.share * bucket.equal_count(a.bank, first)))
+        kept = round(bucket.share * bucket.equal_count(a.bank, first))
         shown = bucket.halved() if self.banks_small else bucket
-        limits = BankLimits(kept, shown.equal_count(a.encode_batch, first), a.bank_seconds * bucket.share)
-        return LatentBank(self.vae, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
+        at_once = shown.equal_count(a.encode_batch, first)
+        limits = BankLimits.in_batches(kept, at_once, a.bank_seconds * bucket.share)
+        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
 
     def fill_banks(self) -> None:
         """Render and encode what the banks hold."""
@@ -146,47 +150,48 @@ class TransformerTraining:
         if self.halves:
             self._halve()
         if self.args.compile:
-            self.compiled.compile(dynamic=len(self.banks) > 1)
+            # One compilation for several lengths, and for both sizes.
+            self.compiled.compile(dynamic=len(self.banks) > 1 or self.banks_small)
             self._keep_compiled_if_right()
         else:
             self.middle_head.listen_to(self.transformer)
         self.clock.start()
-        last_save = last_log = time.monotonic()
-        logged, logged_clips = self.step, self.clips_seen
-        first = self.step
-        running: list[tuple[str, dict[str, Tensor]]] = []
+        first, last_save = self.step, time.monotonic()
+        self.steps_log.start(self.step, self.clips_seen)
         while not self.clock.over(self.step):
-            if self.small != self.banks_small:
-                self._grow()
-                last_log, logged, logged_clips = time.monotonic(), self.step, self.clips_seen
-                running.clear()
-            if self.halves and not self.source.halves:
-                self._halve()
-                self._keep_compiled_if_right()
-                running.clear()
+            self._enter_phase()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self._refresh()
-            running.append(self.train_step())
+            self.steps_log.add(*self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
-                values = loop.mean_losses(running)
-                self.last_loss = values["loss"]
-                running.clear()
-                now = time.monotonic()
-                self.log.write(
-                    "step", step=self.step, position=self.clock.position(self.step), **values,
-                    lr=self.optimizer.param_groups[0]["lr"], seconds_per_step=(now - last_log) / (self.step - logged),
-                    clips_per_second=(self.clips_seen - logged_clips) / (now - last_log),
-                    memory_gb=loop.gpu_memory_gb(self.device), skipped=self.guarded_step.skipped,
-                )  # fmt: skip
-                if self.guarded_step.skipped > 20:
-                    raise FloatingPointError(f"training diverged at step {self.step}: loss {self.last_loss}")
-                last_log, logged, logged_clips = now, self.step, self.clips_seen
+                self._log_steps()
             if time.monotonic() - last_save > self.args.checkpoint_every:
                 self.save()
                 last_save = time.monotonic()
-        if running:
-            self.last_loss = loop.mean_losses(running)["loss"]
+        self.steps_log.mean()
         self.save()
+
+    def _log_steps(self) -> None:
+        """One line; FloatingPointError where too many steps had no finite gradient."""
+        state = {"position": self.clock.position(self.step), "lr": self.optimizer.param_groups[0]["lr"]}
+        skipped, memory = self.guarded_step.skipped, loop.gpu_memory_gb(self.device)
+        self.steps_log.write(self.step, self.clips_seen, **state, memory_gb=memory, skipped=skipped)
+        if skipped > 20:
+            raise FloatingPointError(f"training diverged at step {self.step}: loss {self.steps_log.loss}")
+
+    def _enter_phase(self) -> None:
+        """Clips of the whole size, Monarch attention or both once it is time, which does not move the schedule."""
+        grows, halves = self.small != self.banks_small, self.halves and not self.source.halves
+        if not grows and not halves:
+            return
+        began = time.monotonic()
+        if grows:
+            self._grow()
+        if halves:
+            self._halve()
+        self._keep_compiled_if_right()
+        self.clock.exclude(time.monotonic() - began)
+        self.steps_log.start(self.step, self.clips_seen)
 
     def _refresh(self) -> None:
         """Replace the oldest clips of one bank, of each in turn."""
@@ -202,20 +207,15 @@ class TransformerTraining:
         self.log.write("structured", step=self.step)
 
     def _grow(self) -> None:
-        """Go on with clips of the whole size; filling their banks does not move the schedule."""
-        began = time.monotonic()
+        """From here on, clips of the whole size."""
         self.distinct_before += sum(bank.next_clip for bank in self.banks)
         del self.banks
         self.banks = self._banks()
         self.fill_banks()
         self._inputs = []
-        self._keep_compiled_if_right()
-        self.clock.exclude(time.monotonic() - began)
 
     def _keep_compiled_if_right(self) -> None:
         """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
-        if not self.args.compile:
-            return
 
         def objective(which: int) -> Tensor:
             return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
@@ -275,7 +275,7 @@ class TransformerTraining:
         return self.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
-        loop.save_checkpoint(
+        took = loop.save_checkpoint(
             self.args.out / "dit_checkpoint.pt",
             {
                 "preset": self.args.preset,
@@ -290,7 +290,7 @@ class TransformerTraining:
                 "elapsed": self.clock.elapsed(),
             },
         )
-        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed())
+        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
 
     def load(self, path: Path) -> None:
         state = loop.load_checkpoint(path, self.device)
@@ -324,14 +324,14 @@ class TransformerTraining:
         loop.keep_report(self.args.text / "text_report.json", self.args.out)
         self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
         if self.args.samples:
-            del self.optimizer, self.banks
+            del self.optimizer, self.banks, self.encoder
             draw_samples(weights, self.args, self.device, self.log)
         return summary
 
     def _summary(self, weights: Path) -> dict[str, Any]:
         return {
             "trained": "transformer",
-            "loss": self.last_loss,
+            "loss": self.steps_log.loss,
             "preset": self.args.preset,
             "transformer": config_dict(self.dit_config),
             "text_encoder": config_dict(self.text_config),
