@@ -30,6 +30,7 @@ from vmonarch_cli.untrusted.files import user_path
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
+_SOURCES = {"image", "video"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -148,7 +149,7 @@ class _Planner:
         self._request = request
         self._folder = folder
         self._seen: Counter[str] = Counter()
-        self._alone: dict[tuple[str, str], str | None] = {}
+        self._alone: dict[str, str | None] = {}
         self._of_flags: str | None = self._sentence(self._with_output(replace(request, prompt=STAND_IN), None))
 
     def plan(self, line: Line, count: int) -> list[PlannedClip]:
@@ -170,7 +171,7 @@ class _Planner:
             if sentence is not None:
                 self._note(line, sentence, given)
         for name, value in given.items():
-            sentence = self._sentence_about(name, value)
+            sentence = self._sentence_about(name, value, given)
             if sentence is not None:
                 self._note(line, sentence, given)
         return []
@@ -197,23 +198,31 @@ class _Planner:
             return error.message
         return None
 
-    def _sentence_about(self, name: str, value: Any) -> str | None:
+    def _sentence_about(self, name: str, value: Any, given: Mapping[str, Any]) -> str | None:
         """What is wrong with one field of a line, whatever is wrong with the others."""
-        known = (name, repr(value))
         if name == "tuned":  # whether it fits the line's preset is known with the rest of the line alone
             return self._sentence_of(lambda: value == NONE or read(user_path(value, "--tuned")))
         if name == "strength":  # whether there is a video is known with the rest of the line alone
             return self._sentence_of(lambda: checks.number("--strength", value, *checks.STRENGTHS))
+        model = GenerateRequest(
+            model=self._request.model,
+            revision=self._request.revision,
+            image=self._request.image,
+            defaults=self._request.defaults,
+            video=self._request.video,
+            prompt=STAND_IN,
+        )
+        for source in _SOURCES & given.keys() - {name}:  # without its picture a model that continues one takes nothing
+            with_source = _set(model, {source: given[source]})
+            if self._alone_with(with_source) is None:
+                model = with_source
+        sentence = self._alone_with(_set(model, {name: value}))
+        return None if sentence == self._alone_with(model) else sentence  # what is wrong without it is not its fault
+
+    def _alone_with(self, request: GenerateRequest) -> str | None:
+        known = repr(request)
         if known not in self._alone:
-            model = GenerateRequest(
-                model=self._request.model,
-                revision=self._request.revision,
-                image=self._request.image,
-                defaults=self._request.defaults,
-                video=self._request.video,
-                prompt=STAND_IN,
-            )
-            self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
+            self._alone[known] = self._sentence(self._with_output(request, None))
         return self._alone[known]
 
     def _with_output(self, request: GenerateRequest, wanted: str | None) -> GenerateRequest:
