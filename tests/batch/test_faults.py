@@ -167,3 +167,14 @@ def test_what_is_no_file_is_refused_at_once(kind: str, words: str, tmp_path: Pat
 def test_a_device_is_refused_at_once() -> None:
     result = CliRunner().invoke(app, ["plan", "--prompts-file", "/dev/zero", "--prompts-format", "txt"])
     assert (result.exit_code, result.stderr) == (2, "error: prompts file /dev/zero is a device, not a file\n")
+
+
+def test_a_warning_of_many_lines_hides_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a red circle\n" * 30 + "a zebra\n")
+    shape = ["--size", "32x32", "--num-frames", "9", "--device", "cpu", "--num-videos", "2"]
+    result = CliRunner().invoke(app, ["plan", "-q", *shape, "-o", str(tmp_path / "out"), "--prompts-file", str(file)])
+    said = [line.removeprefix("warning: ") for line in result.stderr.splitlines()]
+    assert len(said) == 3, "each sentence once, not once for each clip"
+    assert said[0].startswith("lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 21 more: the demo model was trained at")
+    assert said[-1].startswith("line 31: the demo model was not trained on 'zebra'")

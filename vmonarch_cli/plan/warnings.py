@@ -109,8 +109,10 @@ def of_quantize(setup: Setup, facts: PipelineFacts) -> Iterator[str]:
         yield f"--quantize int8 saves memory and, without --compile, no time: {way_out}, or take fp8 if the GPU has it"
 
 
-def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path]) -> Iterator[str]:
-    """Flags that this preset, this machine or the format of the clips makes meaningless."""
+def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path], source: str) -> Iterator[str]:
+    """Flags that this preset, this machine, the format of the clips or the model's `source` makes meaningless."""
+    if request.revision is not None and Path(source).is_dir():
+        yield f"--revision {request.revision} changes nothing: the model's weights are in a folder, not in a repository"
     if request.quality is not None and all(path.suffix.lower() == ".png" for path in outputs):
         yield f"--quality {request.quality} changes nothing: PNGs are lossless"
     if preset.attention == "dense":
