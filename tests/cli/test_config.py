@@ -41,6 +41,18 @@ def test_flag_variable_project_user_preset_and_model_in_this_order(user: Path, m
     assert found["num_frames"]["origin"] == "model default"
 
 
+def test_flags_of_0_and_no_beat_the_defaults(user: Path) -> None:
+    Path("vmonarch.toml").write_text(
+        "seed = 5\nguidance_scale = 3\ndense_every = 2\ndense_below = 5000\ndense_steps = 2\n"
+        "fuse = true\ngraphs = true\n"
+    )
+    flags = ["--seed", "0", "--guidance-scale", "0", "--dense-every", "0", "--dense-below", "0", "--dense-steps", "0"]
+    found = settings(*flags, "--no-fuse", "--no-graphs")
+    of_numbers = ("seed", "guidance_scale", "dense_every", "dense_below", "preset.dense_steps")
+    assert [found[name] for name in of_numbers] == [{"value": 0, "origin": "flag"}] * 5
+    assert [found[name] for name in ("fuse", "graphs")] == [{"value": False, "origin": "flag"}] * 2
+
+
 def test_a_line_of_a_prompts_file_and_a_recipe_beat_the_defaults(user: Path) -> None:
     user.write_text("steps = 11\nseed = 5\nflow_shift = 2.0\n")
     Path("p.jsonl").write_text('{"prompt": "red", "steps": 3}')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,7 @@ class _Planner:
 
 def _merge(request: GenerateRequest, line: Line) -> tuple[GenerateRequest, dict[str, Any], list[str]]:
     """The request for one line, the line's fields that count, and the fields that a flag beat."""
-    flags = {field.name for field in fields(request) if getattr(request, field.name) not in (None, (), False)}
+    flags = request.given()
     flags |= _SIZE if flags & _SIZE else set()
     flags |= {PRESET_FIELD + text.partition("=")[0].strip().replace("-", "_") for text in request.overrides}
     flags |= {PRESET_FIELD + name for name in flags & {"dense_steps", "dense_layers", "impl"}}

@@ -121,6 +121,10 @@ def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[P
         names = [name for name in (*assigned, *given) if name != "attention"]
         if names:
             yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
+    if request.graphs and not uses_gpu(request.device or "auto"):
+        yield "--graphs changes nothing on a CPU: CUDA graphs are a GPU's"
+    elif request.graphs and preset.attention != "dense" and preset.impl in ("torch", "reference"):
+        yield f"--graphs changes nothing with impl {preset.impl}: the calls of Triton are what is replayed"
     if request.offload not in (None, "auto", "none") and not uses_gpu(request.device or "auto"):
         yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
 
