@@ -53,6 +53,25 @@ def test_flags_of_0_and_no_beat_the_defaults(user: Path) -> None:
     assert [found[name] for name in ("fuse", "graphs")] == [{"value": False, "origin": "flag"}] * 2
 
 
+@pytest.mark.parametrize(("seed", "count"), [("5", 3), ('"random"', 3)])
+def test_several_videos_of_a_line_go_on_from_the_seed_of_the_defaults(user: Path, seed: str, count: int) -> None:
+    Path("vmonarch.toml").write_text(f"seed = {seed}\n")
+    Path("p.txt").write_text("a red circle\n")
+    made = call("plan", "-q", "--prompts-file", "p.txt", "--num-videos", str(count), "-o", "out/").stdout.splitlines()
+    seeds = [int(path.removesuffix(".mp4").rpartition("-s")[2]) for path in made]
+    assert len(set(seeds)) == count
+    assert seeds == [5, 6, 7] if seed == "5" else min(seeds) > 100, "drawn from 2**31, each"
+
+
+def test_a_lora_of_the_defaults_is_not_taken_for_that_of_a_line_s_recipe(user: Path) -> None:
+    Path("vmonarch.toml").write_text("lora = ['owner/name']\n")
+    Path("p.jsonl").write_text('{"prompt": "red", "recipe": "fastwan2.1-3step"}\n')
+    call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/")
+    Path("p.jsonl").write_text('{"prompt": "red", "recipe": "wan2.1-causvid-8step"}\n')
+    said = call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/", code=2).stderr
+    assert "loads a LoRA, which is the same for all clips of a batch: give --recipe as a flag" in said
+
+
 def test_a_line_of_a_prompts_file_and_a_recipe_beat_the_defaults(user: Path) -> None:
     user.write_text("steps = 11\nseed = 5\nflow_shift = 2.0\n")
     Path("p.jsonl").write_text('{"prompt": "red", "steps": 3}')

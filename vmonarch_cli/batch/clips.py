@@ -19,6 +19,7 @@ from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.auto import MARK
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -232,9 +233,10 @@ class _Planner:
     def _clip(
         self, request: GenerateRequest, given: Mapping[str, Any], line: Line, wanted: str | None, offset: int
     ) -> PlannedClip:
-        seed = request.seed if not offset or request.seed == RANDOM else (request.seed or 0) + offset
+        first = default_of(request, "seed")
+        seed = request.seed if not offset or first == RANDOM else (first or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
-        if "recipe" in given and plan.setup.loras != self._request.loras:
+        if "recipe" in given and plan.setup.loras != default_of(self._request, "loras"):
             raise InputError(
                 f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give --recipe as "
                 "a flag"
