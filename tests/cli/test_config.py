@@ -69,7 +69,7 @@ def test_a_lora_of_the_defaults_is_not_taken_for_that_of_a_line_s_recipe(user: P
     call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/")
     Path("p.jsonl").write_text('{"prompt": "red", "recipe": "wan2.1-causvid-8step"}\n')
     said = call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/", code=2).stderr
-    assert "loads a LoRA, which is the same for all clips of a batch: give --recipe as a flag" in said
+    assert "loads a LoRA, which is the same for all clips of a batch: give it as a flag" in said
 
 
 def test_a_line_of_a_prompts_file_and_a_recipe_beat_the_defaults(user: Path) -> None:
