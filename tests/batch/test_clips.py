@@ -72,6 +72,13 @@ def test_flags_beat_lines_and_lines_beat_presets_and_models(tiny_wan_folder: Pat
     )
 
 
+def test_a_flag_of_0_beats_lines(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    given = [Line(1, {"prompt": "x", "seed": 7, "guidance_scale": 2.0, "preset.dense_steps": "1"})]
+    (clip,) = clips(tiny_wan_folder, tmp_path, given, seed=0, guidance_scale=0.0, dense_steps=0)
+    assert (clip.plan.seed, clip.plan.guidance_scale, clip.plan.preset.dense_steps) == (0, 0.0, 0)
+    assert {clip.plan.origins[name] for name in ("seed", "guidance_scale", "preset.dense_steps")} == {"flag"}
+
+
 def test_all_bad_lines_are_said_together(tiny_wan_folder: Path, tmp_path: Path) -> None:
     wrong = [
         Line(2, {"prompt": " "}),

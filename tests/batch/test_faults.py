@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from batches import batch
+from PIL import Image
 from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
@@ -61,6 +62,21 @@ def test_every_fault_of_one_line_is_said(tiny_wan_folder: Path, tmp_path: Path) 
     assert all(sentence.startswith("line 1: ") for sentence in found)
     for words in ("the prompt is empty", "output takes", "fps takes", "seed takes", "no preset 'papre'", "preset.band"):
         assert sum(words in sentence for sentence in found) == 1, words
+
+
+def test_a_picture_that_a_line_gives_is_not_missed_in_its_other_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32)).save("x.png")
+    line = {"prompt": "a", "image": "x.png", "guidance_scale": 1000, "flow_shift": 0}
+    found = faults(Path("wan2.1-i2v-480p"), tmp_path, rows(line, {**line, "flow_shift": 2}))
+    assert found == [
+        "lines 1, 2: guidance_scale takes a number from 0 to 100, got 1000",
+        "line 1: flow_shift takes a number from 0.01 to 100, got 0",
+    ]
+    found = faults(Path("wan2.1-i2v-480p"), tmp_path, rows({**line, "image": "y.png"}))
+    assert [sentence.split(",")[0] for sentence in found] == ["line 1: there is no image y.png"]
 
 
 def test_lines_that_are_wrong_in_the_same_way_keep_their_numbers(tiny_wan_folder: Path, tmp_path: Path) -> None:
@@ -151,3 +167,14 @@ def test_what_is_no_file_is_refused_at_once(kind: str, words: str, tmp_path: Pat
 def test_a_device_is_refused_at_once() -> None:
     result = CliRunner().invoke(app, ["plan", "--prompts-file", "/dev/zero", "--prompts-format", "txt"])
     assert (result.exit_code, result.stderr) == (2, "error: prompts file /dev/zero is a device, not a file\n")
+
+
+def test_a_warning_of_many_lines_hides_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a red circle\n" * 30 + "a zebra\n")
+    shape = ["--size", "32x32", "--num-frames", "9", "--device", "cpu", "--num-videos", "2"]
+    result = CliRunner().invoke(app, ["plan", "-q", *shape, "-o", str(tmp_path / "out"), "--prompts-file", str(file)])
+    said = [line.removeprefix("warning: ") for line in result.stderr.splitlines()]
+    assert len(said) == 3, "each sentence once, not once for each clip"
+    assert said[0].startswith("lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 21 more: the demo model was trained at")
+    assert said[-1].startswith("line 31: the demo model was not trained on 'zebra'")

@@ -41,6 +41,37 @@ def test_flag_variable_project_user_preset_and_model_in_this_order(user: Path, m
     assert found["num_frames"]["origin"] == "model default"
 
 
+def test_flags_of_0_and_no_beat_the_defaults(user: Path) -> None:
+    Path("vmonarch.toml").write_text(
+        "seed = 5\nguidance_scale = 3\ndense_every = 2\ndense_below = 5000\ndense_steps = 2\n"
+        "fuse = true\ngraphs = true\n"
+    )
+    flags = ["--seed", "0", "--guidance-scale", "0", "--dense-every", "0", "--dense-below", "0", "--dense-steps", "0"]
+    found = settings(*flags, "--no-fuse", "--no-graphs")
+    of_numbers = ("seed", "guidance_scale", "dense_every", "dense_below", "preset.dense_steps")
+    assert [found[name] for name in of_numbers] == [{"value": 0, "origin": "flag"}] * 5
+    assert [found[name] for name in ("fuse", "graphs")] == [{"value": False, "origin": "flag"}] * 2
+
+
+@pytest.mark.parametrize(("seed", "count"), [("5", 3), ('"random"', 3)])
+def test_several_videos_of_a_line_go_on_from_the_seed_of_the_defaults(user: Path, seed: str, count: int) -> None:
+    Path("vmonarch.toml").write_text(f"seed = {seed}\n")
+    Path("p.txt").write_text("a red circle\n")
+    made = call("plan", "-q", "--prompts-file", "p.txt", "--num-videos", str(count), "-o", "out/").stdout.splitlines()
+    seeds = [int(path.removesuffix(".mp4").rpartition("-s")[2]) for path in made]
+    assert len(set(seeds)) == count
+    assert seeds == [5, 6, 7] if seed == "5" else min(seeds) > 100, "drawn from 2**31, each"
+
+
+def test_a_lora_of_the_defaults_is_not_taken_for_that_of_a_line_s_recipe(user: Path) -> None:
+    Path("vmonarch.toml").write_text("lora = ['owner/name']\n")
+    Path("p.jsonl").write_text('{"prompt": "red", "recipe": "fastwan2.1-3step"}\n')
+    call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/")
+    Path("p.jsonl").write_text('{"prompt": "red", "recipe": "wan2.1-causvid-8step"}\n')
+    said = call("plan", "-m", "wan2.1-1.3b", "-q", "--prompts-file", "p.jsonl", "-o", "out/", code=2).stderr
+    assert "loads a LoRA, which is the same for all clips of a batch: give it as a flag" in said
+
+
 def test_a_line_of_a_prompts_file_and_a_recipe_beat_the_defaults(user: Path) -> None:
     user.write_text("steps = 11\nseed = 5\nflow_shift = 2.0\n")
     Path("p.jsonl").write_text('{"prompt": "red", "steps": 3}')

@@ -41,6 +41,24 @@ def test_a_mistake_is_told_with_what_is_valid(
     assert call(*command.split(), code=2).stderr.splitlines()[-1] == f"error: {sentence}"
 
 
+@pytest.mark.parametrize("command", ["plan", "generate --dry-run"])
+def test_flags_of_a_batch_are_told_to_change_nothing_without_one(command: str) -> None:
+    flags = ["--no-resume", "--retry-failed", "--overlap", "--prompts-format", "csv"]
+    flags += [] if command == "plan" else ["--max-failures", "2"]
+    said = call(*command.split(), "-p", "red", *flags).stderr
+    for flag in (flag for flag in flags if flag.startswith("--")):
+        assert f"warning: {flag} changes nothing without --prompts-file\n" in said
+    assert "changes nothing" not in call(*command.split(), "-p", "red").stderr
+
+
+@pytest.mark.parametrize("model", ["demo", "folder"])
+def test_a_revision_of_a_folder_is_told_to_change_nothing(tiny_wan_folder: Path, model: str) -> None:
+    source = str(tiny_wan_folder) if model == "folder" else model
+    said = call("plan", "-m", source, "-p", "red", "--size", "48x32", "--num-frames", "17", "--revision", "v2").stderr
+    assert "warning: --revision v2 changes nothing: the model's weights are in a folder, not in a repository\n" in said
+    assert "--revision" not in call("plan", "-m", "wan2.1-1.3b", "-p", "red", "--revision", "v2").stderr
+
+
 @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
 def test_a_table_of_another_program_is_told_by_what_is_between_its_columns(
     tmp_path: Path, sign: str, name: str

@@ -82,11 +82,22 @@ def test_step_table_has_every_column_and_hides_what_was_not_sampled() -> None:
     assert median == ["median", "2.00", "0.50", "25", "%", "1.60", "3.20x", "0.125"]
 
 
+def test_legend_of_a_clip_without_samples_speaks_of_none(make: Any) -> None:
+    sampled = fakes.result(make()).timing
+    alone = [replace(step, dense_s=None, dense_call_s=None, error=None) for step in sampled.steps]
+    assert "dense of the clip: steps without a sample count by the mean" in report.step_legend(sampled).plain
+    assert report.step_legend(replace(sampled, steps=alone)).plain == (
+        "median: of each column; clip: sums of all steps; p: some layers dense; d: a dense step"
+    )
+
+
 def test_first_call_is_in_no_speedup(make: Any) -> None:
     with_compile = fakes.result(make())
     alone = fakes.result(make(), first_call_s=None)
     assert with_compile.timing.attention_speedup == pytest.approx(alone.timing.attention_speedup)
-    assert "first call 3.25 s with kernel compilation, in no figure above" in flat(report.summary(with_compile, 1.5))
+    assert "first call 3.25 s with kernel compilation, in no figure above but spent" in flat(
+        report.summary(with_compile, 1.5)
+    )
 
 
 def test_summary(make: Any) -> None:
@@ -95,7 +106,7 @@ def test_summary(make: Any) -> None:
         "attention 3.1 s (39 % of denoising), 2.19x against dense over the whole clip",
         "error 0.125 relative L2 against dense attention, median of the samples; largest 0.125 in step 3",
         "of which text 500 ms, denoise 8 s, decode 1.25 s, write 100 ms",
-        "load 1.5 s for the model, in no figure above",
+        "load 1.5 s for the model, in no figure above but spent",
         "coverage 174 of 240 self-attention calls structured; dense: 60 (dense_steps), 6 (dense_layers)",
         "memory peak 3.0 GiB (device), of it 12 MiB kept between steps",
         "seed 0",

@@ -119,6 +119,11 @@ def test_flags_without_effect_are_named() -> None:
     assert plan(offload="model", device="cpu").warnings == (
         "--offload model changes nothing on a CPU: there is nothing to offload to",
     )
+    assert plan(graphs=True, device="cpu").warnings == ("--graphs changes nothing on a CPU: CUDA graphs are a GPU's",)
+    assert plan(graphs=True, device="cuda", impl="torch").warnings == (
+        "--graphs changes nothing with impl torch: the calls of Triton are what is replayed",
+    )
+    assert plan(graphs=True, device="cuda").warnings == ()
     quiet = [plan(offload="model", device="cuda"), plan(offload="none", device="cpu"), plan(overrides=("band=2",))]
     assert [made.warnings for made in quiet] == [(), (), ()]
 

@@ -119,7 +119,7 @@ def test_verdicts_name_the_gain_the_first_clip_and_what_is_next() -> None:
         "paper: a warm clip is 1.25x as fast as dense (8 s against 10 s)",
         "the first clip takes 15 s more (10 s for the model and 5 s for kernels): several clips of one process, as of "
         "--prompts-file or --num-videos, pay for it once",
-        "next: decoding takes most of a warm clip, 50 %: try --vae-dtype bfloat16",
+        "next: decoding is the largest part of a warm clip, 50 %: try --vae-dtype bfloat16",
         "attention that took no time at all would make the clip 1.14x as fast, no more",
     ]
     assert profile(WARM, 1.2).verdicts[0] == (
@@ -132,12 +132,16 @@ def test_verdicts_name_the_gain_the_first_clip_and_what_is_next() -> None:
     [
         ("decode", {}, "it grows with pixels and frames alone"),
         ("decode", {"on_gpu": True, "vae_dtype": "bfloat16"}, "it grows with pixels and frames alone"),
-        ("write", {"ending": ".png"}, "writing takes most of a warm clip, 88 %: try .mp4"),
+        ("write", {"ending": ".png"}, "writing is the largest part of a warm clip, 88 %: try .mp4"),
         ("attention", {}, "try a lighter preset"),
-        ("rest", {"on_gpu": True, "guided": True, "steps": 20}, "try --compile; --guidance-scale 1 halves it"),
+        ("rest", {"on_gpu": True, "guided": True, "steps": 20}, "try --compile; --guidance-scale 1, which halves it"),
         ("rest", {"on_gpu": True, "compiled": True, "steps": 20}, "try fewer --steps, or --cache"),
-        ("rest", {"on_gpu": True, "offload": "group", "compiled": True}, "weights travel with --offload group"),
-        ("rest", {"on_gpu": False, "steps": 4}, "denoising beside the attention takes most of a warm clip, 88 %"),
+        (
+            "rest",
+            {"on_gpu": True, "offload": "group", "compiled": True},
+            "or --quantize, which may fit without --offload group",
+        ),
+        ("rest", {"on_gpu": False, "steps": 4}, "beside the attention is the largest part of a warm clip, 88 %"),
     ],
 )
 def test_advice_is_for_the_largest_part_and_can_be_followed(part: str, now: dict[str, object], words: str) -> None:

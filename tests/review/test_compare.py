@@ -353,6 +353,10 @@ def test_a_folder_that_is_not_empty_is_kept(tmp_path: Path) -> None:
             "compare takes files, or --prompt and --preset to make clips, not both",
         ),
         (
+            ("a.json", "b.json", "--steps", "3", "--seed", "0", "--no-fuse"),
+            "compare takes files as they are: leave out --steps, --seed and --no-fuse, with which clips are made",
+        ),
+        (
             ("-p", "a cat", "-m", "wan2.1-1.3b", "-o", "x.mp4"),
             "--output takes a folder for a comparison, got x.mp4",
         ),

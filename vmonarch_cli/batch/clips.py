@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_FOLDER, ENDINGS, is_taken, output_path, slug
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.auto import MARK
+from vmonarch_cli.plan.defaults import default_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -30,6 +31,7 @@ from vmonarch_cli.untrusted.files import user_path
 LINE = "prompts file"
 """Origin of a setting that a line gave."""
 _SIZE = {"size", "height", "width"}
+_SOURCES = {"image", "video"}
 STAND_IN = "a red circle"
 """Stands for a prompt where something else is checked."""
 
@@ -148,7 +150,7 @@ class _Planner:
         self._request = request
         self._folder = folder
         self._seen: Counter[str] = Counter()
-        self._alone: dict[tuple[str, str], str | None] = {}
+        self._alone: dict[str, str | None] = {}
         self._of_flags: str | None = self._sentence(self._with_output(replace(request, prompt=STAND_IN), None))
 
     def plan(self, line: Line, count: int) -> list[PlannedClip]:
@@ -170,7 +172,7 @@ class _Planner:
             if sentence is not None:
                 self._note(line, sentence, given)
         for name, value in given.items():
-            sentence = self._sentence_about(name, value)
+            sentence = self._sentence_about(name, value, given)
             if sentence is not None:
                 self._note(line, sentence, given)
         return []
@@ -197,23 +199,31 @@ class _Planner:
             return error.message
         return None
 
-    def _sentence_about(self, name: str, value: Any) -> str | None:
+    def _sentence_about(self, name: str, value: Any, given: Mapping[str, Any]) -> str | None:
         """What is wrong with one field of a line, whatever is wrong with the others."""
-        known = (name, repr(value))
         if name == "tuned":  # whether it fits the line's preset is known with the rest of the line alone
             return self._sentence_of(lambda: value == NONE or read(user_path(value, "--tuned")))
         if name == "strength":  # whether there is a video is known with the rest of the line alone
             return self._sentence_of(lambda: checks.number("--strength", value, *checks.STRENGTHS))
+        model = GenerateRequest(
+            model=self._request.model,
+            revision=self._request.revision,
+            image=self._request.image,
+            defaults=self._request.defaults,
+            video=self._request.video,
+            prompt=STAND_IN,
+        )
+        for source in _SOURCES & given.keys() - {name}:  # without its picture a model that continues one takes nothing
+            with_source = _set(model, {source: given[source]})
+            if self._alone_with(with_source) is None:
+                model = with_source
+        sentence = self._alone_with(_set(model, {name: value}))
+        return None if sentence == self._alone_with(model) else sentence  # what is wrong without it is not its fault
+
+    def _alone_with(self, request: GenerateRequest) -> str | None:
+        known = repr(request)
         if known not in self._alone:
-            model = GenerateRequest(
-                model=self._request.model,
-                revision=self._request.revision,
-                image=self._request.image,
-                defaults=self._request.defaults,
-                video=self._request.video,
-                prompt=STAND_IN,
-            )
-            self._alone[known] = self._sentence(self._with_output(_set(model, {name: value}), None))
+            self._alone[known] = self._sentence(self._with_output(request, None))
         return self._alone[known]
 
     def _with_output(self, request: GenerateRequest, wanted: str | None) -> GenerateRequest:
@@ -223,12 +233,13 @@ class _Planner:
     def _clip(
         self, request: GenerateRequest, given: Mapping[str, Any], line: Line, wanted: str | None, offset: int
     ) -> PlannedClip:
-        seed = request.seed if not offset or request.seed == RANDOM else (request.seed or 0) + offset
+        first = default_of(request, "seed")
+        seed = request.seed if not offset or first == RANDOM else (first or 0) + offset
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
-        if "recipe" in given and plan.setup.loras != self._request.loras:
+        if "recipe" in given and plan.setup.loras != default_of(self._request, "loras"):
             raise InputError(
-                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give --recipe as "
-                "a flag"
+                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give it as a "
+                "flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
         for name, mark in (("seed", DRAWN), ("preset", MARK)):
@@ -246,7 +257,7 @@ class _Planner:
 
 def _merge(request: GenerateRequest, line: Line) -> tuple[GenerateRequest, dict[str, Any], list[str]]:
     """The request for one line, the line's fields that count, and the fields that a flag beat."""
-    flags = {field.name for field in fields(request) if getattr(request, field.name) not in (None, (), False)}
+    flags = request.given()
     flags |= _SIZE if flags & _SIZE else set()
     flags |= {PRESET_FIELD + text.partition("=")[0].strip().replace("-", "_") for text in request.overrides}
     flags |= {PRESET_FIELD + name for name in flags & {"dense_steps", "dense_layers", "impl"}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmonarch_cli.batch.lines import Prompts, located
 from vmonarch_cli.errors import InputErrors
 
@@ -37,6 +39,13 @@ class Faults:
             return sentence
         if len(set(numbers)) == 1:
             return located(self._prompts.source, numbers[0], sentence)
-        more = f" and {len(numbers) - _MOST_NUMBERS} more" if len(numbers) > _MOST_NUMBERS else ""
-        listed = ", ".join(map(str, numbers[:_MOST_NUMBERS]))
-        return f"{self._prompts.source} lines {listed}{more}: {sentence}"
+        return f"{self._prompts.source} {named_lines(numbers)}: {sentence}"
+
+
+def named_lines(numbers: Sequence[int]) -> str:
+    """'line 3', 'lines 3, 5': each once, the first ten of them and how many more there are."""
+    each = list(dict.fromkeys(numbers))
+    if len(each) == 1:
+        return f"line {each[0]}"
+    more = f" and {len(each) - _MOST_NUMBERS} more" if len(each) > _MOST_NUMBERS else ""
+    return f"lines {', '.join(map(str, each[:_MOST_NUMBERS]))}{more}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmonarch_cli.batch.clips import PlannedClip, batch_folder, plan_clips
+from vmonarch_cli.batch.faults import named_lines
 from vmonarch_cli.batch.folder import Batch, Terms, open_batch
 from vmonarch_cli.batch.prompts import read_prompts
 from vmonarch_cli.batch.worker import on_own_device
@@ -49,8 +50,12 @@ class BatchPlan:
 
     @property
     def warnings(self) -> list[str]:
-        """What will work less well than the user may expect, with the line that it is about."""
-        return [f"line {clip.line}: {sentence}" for clip in self.clips for sentence in clip.plan.warnings]
+        """What will work less well than the user may expect: each sentence once, with the lines that it is about."""
+        lines: dict[str, list[int]] = {}
+        for clip in self.clips:
+            for sentence in clip.plan.warnings:
+                lines.setdefault(sentence, []).append(clip.line)
+        return [f"{named_lines(numbers)}: {sentence}" for sentence, numbers in lines.items()]
 
     def open(
         self,

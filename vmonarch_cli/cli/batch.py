@@ -92,13 +92,30 @@ class PlannedBatchOptions:
     retry_failed: RetryFailed = False
     overlap: Overlapped = None
 
+    def without_file(self) -> list[str]:
+        """Sentences about flags of a batch that were given where no prompts file is."""
+        given = {
+            "--prompts-format": self.prompts_format is not None,
+            "--resume": self.resume is True,
+            "--no-resume": self.resume is False,
+            "--retry-failed": self.retry_failed,
+            "--overlap": self.overlap is True,
+            "--no-overlap": self.overlap is False,
+        }
+        return [f"{flag} changes nothing without --prompts-file" for flag, is_given in given.items() if is_given]
+
 
 @dataclass(frozen=True)
 class BatchOptions(PlannedBatchOptions):
-    """Every flag that only a batch has."""
+    """Every flag of a batch; `retry_dense` is of single clips, too."""
 
     max_failures: MaxFailures = None
     retry_dense: RetryDense = True
+
+    def without_file(self) -> list[str]:
+        """The same, with what decides how a batch is made."""
+        more = [] if self.max_failures is None else ["--max-failures changes nothing without --prompts-file"]
+        return [*super().without_file(), *more]
 
     def flags(self, overwrite: bool) -> BatchFlags:
         """The same for the batch itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,9 @@ from vmonarch_cli.cli.tables import table
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import output_path
 from vmonarch_cli.plan.defaults import default_of
-from vmonarch_cli.plan.request import GenerateRequest
+from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.plan.seeds import RANDOM
+from vmonarch_cli.text import listed
 from vmonarch_cli.untrusted.files import user_path
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def compare(
             raise InputError("compare takes two or more clips or records, or none and a --prompt")
         if request.prompt is not None or preset:
             raise InputError("compare takes files, or --prompt and --preset to make clips, not both")
+        if others := _of_clips(request):
+            raise InputError(f"compare takes files as they are: leave out {listed(others)}, with which clips are made")
         folder = None if request.output is None else output_path(request.output)
         if folder is not None:
             check_folder(folder, request.overwrite)
@@ -74,6 +78,13 @@ def compare(
     page = next((path for path in written if path.suffix == ".html"), None)
     if open_page and page is not None:
         open_file(page, out)
+
+
+def _of_clips(request: GenerateRequest) -> list[str]:
+    """The flags of a request that say how a clip is made."""
+    given = request.given() - {"output", "overwrite", "defaults"}
+    names = [field.name for field in fields(request) if field.name in given]
+    return [f"--{'no-' if getattr(request, name) is False else ''}{flag_name(name)}" for name in names]
 
 
 def make_comparison(request: GenerateRequest, presets: list[str], out: Output) -> tuple[Path, Comparison]:

@@ -52,6 +52,7 @@ def generate(
         raise InputError("--seed -1 would draw another seed in each process of a torchrun: give a seed")
     resolved = resolve(request)
     plan.tell_notes(resolved, out)
+    out.warn(*options.without_file())
     if dry_run:
         plan.show_plan(resolved, out)
     else:

@@ -43,6 +43,7 @@ def plan(
     out = shown.output(main=read_rank().is_main)
     resolved = resolve(request, needs_prompt=False)
     tell_notes(resolved, out)
+    out.warn(*options.without_file())
     show_plan(resolved, out, vram)
 
 

@@ -232,16 +232,18 @@ def step_legend(timing: ClipTiming | Sequence[StepAttention]) -> Text:
     steps = timing.steps if isinstance(timing, ClipTiming) else timing
     whole = isinstance(timing, ClipTiming)
     parts = []
-    if any(s.dense_s for s in steps):
+    sampled = any(s.dense_s for s in steps)
+    if sampled:
         parts.append("dense and error: on the tensors of a step's first forward, outside its time")
     ran_by = {s.dense_call_by for s in steps} - {None, "sdpa"}
     if ran_by:
         parts.append(f"dense: by {', '.join(sorted(map(str, ran_by)))}, the fastest that is installed")
     if any(s.structured_calls for s in steps):
-        parts.append("median: of each column, speedup and error of structured steps alone")
+        parts.append("median: of each column" + (", speedup and error of structured steps alone" if sampled else ""))
     if any(s.structured_calls for s in steps) and whole:
-        parts.append("clip: sums of all steps, their ratio, and the largest error")
-    if any(s.structured_calls and s.dense_s is None for s in steps) and whole:
+        ratio = ", their ratio, and the largest error" if sampled else ""
+        parts.append(f"clip: sums of all steps{ratio}")
+    if sampled and any(s.structured_calls and s.dense_s is None for s in steps) and whole:
         parts.append("dense of the clip: steps without a sample count by the mean of the samples")
     if any(0 < s.structured_calls < s.calls for s in steps):
         parts.append("p: some layers dense")
@@ -264,13 +266,13 @@ def summary(result: ClipResult, load_s: float | None) -> Table:
         ("spent", SpentBar(timing.parts, f"{seconds(hidden)} of writing beside decoding" if hidden > _TELLS else ""))
     )
     if load_s is not None:
-        rows.append(("load", f"{seconds(load_s)} for the model, in no figure above"))
+        rows.append(("load", f"{seconds(load_s)} for the model, in no figure above but spent"))
     if timing.error is not None:
         rows.append(("error", _error_line(timing)))
     rows.append(("coverage", coverage_words(result.coverage)))
     if timing.first_call_s is not None:
         ahead = f"; {seconds(timing.hidden_compile_s)} more while the model loaded" if timing.hidden_compile_s else ""
-        words = f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above{ahead}"
+        words = f"{seconds(timing.first_call_s)} with kernel compilation, in no figure above but spent{ahead}"
         rows.append(("first call", words))
     if timing.peak_memory_bytes is not None:
         kind = f" ({timing.peak_memory_kind})" if timing.peak_memory_kind else ""

@@ -178,7 +178,7 @@ def fill(request: GenerateRequest) -> Filled:
     values: dict[str, Any] = {}
     if not request.defaults:
         return Filled(request, {})
-    given = {field.name for field in fields(request) if getattr(request, field.name) not in (None, (), False)}
+    given = request.given()
     given |= {_assigned(text) for text in request.overrides}
     recipe = request.recipe or next(
         (level.values["recipe"] for level in request.defaults if "recipe" in level.values), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 FLAG_NAMES = {"overrides": "set", "loras": "lora"}
@@ -80,3 +80,11 @@ class GenerateRequest:
     tuned: str | None = None
     defaults: tuple[Level, ...] = field(default=())
     """What counts where no flag does, the first place first; see `plan/defaults.py`."""
+
+    def given(self) -> set[str]:
+        """The fields that were given. A seed of 0 is, and so is False where nothing else says no, as of `--no-fuse`."""
+        return {each.name for each in fields(self) if _is_given(getattr(self, each.name), each.default)}
+
+
+def _is_given(value: Any, default: Any) -> bool:
+    return type(value) is not type(default) or value != default  # 0 == False

@@ -204,7 +204,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
             *warnings.of_demo(model, prompt, (height, width, num_frames)),
             *warnings.of_flags(request, model, facts, guidance),
             *warnings.of_video(video, facts, levels.sigmas),
-            *warnings.without_effect(request, preset, outputs),
+            *warnings.without_effect(request, preset, outputs, source),
             *warnings.of_schedule(
                 preset,
                 step_costs,

@@ -109,8 +109,10 @@ def of_quantize(setup: Setup, facts: PipelineFacts) -> Iterator[str]:
         yield f"--quantize int8 saves memory and, without --compile, no time: {way_out}, or take fp8 if the GPU has it"
 
 
-def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path]) -> Iterator[str]:
-    """Flags that this preset, this machine or the format of the clips makes meaningless."""
+def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[Path], source: str) -> Iterator[str]:
+    """Flags that this preset, this machine, the format of the clips or the model's `source` makes meaningless."""
+    if request.revision is not None and Path(source).is_dir():
+        yield f"--revision {request.revision} changes nothing: the model's weights are in a folder, not in a repository"
     if request.quality is not None and all(path.suffix.lower() == ".png" for path in outputs):
         yield f"--quality {request.quality} changes nothing: PNGs are lossless"
     if preset.attention == "dense":
@@ -119,6 +121,10 @@ def without_effect(request: GenerateRequest, preset: Preset, outputs: Sequence[P
         names = [name for name in (*assigned, *given) if name != "attention"]
         if names:
             yield f"all attention is dense with this preset: {', '.join(names)} changes nothing"
+    if request.graphs and not uses_gpu(request.device or "auto"):
+        yield "--graphs changes nothing on a CPU: CUDA graphs are a GPU's"
+    elif request.graphs and preset.attention != "dense" and preset.impl in ("torch", "reference"):
+        yield f"--graphs changes nothing with impl {preset.impl}: the calls of Triton are what is replayed"
     if request.offload not in (None, "auto", "none") and not uses_gpu(request.device or "auto"):
         yield f"--offload {request.offload} changes nothing on a CPU: there is nothing to offload to"
 

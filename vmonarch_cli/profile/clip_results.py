@@ -154,7 +154,7 @@ def _next(profile: ClipProfile) -> list[str]:
     largest = max(parts, key=lambda name: parts[name])
     words = {"rest": "denoising beside the attention", "decode": "decoding", "write": "writing", "text": "the prompt"}
     what = words.get(largest, largest)
-    said = f"next: {what} takes most of a warm clip, {100 * parts[largest] / whole:.0f} %"
+    said = f"next: {what} is the largest part of a warm clip, {100 * parts[largest] / whole:.0f} %"
     advice = _advice(largest, profile.circumstances)
     found = [f"{said}: {advice}" if advice else said]
     free = profile.attention_free
@@ -164,17 +164,17 @@ def _next(profile: ClipProfile) -> list[str]:
 
 
 def _advice(part: str, now: Circumstances) -> str:
-    """What to change where a part takes most of a clip; "" where nothing is left to change."""
+    """What to change where a part is a clip's largest; "" where nothing is left to change."""
     if part == "attention":
         return "try a lighter preset, as `vmonarch presets` shows, or fewer --steps"
     if part == "rest":
         ways = []
         if now.offload != "none":
-            ways.append(f"weights travel with --offload {now.offload}: a smaller size or --quantize may fit without")
+            ways.append(f"a smaller size or --quantize, which may fit without --offload {now.offload}")
         if now.on_gpu and now.can_compile and not now.compiled:
             ways.append("--compile")
         if now.guided:
-            ways.append("--guidance-scale 1 halves it where the model can do without")
+            ways.append("--guidance-scale 1, which halves it, where the model can do without guidance")
         if now.steps > 4:
             ways.append("fewer --steps" if now.cached else "fewer --steps, or --cache")
         return "try " + "; ".join(ways) if ways else ""

@@ -44,7 +44,7 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
         request = replace(request, seed=draw_seed())
     seed = default_of(request, "seed") or 0
     folder = _folder(request, f"{slug(request.prompt or '')}-s{seed}-compare")
-    request = replace(request, num_videos=None, dense_every=request.dense_every or 0)
+    request = replace(request, num_videos=None, dense_every=default_of(request, "dense_every") or 0)
     plans = {}
     for name, preset in names.items():
         given = replace(request, preset=preset, output=str(folder / f"{slug(name)}.mp4"))
