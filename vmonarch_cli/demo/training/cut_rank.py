@@ -10,6 +10,7 @@ with `svd_rank`, spends its directions on inputs that never come.
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,24 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vmonarch_cli.demo.captions import caption
+from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.errors import InputError, OutputError, VmonarchError
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import TunedAdapter, read_adapter
 from vmonarch_cli.models.weights import read_metadata
+from vmonarch_cli.pipeline.call import call, encode, sampling_of
 from vmonarch_cli.pipeline.load import load_pipeline
+from vmonarch_cli.pipeline.swap import swapped
 from vmonarch_cli.pipeline.tuned import write_adapter
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.tune.prompts import split_prompts
-from vmonarch_cli.tune.request import TRAINING_NOISE
-from vmonarch_cli.tune.trajectories import sample
 
 _DOWN, _UP, _PART = ".lora_A.weight", ".lora_B.weight", "transformer."
+_NOISE = 1_000_000
+"""Seeds of the clips begin so far above those of held-out ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +110,6 @@ def second_moments(path: Path, said: TunedAdapter, clips: int) -> dict[str, Tens
         dtype="float32",
     )
     plan = resolve(asked, needs_prompt=False)
-    prompts, _ = split_prompts(plan, None, 0)
     pipeline = load_pipeline(
         plan.model_source,
         device=torch.device("cpu"),
@@ -126,9 +129,12 @@ def second_moments(path: Path, said: TunedAdapter, clips: int) -> dict[str, Tens
 
     for layer in layers:
         pipeline.transformer.get_submodule(layer.removeprefix(_PART)).register_forward_pre_hook(gathers(layer))
-    name = plan.setup.tuned[0].layer_name
+    shape, name = (plan.height, plan.width, plan.num_frames), plan.setup.tuned[0].layer_name
     for number in range(clips):
-        sample(pipeline, plan, [prompts[number]], [plan.seed + TRAINING_NOISE + number], plan.preset, adapter=name)
+        prompt = caption(sample_spec("train", 7, number, plan.num_frames), random.Random(number))
+        texts = (prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
+        with torch.no_grad(), swapped(pipeline, plan.preset, adapter=name):
+            call(pipeline, encode(pipeline, *texts), shape, **sampling_of(plan, _NOISE + number))
     return found
 
 
