@@ -195,11 +195,11 @@ def test_only_runs_that_will_compile_begin(
     ):
         assert kernels_ahead.start_kernels(without, machine) is None
     assert len(began) == 1
-    dense = plan(preset="dense")
-    kernels_ahead.start_kernels(dense, replace(gpu, fused_impl="triton"))
+    dense = plan(preset="dense", fuse=True)
+    kernels_ahead.start_kernels(dense, replace(gpu, fused_impls=("triton",)))
     heads, head_dim = dense.model.heads, dense.model.head_dim
     assert began[1:] == [[(StreamShape(dense.tokens, heads, head_dim, torch.bfloat16, torch.device("cuda:0")),)]]
-    assert kernels_ahead.start_kernels(dense, replace(gpu, fused_impl="torch")) is None
+    assert kernels_ahead.start_kernels(dense, replace(gpu, fused_impls=("torch",))) is None
 
 
 REAL = """

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -30,7 +31,7 @@ from vmonarch_cli.families.registry import FAMILIES
 from vmonarch_cli.library import monarch
 from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.pipeline import preflight
-from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, unfuse
+from vmonarch_cli.pipeline.fuse import fuse, fused, fused_impl, switch, unfuse
 from vmonarch_cli.pipeline.load import load_pipeline
 from vmonarch_cli.pipeline.offload import Placement
 from vmonarch_cli.pipeline.preflight import Machine
@@ -217,6 +218,61 @@ def test_what_wraps_a_fused_forward_stays_when_the_stock_blocks_come_back(monkey
     monkeypatch.setattr(fusing, "gelu_tanh_", lambda x, impl: (calls.append(1), x)[1])
     run(transformer)
     assert len(calls) == LAYERS
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_blocks_are_stock_and_fused_in_turn(folders: dict[str, Path], name: str) -> None:
+    """To the bit, as the clips of a batch need it."""
+    stock, found = made(folders[name], None, name), made(folders[name], "torch", name)
+    pipeline = load(folders[name], setup=setup("torch"))
+    for impl, expected in ((None, stock), ("torch", found), (None, stock)):
+        switch(pipeline, impl)
+        assert fused_impl(pipeline.transformer) == impl
+        with swapped(pipeline, PAPER):
+            assert torch.equal(latents_of(pipeline, TINY[name]), expected)
+
+
+@pytest.mark.parametrize("more", [{"offload": "group"}, {"cache": "pab"}, {"quantize": "fp8-storage"}], ids=str)
+def test_so_they_are_within_what_wraps_them(
+    folders: dict[str, Path], more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, found = made(folders["wan"], None, **more), made(folders["wan"], "torch", **more)
+    norms = Mock(wraps=wan_blocks.residual_norm)
+    monkeypatch.setattr(wan_blocks, "residual_norm", norms)
+    pipeline = load(folders["wan"], setup=setup("torch", **more))
+    for impl, expected in ((None, stock), ("torch", found), (None, stock)):
+        norms.reset_mock()
+        switch(pipeline, impl)
+        with swapped(pipeline, PAPER):
+            assert torch.equal(latents_of(pipeline, TINY["wan"]), expected)
+        assert norms.called == (impl is not None)
+
+
+def test_compiled_blocks_keep_a_graph_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def marked(*given: Any, **more: Any) -> Any:
+        stream, normed = residual_norm(*given, **more)
+        return stream, normed + 1
+
+    pipeline = SimpleNamespace(transformer=tiny_transformer(layers=2))
+    stock = run(pipeline.transformer)
+    residual_norm = wan_blocks.residual_norm
+    monkeypatch.setattr(wan_blocks, "residual_norm", marked)
+    counts = torch._dynamo.utils.counters
+    fuse(pipeline.transformer, "torch")
+    torch._dynamo.reset()
+    counts.clear()
+    for block in pipeline.transformer.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    made = []
+    for impl, graphs in (("torch", 1), (None, 2), ("torch", 2), (None, 2)):
+        switch(pipeline, impl)
+        made.append(run(pipeline.transformer))
+        assert counts["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[3])
+    torch.testing.assert_close(made[1], stock, **CLOSE)
+    assert not torch.allclose(made[0], stock, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx-video", "hunyuan-video"])
@@ -516,8 +572,6 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
     assert decided(planned("wan2.1-1.3b", quantize="int8")) == "triton"
     assert decided(planned("wan2.1-1.3b", quantize="int8", compile=True)) is None, "not measured"
     assert decided(planned("wan2.1-1.3b", quantize="int8", compile=True, fuse=True)) == "triton"
-    both = machine_of(monkeypatch, [planned("wan2.1-1.3b", size="64x64", num_frames=5), large], "cuda")
-    assert both.fused_impl == "triton", "the largest decides"
     monkeypatch.setattr("vmonarch_cli.plan.plan.repays_fusing", lambda tokens, channels: True)
     assert decided(plan) == "triton"
     assert decided(planned(tiny_wan_folder, preset="dense")) == "triton"
@@ -528,11 +582,25 @@ def test_nobody_s_choice_is_fused_on_a_gpu_where_there_is_a_fused_form(
     assert decided(planned(folders["mochi-1"])) is None
 
 
+def test_each_clip_has_the_blocks_that_it_has_alone(monkeypatch: Any) -> None:
+    small, large = planned("wan2.1-1.3b", size="64x64", num_frames=5), planned("wan2.1-1.3b")
+    dense, in_torch = planned("wan2.1-1.3b", preset="dense"), planned("wan2.1-1.3b", impl="torch")
+    for plans in ([small, large, dense, in_torch], [in_torch, dense, large, small]):
+        machine = machine_of(monkeypatch, plans, "cuda")
+        alone = [machine_of(monkeypatch, [plan], "cuda").fused_of(plan) for plan in plans]
+        assert [machine.fused_of(plan) for plan in plans] == alone
+    assert alone == [None, "triton", "triton", None]
+    assert machine.decided(small).fused_impl == "triton", "the model is loaded once for all"
+    asked = [planned("wan2.1-1.3b", fuse=True, impl=impl) for impl in ("torch", "triton", None)]
+    machine = machine_of(monkeypatch, asked, "cuda")
+    assert [machine.fused_of(plan) for plan in asked] == ["torch", "triton", "triton"]
+
+
 def test_a_gpu_that_cannot_run_the_kernels_has_stock_blocks(monkeypatch: Any) -> None:
     plan, forced = planned("wan2.1-1.3b", preset="dense"), planned("wan2.1-1.3b", preset="dense", fuse=True)
     machine_of(monkeypatch, [plan], "cuda")
     monkeypatch.setattr("vmonarch_kernels.fused.hardware_obstacle", lambda device: "Triton is not installed")
-    assert preflight.check_machine(plan).fused_impl is None
+    assert preflight.check_machine(plan).fused_of(plan) is None
     with pytest.raises(DeviceError, match="--fuse: impl='triton' cannot run because Triton is not installed"):
         preflight.check_machine(forced)
 

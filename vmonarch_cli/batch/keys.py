@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vmonarch_cli.models.lora_facts import is_local
+from vmonarch_cli.models.lora_files import lora_files, parse_lora
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.plan.setup import AUTO, EARLIER_NAMES
 from vmonarch_cli.plan.small_calls import FASTEST, dense_limit
-from vmonarch_cli.untrusted.files import file_sha256
+from vmonarch_cli.untrusted.files import known_sha256
 
 _LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse", "dense_below")
 _LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
@@ -35,6 +37,7 @@ def identity_of(plan: Plan, wanted: str | None) -> str:
     adapters = content["setup"].pop("tuned")
     if adapters:  # the same weights, from wherever they were read
         content["tuned"] = adapters[0]["sha256"]
+    content["setup"]["loras"] = [_lora(text, plan.model.transformers) for text in plan.setup.loras]
     for name in ("transformer", "transformer_2"):
         del content["setup"][name]
     for name, file in plan.setup.single_files.items():  # weights that were replaced are other weights
@@ -49,16 +52,35 @@ def identity_of(plan: Plan, wanted: str | None) -> str:
                 del part[name]
     content["preset"] = plan.preset.computed_fields()
     if plan.image is not None:  # a picture that was painted over is another picture
-        content["image"] = file_sha256(Path(plan.image))
+        content["image"] = known_sha256(Path(plan.image))
     for name, given in (("last_image", plan.last_image), ("video", plan.video)):
         if given is not None:
-            content[name] = file_sha256(Path(given))
+            content[name] = known_sha256(Path(given))
     if plan.model.alias == DEMO_ALIAS:  # it comes with the program, wherever that is installed
         content["model_source"] = DEMO_ALIAS
     elif Path(plan.model_source).is_dir():  # the same folder, from wherever the command runs
         content["model_source"] = str(Path(plan.model_source).resolve())
     text = json.dumps([content, wanted], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _lora(text: str, transformers: int) -> Any:
+    """What a LoRA is: of files on this disk content, scale and transformer, wherever they lie; of the hub its name.
+
+    transformers: how many the model has.
+    """
+    lora = parse_lora(text)
+    if not is_local(lora):
+        return text
+    return [
+        {
+            "sha256": known_sha256(file.path),
+            "settings": None if file.settings is None else known_sha256(file.settings),
+            "scale": lora.scale,
+            "expert": file.expert,
+        }
+        for file in lora_files(lora, transformers)
+    ]
 
 
 def _resolved(plan: Plan) -> dict[str, Any]:

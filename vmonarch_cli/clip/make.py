@@ -45,6 +45,7 @@ from vmonarch_cli.pipeline import context_parallel, text_limits
 from vmonarch_cli.pipeline.call import decode, encode
 from vmonarch_cli.pipeline.dense import dense_ready
 from vmonarch_cli.pipeline.device import DTYPES, dtype_name
+from vmonarch_cli.pipeline.fuse import switch
 from vmonarch_cli.pipeline.kernels_ahead import start_kernels, stopped_by_errors
 from vmonarch_cli.pipeline.load import load_decoder, load_pipeline
 from vmonarch_cli.pipeline.preflight import Machine
@@ -280,9 +281,8 @@ class ClipMaker:
                 texts_of = (plan.prompt, plan.negative_prompt, plan.guidance_scale, plan.model.max_sequence_length)
                 embeddings = encode(self._pipeline, *texts_of)
                 text_encode_s = watch.lap()
-                given = (self._pipeline, session, embeddings, plan)
                 heard: Any = {"on_step": lambda step: self._on_event(StepDone(index, step)), "previews": previews}
-                latents = denoise(*given, seed=seed, **heard)
+                latents = denoise(self._pipeline, session, embeddings, plan, seed=seed, **heard)
             for sentence in session.warnings:
                 self._on_event(ClipWarning(index, sentence))
             return Denoised(
@@ -327,7 +327,8 @@ class ClipMaker:
 
     @contextmanager
     def _swapped(self, plan: Plan, preset: Preset, seed: int) -> Iterator[AttentionSession]:
-        """The model with the preset's attention and the plan's noise schedule; `seed`: of the clip."""
+        """The model with the plan's blocks and noise schedule and the preset's attention; `seed`: of the clip."""
+        switch(self._pipeline, self._machine.fused_of(plan))
         self._pipeline.scheduler = self._scheduler
         set_schedule(self._pipeline, plan, seed)
         key = (preset, plan.dense_every, small := self._machine.small_of(plan))

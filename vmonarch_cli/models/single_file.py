@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.base import PipelineFacts
 from vmonarch_cli.models.weights import read_header, refuse_scaled
 from vmonarch_cli.text import printable, with_article
-from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
+from vmonarch_cli.untrusted.files import known_sha256, require_regular, user_path
 
 GGUF = ".gguf"
 ENDINGS = (".safetensors", GGUF)
@@ -105,15 +104,4 @@ def _kind_of(names: Iterable[str], wanted: str) -> str | None:
 
 def weights_facts(files: Mapping[str, str]) -> tuple[dict[str, str], ...]:
     """What a record says of files, by component: "part", "file" and "sha256" of each."""
-    return tuple({"part": part, "file": file, "sha256": _sha256(Path(file))} for part, file in files.items())
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file's content; computed once while its size and time stay."""
-    about = path.stat()
-    return _sha256_of(path, about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _sha256_of(path: Path, size: int, changed: int) -> str:
-    return file_sha256(path)
+    return tuple({"part": part, "file": file, "sha256": known_sha256(Path(file))} for part, file in files.items())

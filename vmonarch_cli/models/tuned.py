@@ -64,7 +64,10 @@ class TunedAdapter(BaseModel):
     """WIDTHxHEIGHT in pixels."""
     num_frames: int = Field(ge=1, le=1 << 20)
     training: dict[str, Any] = {}
-    """How it was made: rank, alpha, lr, steps done, seconds, batch, seed, prompts, first and last loss, versions."""
+    """How it was made: rank, alpha, lr, steps done, seconds, batch, seed, prompts, first and last loss, versions.
+
+    `cut_from_rank`: the rank of training and of the evaluation, where the file has fewer.
+    """
     evaluation: dict[str, Any] = {}
     """Prompts, and before and after: error of the latents, PSNR and SSIM against the dense teacher."""
 

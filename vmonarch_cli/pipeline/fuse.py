@@ -12,6 +12,7 @@ import torch
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.fusing import ATTRIBUTE, Forward, FusedBlock
 from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.text import with_article
 
 
@@ -54,6 +55,19 @@ def unfuse(transformer: Any) -> None:
             setattr(module, ATTRIBUTE, None)
         else:
             delattr(module, ATTRIBUTE)
+
+
+def switch(pipeline: Any, impl: str | None) -> None:
+    """Give the next clip of a pipeline its blocks: fused with `impl`, or (None) stock ones, to the bit.
+
+    Fused ones only where `fuse` was before offloading and caches, which keep what they have wrapped; a compiled block
+    has a graph of each.
+    """
+    for transformer in transformers_of(pipeline):
+        if impl is None:
+            unfuse(transformer)
+        else:
+            fuse(transformer, impl)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ class Machine:
     """Frames are decoded in tiles, because full ones would not fit the memory."""
     vae_dtype: str = "auto"
     """What the VAE decodes in; "auto" is what its family needs."""
-    fused_impl: str | None = None
-    """What fused blocks run with, where a pipeline has them: "triton" or "torch"; None for stock blocks."""
+    fused_impls: tuple[str, ...] = ()
+    """What runs fused blocks of its plans, "triton" or "torch"; each plan has one of them or none, see `fused_of`."""
     dense: tuple[str, ...] = ("sdpa",)
     """Dense attention, see `vmonarch_kernels.dense_choices`: what runs it, and what else samples compare with."""
     free_bytes: int | None = None
@@ -54,13 +54,20 @@ class Machine:
         return {"type": self.device, "name": self.device_name, "threads": threads}
 
     def decided(self, plan: Plan) -> Setup:
-        """A plan's setup with what this machine decided."""
-        decided = {"offload": self.offload, "vae_dtype": self.vae_dtype, "fused_impl": self.fused_of(plan)}
+        """A plan's setup with what this machine decided, for a model that serves all its plans.
+
+        Blocks are fused where one of these has them so: `fuse.switch` makes them the stock ones for another.
+        """
+        fused = self.fused_of(plan) or next(iter(self.fused_impls if PIPELINES[plan.pipeline].fuses else ()), None)
+        decided = {"offload": self.offload, "vae_dtype": self.vae_dtype, "fused_impl": fused}
         return plan.setup.model_copy(update={**decided, "vae_tiling": plan.setup.vae_tiling or self.tiles})
 
     def fused_of(self, plan: Plan) -> str | None:
-        """What the fused blocks of a plan's pipeline run with; None for stock blocks, as those without a fused form."""
-        return self.fused_impl if PIPELINES[plan.pipeline].fuses else None
+        """What the fused blocks of a plan's clips run with, whatever other plans there are: Triton, or torch beside an
+        implementation in it. None for stock blocks: without a fused form, and where nobody chose and nothing is gained.
+        """
+        impl = _fused_impl(plan, self)
+        return impl if impl in self.fused_impls and PIPELINES[plan.pipeline].fuses else None
 
     def small_of(self, plan: Plan) -> SmallCalls:
         """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer."""
@@ -113,7 +120,7 @@ def check_machine_for(plans: Sequence[Plan]) -> Machine:
     machine = replace(machine, dense=_dense(plans[0], machine))
     for preset in {plan.preset for plan in plans if plan.preset.attention != "dense"}:
         _check_impl(preset.impl, machine, plans[0])
-    return replace(machine, fused_impl=_fused_impl(plans, machine))
+    return replace(machine, fused_impls=_fused_impls(plans, machine))
 
 
 def machine_to_decode(plan: Plan) -> Machine:
@@ -177,31 +184,37 @@ def _check_impl(impl: str, machine: Machine, plan: Plan) -> None:
         raise DeviceError(str(error)) from None
 
 
-def _fused_impl(plans: Sequence[Plan], machine: Machine) -> str | None:
-    """What the fused blocks of a model run with: Triton, but torch where every plan asks for an implementation in it.
+def _fused_impl(plan: Plan, machine: Machine) -> str | None:
+    """What would run a plan's fused blocks; None where it has stock ones."""
+    unasked = machine.on_gpu and plan.fuses_unasked
+    if not (unasked if plan.setup.fuse is None else plan.setup.fuse):
+        return None
+    return "torch" if plan.in_torch else "triton"
 
-    Nobody's choice is Triton on a GPU where a plan's stream repays it, and stock blocks elsewhere. Raises DeviceError
-    where fused blocks are asked for and Triton cannot run: on a CPU nothing would be gained.
+
+def _fused_impls(plans: Sequence[Plan], machine: Machine) -> tuple[str, ...]:
+    """What runs the fused blocks of plans, each implementation once.
+
+    Where nobody chose and Triton cannot run, blocks are stock ones. Raises DeviceError where fused blocks are asked for
+    and Triton cannot run: on a CPU nothing would be gained.
     """
     from vmonarch_cli.pipeline.device import DTYPES
     from vmonarch_kernels import ImplUnavailable, resolve_fused_impl
 
-    wanted = plans[0].setup.fuse
-    in_torch = all(plan.preset.impl in ("torch", "reference") for plan in plans)
-    repays = machine.on_gpu and not in_torch and any(plan.repays_fusing for plan in plans)
-    if wanted is False or (wanted is None and not repays):
-        return None
-    try:
-        return resolve_fused_impl("torch" if in_torch else "triton", machine.device, DTYPES[machine.dtype])
-    except ImplUnavailable as error:
-        if wanted is None:
-            return None
-        if machine.on_gpu:
-            raise DeviceError(f"--fuse: {error}") from None
-        raise DeviceError(
-            "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
-            "--impl torch for the same operations in torch, which gain nothing"
-        ) from None
+    found = []
+    for impl in dict.fromkeys(_fused_impl(plan, machine) for plan in plans):
+        try:
+            found += [] if impl is None else [resolve_fused_impl(impl, machine.device, DTYPES[machine.dtype])]
+        except ImplUnavailable as error:
+            if plans[0].setup.fuse is None:
+                continue
+            if machine.on_gpu:
+                raise DeviceError(f"--fuse: {error}") from None
+            raise DeviceError(
+                "--fuse runs Triton kernels, which need a GPU, and this run is on the CPU: leave it out, or add "
+                "--impl torch for the same operations in torch, which gain nothing"
+            ) from None
+    return tuple(found)
 
 
 def check_cpu_memory(plan: Plan, dtype: str) -> None:

@@ -127,10 +127,14 @@ class Plan(BaseModel):
         return not unmeasured and repays_fusing(self.tokens, self.model.hidden_dim)
 
     @property
+    def in_torch(self) -> bool:
+        """Whether the preset's implementation is one that needs no Triton."""
+        return self.preset.impl in ("torch", "reference")
+
+    @property
     def fuses_unasked(self) -> bool:
         """Whether a GPU runs the transformer's blocks fused where nobody chooses."""
-        in_torch = self.preset.impl in ("torch", "reference")
-        return PIPELINES[self.pipeline].fuses and not in_torch and self.repays_fusing
+        return PIPELINES[self.pipeline].fuses and not self.in_torch and self.repays_fusing
 
     @property
     def vae_dtype_unasked(self) -> str:

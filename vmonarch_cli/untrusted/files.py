@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -36,6 +37,18 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; OSError where it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """As `file_sha256`, computed once while the file's size and time stay: each line of a batch asks."""
+    facts = path.stat()
+    return _known_sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_sha256(path: Path, *stamp: int) -> str:
+    """As `known_sha256`; `stamp` is other for a file that changed."""
+    return file_sha256(path)
 
 
 def user_path(text: str, name: str, error: type[VmonarchError] = InputError) -> Path:

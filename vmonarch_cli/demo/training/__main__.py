@@ -1,4 +1,6 @@
-"""Training of the demo model from the command line: `python -m vmonarch_cli.demo.training text|vae|dit --out DIR`."""
+"""Training of the demo model from the command line: `python -m vmonarch_cli.demo.training text|vae|dit --out DIR`, and
+its adapters at a lower rank: `rank FILE ... --rank 8 --out DIR`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train one part."""
-    from vmonarch_cli.demo.training import flags, train_dit, train_text, train_vae
+    """Parse the command line and train one part, or cut adapters."""
+    from vmonarch_cli.demo.training import cut_rank, flags, train_dit, train_text, train_vae
 
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -19,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_text_arguments(text)
     dit = commands.add_parser("dit", help="the transformer and the text encoder", formatter_class=formatter)
     flags.add_dit_arguments(dit)
+    rank = commands.add_parser("rank", help="tuned adapters at a lower rank", formatter_class=formatter)
+    cut_rank.add_arguments(rank)
     args = parser.parse_args(argv)
-    {"vae": train_vae, "text": train_text, "dit": train_dit}[args.command].run(args)
+    {"vae": train_vae, "text": train_text, "dit": train_dit, "rank": cut_rank}[args.command].run(args)
 
 
 if __name__ == "__main__":
