@@ -238,8 +238,7 @@ class _Planner:
         plan = resolve(self._with_output(replace(request, seed=seed), wanted))
         if "recipe" in given and plan.setup.loras != default_of(self._request, "loras"):
             raise InputError(
-                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give it as a "
-                "flag"
+                f"recipe {given['recipe']} loads a LoRA, which is the same for all clips of a batch: give it as a flag"
             )
         origins = {name: LINE if _came_from_line(name, given) else origin for name, origin in plan.origins.items()}
         for name, mark in (("seed", DRAWN), ("preset", MARK)):
