@@ -16,7 +16,7 @@ from vmonarch_cli.models.tuned import read_adapter
 from vmonarch_cli.plan import memory
 from vmonarch_cli.plan.costs import Flops, branches_of, count_flops, kept_by
 from vmonarch_cli.presets import at_steps, load_preset
-from vmonarch_cli.text import binary_size, flops
+from vmonarch_cli.text import binary_size, counted, flops
 
 SHOWN_MODES = ("none", "model", "group")
 
@@ -83,7 +83,7 @@ def model_table(model: ModelEntry, adapters: Sequence[Path] = ()) -> Group:
             f"{both}{_billions(model.transformer_params)} transformer, {_billions(model.text_encoder_params)} text "
             f"encoders, {_billions(model.vae_params)} VAE",
         ),
-        ("attention", f"{model.layers} layers, {model.heads} heads x {model.head_dim}"),
+        ("attention", f"{counted(model.layers, 'layer')}, {counted(model.heads, 'head')} x {model.head_dim}"),
         ("by default", f"{d.width}x{d.height}, {d.num_frames} frames at {d.fps} fps, {d.steps} steps"),
         ("guidance", f"{_guidance(model, pipeline)}, {forwards} a step"),
         ("flow shift", "the scheduler's own" if d.flow_shift is None else f"{d.flow_shift:g}"),

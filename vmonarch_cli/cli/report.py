@@ -130,7 +130,7 @@ def lora_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
 
 def _layers(plan: Plan) -> str:
     both = f"{plan.model.transformers} x " if plan.model.transformers > 1 else ""
-    return f"{both}{plan.model.layers} layers, {plan.model.heads} heads x {plan.model.head_dim}"
+    return f"{both}{counted(plan.model.layers, 'layer')}, {counted(plan.model.heads, 'head')} x {plan.model.head_dim}"
 
 
 def preset_words(plan: Plan) -> str:

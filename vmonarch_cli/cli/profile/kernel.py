@@ -25,7 +25,7 @@ from vmonarch_cli.plan import checks
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.profile.plot import plot_kernel
 from vmonarch_cli.profile.results import KernelShape
-from vmonarch_cli.text import shown
+from vmonarch_cli.text import counted, shown
 
 if TYPE_CHECKING:
     from vmonarch_cli.profile.kernel import KernelSettings
@@ -74,7 +74,7 @@ def kernel(flags: KernelFlags, where: RunFlags, debug: Debug = False) -> None:
     from vmonarch_cli.profile.kernel import SHAPES_CPU, SHAPES_GPU, run_kernel
 
     settings = _settings(flags, chosen, run)
-    run.start(_recorded(settings), f"batch {settings.batch}, {settings.heads} heads x {settings.head_dim}")
+    run.start(_recorded(settings), f"batch {settings.batch}, {counted(settings.heads, 'head')} x {settings.head_dim}")
     done: list[KernelShape] = []
 
     def on_shape(measured: KernelShape) -> None:
