@@ -12,18 +12,22 @@ is in a .log beside its record. Records that shall be cited move to kernels/benc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_suffix(".toml")
@@ -45,14 +49,19 @@ class Entry:
     package: str | None = None
     """Without it the record would be another one."""
 
-    def arguments(self, target: Path, work: Path) -> list[str]:
+    def file(self, chip: str) -> str:
+        """Of the record: h200-kernel.json, h200x2-scaling.json."""
+        return f"{chip}{f'x{self.gpus}' if self.gpus > 1 else ''}-{self.name}.json"
+
+    def arguments(self, target: Path, work: Path, models: Path) -> list[str]:
         """The command as a process takes it."""
         program, _, rest = self.command.partition(" ")
         values = {
             "python": sys.executable,
             "json": str(target),
             "work": str(work),
-            "weights": str(work / str(self.weights)),
+            "models": str(models),
+            "weights": str(models / str(self.weights)),
         }
         whole = f"{_PROGRAMS.get(program, program)} {rest} --json {{json}}"
         return [word.format(**values) for word in shlex.split(whole)]
@@ -81,12 +90,12 @@ def made(wanted: Mapping[str, Entry], out: Path, seconds: float) -> Iterator[tup
     """(name, what became of it) of each record, as it comes."""
     import torch
 
-    cards, began, work = torch.cuda.device_count(), time.monotonic(), out / "work"
+    cards, began = torch.cuda.device_count(), time.monotonic()
     if not cards:
         sys.exit("these records are of a GPU, and torch sees none here")
     chip = chip_of(torch.cuda.get_device_name())
     for name, entry in wanted.items():
-        target, left = out / f"{chip}-{name}.json", seconds - (time.monotonic() - began)
+        target, left = out / entry.file(chip), seconds - (time.monotonic() - began)
         if is_good(target):
             yield name, "is there"
         elif entry.gpus > cards:
@@ -96,7 +105,7 @@ def made(wanted: Mapping[str, Entry], out: Path, seconds: float) -> Iterator[tup
         elif left < entry.seconds:
             yield name, f"left out: {left:.0f} s are left, and it may take {entry.seconds:.0f} s"
         else:
-            yield name, _make(entry, target, work)
+            yield name, _make(entry, target, out / "models")
 
 
 def _is_installed(package: str) -> bool:
@@ -106,36 +115,43 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _make(entry: Entry, target: Path, work: Path) -> str:
+def _make(entry: Entry, target: Path, models: Path) -> str:
     """Run a record's command; what came of it, in words."""
-    work.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # of a run that failed
+    work = target.with_suffix(".work")
+    shutil.rmtree(work, ignore_errors=True)  # it and the record are of a run that failed
+    target.unlink(missing_ok=True)
+    models.mkdir(exist_ok=True)
     began, log = time.monotonic(), target.with_suffix(".log")
-    commands = [entry.arguments(target, work)]
+    commands = [entry.arguments(target, work, models)]
     if entry.weights is not None:
-        model = ["--model", entry.weights, "--out", str(work / entry.weights)]
+        model = ["--model", entry.weights, "--out", str(models / entry.weights)]
         commands.insert(0, [sys.executable, "tests/bench/random_model.py", *model])
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("w", encoding="utf-8") as output:
         for command in commands:
-            limit = entry.seconds - (time.monotonic() - began)
             try:
-                code = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                    check=False,
-                ).returncode
+                code = _run(command, output, entry.seconds - (time.monotonic() - began))
             except subprocess.TimeoutExpired:
                 return f"stopped after {entry.seconds:.0f} s, see {log}"
             if code:
                 return f"exit {code}, see {log}"
     took = f"{time.monotonic() - began:.0f} s"
     return f"made in {took}" if is_good(target) else f"its checks failed after {took}, see {log}"
+
+
+def _run(command: Sequence[str], output: IO[str], limit: float) -> int:
+    """The exit code of a command; after `limit` seconds it is killed with all that it started, which would be on the
+    GPU beside the next one, and subprocess.TimeoutExpired is raised.
+    """
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            return process.wait(limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # none of them is left
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:

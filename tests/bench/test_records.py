@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +31,7 @@ def records() -> ModuleType:
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.command.startswith("vmonarch ")])
 def test_the_program_takes_the_command_as_far_as_the_gpu(name: str, tiny_wan_folder: Path, tmp_path: Path) -> None:
     entry, target = ENTRIES[name], tmp_path / "record.json"
-    arguments = entry.arguments(target, tmp_path)[3:]
+    arguments = entry.arguments(target, tmp_path / "work", tmp_path)[3:]
     given = [str(tiny_wan_folder) if word == str(tmp_path / str(entry.weights)) else word for word in arguments]
     result = CliRunner().invoke(app, [*given, "--device", "cuda"])
     assert result.exit_code == 2
@@ -38,14 +39,16 @@ def test_the_program_takes_the_command_as_far_as_the_gpu(name: str, tiny_wan_fol
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if "tests/bench/" in entry.command])
-def test_the_script_knows_its_flags(name: str, tmp_path: Path) -> None:
-    words = ENTRIES[name].arguments(tmp_path / "record.json", tmp_path)
-    script = next(word for word in words if word.endswith(".py"))
+SCRIPTS = sorted({word for entry in ENTRIES.values() for word in entry.command.split() if word.endswith(".py")})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_script_knows_its_flags(script: str, tmp_path: Path) -> None:
     help_text = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    flags = [word for word in words[words.index(script) :] if word.startswith("--")]
+    commands = [entry.arguments(tmp_path / "record.json", tmp_path / "work", tmp_path) for entry in ENTRIES.values()]
+    flags = {word for words in commands if script in words for word in words[words.index(script) :] if word[:2] == "--"}
     assert flags
     assert not [flag for flag in flags if flag not in help_text]
 
@@ -53,6 +56,10 @@ def test_the_script_knows_its_flags(name: str, tmp_path: Path) -> None:
 def test_the_file_is_named_for_the_chip(records: ModuleType) -> None:
     names = ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "AMD Instinct MI300X", "Some card"]
     assert [records.chip_of(name) for name in names] == ["h200", "h100", "4090", "mi300x", "gpu"]
+    assert ENTRIES["kernel"].file("h200") == "h200-kernel.json"
+    several = {entry.file("h200") for entry in ENTRIES.values() if entry.gpus == 2}
+    cited = {path.name for path in (ROOT / "kernels" / "bench" / "results").glob("h200x2-*.json")}
+    assert several >= cited - {"h200x2-scaling-float32.json"}
 
 
 def test_what_is_good_stays_and_what_does_not_fit_is_said(
@@ -67,12 +74,14 @@ def test_what_is_good_stays_and_what_does_not_fit_is_said(
         script.write_text(f"import json, sys, time\nout = open(sys.argv[2], 'w')\n{code}\n")
         return records.Entry(name, f"{{python}} {script}", seconds, **fields)
 
+    late = f"import pathlib, time; time.sleep(4); pathlib.Path({str(tmp_path / 'late.alive')!r}).touch()"
+    later = [sys.executable, "-c", late]
     good = "json.dump({'checks_passed': True}, out)"
     wanted = {
         "one": entry("one", good),
         "fails": entry("fails", "sys.exit('no kernel')"),
         "wrong": entry("wrong", "json.dump({'checks_passed': False}, out)"),
-        "slow": entry("slow", "time.sleep(60)", seconds=0.5),
+        "slow": entry("slow", f"import subprocess; subprocess.run({later!r}); time.sleep(60)", seconds=3),
         "two cards": entry("two", good, gpus=2),
         "long": entry("long", good, seconds=1e6),
         "peer": entry("peer", good, package="no_such_package.inside"),
@@ -83,6 +92,8 @@ def test_what_is_good_stays_and_what_does_not_fit_is_said(
     assert "no kernel" in Path(said["fails"].rpartition(" ")[2]).read_text()
     assert "its checks failed" in said["wrong"]
     assert "stopped after" in said["slow"]
+    time.sleep(2.5)  # by now it would have written, if it lived
+    assert not list(tmp_path.glob("*.alive")), "what a command started ends with it"
     assert said["two cards"] == "left out: 2 GPUs are needed, 1 here"
     assert said["long"].startswith("left out: ")
     assert said["peer"] == "left out: no_such_package.inside is not installed"

@@ -1,5 +1,5 @@
 """Training of the demo model from the command line: `python -m vmonarch_cli.demo.training text|vae|dit --out DIR`, and
-its adapters at a lower rank: `rank FILE ... --rank 8 --out DIR`.
+its adapters at a lower rank: `rank FILE ... --rank 16 --out DIR`.
 """
 
 from __future__ import annotations
