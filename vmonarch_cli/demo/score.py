@@ -44,6 +44,8 @@ class Settings:
     batch: int = 16
     size: int = 96
     num_frames: int = 49
+    flow_shift: float | None = None
+    """Of the sampler's noise levels; None: the one in the weights' folder."""
 
 
 def swap_attention(pipeline: Any, preset: str, tuned: AdapterFile | None = None) -> AbstractContextManager[Any]:
@@ -86,7 +88,7 @@ def check_reader(count: int, device: Any, settings: Settings, vae: Any = None) -
     return {name: value / count for name, value in right.items()}
 
 
-def load(weights: Path, device: Any, tuned: Sequence[AdapterFile] = ()) -> Any:
+def load(weights: Path, device: Any, tuned: Sequence[AdapterFile] = (), *, flow_shift: float | None = None) -> Any:
     """The pipeline as users run it: bfloat16 transformer and text encoder on a GPU, float32 otherwise."""
     import torch
     from diffusers import WanPipeline
@@ -96,6 +98,8 @@ def load(weights: Path, device: Any, tuned: Sequence[AdapterFile] = ()) -> Any:
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = WanPipeline.from_pretrained(weights, dtype={"vae": torch.float32, "default": low}).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    if flow_shift is not None:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
     load_adapters(pipeline, tuned)
     return pipeline
 
@@ -220,7 +224,7 @@ def score(
     if reader_clips:
         result["reader"] = {"clips": reader_clips, **check_reader(reader_clips, device, settings)}
     tuned = [one for one in presets if not isinstance(one, str)]
-    pipeline = load(weights, device, tuned)
+    pipeline = load(weights, device, tuned, flow_shift=settings.flow_shift)
     if vae_clips:
         shape = {"size": settings.size, "frames": settings.num_frames}
         result["vae"] = score_vae(pipeline.vae, device, count=vae_clips, **shape)[0]
@@ -314,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--size", type=int, default=defaults.size)
     parser.add_argument("--frames", type=int, default=defaults.num_frames)
+    parser.add_argument("--flow-shift", type=float, help="shift of the noise levels (default: that of the weights)")
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
     parser.add_argument("--tuned", action="append", type=Path, help="an adapter, for a row of its own (repeatable)")
     parser.add_argument("--device")
@@ -327,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vmonarch_cli.plan.tuned import read
 
     quiet_libraries()
-    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames)
+    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift)
     result = score(
         args.weights,
         settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ def sigmas_for(step: int, count: int, generator: torch.Generator, shift: float =
     else:
         u = torch.rand(count, generator=generator)
     return shift * u / (1 + (shift - 1) * u)
+
+
+def shift_for(bucket: Bucket, first: Bucket) -> float:
+    """Shift of the noise levels for clips of a bucket, where clips of `first` have FLOW_SHIFT.
+
+    A clip of fewer values has fewer to average noise over: less noise hides as much of it. So the shift grows with the
+    square root of the number of values (Esser et al., 2024, "Scaling Rectified Flow Transformers", section 5.3.2).
+    """
+    return FLOW_SHIFT * math.sqrt(bucket.tokens / first.tokens)
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,7 @@ class InputSource:
         rows = [rng.randrange(len(bank.specs)) for _ in range(clips)]
         said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in rows]
         generator = torch.Generator().manual_seed(self.seed_of(number))
-        # A smaller clip has fewer values to average noise over: less noise hides as much of it.
-        shift = FLOW_SHIFT * bank.bucket.size / self.first.size
-        return rows, sigmas_for(number, clips, generator, shift), said
+        return rows, sigmas_for(number, clips, generator, shift_for(bank.bucket, self.first)), said
 
     def seed_of(self, step: int) -> int:
         """The seed of everything that is drawn for a step."""
