@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from vmonarch_cli.clip.whole import file_facts
 from vmonarch_cli.errors import ModelError, OutputError
 from vmonarch_cli.media.encoders import ENCODERS
+from vmonarch_cli.media.ffmpeg import frames_in
 from vmonarch_cli.media.read import one_frame, read_clip
 from vmonarch_cli.media.write import clip_writer, pixels_of, write_clip, write_record
 
@@ -128,10 +130,37 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_encoder_that_stops_early_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (3, 0.2))
+    monkeypatch.setattr("vmonarch_cli.media.encoders.frames_in", lambda path: 3)
     with pytest.raises(OutputError, match="ffmpeg wrote 3 of 7 frames; is the disk full"):
         write_clip(frames(7), tmp_path / "x.mp4", fps=16)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm"])
+def test_frames_of_a_file_are_counted(tmp_path: Path, name: str) -> None:
+    whole = write_clip(frames(7), tmp_path / name, fps=16)
+    assert frames_in(whole) == 7
+    content = whole.read_bytes()
+    cut = tmp_path / f"cut{whole.suffix}"
+    cut.write_bytes(content[: len(content) * 3 // 4])
+    assert frames_in(cut) < 7
+    cut.write_bytes(b"no clip")
+    assert frames_in(cut) == 0
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs two cores of Linux"
+)
+def test_an_mp4_does_not_depend_on_the_number_of_cores(tmp_path: Path) -> None:
+    clip = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    files, cores = [], os.sched_getaffinity(0)
+    try:
+        for used in (cores, {min(cores)}):
+            os.sched_setaffinity(0, used)
+            files.append(write_clip(clip, tmp_path / f"{len(used)}.mp4", fps=16).read_bytes())
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert files[0] == files[1]
 
 
 def test_endings_and_shapes(tmp_path: Path) -> None:
