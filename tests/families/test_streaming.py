@@ -13,6 +13,7 @@ from tiny_wan import tiny_pipeline
 
 from vmonarch_cli.clip import make
 from vmonarch_cli.families import wan
+from vmonarch_cli.families.wan_vae_lean import lean
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.pipeline.call import decode, decode_whole
 from vmonarch_cli.pipeline.preflight import check_machine
@@ -67,6 +68,25 @@ def test_small_frames_of_a_long_clip_are_decoded_several_at_a_time(monkeypatch: 
     assert np.abs(np.concatenate(parts).astype(int) - stock_frames(pipeline, latents())).max() <= 1
     (one,) = decode(pipeline, latents()[:, :, :1], (32, 48, 1000))
     assert len(one) == 1
+
+
+def test_the_decoder_is_as_it_was_after_a_clip_that_a_cpu_decodes_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_pipeline()
+    stock = stock_frames(pipeline, latents())
+    monkeypatch.setattr(wan, "_WHOLE_PIXELS", 32 * 48 * 16)
+    parts = decode(pipeline, latents(), SHAPE)
+    next(parts)
+    convolution = pipeline.vae.decoder.conv_in
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert "forward" in vars(convolution)
+    with lean(pipeline.vae):
+        pass
+    assert len(list(parts)) == 2
+    for module in pipeline.vae.decoder.modules():
+        assert "forward" not in vars(module)
+        assert not getattr(module, "inplace", False)
+        assert all(parameter.is_contiguous() for parameter in module.parameters())
+    assert np.array_equal(stock_frames(pipeline, latents()), stock)
 
 
 @pytest.mark.usefixtures("in_chunks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vmonarch_cli.families.base import (
 from vmonarch_cli.families.fusing import impl_of, normed_and_rotated
 from vmonarch_cli.families.wan_blocks import SKYREELS_BLOCKS, WAN_BLOCKS, WAN_VACE_BLOCKS, rehearse
 from vmonarch_cli.families.wan_vae import by_chunks, decode_chunks, decode_raw, is_plain
+from vmonarch_cli.families.wan_vae_lean import by_channels, lean
 
 _WHOLE_PIXELS = 1 << 19
 """A clip of so few pixels in all is decoded whole, and chunks of a longer one have half as many: a convolution of few
@@ -85,10 +87,25 @@ def decode_wan(pipeline: Any, latents: torch.Tensor, shape: Shape | None) -> Ite
         yield run_vae(pipeline, latents)
         return
     start_offloaded(vae)
+    together = _together(shape) if is_plain(vae) else 1
     if shape is not None and shape[0] * shape[1] * shape[2] <= _WHOLE_PIXELS and is_plain(vae):
-        yield decode_raw(vae, latents).clamp(-1, 1)
+        with _fewer_passes(vae, latents) as arranged:
+            yield decode_raw(vae, arranged).clamp(-1, 1)
+    elif together > 1:
+        with _fewer_passes(vae, latents) as arranged:
+            yield from decode_chunks(vae, arranged, together)
     else:
-        yield from decode_chunks(vae, latents, _together(shape) if is_plain(vae) else 1)
+        yield from decode_chunks(vae, latents)
+
+
+@contextmanager
+def _fewer_passes(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The latents to decode while this is open. On a CPU, where it was measured, with `lean`."""
+    if latents.device.type == "cpu" and latents.dtype == torch.float32:
+        with lean(vae):
+            yield by_channels(latents)
+    else:
+        yield latents
 
 
 def _together(shape: Shape | None) -> int:
