@@ -127,7 +127,10 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
         help="FRAMESxSIZE of the clips, or several with shares of the steps: 49x96:2,193x96:1",
     )
     parser.add_argument(
-        "--batch", type=int, default=64, help="clips of the first of --clips a step; of others, as many tokens"
+        "--batch",
+        type=int,
+        default=64,
+        help="clips of the first of --clips a step, in each process of a torchrun; of others, as many tokens",
     )
     parser.add_argument(
         "--bank", type=int, default=20_000,

@@ -5,12 +5,11 @@ rendered and encoded into a bank of latents on the GPU, which is refreshed a lit
 clip gets a new caption. `--clips` mixes lengths and sizes: each step sees clips of one of them, as many as make up the
 same number of tokens. The first part of the training sees clips of half the size, four times as many of them a step.
 
-Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
-them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
-the objects' outlines and motions from the middle of the transformer.
-
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
 models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
+
+Under torchrun every process has clips of its own, the same number of the same length and size in each step; gradients
+are their mean. What depends on the time is the first process's decision, made once a step. It alone writes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_cli.demo.model import (
@@ -41,41 +39,49 @@ from vmonarch_cli.demo.training.buckets import Bucket
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.middle_head import MiddleHead
+from vmonarch_cli.demo.training.objective import Objective
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.step_log import StepLog
-from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
+from vmonarch_cli.demo.training.structured import halve_attention
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.machine.group import Group, joined
 from vmonarch_cli.models.demo_vocabulary import vocabulary
-from vmonarch_cli.pipeline.device import device_name, pick_device
+from vmonarch_cli.pipeline.device import device_name, own_device, pick_device
 
-_OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
-_READING_WEIGHT = 0.2  # of what the middle head misses against the flow-matching loss
-_AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
+_SEEDS_APART = 1000  # of the processes of a torchrun, between those of runs that go on from one another
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train until the time is up, then export a pipeline and draw samples with it; returns the report."""
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train until the time is up, then export a pipeline and draw samples with it; returns the report, None in the
+    processes of a torchrun but the first.
+    """
     device = pick_device(args.device or "auto")
+    if device == torch.device("cuda"):
+        device = own_device()
     loop.tune_backend(device)
-    torch.manual_seed(args.seed)
-    log = loop.JsonLog(args.out / "dit_log.jsonl")
-    trainer = TransformerTraining(args, device, log)
-    if args.resume:
-        trainer.load(args.out / "dit_checkpoint.pt")
-    trainer.fill_banks()
-    trainer.train()
-    return trainer.finish()
+    with joined(device, host=True) as group:
+        trainer = TransformerTraining(args, device, group)
+        if args.resume:
+            trainer.load(args.out / "dit_checkpoint.pt")
+        trainer.fill_banks()
+        trainer.train()
+    return trainer.finish() if group.rank == 0 else None
 
 
 class TransformerTraining:
-    def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
+    """One training, or what one process of a torchrun does of it."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, group: Group) -> None:
         if args.structured is not None and args.batch % 4:
             raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
-        self.args, self.device, self.log = args, device, log
+        self.args, self.device, self.group = args, device, group
+        self.log = log = loop.JsonLog(args.out / "dit_log.jsonl", process=group.rank)
+        self.seed = args.seed + _SEEDS_APART * group.rank  # of the clips of this process
+        torch.manual_seed(args.seed)  # weights are the same in all processes
         vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
         self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
@@ -103,23 +109,32 @@ class TransformerTraining:
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
         self.step = self.clips_seen = self.distinct_before = 0
+        self.clock.start()
+        self.over()
         self.steps_log = StepLog(log)
         self.banks = self._banks()
         self.source = InputSource(
-            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed
-        )
+            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=self.seed,
+            shared_seed=args.seed,
+        )  # fmt: skip
+        self.objective = Objective(self.transformer, self.middle_head, device)
         self._inputs: list[StepInputs] = []
-        self._structured: HalfStructured | None = None  # the attention of --structured, once it runs
+
+    def over(self) -> bool:
+        """Whether the training ends before the next step, and else where that stands: the same in all processes."""
+        position, over = self.group.decide(self.clock.position(self.step), self.clock.over(self.step))
+        self.position = position
+        return bool(over)
 
     @property
     def small(self) -> bool:
         """Whether clips have half their size: a step sees four times as many, and motion is learned just as well."""
-        return self.clock.position(self.step) < float(self.args.small_until)
+        return self.position < float(self.args.small_until)
 
     @property
     def halves(self) -> bool:
         """Whether half of each batch has Monarch attention at this point."""
-        return self.args.structured is not None and self.clock.position(self.step) >= self.args.structured
+        return self.args.structured is not None and self.position >= self.args.structured
 
     def _banks(self) -> list[LatentBank]:
         """A bank for each of `--clips`, at the size of this point."""
@@ -133,7 +148,7 @@ class TransformerTraining:
         shown = bucket.halved() if self.banks_small else bucket
         at_once = shown.equal_count(a.encode_batch, first)
         limits = BankLimits.in_batches(kept, at_once, a.bank_seconds * bucket.share)
-        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
+        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=self.seed)
 
     def fill_banks(self) -> None:
         """Render and encode what the banks hold."""
@@ -158,7 +173,7 @@ class TransformerTraining:
         self.clock.start()
         first, last_save = self.step, time.monotonic()
         self.steps_log.start(self.step, self.clips_seen)
-        while not self.clock.over(self.step):
+        while not self.over():
             self._enter_phase()
             if self.step % self.args.refresh_every == 0 and self.step > first:
                 self._refresh()
@@ -170,10 +185,12 @@ class TransformerTraining:
                 last_save = time.monotonic()
         self.steps_log.mean()
         self.save()
+        own = self.distinct_before + sum(bank.next_clip for bank in self.banks)
+        self.distinct = round(self.group.mean(own) * self.group.world)
 
     def _log_steps(self) -> None:
         """One line; FloatingPointError where too many steps had no finite gradient."""
-        state = {"position": self.clock.position(self.step), "lr": self.optimizer.param_groups[0]["lr"]}
+        state = {"position": self.position, "lr": self.optimizer.param_groups[0]["lr"]}
         skipped, memory = self.guarded_step.skipped, loop.gpu_memory_gb(self.device)
         self.steps_log.write(self.step, self.clips_seen, **state, memory_gb=memory, skipped=skipped)
         if skipped > 20:
@@ -203,7 +220,7 @@ class TransformerTraining:
         """From here on, Monarch attention for half of each batch."""
         self.source = replace(self.source, halves=True)
         self._inputs = []
-        self._structured = halve_attention(self.transformer, frames=1)
+        self.objective.structured = halve_attention(self.transformer, frames=1)
         self.log.write("structured", step=self.step)
 
     def _grow(self) -> None:
@@ -232,49 +249,30 @@ class TransformerTraining:
         return self._inputs.pop(0)
 
     def losses(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step minimises; its flow-matching loss, the cross-entropies of its outlines and motions and, with
-        --structured, the mean squared difference of dense and Monarch attention's velocities (scalars).
-        """
-        bank, structured = self.banks[inputs.bank], self._structured
-        clean = bank.latents[inputs.rows].float()
-        covered = bank.outlines[inputs.rows].float()
-        generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
-        copies = 1 if structured is None else 2
-        noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
-        noise = noise.repeat(copies, 1, 1, 1, 1)
-        mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
-        noisy = (1 - mix) * clean + mix * noise
-        if structured is not None:
-            structured.frames = clean.shape[2]
-        with loop.autocast(self.device):
-            velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
-            outlines, motions = self.middle_head.losses(covered, bank.moving[inputs.rows].float())
-        errors = (velocity - (noise - clean)).square().mean(1)
-        emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
-        weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
-        objective = (errors * weight).mean() / weight.mean()
-        measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
-        if structured is None:  # a tuning starts from a transformer that knows where things are
-            return objective + emphasis * _READING_WEIGHT * (outlines + motions), measured
-        disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
-        return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
+        """`Objective` of this step on inputs."""
+        seed = self.source.seed_of(self.step)
+        return self.objective(self.banks[inputs.bank], inputs, seed=seed, position=self.position)
 
     def train_step(self) -> tuple[str, dict[str, Tensor]]:
         """One step; returns the name of its bucket and what `losses` measured (scalars on the device)."""
         for group in self.optimizer.param_groups:
-            position = self.clock.position(self.step)
-            group["lr"] = loop.learning_rate(self.args.lr, position, self.step, warmup=200)
+            group["lr"] = loop.learning_rate(self.args.lr, self.position, self.step, warmup=200)
         inputs = self._next_inputs()
         objective, measured = self.losses(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        # One that is not finite makes the mean so, too: all processes leave out the same steps.
+        self.group.average([p.grad for p in self.guarded_step.parameters if p.grad is not None])
         self.guarded_step()
         self.step += 1
-        self.clips_seen += len(inputs.rows)
+        self.clips_seen += len(inputs.rows) * self.group.world
         self.ema.update(self.step)
         return self.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
+        """Write the checkpoint, in the first process."""
+        if self.group.rank:
+            return
         took = loop.save_checkpoint(
             self.args.out / "dit_checkpoint.pt",
             {
@@ -305,6 +303,7 @@ class TransformerTraining:
             state[name] for name in ("step", "clips_seen", "distinct_before")
         )
         self.clock.before = state["elapsed"]
+        self.over()
         self.banks = self._banks()
         for bank, (name, clips, next_clip) in zip(self.banks, state["banks"], strict=True):
             if bank.bucket.name == name:
@@ -340,9 +339,10 @@ class TransformerTraining:
             "words": len(vocabulary()),
             "steps": self.step,
             "clips": self.clips_seen,
-            "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),
+            "distinct_clips": self.distinct,
             "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
+            "processes": self.group.world,
             "structured": self.source.halves,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
