@@ -162,7 +162,9 @@ class Blocks(nn.Module):
 @pytest.fixture
 def compiled(tmp_path: Path) -> CompiledBlocks:
     torch.compiler.reset()
-    blocks = CompiledBlocks(Blocks(), MiddleHead(8), JsonLog(tmp_path / "log.jsonl"), CPU)
+    blocks = CompiledBlocks(
+        Blocks(), MiddleHead(8), JsonLog(tmp_path / "log.jsonl"), CPU, Blocks.compile_repeated_blocks
+    )
     blocks.compile(dynamic=True)
     return blocks
 
@@ -181,12 +183,14 @@ def test_only_code_that_is_new_is_compared(compiled: CompiledBlocks, tmp_path: P
 
         return name, objective
 
-    compiled.keep_if_right([of("first", torch.randn(4, 6, 8)), of("same code", torch.randn(5, 7, 8))])
+    compiled.keep_if_right([of("first", torch.randn(4, 6, 8)), of("same code", x := torch.randn(5, 7, 8))])
     assert runs == ["first"] * 3 + ["same code"]
     compiled.keep_if_right([of("known", torch.randn(6, 9, 8)), of("other code", torch.randn(4, 8))])
     assert runs[4:] == ["known"] + ["other code"] * 3
+    compiled.keep_if_right([of("beside new code", torch.randn(4, 6, 8)), of("known", x)], compare_first=True)
+    assert runs[8:] == ["beside new code"] * 3 + ["known"]
     assert compiled.kept
-    assert events(tmp_path) == ["compiled"] * 4
+    assert events(tmp_path) == ["compiled"] * 6
 
 
 def test_wrong_code_is_taken_back_and_tried_no_more(compiled: CompiledBlocks, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def whole(self):
     train(self)
     state = {"transformer": self.transformer.state_dict(), "averaged": self.averaged.state_dict()}
     state |= {"head": self.middle_head.state_dict(), "step": self.step, "positions": positions}
-    state["specs"] = [str(bank.specs) for bank in self.banks]
+    state["specs"] = [str(bank.specs) for bank in self.banks.banks]
     torch.save(state, self.args.out / f"process_{self.group.rank}.pt")
 
 train_dit.TransformerTraining.train = whole
@@ -104,8 +104,8 @@ def test_the_gradient_is_the_mean_over_the_clips_of_both(parts: list[str], tmp_p
         alone = TransformerTraining(args, torch.device("cpu"), Group(rank))
         alone.fill_banks()
         alone.middle_head.listen_to(alone.transformer)
-        which = alone.source.bank_of(0, alone.banks)
-        alone.losses(alone.source.draw([(0, which)], alone.banks)[0])[0].backward()
+        banks = alone.banks.banks
+        alone.losses(alone.source.draw([(0, alone.source.bank_of(0, banks))], banks)[0])[0].backward()
         both = [*alone.transformer.parameters(), *alone.middle_head.parameters()]
         gradients.append([p.grad for p in both if p.grad is not None])
     different = [(a - b).norm() / b.norm() for a, b in zip(*gradients, strict=True) if b.norm() > 0]

@@ -67,9 +67,9 @@ class InputSource:
     halves: bool = False
     """Each batch holds its clips twice, with the same noise and words, and can be quartered."""
 
-    def clips(self, bank: LatentBank) -> int:
-        """Clips of a bank that a step sees."""
-        count = bank.bucket.equal_count(self.batch, self.first)
+    def clips(self, bucket: Bucket) -> int:
+        """Clips of a bucket that a step sees."""
+        count = bucket.equal_count(self.batch, self.first)
         return max(4, count // 4 * 4) if self.halves else count
 
     def bank_of(self, step: int, banks: Sequence[LatentBank]) -> int:
@@ -99,7 +99,7 @@ class InputSource:
 
     def _drawn(self, number: int, bank: LatentBank) -> tuple[list[int], Tensor, list[str]]:
         """Rows of a bank, noise levels and captions of the different clips of a step, on the host."""
-        clips = self.clips(bank) // (2 if self.halves else 1)
+        clips = self.clips(bank.bucket) // (2 if self.halves else 1)
         rng = random.Random(self.seed_of(number))
         rows = [rng.randrange(len(bank.specs)) for _ in range(clips)]
         said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in rows]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmonarch_cli.attention.ahead import KernelsAhead
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     build_text_encoder,
@@ -35,15 +36,14 @@ from vmonarch_cli.demo.model import (
     export_pipeline,
 )
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.bank_set import BankSet
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
-from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.objective import Objective
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.step_log import StepLog
-from vmonarch_cli.demo.training.structured import halve_attention
+from vmonarch_cli.demo.training.structured import halve_attention, kernels_ahead
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
 from vmonarch_cli.machine.group import Group, joined
@@ -108,17 +108,19 @@ class TransformerTraining:
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
-        self.step = self.clips_seen = self.distinct_before = 0
+        self.step = self.clips_seen = 0
         self.clock.start()
         self.over()
         self.steps_log = StepLog(log)
-        self.banks = self._banks()
+        self.banks = BankSet(args, self.encoder, device, log, seed=self.seed)
+        self.banks.open(small=self.small)
         self.source = InputSource(
             self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=self.seed,
             shared_seed=args.seed,
         )  # fmt: skip
         self.objective = Objective(self.transformer, self.middle_head, device)
         self._inputs: list[StepInputs] = []
+        self.ahead: KernelsAhead | None = None
 
     def over(self) -> bool:
         """Whether the training ends before the next step, and else where that stands: the same in all processes."""
@@ -136,28 +138,20 @@ class TransformerTraining:
         """Whether half of each batch has Monarch attention at this point."""
         return self.args.structured is not None and self.position >= self.args.structured
 
-    def _banks(self) -> list[LatentBank]:
-        """A bank for each of `--clips`, at the size of this point."""
-        self.banks_small = self.small
-        return [self._bank(bucket) for bucket in self.args.clips]
-
-    def _bank(self, bucket: Bucket) -> LatentBank:
-        a, first = self.args, self.args.clips[0]
-        # At half the size as many clips are kept, each of a quarter of the memory.
-        kept = round(bucket.share * bucket.equal_count(a.bank, first))
-        shown = bucket.halved() if self.banks_small else bucket
-        at_once = shown.equal_count(a.encode_batch, first)
-        limits = BankLimits.in_batches(kept, at_once, a.bank_seconds * bucket.share)
-        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=self.seed)
-
     def fill_banks(self) -> None:
-        """Render and encode what the banks hold."""
-        for bank in self.banks:
-            bank.fill()
+        """Render and encode what the banks hold. Meanwhile, what --structured runs on a GPU is compiled."""
+        if self.args.structured is not None:
+            sizes = [*self.args.clips]
+            if self.args.structured < float(self.args.small_until):
+                sizes += [bucket.halved() for bucket in sizes]
+            source = replace(self.source, halves=True)
+            shapes = [(source.clips(bucket), bucket.grid[0], bucket.tokens) for bucket in sizes]
+            self.ahead = kernels_ahead(shapes, self.dit_config.num_heads, self.dit_config.head_dim, self.device)
+        self.banks.fill()
 
     def train(self) -> None:
-        longest = max(self.banks, key=lambda bank: bank.bucket.tokens)
-        shape = self.source.clips(longest), self.dit_config.num_heads, longest.bucket.tokens, self.dit_config.head_dim
+        bucket = max((bank.bucket for bank in self.banks.banks), key=lambda bucket: bucket.tokens)
+        shape = self.source.clips(bucket), self.dit_config.num_heads, bucket.tokens, self.dit_config.head_dim
         with loop.fastest_attention(self.log, self.device, shape):
             self._train()
 
@@ -166,7 +160,7 @@ class TransformerTraining:
             self._halve()
         if self.args.compile:
             # One compilation for several lengths, and for both sizes.
-            self.compiled.compile(dynamic=len(self.banks) > 1 or self.banks_small)
+            self.compiled.compile(dynamic=len(self.banks.banks) > 1 or self.banks.small)
             self._keep_compiled_if_right()
         else:
             self.middle_head.listen_to(self.transformer)
@@ -176,7 +170,8 @@ class TransformerTraining:
         while not self.over():
             self._enter_phase()
             if self.step % self.args.refresh_every == 0 and self.step > first:
-                self._refresh()
+                self.banks.refresh(self.step // self.args.refresh_every)
+                self._inputs = []
             self.steps_log.add(*self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
                 self._log_steps()
@@ -185,8 +180,7 @@ class TransformerTraining:
                 last_save = time.monotonic()
         self.steps_log.mean()
         self.save()
-        own = self.distinct_before + sum(bank.next_clip for bank in self.banks)
-        self.distinct = round(self.group.mean(own) * self.group.world)
+        self.distinct = round(self.group.mean(self.banks.distinct) * self.group.world)
 
     def _log_steps(self) -> None:
         """One line; FloatingPointError where too many steps had no finite gradient."""
@@ -198,46 +192,40 @@ class TransformerTraining:
 
     def _enter_phase(self) -> None:
         """Clips of the whole size, Monarch attention or both once it is time, which does not move the schedule."""
-        grows, halves = self.small != self.banks_small, self.halves and not self.source.halves
+        grows, halves = self.small != self.banks.small, self.halves and not self.source.halves
         if not grows and not halves:
             return
         began = time.monotonic()
         if grows:
-            self._grow()
+            self.banks.open(small=self.small)
+            self.banks.fill()
+            self._inputs = []
         if halves:
             self._halve()
         self._keep_compiled_if_right()
         self.clock.exclude(time.monotonic() - began)
         self.steps_log.start(self.step, self.clips_seen)
 
-    def _refresh(self) -> None:
-        """Replace the oldest clips of one bank, of each in turn."""
-        bank = self.banks[self.step // self.args.refresh_every % len(self.banks)]
-        bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
-        self._inputs = []
-
     def _halve(self) -> None:
         """From here on, Monarch attention for half of each batch."""
         self.source = replace(self.source, halves=True)
         self._inputs = []
         self.objective.structured = halve_attention(self.transformer, frames=1)
-        self.log.write("structured", step=self.step)
-
-    def _grow(self) -> None:
-        """From here on, clips of the whole size."""
-        self.distinct_before += sum(bank.next_clip for bank in self.banks)
-        del self.banks
-        self.banks = self._banks()
-        self.fill_banks()
-        self._inputs = []
+        ahead: dict[str, Any] = {}
+        if self.ahead is not None:
+            self.ahead.wait()
+            ahead = {"kernels": self.ahead.compiled, "kernels_took": self.ahead.seconds}
+            ahead |= {"kernels_failed": str(self.ahead.failure)} if self.ahead.failure else {}
+        self.log.write("structured", step=self.step, **ahead)
 
     def _keep_compiled_if_right(self) -> None:
         """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
 
         def objective(which: int) -> Tensor:
-            return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
+            return self.losses(self.source.draw([(self.step, which)], self.banks.banks)[0])[0]
 
-        self.compiled.keep_if_right((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks))
+        objectives = ((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks.banks))
+        self.compiled.keep_if_right(objectives, compare_first=self.source.halves)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _next_inputs(self) -> StepInputs:
@@ -245,13 +233,14 @@ class TransformerTraining:
         every = self.args.refresh_every
         if not self._inputs:
             steps = range(self.step, self.step - self.step % every + every)
-            self._inputs = self.source.draw([(s, self.source.bank_of(s, self.banks)) for s in steps], self.banks)
+            banks = self.banks.banks
+            self._inputs = self.source.draw([(s, self.source.bank_of(s, banks)) for s in steps], banks)
         return self._inputs.pop(0)
 
     def losses(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """`Objective` of this step on inputs."""
         seed = self.source.seed_of(self.step)
-        return self.objective(self.banks[inputs.bank], inputs, seed=seed, position=self.position)
+        return self.objective(self.banks.banks[inputs.bank], inputs, seed=seed, position=self.position)
 
     def train_step(self) -> tuple[str, dict[str, Tensor]]:
         """One step; returns the name of its bucket and what `losses` measured (scalars on the device)."""
@@ -267,7 +256,7 @@ class TransformerTraining:
         self.step += 1
         self.clips_seen += len(inputs.rows) * self.group.world
         self.ema.update(self.step)
-        return self.banks[inputs.bank].bucket.name, measured
+        return self.banks.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
         """Write the checkpoint, in the first process."""
@@ -283,9 +272,8 @@ class TransformerTraining:
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "clips_seen": self.clips_seen,
-                "distinct_before": self.distinct_before,
-                "banks": [(bank.bucket.name, len(bank.specs), bank.next_clip) for bank in self.banks],
                 "elapsed": self.clock.elapsed(),
+                **self.banks.state(),
             },
         )
         self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
@@ -299,15 +287,9 @@ class TransformerTraining:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
-        self.step, self.clips_seen, self.distinct_before = (
-            state[name] for name in ("step", "clips_seen", "distinct_before")
-        )
-        self.clock.before = state["elapsed"]
+        self.step, self.clips_seen, self.clock.before = (state[name] for name in ("step", "clips_seen", "elapsed"))
         self.over()
-        self.banks = self._banks()
-        for bank, (name, clips, next_clip) in zip(self.banks, state["banks"], strict=True):
-            if bank.bucket.name == name:
-                bank.restore(clips, next_clip)
+        self.banks.restore(state, small=self.small)
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
     @torch.no_grad()
