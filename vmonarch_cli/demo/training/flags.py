@@ -115,7 +115,9 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
+    parser.add_argument(
+        "--init", type=Path, help="start from an exported weights folder (and middle_head.safetensors beside it)"
+    )
     parser.add_argument("--text", type=Path, required=True, help="the folder that `train text` exported to")
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")

@@ -1,8 +1,8 @@
 """What a step of the transformer's training minimises.
 
 Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
-them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
-the objects' outlines and motions from the middle of the transformer.
+them until they fade in its second half: the loss weighs more where objects are, and a small head (no part of the
+exported pipeline) reads the objects' outlines and motions from the middle of the transformer.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ class Objective:
             structured.frames = clean.shape[2]
         with loop.autocast(self.device):
             velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
-            outlines, motions = self.middle_head.losses(covered, bank.moving[inputs.rows].float())
+            # Of the clips with dense attention alone: those with Monarch's are asked to agree with them.
+            rows = inputs.rows[: len(clean) // copies]
+            outlines, motions = self.middle_head.losses(covered[: len(rows)], bank.moving[rows].float())
         errors = (velocity - (noise - clean)).square().mean(1)
         emphasis = max(0.0, min(1.0, (0.85 - position) / 0.35))
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
-        objective = (errors * weight).mean() / weight.mean()
+        objective = (errors * weight).mean() / weight.mean() + emphasis * _READING_WEIGHT * (outlines + motions)
         measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
-        if structured is None:  # a tuning starts from a transformer that knows where things are
-            return objective + emphasis * _READING_WEIGHT * (outlines + motions), measured
+        if structured is None:
+            return objective, measured
         disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
         return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}

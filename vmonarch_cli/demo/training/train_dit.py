@@ -94,6 +94,8 @@ class TransformerTraining:
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.middle_head = MiddleHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        if args.init is not None and (found := self.middle_head.load_beside(args.init)):
+            log.write("middle_head", of=str(found))
         self.compiled = CompiledBlocks(self.transformer, self.middle_head, log, device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
@@ -299,6 +301,7 @@ class TransformerTraining:
         loop.set_layout(self.vae, channels_last=False)
         vae, transformer, text = (copy.deepcopy(m) for m in (self.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
+        self.middle_head.export(self.args.out)
         summary = self._summary(weights)
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
         loop.keep_report(self.args.vae.parent / "vae_report.json", self.args.out)
