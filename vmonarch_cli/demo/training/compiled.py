@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ class CompiledBlocks:
         compile_blocks: gives every block of the transformer compiled code; `dynamic`: for clips of several lengths and
             sizes.
         kept: whether compiled blocks run.
+        seconds: of compiling and comparing so far.
 
     """
 
@@ -42,6 +44,7 @@ class CompiledBlocks:
     device: torch.device
     compile_blocks: CompileBlocks = compile_parts
     kept: bool = False
+    seconds: float = 0.0
 
     def compile(self, *, dynamic: bool) -> None:
         """Compile the blocks; `dynamic`: for clips of several lengths and sizes."""
@@ -59,6 +62,7 @@ class CompiledBlocks:
 
         `compare_first`: compare the first one in any case, because what runs beside the compiled code is new.
         """
+        began = time.monotonic()
         for name, objective in objectives:
             if not self.kept:
                 break
@@ -68,6 +72,7 @@ class CompiledBlocks:
                 self.middle_head.listen_to(self.transformer)
                 self.kept = False
             compare_first = False
+        self.seconds += time.monotonic() - began
 
     def _try(self, objective: Callable[[], Tensor], compare: bool) -> None:
         """Run what may compile, and compare it with the code itself where it did, or if told to."""

@@ -111,7 +111,11 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train dit`."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and weights/")
     parser.add_argument("--vae", type=Path, required=True, help="the vae folder that `train vae` exported")
-    parser.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of this run")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0,
+        help="wall-clock limit of this run, set-up, banks and compilation included: `spent` in the report says how it "
+        "was split",
+    )  # fmt: skip
     parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

@@ -182,6 +182,7 @@ class TransformerTraining:
                 last_save = time.monotonic()
         self.steps_log.mean()
         self.save()
+        self.trained_until = time.monotonic()
         self.distinct = round(self.group.mean(self.banks.distinct) * self.group.world)
 
     def _log_steps(self) -> None:
@@ -215,7 +216,9 @@ class TransformerTraining:
         self.objective.structured = halve_attention(self.transformer, frames=1)
         ahead: dict[str, Any] = {}
         if self.ahead is not None:
+            began = time.monotonic()
             self.ahead.wait()
+            self.compiled.seconds += time.monotonic() - began
             ahead = {"kernels": self.ahead.compiled, "kernels_took": self.ahead.seconds}
             ahead |= {"kernels_failed": str(self.ahead.failure)} if self.ahead.failure else {}
         self.log.write("structured", step=self.step, **ahead)
@@ -306,11 +309,19 @@ class TransformerTraining:
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
         loop.keep_report(self.args.vae.parent / "vae_report.json", self.args.out)
         loop.keep_report(self.args.text / "text_report.json", self.args.out)
-        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        plain = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+        self.log.write("exported", **plain, spent=summary["spent"])
         if self.args.samples:
             del self.optimizer, self.banks, self.encoder
             draw_samples(weights, self.args, self.device, self.log)
         return summary
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds of this run until now, by what they went into."""
+        aside = {"banks": self.banks.seconds, "compilation": self.compiled.seconds}
+        export = time.monotonic() - self.trained_until
+        training = self.clock.elapsed() - self.clock.before - export
+        return {"setup": self.clock.idle - sum(aside.values()), **aside, "training": training, "export": export}
 
     def _summary(self, weights: Path) -> dict[str, Any]:
         return {
@@ -327,6 +338,7 @@ class TransformerTraining:
             "distinct_clips": self.distinct,
             "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
+            "spent": self._spent(),
             "processes": self.group.world,
             "structured": self.source.halves,
             "device": device_name(self.device),
