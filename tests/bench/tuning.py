@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from vmonarch_cli.machine.group import joined
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.pipeline.parts import transformers_of
 from vmonarch_cli.pipeline.swap import swapped
@@ -31,7 +32,6 @@ from vmonarch_cli.presets import load_preset
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
 from vmonarch_cli.profile.repeat import wall
-from vmonarch_cli.tune.group import joined
 from vmonarch_cli.tune.lora import add_lora
 from vmonarch_cli.tune.recorder import Guidance, TeacherForward, narrow
 from vmonarch_cli.tune.student import Student

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 from vmonarch_cli.demo.clips import frame_times, occupancy, render
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS, build_text_encoder, build_tokenizer, build_vae
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.demo.training import loop, train_dit
+from vmonarch_cli.demo.training.__main__ import main
 from vmonarch_cli.demo.training.buckets import Bucket, parse_buckets
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.loop import JsonLog
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.step_inputs import InputSource
+from vmonarch_cli.demo.training.train_dit import TransformerTraining
 
 CPU = torch.device("cpu")
 
@@ -162,7 +167,9 @@ class Blocks(nn.Module):
 @pytest.fixture
 def compiled(tmp_path: Path) -> CompiledBlocks:
     torch.compiler.reset()
-    blocks = CompiledBlocks(Blocks(), MiddleHead(8), JsonLog(tmp_path / "log.jsonl"), CPU)
+    blocks = CompiledBlocks(
+        Blocks(), MiddleHead(8), JsonLog(tmp_path / "log.jsonl"), CPU, Blocks.compile_repeated_blocks
+    )
     blocks.compile(dynamic=True)
     return blocks
 
@@ -181,12 +188,14 @@ def test_only_code_that_is_new_is_compared(compiled: CompiledBlocks, tmp_path: P
 
         return name, objective
 
-    compiled.keep_if_right([of("first", torch.randn(4, 6, 8)), of("same code", torch.randn(5, 7, 8))])
+    compiled.keep_if_right([of("first", torch.randn(4, 6, 8)), of("same code", x := torch.randn(5, 7, 8))])
     assert runs == ["first"] * 3 + ["same code"]
     compiled.keep_if_right([of("known", torch.randn(6, 9, 8)), of("other code", torch.randn(4, 8))])
     assert runs[4:] == ["known"] + ["other code"] * 3
+    compiled.keep_if_right([of("beside new code", torch.randn(4, 6, 8)), of("known", x)], compare_first=True)
+    assert runs[8:] == ["beside new code"] * 3 + ["known"]
     assert compiled.kept
-    assert events(tmp_path) == ["compiled"] * 4
+    assert events(tmp_path) == ["compiled"] * 6
 
 
 def test_wrong_code_is_taken_back_and_tried_no_more(compiled: CompiledBlocks, tmp_path: Path) -> None:
@@ -202,3 +211,38 @@ def test_wrong_code_is_taken_back_and_tried_no_more(compiled: CompiledBlocks, tm
     assert events(tmp_path) == ["compile_failed"]
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled.transformer(torch.randn(2, 8))  # of another shape: compiled blocks would raise an error
+
+
+def test_the_report_says_what_the_time_went_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that stands still but for 10 s of set-up, 3 s a bank, 7 s a trial, 0.5 s a step, 2 s of export."""
+    now = [90.0]
+    parts = ["--vae", str(tmp_path / "vae"), "--text", str(tmp_path)]
+    vae = "vae --preset tiny --size 32 --batch 1 --image-batch 4 --phases 1:0.5,5:1 --no-compile --device cpu"
+    main([*vae.split(), "--max-steps", "2", "--eval-clips", "1", "--latent-clips", "2", "--out", str(tmp_path)])
+    main(["text", "--preset", "tiny", "--batch", "4", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        known = getattr(owner, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return known(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, run)
+
+    monkeypatch.setattr(loop, "_PROCESS_START", now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    uncompiled = partial(CompiledBlocks, compile_blocks=lambda transformer, dynamic: None)
+    monkeypatch.setattr(train_dit, "CompiledBlocks", uncompiled)
+    takes(train_dit, "build_tokenizer", 10.0)
+    takes(LatentBank, "fill", 3.0)
+    takes(loop, "trial", 7.0)
+    takes(TransformerTraining, "train_step", 0.5)
+    takes(train_dit, "export_pipeline", 2.0)
+    flags = "--preset tiny --clips 5x32,9x32 --batch 4 --bank 4 --encode-batch 4 --device cpu --samples 0 --max-steps 6"
+    main(["dit", *flags.split(), *parts, "--small-until", "0.5", "--structured", "0.8", "--out", str(tmp_path)])
+    # Both banks in both sizes; both kinds of clips at the start, when they grow and when Monarch attention begins.
+    spent = {"setup": 10.0, "banks": 12.0, "compilation": 42.0, "training": 3.0, "export": 2.0}
+    assert json.loads((tmp_path / "dit_report.json").read_text())["spent"] == pytest.approx(spent)
+    (line,) = [json.loads(x) for x in (tmp_path / "dit_log.jsonl").read_text().splitlines() if '"exported"' in x]
+    assert line["spent"] == pytest.approx(spent)

@@ -14,11 +14,11 @@ from tiny_wan import tiny_pipeline
 from typer.testing import CliRunner
 
 from vmonarch_cli.cli.app import app
+from vmonarch_cli.machine.group import Group
 from vmonarch_cli.models.tuned import read_adapter
 from vmonarch_cli.pipeline.preflight import Machine
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.tune import loop, run
-from vmonarch_cli.tune.group import Group
 from vmonarch_cli.tune.request import TunePlan, TuneRequest, resolve_tune
 from vmonarch_cli.tune.trained import TrainedWeights
 

@@ -50,15 +50,15 @@ class WanMonarchProcessor(MonarchProcessor):
         else:
             query, key, value = heads_of(attn, attn.norm_q(query), attn.norm_k(key), value)
             if rotary_emb is not None:
-                query = _apply_rotary(query, *rotary_emb)
-                key = _apply_rotary(key, *rotary_emb)
+                query = apply_rotary(query, *rotary_emb)
+                key = apply_rotary(key, *rotary_emb)
 
         out = self.attend(query, key, value).flatten(2, 3).type_as(query)
         result: torch.Tensor = attn.to_out[1](attn.to_out[0](out))
         return result
 
 
-def _apply_rotary(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor) -> torch.Tensor:
     """Wan's rotary embedding of x (B, N, heads, D); the tables (1, N, 1, D) hold every angle twice."""
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos = freqs_cos[..., 0::2]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vmonarch_cli.errors import NonFiniteError
+from vmonarch_cli.machine.group import Group
 from vmonarch_cli.tune.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
-from vmonarch_cli.tune.group import Group
 from vmonarch_cli.tune.request import TRAINING_NOISE
 from vmonarch_cli.tune.student import Student
 from vmonarch_cli.tune.trained import Trained, whole

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmonarch_cli.errors import ModelError
+from vmonarch_cli.machine.group import Group, joined
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.models import hub
@@ -32,7 +33,6 @@ from vmonarch_cli.tune.checkpoint import TrainingProgress
 from vmonarch_cli.tune.clips import check_clips
 from vmonarch_cli.tune.evaluate import Figures, evaluate, read_figures
 from vmonarch_cli.tune.flow_matching import encode_clip
-from vmonarch_cli.tune.group import Group, joined
 from vmonarch_cli.tune.loop import Training, TrainingSchedule, TrainStep
 from vmonarch_cli.tune.lora import put
 from vmonarch_cli.tune.memory import free_bytes, needs_checkpointing

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vmonarch_cli.families.registry import FAMILIES
+from vmonarch_cli.machine.group import Group
 from vmonarch_cli.pipeline.parts import transformers_of
-from vmonarch_cli.tune.group import Group
 from vmonarch_cli.tune.lora import PARTS, add_lora
 from vmonarch_cli.tune.request import TunePlan
 

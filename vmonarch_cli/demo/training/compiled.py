@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.middle_head import MiddleHead
+from vmonarch_cli.demo.training.parts import compile_parts
+
+
+class CompileBlocks(Protocol):
+    """Gives every block of a transformer compiled code."""
+
+    def __call__(self, transformer: Any, *, dynamic: bool) -> None: ...
 
 
 @dataclass
@@ -23,7 +31,10 @@ class CompiledBlocks:
         middle_head: listens to a block anew after each change.
         log: told how long compiling took, or why it failed.
         device: where it runs.
+        compile_blocks: gives every block of the transformer compiled code; `dynamic`: for clips of several lengths and
+            sizes.
         kept: whether compiled blocks run.
+        seconds: of compiling and comparing so far.
 
     """
 
@@ -31,34 +42,43 @@ class CompiledBlocks:
     middle_head: MiddleHead
     log: loop.JsonLog
     device: torch.device
+    compile_blocks: CompileBlocks = compile_parts
     kept: bool = False
+    seconds: float = 0.0
 
     def compile(self, *, dynamic: bool) -> None:
         """Compile the blocks; `dynamic`: for clips of several lengths and sizes."""
         # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
         torch.fx.experimental._config.use_duck_shape = False
-        self.transformer.compile_repeated_blocks(dynamic=dynamic)
+        self.compile_blocks(self.transformer, dynamic=dynamic)
         self.middle_head.listen_to(self.transformer)
         self.kept = True
 
-    def keep_if_right(self, objectives: Iterable[tuple[str, Callable[[], Tensor]]]) -> None:
+    def keep_if_right(
+        self, objectives: Iterable[tuple[str, Callable[[], Tensor]]], *, compare_first: bool = False
+    ) -> None:
         """Try objectives, each with the name of its clips, without an update; where one fails, or code that it is the
         first to run has other gradients than without compilation, say so and go on eagerly.
+
+        `compare_first`: compare the first one in any case, because what runs beside the compiled code is new.
         """
+        began = time.monotonic()
         for name, objective in objectives:
             if not self.kept:
                 break
-            if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._try, objective)):
+            if not loop.trial(self.log, f"dit, {name}", self.device, partial(self._try, objective, compare_first)):
                 for block in self.transformer.blocks:
                     block._compiled_call_impl = None
                 self.middle_head.listen_to(self.transformer)
                 self.kept = False
+            compare_first = False
+        self.seconds += time.monotonic() - began
 
-    def _try(self, objective: Callable[[], Tensor]) -> None:
-        """Run what may compile, and compare it with the code itself where it did."""
+    def _try(self, objective: Callable[[], Tensor], compare: bool) -> None:
+        """Run what may compile, and compare it with the code itself where it did, or if told to."""
         known = _compilations()
         objective().backward()
-        if _compilations() > known:
+        if compare or _compilations() > known:
             loop.compare_compiled(list(self.transformer.parameters()), lambda: objective().backward())
 
 

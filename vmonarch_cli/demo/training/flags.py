@@ -111,11 +111,17 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `train dit`."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and weights/")
     parser.add_argument("--vae", type=Path, required=True, help="the vae folder that `train vae` exported")
-    parser.add_argument("--seconds", type=float, default=480.0, help="wall-clock limit of this run")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0,
+        help="wall-clock limit of this run, set-up, banks and compilation included: `spent` in the report says how it "
+        "was split",
+    )  # fmt: skip
     parser.add_argument("--total-seconds", type=float, help="planned seconds of all runs (default: this run's)")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds kept for export and samples")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--init", type=Path, help="start from an exported weights folder (weights only)")
+    parser.add_argument(
+        "--init", type=Path, help="start from an exported weights folder (and middle_head.safetensors beside it)"
+    )
     parser.add_argument("--text", type=Path, required=True, help="the folder that `train text` exported to")
     parser.add_argument("--max-steps", type=int, help="schedule by steps, not by seconds (reproducible)")
     parser.add_argument("--stop-after", type=int, help="interrupt this run at that step")
@@ -127,7 +133,10 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
         help="FRAMESxSIZE of the clips, or several with shares of the steps: 49x96:2,193x96:1",
     )
     parser.add_argument(
-        "--batch", type=int, default=64, help="clips of the first of --clips a step; of others, as many tokens"
+        "--batch",
+        type=int,
+        default=64,
+        help="clips of the first of --clips a step, in each process of a torchrun; of others, as many tokens",
     )
     parser.add_argument(
         "--bank", type=int, default=20_000,

@@ -99,14 +99,20 @@ class Ema:
 
 
 class JsonLog:
-    """One JSON object a line, appended to a file and shown on stderr."""
+    """One JSON object a line, appended to a file and shown on stderr: what the first process of a torchrun does, and
+    what fails in another one.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, process: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self._path, self._process = path, process
 
     def write(self, event: str, **values: object) -> None:
         """Log an event with its values; numbers are rounded to six significant digits."""
+        if self._process:
+            if not event.endswith(("_failed", "_unavailable")):
+                return
+            values = {"process": self._process, **values}
         record = {"event": event, "seconds": round(time.monotonic() - _PROCESS_START, 2), **_rounded(values)}
         line = json.dumps(record)
         with self._path.open("a") as file:
@@ -236,17 +242,20 @@ class GuardedStep:
         optimizer: its parameters are the ones whose gradients are clipped.
         max_norm: largest norm of the whole gradient.
 
+    Attributes:
+        parameters: those of the optimiser.
+
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         self._optimizer = optimizer
         self._max_norm = max_norm
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._skipped: Tensor | float = 0.0
 
     def __call__(self) -> None:
         """Clip and step."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self._max_norm)
         bad = (~torch.isfinite(norm)).float()
         self._skipped = self._skipped + bad
         if norm.device.type == "cuda":

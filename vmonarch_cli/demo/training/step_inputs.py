@@ -61,18 +61,22 @@ class InputSource:
     first: Bucket
     """The first bucket, at its full size."""
     seed: int
+    """Of what is drawn for a step."""
+    shared_seed: int | None = None
+    """Of which bank a step takes its clips from, where other processes take theirs from the same; else `seed`."""
     halves: bool = False
     """Each batch holds its clips twice, with the same noise and words, and can be quartered."""
 
-    def clips(self, bank: LatentBank) -> int:
-        """Clips of a bank that a step sees."""
-        count = bank.bucket.equal_count(self.batch, self.first)
+    def clips(self, bucket: Bucket) -> int:
+        """Clips of a bucket that a step sees."""
+        count = bucket.equal_count(self.batch, self.first)
         return max(4, count // 4 * 4) if self.halves else count
 
     def bank_of(self, step: int, banks: Sequence[LatentBank]) -> int:
         """The number of the bank that a step takes its clips from."""
         shares = [bank.bucket.share for bank in banks]
-        return random.Random(f"bank/{self.seed_of(step)}").choices(range(len(banks)), weights=shares)[0]
+        seed = self.seed if self.shared_seed is None else self.shared_seed
+        return random.Random(f"bank/{_of_step(seed, step)}").choices(range(len(banks)), weights=shares)[0]
 
     @torch.no_grad()
     def draw(self, steps: Sequence[tuple[int, int]], banks: Sequence[LatentBank]) -> list[StepInputs]:
@@ -95,7 +99,7 @@ class InputSource:
 
     def _drawn(self, number: int, bank: LatentBank) -> tuple[list[int], Tensor, list[str]]:
         """Rows of a bank, noise levels and captions of the different clips of a step, on the host."""
-        clips = self.clips(bank) // (2 if self.halves else 1)
+        clips = self.clips(bank.bucket) // (2 if self.halves else 1)
         rng = random.Random(self.seed_of(number))
         rows = [rng.randrange(len(bank.specs)) for _ in range(clips)]
         said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in rows]
@@ -104,4 +108,8 @@ class InputSource:
 
     def seed_of(self, step: int) -> int:
         """The seed of everything that is drawn for a step."""
-        return self.seed * 1_000_003 + step
+        return _of_step(self.seed, step)
+
+
+def _of_step(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step

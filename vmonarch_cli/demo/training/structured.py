@@ -6,13 +6,17 @@ The kernel library attends and has the gradients: Triton on a GPU, torch on a CP
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmonarch_cli.attention.ahead import KernelsAhead, start
+from vmonarch_cli.attention.base import QKV
 from vmonarch_cli.families.wan import WAN, WanMonarchProcessor
 from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset, load_preset
@@ -75,18 +79,21 @@ class HalfStructured(WanMonarchProcessor):
 
 
 def _attend_in_parts(processor: HalfStructured, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    frames, parts = processor.frames, (q.shape[0] // 2, q.shape[0] // 4, q.shape[0] // 4)
-    grid = frames, 1, q.shape[1] // frames  # where a position lies in its frame makes no difference
+    parts = q.shape[0] // 2, q.shape[0] // 4, q.shape[0] // 4
     # Split, not sliced: the gradients of parts are then put together once, not added up as whole tensors with zeros.
     q1, q2, q3 = q.split(parts)
     k1, k2, k3 = k.split(parts)
     v1, v2, v3 = v.split(parts)
     dense = F.scaled_dot_product_attention(q1.transpose(1, 2), k1.transpose(1, 2), v1.transpose(1, 2)).transpose(1, 2)
-    with torch.autocast(q.device.type, enabled=False):  # the library knows which of its numbers need float32
-        cold = options_for(processor.paper, frames).kernel
-        paper, _ = attend(Inputs(q2, k2, v2, grid), cold, impl=processor.impl)
-        fast = settled_attention(q3, k3, v3, grid, processor.fast, impl=processor.impl)
-    return torch.cat([dense, paper, fast])
+    return torch.cat([dense, *_structured_quarters(processor, (q2, k2, v2), (q3, k3, v3))])
+
+
+def _structured_quarters(processor: HalfStructured, paper: QKV, fast: QKV) -> tuple[Tensor, Tensor]:
+    frames, impl = processor.frames, processor.impl
+    grid = frames, 1, paper[0].shape[1] // frames  # where a position lies in its frame makes no difference
+    with torch.autocast(paper[0].device.type, enabled=False):  # the library knows which of its numbers need float32
+        cold, _ = attend(Inputs(*paper, grid), options_for(processor.paper, frames).kernel, impl=impl)
+        return cold, settled_attention(*fast, grid, processor.fast, impl=impl)
 
 
 # Not compiled: torch 2.11 on an H100 made of such parts of a batch code whose output was right and whose gradients were
@@ -102,3 +109,34 @@ def halve_attention(transformer: Any, frames: int, *, impl: str = "auto") -> Hal
     for attention in WAN.self_attentions(transformer).values():
         attention.set_processor(processor)
     return processor
+
+
+def rehearse(shapes: Iterable[tuple[int, int, int]], heads: int, head_dim: int, device: torch.device) -> None:
+    """The structured calls of training steps, forwards and backwards, on tensors of any content.
+
+    Args:
+        shapes: of each kind of step the clips of its batch, their latent frames and their tokens.
+        heads: of the attention.
+        head_dim: size of a head.
+        device: where the training runs: in bfloat16 on a GPU, in float32 on a CPU.
+
+    """
+    processor = HalfStructured(frames=1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # In this thread alone, also backwards: what it would compile is noted there. A thread has a GPU of its own, too.
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with here, torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        for clips, processor.frames, tokens in shapes:
+            shape = clips // 4, tokens, heads, head_dim
+            x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+            out = torch.cat(_structured_quarters(processor, (x, x, x), (x, x, x)))
+            out.backward(torch.zeros_like(out))
+
+
+def kernels_ahead(
+    shapes: Iterable[tuple[int, int, int]], heads: int, head_dim: int, device: torch.device
+) -> KernelsAhead | None:
+    """Compile what `rehearse` would launch on a GPU, in other threads from now on; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return start(partial(rehearse, list(shapes), heads, head_dim, device))

@@ -5,12 +5,11 @@ rendered and encoded into a bank of latents on the GPU, which is refreshed a lit
 clip gets a new caption. `--clips` mixes lengths and sizes: each step sees clips of one of them, as many as make up the
 same number of tokens. The first part of the training sees clips of half the size, four times as many of them a step.
 
-Most of a clip is background, and what a caption says is mostly about the objects. Two things turn the training towards
-them until they fade in its second half: the loss weighs more where objects are, and a small head (not exported) reads
-the objects' outlines and motions from the middle of the transformer.
-
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
 models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
+
+Under torchrun every process has clips of its own, the same number of the same length and size in each step; gradients
+are their mean. What depends on the time is the first process's decision, made once a step. It alone writes.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vmonarch_cli.attention.ahead import KernelsAhead
 from vmonarch_cli.demo.model import (
     DIT_PRESETS,
     build_text_encoder,
@@ -37,45 +36,52 @@ from vmonarch_cli.demo.model import (
     export_pipeline,
 )
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.bank_set import BankSet
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
-from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.middle_head import MiddleHead
+from vmonarch_cli.demo.training.objective import Objective
 from vmonarch_cli.demo.training.samples import draw_samples
 from vmonarch_cli.demo.training.step_inputs import InputSource, StepInputs
 from vmonarch_cli.demo.training.step_log import StepLog
-from vmonarch_cli.demo.training.structured import HalfStructured, halve_attention
+from vmonarch_cli.demo.training.structured import halve_attention, kernels_ahead
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.machine.group import Group, joined
 from vmonarch_cli.models.demo_vocabulary import vocabulary
-from vmonarch_cli.pipeline.device import device_name, pick_device
+from vmonarch_cli.pipeline.device import device_name, own_device, pick_device
 
-_OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
-_READING_WEIGHT = 0.2  # of what the middle head misses against the flow-matching loss
-_AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
+_SEEDS_APART = 1000  # of the processes of a torchrun, between those of runs that go on from one another
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train until the time is up, then export a pipeline and draw samples with it; returns the report."""
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train until the time is up, then export a pipeline and draw samples with it; returns the report, None in the
+    processes of a torchrun but the first.
+    """
     device = pick_device(args.device or "auto")
+    if device == torch.device("cuda"):
+        device = own_device()
     loop.tune_backend(device)
-    torch.manual_seed(args.seed)
-    log = loop.JsonLog(args.out / "dit_log.jsonl")
-    trainer = TransformerTraining(args, device, log)
-    if args.resume:
-        trainer.load(args.out / "dit_checkpoint.pt")
-    trainer.fill_banks()
-    trainer.train()
-    return trainer.finish()
+    with joined(device, host=True) as group:
+        trainer = TransformerTraining(args, device, group)
+        if args.resume:
+            trainer.load(args.out / "dit_checkpoint.pt")
+        trainer.fill_banks()
+        trainer.train()
+    return trainer.finish() if group.rank == 0 else None
 
 
 class TransformerTraining:
-    def __init__(self, args: argparse.Namespace, device: torch.device, log: loop.JsonLog) -> None:
+    """One training, or what one process of a torchrun does of it."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, group: Group) -> None:
         if args.structured is not None and args.batch % 4:
             raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
-        self.args, self.device, self.log = args, device, log
+        self.args, self.device, self.group = args, device, group
+        self.log = log = loop.JsonLog(args.out / "dit_log.jsonl", process=group.rank)
+        self.seed = args.seed + _SEEDS_APART * group.rank  # of the clips of this process
+        torch.manual_seed(args.seed)  # weights are the same in all processes
         vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
         self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
@@ -88,6 +94,8 @@ class TransformerTraining:
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.middle_head = MiddleHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
+        if args.init is not None and (found := self.middle_head.load_beside(args.init)):
+            log.write("middle_head", of=str(found))
         self.compiled = CompiledBlocks(self.transformer, self.middle_head, log, device)
         self.ema = loop.Ema([self.transformer], [self.averaged], args.ema)
         self.optimizer = torch.optim.AdamW(
@@ -102,47 +110,50 @@ class TransformerTraining:
             args.seconds, args.total_seconds or args.seconds, args.reserve,
             max_steps=args.max_steps, stop_after=args.stop_after,
         )  # fmt: skip
-        self.step = self.clips_seen = self.distinct_before = 0
+        self.step = self.clips_seen = 0
+        self.clock.start()
+        self.over()
         self.steps_log = StepLog(log)
-        self.banks = self._banks()
+        self.banks = BankSet(args, self.encoder, device, log, seed=self.seed)
+        self.banks.open(small=self.small)
         self.source = InputSource(
-            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=args.seed
-        )
+            self.tokenizer, self.text_encoder, device, batch=args.batch, first=args.clips[0], seed=self.seed,
+            shared_seed=args.seed,
+        )  # fmt: skip
+        self.objective = Objective(self.transformer, self.middle_head, device)
         self._inputs: list[StepInputs] = []
-        self._structured: HalfStructured | None = None  # the attention of --structured, once it runs
+        self.ahead: KernelsAhead | None = None
+
+    def over(self) -> bool:
+        """Whether the training ends before the next step, and else where that stands: the same in all processes."""
+        position, over = self.group.decide(self.clock.position(self.step), self.clock.over(self.step))
+        self.position = position
+        return bool(over)
 
     @property
     def small(self) -> bool:
         """Whether clips have half their size: a step sees four times as many, and motion is learned just as well."""
-        return self.clock.position(self.step) < float(self.args.small_until)
+        return self.position < float(self.args.small_until)
 
     @property
     def halves(self) -> bool:
         """Whether half of each batch has Monarch attention at this point."""
-        return self.args.structured is not None and self.clock.position(self.step) >= self.args.structured
-
-    def _banks(self) -> list[LatentBank]:
-        """A bank for each of `--clips`, at the size of this point."""
-        self.banks_small = self.small
-        return [self._bank(bucket) for bucket in self.args.clips]
-
-    def _bank(self, bucket: Bucket) -> LatentBank:
-        a, first = self.args, self.args.clips[0]
-        # At half the size as many clips are kept, each of a quarter of the memory.
-        kept = round(bucket.share * bucket.equal_count(a.bank, first))
-        shown = bucket.halved() if self.banks_small else bucket
-        at_once = shown.equal_count(a.encode_batch, first)
-        limits = BankLimits.in_batches(kept, at_once, a.bank_seconds * bucket.share)
-        return LatentBank(self.encoder, self.device, self.log, bucket=shown, limits=limits, seed=a.seed)
+        return self.args.structured is not None and self.position >= self.args.structured
 
     def fill_banks(self) -> None:
-        """Render and encode what the banks hold."""
-        for bank in self.banks:
-            bank.fill()
+        """Render and encode what the banks hold. Meanwhile, what --structured runs on a GPU is compiled."""
+        if self.args.structured is not None:
+            sizes = [*self.args.clips]
+            if self.args.structured < float(self.args.small_until):
+                sizes += [bucket.halved() for bucket in sizes]
+            source = replace(self.source, halves=True)
+            shapes = [(source.clips(bucket), bucket.grid[0], bucket.tokens) for bucket in sizes]
+            self.ahead = kernels_ahead(shapes, self.dit_config.num_heads, self.dit_config.head_dim, self.device)
+        self.banks.fill()
 
     def train(self) -> None:
-        longest = max(self.banks, key=lambda bank: bank.bucket.tokens)
-        shape = self.source.clips(longest), self.dit_config.num_heads, longest.bucket.tokens, self.dit_config.head_dim
+        bucket = max((bank.bucket for bank in self.banks.banks), key=lambda bucket: bucket.tokens)
+        shape = self.source.clips(bucket), self.dit_config.num_heads, bucket.tokens, self.dit_config.head_dim
         with loop.fastest_attention(self.log, self.device, shape):
             self._train()
 
@@ -151,17 +162,18 @@ class TransformerTraining:
             self._halve()
         if self.args.compile:
             # One compilation for several lengths, and for both sizes.
-            self.compiled.compile(dynamic=len(self.banks) > 1 or self.banks_small)
+            self.compiled.compile(dynamic=len(self.banks.banks) > 1 or self.banks.small)
             self._keep_compiled_if_right()
         else:
             self.middle_head.listen_to(self.transformer)
         self.clock.start()
         first, last_save = self.step, time.monotonic()
         self.steps_log.start(self.step, self.clips_seen)
-        while not self.clock.over(self.step):
+        while not self.over():
             self._enter_phase()
             if self.step % self.args.refresh_every == 0 and self.step > first:
-                self._refresh()
+                self.banks.refresh(self.step // self.args.refresh_every)
+                self._inputs = []
             self.steps_log.add(*self.train_step())
             if (self.step - first <= self.args.profile_steps and self.step % 5 == 0) or self.step % 100 == 0:
                 self._log_steps()
@@ -170,10 +182,12 @@ class TransformerTraining:
                 last_save = time.monotonic()
         self.steps_log.mean()
         self.save()
+        self.trained_until = time.monotonic()
+        self.distinct = round(self.group.mean(self.banks.distinct) * self.group.world)
 
     def _log_steps(self) -> None:
         """One line; FloatingPointError where too many steps had no finite gradient."""
-        state = {"position": self.clock.position(self.step), "lr": self.optimizer.param_groups[0]["lr"]}
+        state = {"position": self.position, "lr": self.optimizer.param_groups[0]["lr"]}
         skipped, memory = self.guarded_step.skipped, loop.gpu_memory_gb(self.device)
         self.steps_log.write(self.step, self.clips_seen, **state, memory_gb=memory, skipped=skipped)
         if skipped > 20:
@@ -181,46 +195,42 @@ class TransformerTraining:
 
     def _enter_phase(self) -> None:
         """Clips of the whole size, Monarch attention or both once it is time, which does not move the schedule."""
-        grows, halves = self.small != self.banks_small, self.halves and not self.source.halves
+        grows, halves = self.small != self.banks.small, self.halves and not self.source.halves
         if not grows and not halves:
             return
         began = time.monotonic()
         if grows:
-            self._grow()
+            self.banks.open(small=self.small)
+            self.banks.fill()
+            self._inputs = []
         if halves:
             self._halve()
         self._keep_compiled_if_right()
         self.clock.exclude(time.monotonic() - began)
         self.steps_log.start(self.step, self.clips_seen)
 
-    def _refresh(self) -> None:
-        """Replace the oldest clips of one bank, of each in turn."""
-        bank = self.banks[self.step // self.args.refresh_every % len(self.banks)]
-        bank.refresh(bank.bucket.equal_count(self.args.refresh, self.args.clips[0]))
-        self._inputs = []
-
     def _halve(self) -> None:
         """From here on, Monarch attention for half of each batch."""
         self.source = replace(self.source, halves=True)
         self._inputs = []
-        self._structured = halve_attention(self.transformer, frames=1)
-        self.log.write("structured", step=self.step)
-
-    def _grow(self) -> None:
-        """From here on, clips of the whole size."""
-        self.distinct_before += sum(bank.next_clip for bank in self.banks)
-        del self.banks
-        self.banks = self._banks()
-        self.fill_banks()
-        self._inputs = []
+        self.objective.structured = halve_attention(self.transformer, frames=1)
+        ahead: dict[str, Any] = {}
+        if self.ahead is not None:
+            began = time.monotonic()
+            self.ahead.wait()
+            self.compiled.seconds += time.monotonic() - began
+            ahead = {"kernels": self.ahead.compiled, "kernels_took": self.ahead.seconds}
+            ahead |= {"kernels_failed": str(self.ahead.failure)} if self.ahead.failure else {}
+        self.log.write("structured", step=self.step, **ahead)
 
     def _keep_compiled_if_right(self) -> None:
         """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
 
         def objective(which: int) -> Tensor:
-            return self.losses(self.source.draw([(self.step, which)], self.banks)[0])[0]
+            return self.losses(self.source.draw([(self.step, which)], self.banks.banks)[0])[0]
 
-        self.compiled.keep_if_right((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks))
+        objectives = ((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks.banks))
+        self.compiled.keep_if_right(objectives, compare_first=self.source.halves)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _next_inputs(self) -> StepInputs:
@@ -228,53 +238,35 @@ class TransformerTraining:
         every = self.args.refresh_every
         if not self._inputs:
             steps = range(self.step, self.step - self.step % every + every)
-            self._inputs = self.source.draw([(s, self.source.bank_of(s, self.banks)) for s in steps], self.banks)
+            banks = self.banks.banks
+            self._inputs = self.source.draw([(s, self.source.bank_of(s, banks)) for s in steps], banks)
         return self._inputs.pop(0)
 
     def losses(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step minimises; its flow-matching loss, the cross-entropies of its outlines and motions and, with
-        --structured, the mean squared difference of dense and Monarch attention's velocities (scalars).
-        """
-        bank, structured = self.banks[inputs.bank], self._structured
-        clean = bank.latents[inputs.rows].float()
-        covered = bank.outlines[inputs.rows].float()
-        generator = torch.Generator(self.device).manual_seed(self.source.seed_of(self.step))
-        copies = 1 if structured is None else 2
-        noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
-        noise = noise.repeat(copies, 1, 1, 1, 1)
-        mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
-        noisy = (1 - mix) * clean + mix * noise
-        if structured is not None:
-            structured.frames = clean.shape[2]
-        with loop.autocast(self.device):
-            velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
-            outlines, motions = self.middle_head.losses(covered, bank.moving[inputs.rows].float())
-        errors = (velocity - (noise - clean)).square().mean(1)
-        emphasis = max(0.0, min(1.0, (0.85 - self.clock.position(self.step)) / 0.35))
-        weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
-        objective = (errors * weight).mean() / weight.mean()
-        measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
-        if structured is None:  # a tuning starts from a transformer that knows where things are
-            return objective + emphasis * _READING_WEIGHT * (outlines + motions), measured
-        disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
-        return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}
+        """`Objective` of this step on inputs."""
+        seed = self.source.seed_of(self.step)
+        return self.objective(self.banks.banks[inputs.bank], inputs, seed=seed, position=self.position)
 
     def train_step(self) -> tuple[str, dict[str, Tensor]]:
         """One step; returns the name of its bucket and what `losses` measured (scalars on the device)."""
         for group in self.optimizer.param_groups:
-            position = self.clock.position(self.step)
-            group["lr"] = loop.learning_rate(self.args.lr, position, self.step, warmup=200)
+            group["lr"] = loop.learning_rate(self.args.lr, self.position, self.step, warmup=200)
         inputs = self._next_inputs()
         objective, measured = self.losses(inputs)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        # One that is not finite makes the mean so, too: all processes leave out the same steps.
+        self.group.average([p.grad for p in self.guarded_step.parameters if p.grad is not None])
         self.guarded_step()
         self.step += 1
-        self.clips_seen += len(inputs.rows)
+        self.clips_seen += len(inputs.rows) * self.group.world
         self.ema.update(self.step)
-        return self.banks[inputs.bank].bucket.name, measured
+        return self.banks.banks[inputs.bank].bucket.name, measured
 
     def save(self) -> None:
+        """Write the checkpoint, in the first process."""
+        if self.group.rank:
+            return
         took = loop.save_checkpoint(
             self.args.out / "dit_checkpoint.pt",
             {
@@ -285,9 +277,8 @@ class TransformerTraining:
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "clips_seen": self.clips_seen,
-                "distinct_before": self.distinct_before,
-                "banks": [(bank.bucket.name, len(bank.specs), bank.next_clip) for bank in self.banks],
                 "elapsed": self.clock.elapsed(),
+                **self.banks.state(),
             },
         )
         self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
@@ -301,14 +292,9 @@ class TransformerTraining:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
-        self.step, self.clips_seen, self.distinct_before = (
-            state[name] for name in ("step", "clips_seen", "distinct_before")
-        )
-        self.clock.before = state["elapsed"]
-        self.banks = self._banks()
-        for bank, (name, clips, next_clip) in zip(self.banks, state["banks"], strict=True):
-            if bank.bucket.name == name:
-                bank.restore(clips, next_clip)
+        self.step, self.clips_seen, self.clock.before = (state[name] for name in ("step", "clips_seen", "elapsed"))
+        self.over()
+        self.banks.restore(state, small=self.small)
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
     @torch.no_grad()
@@ -318,15 +304,24 @@ class TransformerTraining:
         loop.set_layout(self.vae, channels_last=False)
         vae, transformer, text = (copy.deepcopy(m) for m in (self.vae, self.averaged, self.text_encoder))
         export_pipeline(weights, vae, transformer, text, self.tokenizer)
+        self.middle_head.export(self.args.out)
         summary = self._summary(weights)
         (self.args.out / "dit_report.json").write_text(json.dumps(summary, indent=2) + "\n")
         loop.keep_report(self.args.vae.parent / "vae_report.json", self.args.out)
         loop.keep_report(self.args.text / "text_report.json", self.args.out)
-        self.log.write("exported", **{k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+        plain = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+        self.log.write("exported", **plain, spent=summary["spent"])
         if self.args.samples:
             del self.optimizer, self.banks, self.encoder
             draw_samples(weights, self.args, self.device, self.log)
         return summary
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds of this run until now, by what they went into."""
+        aside = {"banks": self.banks.seconds, "compilation": self.compiled.seconds}
+        export = time.monotonic() - self.trained_until
+        training = self.clock.elapsed() - self.clock.before - export
+        return {"setup": self.clock.idle - sum(aside.values()), **aside, "training": training, "export": export}
 
     def _summary(self, weights: Path) -> dict[str, Any]:
         return {
@@ -340,9 +335,11 @@ class TransformerTraining:
             "words": len(vocabulary()),
             "steps": self.step,
             "clips": self.clips_seen,
-            "distinct_clips": self.distinct_before + sum(bank.next_clip for bank in self.banks),
+            "distinct_clips": self.distinct,
             "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
             "seconds": self.clock.elapsed(),
+            "spent": self._spent(),
+            "processes": self.group.world,
             "structured": self.source.halves,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),

@@ -21,6 +21,26 @@ class Group:
     rank: int = 0
     world: int = 1
     device: torch.device | None = None
+    host: Any = None
+    """Of the same processes over the CPU, where the main group is of GPUs (a torch process group); see `joined`."""
+
+    def decide(self, *values: float) -> tuple[float, ...]:
+        """The first process's values, in all of them. They are exchanged between hosts: no GPU is waited for."""
+        if self.world == 1:
+            return values
+        shared = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(shared, 0, group=self.host)
+        return tuple(shared.tolist())
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors, as many and of the same shapes in each process, by their means: one exchange for all."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.world).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
 
     def agree(self, value: float) -> float:
         """The first process's value, in all of them."""
@@ -75,8 +95,11 @@ class Group:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Group]:
-    """The processes that torchrun started, connected inside the block; one process alone connects nothing."""
+def joined(device: torch.device, *, host: bool = False) -> Iterator[Group]:
+    """The processes that torchrun started, connected inside the block; one process alone connects nothing.
+
+    `host`: connect them over the CPU as well, for `Group.decide`.
+    """
     rank = read_rank()
     if rank.world == 1:
         yield Group(device=device)
@@ -87,6 +110,7 @@ def joined(device: torch.device) -> Iterator[Group]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank.rank, world_size=rank.world)
     try:
-        yield Group(rank.rank, rank.world, device)
+        over_cpu = dist.new_group(backend="gloo") if host and device.type == "cuda" else None
+        yield Group(rank.rank, rank.world, device, over_cpu)
     finally:
         dist.destroy_process_group()
