@@ -24,7 +24,7 @@ from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 from vmonarch_cli.demo.training.loop import JsonLog
 from vmonarch_cli.demo.training.middle_head import MiddleHead
-from vmonarch_cli.demo.training.step_inputs import InputSource
+from vmonarch_cli.demo.training.step_inputs import InputSource, shift_for
 from vmonarch_cli.demo.training.train_dit import TransformerTraining
 
 CPU = torch.device("cpu")
@@ -246,3 +246,10 @@ def test_the_report_says_what_the_time_went_into(tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "dit_report.json").read_text())["spent"] == pytest.approx(spent)
     (line,) = [json.loads(x) for x in (tmp_path / "dit_log.jsonl").read_text().splitlines() if '"exported"' in x]
     assert line["spent"] == pytest.approx(spent)
+
+
+def test_longer_and_larger_clips_get_more_noise() -> None:
+    first, longer, larger, smaller = parse_buckets("49x96,193x96,49x192,49x48")
+    assert shift_for(first, first) == pytest.approx(6)
+    assert shift_for(longer, first) == pytest.approx(6 * (49 / 13) ** 0.5)
+    assert (shift_for(larger, first), shift_for(smaller, first)) == (pytest.approx(12), pytest.approx(3))
