@@ -29,7 +29,7 @@ from vmonarch_cli.plan.small_calls import DENSE_BELOW
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
-from vmonarch_cli.untrusted.files import file_sha256
+from vmonarch_cli.untrusted.files import known_sha256
 from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Adapter
     use = Use(plan.model_source, plan.revision, facts, preset, plan.steps, plan.guidance_scale, *shape)
     path = Path(then.path)
     if not path.is_file():
-        path = next((own for own in use.shipped() if file_sha256(own) == then.sha256), path)
+        path = next((own for own in use.shipped() if known_sha256(own) == then.sha256), path)
     tuned = read(path)
     if tuned.sha256 != then.sha256:
         raise InputError(

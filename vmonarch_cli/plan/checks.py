@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
@@ -14,7 +15,7 @@ from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown, with_article
-from vmonarch_cli.untrusted.files import user_path
+from vmonarch_cli.untrusted.files import once_a_content, user_path
 from vmonarch_kernels.spec import MAX_FRAMES
 
 STRENGTHS = (0.01, 1.0)
@@ -260,14 +261,20 @@ def video(model: ModelEntry, text: str | None, num_frames: int, image: str | Non
         )
     if image is not None:
         raise InputError("--image and --video both say what the clip is made from: give one of them")
+    path = user_path(text, "video")
+    _look_at_video(path, num_frames, PIPELINES[model.video_pipeline].continues)
+    return str(path)
+
+
+@once_a_content
+def _look_at_video(path: Path, num_frames: int, continues: int) -> None:
+    """InputError unless a video's first `num_frames` can be read or, where a clip continues some, its last ones."""
     from vmonarch_cli.media.read import last_frames, read_frames
 
-    path, count = user_path(text, "video"), PIPELINES[model.video_pipeline].continues
-    if count:
-        last_frames(path, count)
+    if continues:
+        last_frames(path, continues)
     else:
         read_frames(path, num_frames)
-    return str(path)
 
 
 def strength(facts: PipelineFacts, video: str | None, value: float | None, sigmas: tuple[float, ...]) -> float | None:
@@ -288,5 +295,11 @@ def strength(facts: PipelineFacts, video: str | None, value: float | None, sigma
 
 def _picture(text: str, thing: str) -> str:
     path = user_path(text, thing)
-    load_picture(path, f"{thing} {text}", missing=f"there is no {thing} {text}")
+    _look_at_picture(path, f"{thing} {text}")
     return str(path)
+
+
+@once_a_content
+def _look_at_picture(path: Path, name: str) -> None:
+    """InputError unless a picture can be read."""
+    load_picture(path, name, missing=f"there is no {name}")
