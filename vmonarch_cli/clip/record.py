@@ -11,7 +11,8 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, ValidationError
 
 from vmonarch_cli import __version__
-from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
+from vmonarch_cli.clip.record_parts import TunedFacts
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.paths import sound_path
@@ -95,11 +96,12 @@ def make_record(
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
-        # Files beside the model have hashes: "tuned" and "weights".
+        # Files beside the model have hashes: "tuned", "weights", "loras" and "given".
         "setup": plan.setup.model_dump(exclude={"tuned", "transformer", "transformer_2", "fused_impl"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
         "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
+        **({"given": [file.model_dump() for file in plan.given_files]} if plan.given_files else {}),
         "skipped_calls": denoised.skipped_calls,
         **({"stopped_after": len(denoised.steps)} if len(denoised.steps) < plan.steps else {}),
         **({"weights": list(denoised.weights)} if denoised.weights else {}),

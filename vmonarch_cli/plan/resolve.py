@@ -6,6 +6,7 @@ Precedence is flag > recipe > the user's own defaults > preset > model default >
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vmonarch_cli.errors import PresetError
@@ -20,7 +21,7 @@ from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
-from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.plan import GivenFile, Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
@@ -29,6 +30,7 @@ from vmonarch_cli.plan.small_calls import all_dense
 from vmonarch_cli.plan.small_calls_here import limit_on
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
+from vmonarch_cli.untrusted.files import known_sha256
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 RECIPE, FEW_STEPS = "recipe", "few steps of the preset"
@@ -193,6 +195,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         image=take("image", image, None, DEFAULT),
         last_image=take("last_image", last_image, None, DEFAULT),
         video=take("video", video, None, DEFAULT),
+        given_files=_given_files({"image": image, "last image": last_image, "video": video}),
         strength=strength,
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
@@ -241,6 +244,12 @@ def _resolve_setup(
     setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
+
+
+def _given_files(files: dict[str, str | None]) -> tuple[GivenFile, ...]:
+    """Pictures and videos with the hashes of their contents, of paths that were looked at."""
+    found = {part: file for part, file in files.items() if file is not None}
+    return tuple(GivenFile(part=part, file=file, sha256=known_sha256(Path(file))) for part, file in found.items())
 
 
 def _describe_loras(texts: tuple[str, ...], model: ModelEntry) -> tuple[LoraFacts, ...]:
