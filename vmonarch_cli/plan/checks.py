@@ -133,14 +133,16 @@ def flow_shift(model: ModelEntry, value: float | None, sigmas: tuple[float, ...]
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 
 
-def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int) -> None:
-    """InputError for more latent frames than structured attention takes of this model."""
+def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int, *, or_dense: bool = True) -> None:
+    """InputError for more latent frames than structured attention takes of this model; `or_dense`: the command takes
+    dense attention, too.
+    """
     most = MAX_FRAMES // model.clips_attended
     if preset.attention != "dense" and frames > most:
         raise InputError(
             f"{num_frames} frames are {frames} latent frames, and structured attention"
             f"{f' of {model.alias}' if model.clips_attended > 1 else ''} takes {most} at most: "
-            "choose fewer frames, or --preset dense"
+            f"choose fewer frames{', or --preset dense' if or_dense else ''}"
         )
 
 
@@ -234,10 +236,12 @@ def last_image(model: ModelEntry, facts: PipelineFacts, text: str | None) -> str
     return _picture(text, "last image")
 
 
-def image(model: ModelEntry, text: str | None) -> str | None:
-    """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
+def image(model: ModelEntry, text: str | None, *, needed: bool = True) -> str | None:
+    """The path of a first frame; InputError when the model needs one (where one is `needed` at all), cannot take one,
+    or it cannot be read.
+    """
     if text is None:
-        if model.takes_image:
+        if model.takes_image and needed:
             raise InputError(f"{model.alias} continues a picture and none was given: add --image FILE")
         return None
     if not (model.takes_image or model.image_pipeline):
@@ -245,12 +249,14 @@ def image(model: ModelEntry, text: str | None) -> str | None:
     return _picture(text, "image")
 
 
-def video(model: ModelEntry, text: str | None, num_frames: int, image: str | None) -> str | None:
-    """The path of a video that a clip is made from; InputError when the model needs one, takes none, or the file cannot
-    be read or has too few frames.
+def video(
+    model: ModelEntry, text: str | None, num_frames: int, image: str | None, *, needed: bool = True
+) -> str | None:
+    """The path of a video that a clip is made from; InputError when the model needs one (where one is `needed` at all),
+    takes none, or the file cannot be read or has too few frames.
     """
     if text is None:
-        if model.takes_video:
+        if model.takes_video and needed:
             raise InputError(f"{model.alias} changes a video and none was given: add --video FILE")
         return None
     if model.video_pipeline is None:
