@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import records
 from batches import batch, request
@@ -18,6 +21,7 @@ from vmonarch_cli.batch.folder import Batch, Terms
 from vmonarch_cli.batch.lines import Line, Prompts
 from vmonarch_cli.batch.manifest import happened
 from vmonarch_cli.errors import InputError, InputErrors, OutputError
+from vmonarch_cli.presets import load_preset
 
 HOSTILE = [
     "../../etc/passwd",
@@ -36,6 +40,8 @@ HOSTILE = [
     "one very long prompt that is cut at the same word as its twin here, second",
     "\u202egpj.exe",
 ]
+
+LARGE: dict[str, Any] = {"height": None, "width": None, "num_frames": None}
 
 
 def clips(model: Path, folder: Path, lines: list[Line], **flags: Any) -> list[PlannedClip]:
@@ -270,10 +276,43 @@ def test_a_picture_that_was_painted_over_is_another_clip(tmp_path: Path) -> None
     def key(colour: str) -> str:
         Image.new("RGB", (64, 64), colour).save(picture)
         line = Line(1, {"prompt": "x", "image": str(picture), "size": "832x480"})
-        flags = {"height": None, "width": None, "num_frames": None}
-        return clips(Path("wan2.1-i2v-480p"), tmp_path / "out", [line], **flags)[0].key
+        return clips(Path("wan2.1-i2v-480p"), tmp_path / "out", [line], **LARGE)[0].key
 
     assert key("red") == key("red") != key("blue")
+
+
+def test_what_lines_share_is_read_once_and_again_when_it_changed(
+    tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film, picture, adapter = (tmp_path / name for name in ("film.gif", "x.png", "paper.safetensors"))
+
+    def write(frames: int) -> None:
+        shades = [Image.new("RGB", (16, 16), (index, 0, 0)) for index in range(frames)]
+        shades[0].save(film, save_all=True, append_images=shades[1:], duration=100)
+        shades[-1].save(picture)
+        adapter.unlink(missing_ok=True)
+        adapters.write(tiny_wan_folder, adapter, load_preset("paper"), seed=frames)
+
+    read: Counter[str] = Counter()
+    opened, hashed = Image.open, hashlib.file_digest
+
+    def opens(path: Path, **kinds: Any) -> Any:
+        read[Path(path).name] += 1
+        return opened(path, **kinds)
+
+    def hashes(file: Any, name: str) -> Any:
+        read[f"{Path(file.name).name} hashed"] += 1
+        return hashed(file, name)
+
+    monkeypatch.setattr("PIL.Image.open", opens)
+    monkeypatch.setattr("hashlib.file_digest", hashes)
+    files = [film.name, *(f"{path.name} hashed" for path in (film, picture, adapter)), picture.name]
+    for frames in (60, 61):
+        write(frames)
+        read.clear()
+        clips(tiny_wan_folder, tmp_path, lines("a", "b", "c", video=str(film), tuned=str(adapter)), preset="paper")
+        clips(Path("wan2.1-i2v-480p"), tmp_path, lines("a", "b", image=str(picture), size="832x480"), **LARGE)
+        assert read == dict.fromkeys(files, 1)
 
 
 def test_several_videos_a_line(tiny_wan_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ from tiny_wan import tiny_transformer
 
 from vmonarch_cli.batch.clips import plan_clips
 from vmonarch_cli.batch.lines import Line, Prompts
+from vmonarch_cli.clip.make import generate
+from vmonarch_cli.clip.whole import is_clip_of
+from vmonarch_cli.pipeline.preflight import check_machine_for
+from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.resolve import resolve
 
 RED = Prompts("p", [Line(1, {"prompt": "red"})], [])
 
@@ -70,3 +75,20 @@ def test_a_lora_that_changed_makes_clips_anew_and_another_place_does_not(
     both = made(file, "--resume")
     assert both[:1] == first
     assert len(set(both)) == 2
+
+
+def test_a_clip_of_another_lora_is_not_taken_for_that_of_a_plan(
+    tiny_wan_folder: Path, tmp_path: Path, lora_tensors: dict[str, torch.Tensor]
+) -> None:
+    """Under the same name, and with the same settings but for the file's content."""
+    file = tmp_path / "own.safetensors"
+    save_file(lora_tensors, file)
+
+    def plan() -> Plan:
+        asked = request(tiny_wan_folder, tmp_path / "x.mp4", prompt="red", loras=(str(file),), overwrite=True)
+        return resolve(asked)
+
+    (made,) = generate(plan(), check_machine_for([plan()]))
+    assert is_clip_of(made.path, plan())
+    save_file({name: tensor * 2 for name, tensor in lora_tensors.items()}, file)
+    assert not is_clip_of(made.path, plan())

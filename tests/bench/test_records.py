@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,34 @@ def records() -> ModuleType:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.command.startswith("vmonarch ")])
 def test_the_program_takes_the_command_as_far_as_the_gpu(name: str, tiny_wan_folder: Path, tmp_path: Path) -> None:
-    entry, target = ENTRIES[name], tmp_path / "record.json"
+    assert "device 'cuda' cannot be used" in said_without_gpu(ENTRIES[name], tiny_wan_folder, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("vmonarch profile model -m cogvideox-5b --random-weights --fuse", "have no fused form"),
+        ("vmonarch profile clip -m {weights} --prompt red --steps 0", "--steps takes a whole number"),
+    ],
+)
+def test_a_command_that_no_gpu_could_run_is_found_without_one(
+    records: ModuleType, command: str, sentence: str, tiny_wan_folder: Path, tmp_path: Path
+) -> None:
+    """Else the list's fault shows where minutes of a GPU are spent on it."""
+    entry = records.Entry("wrong", command, 60, weights="wan2.1-1.3b" if "{weights}" in command else None)
+    assert sentence in said_without_gpu(entry, tiny_wan_folder, tmp_path)
+
+
+def said_without_gpu(entry: Any, tiny_wan_folder: Path, tmp_path: Path) -> str:
+    """What a command says where there is no GPU; no record is left."""
+    target = tmp_path / "record.json"
     arguments = entry.arguments(target, tmp_path / "work", tmp_path)[3:]
     given = [str(tiny_wan_folder) if word == str(tmp_path / str(entry.weights)) else word for word in arguments]
     result = CliRunner().invoke(app, [*given, "--device", "cuda"])
     assert result.exit_code == 2
-    assert "device 'cuda' cannot be used" in result.stderr
     assert not target.exists()
+    return result.stderr
 
 
 SCRIPTS = sorted({word for entry in ENTRIES.values() for word in entry.command.split() if word.endswith(".py")})

@@ -183,6 +183,66 @@ def test_config_shows_what_counts_and_where_it_is_from(user: Path, monkeypatch: 
     assert "which means no file" in call("config", "path", code=2).stderr
 
 
+def test_config_says_of_each_value_that_is_not_valid_what_is(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `plan` does, which stops at the first; a value that is beaten does no harm, and one that is right has none."""
+    user.write_text("steps = 0\nfps = 900\nsize = '830x480'\nguidance_scale = 5\nseed = -7\n")
+    Path("vmonarch.toml").write_text("model = 'wan2.1-14b'\npreset = 'papre'\nseed = 7\noffload = 'modle'\n")
+    monkeypatch.setenv("VMONARCH_FLOW_SHIFT", "0")
+    result = call("config", code=2)
+    lines = result.stderr.splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == ["error"] * 6
+    for words in (
+        "VMONARCH_FLOW_SHIFT takes a number from 0.01 to 100, got 0",
+        "vmonarch.toml: there is no preset 'papre' (did you mean paper?)",
+        "vmonarch.toml: offload takes auto, none, model, group or sequential, got 'modle'",
+        f"{user}: steps takes a whole number from 1 to 1000, got 0",
+        f"{user}: fps takes a whole number from 1 to 240, got 900",
+        f"{user}: ",
+    ):
+        assert sum(line.startswith(f"error: {words}") for line in lines) == (3 if words.endswith(": ") else 1), words
+    assert any("830x480" in line and "valid" in line for line in lines)
+    shown = result.stdout
+    assert shown.count("not valid") == 6
+    assert "beaten by" in shown
+    printed = json.loads(call("config", "--json", code=2).stdout)["settings"]
+    wrong = {entry["setting"]: entry["problem"] for entry in printed if entry["problem"]}
+    assert set(wrong) == {"steps", "fps", "size", "preset", "offload", "flow-shift"}
+    assert {f"error: {sentence}" for sentence in wrong.values()} == set(lines)
+    call("plan", "-p", "red", code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model = 'wann'\nguidance-scale-2 = 3", "vmonarch.toml: there is no model 'wann'"),
+        ("recipe = 'nope'\nsteps = 4", "vmonarch.toml: there is no recipe 'nope'"),
+        ("size = '64x64'\nheight = 64", "vmonarch.toml: size and height/--width say the same thing twice"),
+        ("tuned = 'none.safetensors'\npreset = 'paper'", "vmonarch.toml: adapter none.safetensors does not exist"),
+        ("guidance-scale-2 = 3", "vmonarch.toml: guidance-scale-2 is for models with two transformers, and demo has"),
+    ],
+)
+def test_config_judges_values_by_the_model_and_by_each_other(user: Path, text: str, sentence: str) -> None:
+    Path("vmonarch.toml").write_text(text)
+    (line,) = call("config", code=2).stderr.splitlines()
+    assert line.startswith(f"error: {sentence}")
+    refused = call("plan", "-p", "red", code=2).stderr.removeprefix("error: ").strip()
+    assert line.endswith(refused)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = 'wan2.1-i2v-480p'\nsize = '832x480'\nsteps = 30",  # a picture comes with each clip
+        "recipe = 'wan2.1-lightx2v-4step'\nmodel = 'wan2.1-14b'\nsteps = 0",  # the recipe's steps count
+        "preset = 'paper'\nset = ['band=1']\nfuse = true\nimpl = 'torch'",
+    ],
+)
+def test_config_finds_nothing_wrong_with_what_is_valid(user: Path, text: str) -> None:
+    Path("vmonarch.toml").write_text(text)
+    result = call("config")
+    assert "not valid" not in result.stdout + result.stderr
+
+
 def test_a_comparison_takes_the_preset_and_the_model_of_the_defaults(user: Path) -> None:
     user.write_text("preset = 'fast'\nset = ['band=1']\nsize = '32x32'\nnum_frames = 5\nsteps = 1\n")
     call("compare", "-p", "red", "-o", "c/", "-q")

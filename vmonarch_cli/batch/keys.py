@@ -22,7 +22,7 @@ _LATER = ("sampler", "sigmas", "quality", "strength", "last_image", "video")
 # Neither where nor how a clip is computed changes what it is; every other field of the plan does.
 _NOT_IDENTITY = {"outputs", "overwrite", "device", "dense_every", "num_videos", "origins", "notes", "warnings"}
 _NOT_IDENTITY |= {"grid", "tokens", "flops", "model", "recipe", "noise_levels", "step_costs", "noise_levels_forced"}
-_NOT_IDENTITY |= {"loras", "preset_reason"}
+_NOT_IDENTITY |= {"loras", "given_files", "preset_reason"}
 
 
 def identity_of(plan: Plan, wanted: str | None) -> str:

@@ -12,9 +12,10 @@ from vmonarch_cli import __version__
 from vmonarch_cli.cli.options import Debug, Shown, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.tables import facts, table
-from vmonarch_cli.errors import InputError
-from vmonarch_cli.plan.defaults import PROJECT_FILE, fill, read_defaults, user_file
-from vmonarch_cli.plan.request import GenerateRequest, Level, flag_name
+from vmonarch_cli.errors import EXIT_BAD_INPUT, InputError
+from vmonarch_cli.plan.check_defaults import counting_levels, problems
+from vmonarch_cli.plan.defaults import PROJECT_FILE, read_defaults, user_file
+from vmonarch_cli.plan.request import Level, flag_name
 from vmonarch_cli.presets import format_value
 
 config_app = typer.Typer(help="Show your own defaults, and where each comes from.", invoke_without_command=True)
@@ -27,27 +28,22 @@ def config(context: typer.Context, shown: Shown, debug: Debug = False) -> None:
 
     They are in vmonarch.toml of the current folder, in your own file (`config path` says where) and in variables as
     VMONARCH_STEPS. Keys are the names of generate's flags, as in: steps = 20.
+
+    Exit 2 when a value is not valid, with a sentence for each.
     """
     if context.invoked_subcommand is not None:
         return
     out = shown.output()
     levels = read_defaults()
-    counting = fill(GenerateRequest(defaults=levels)).levels
+    settings = _settings(levels)
     if out.as_json:
-        out.json({"version": __version__, "files": _files(), "settings": _settings(levels, counting)})
-        return
-    made = table("setting", "value", "from", "")
-    for entry in _settings(levels, counting):
-        value = Text(_words(entry["value"]), overflow="fold")
-        beaten = "" if entry["counts"] else "beaten by what stands above"
-        style = "bold" if entry["counts"] else "dim"
-        made.add_row(Text(entry["setting"], style=style), value, Text(entry["source"], overflow="fold"), beaten)
-    if levels:
-        out.show(made)
+        out.json({"version": __version__, "files": _files(), "settings": settings})
     else:
-        out.say("no defaults of your own: a line as steps = 20 in one of these files gives one")
-    rows = [(name, f"{path}{'' if Path(path).exists() else ' (not there)'}") for name, path in _files().items() if path]
-    out.show(facts([(name, text) for name, text in rows]))
+        _show(settings, out)
+    wrong = [entry["problem"] for entry in settings if entry["problem"] is not None]
+    out.error(*wrong)
+    if wrong:
+        raise typer.Exit(EXIT_BAD_INPUT)
 
 
 @config_app.command("path")
@@ -64,14 +60,33 @@ def _files() -> dict[str, str | None]:
     return {"project": str(Path(PROJECT_FILE).absolute()), "user": None if own is None else str(own)}
 
 
-def _settings(levels: tuple[Level, ...], counting: dict[str, Level]) -> list[dict[str, Any]]:
+def _show(settings: list[dict[str, Any]], out: Output) -> None:
+    made = table("setting", "value", "from", "")
+    for entry in settings:
+        value = Text(_words(entry["value"]), overflow="fold")
+        style = "bold" if entry["counts"] else "dim"
+        said = Text("" if entry["counts"] else "beaten by what stands above")
+        said = said if entry["problem"] is None else Text("not valid", style="red")
+        made.add_row(Text(entry["setting"], style=style), value, Text(entry["source"], overflow="fold"), said)
+    if settings:
+        out.show(made)
+    else:
+        out.say("no defaults of your own: a line as steps = 20 in one of these files gives one")
+    rows = [(name, f"{path}{'' if Path(path).exists() else ' (not there)'}") for name, path in _files().items() if path]
+    out.show(facts([(name, text) for name, text in rows]))
+
+
+def _settings(levels: tuple[Level, ...]) -> list[dict[str, Any]]:
+    """Every value of every place; of those that count, what is wrong with each."""
+    counting, wrong = counting_levels(levels), problems(levels)
     return [
         {
             "setting": flag_name(name),
             "value": value,
             "origin": level.origin,
             "source": level.source,
-            "counts": counting.get(name) is level,
+            "counts": (counts := counting.get(name) is level),
+            "problem": wrong.get(name) if counts else None,
         }
         for level in levels
         for name, value in level.values.items()

@@ -14,7 +14,7 @@ from rich.text import Text
 from vmonarch_cli.cli.schedule_tables import schedule_words
 from vmonarch_cli.cli.spent import SpentBar
 from vmonarch_cli.cli.tables import ABSENT, Column, facts, fitted, maybe, times
-from vmonarch_cli.clip.record_model import AudioFacts
+from vmonarch_cli.clip.record_parts import AudioFacts
 from vmonarch_cli.models.lora_facts import is_local
 from vmonarch_cli.models.lora_files import parse_lora
 from vmonarch_cli.pipeline.preflight import Machine

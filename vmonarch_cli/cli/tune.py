@@ -155,7 +155,9 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
     from vmonarch_cli.pipeline.preflight import check_machine
     from vmonarch_cli.tune.flow_matching import check_family
     from vmonarch_cli.tune.memory import check_memory, free_bytes
+    from vmonarch_cli.tune.work import check_work
 
+    check_work(plan)
     check_family(plan)
     machine = check_machine(plan.clip)
     check_memory(plan, free_bytes(machine), machine)

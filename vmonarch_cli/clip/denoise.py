@@ -43,7 +43,7 @@ def denoise(
         if not torch.isfinite(latents).all():
             raise NonFiniteError(
                 f"latents stopped being finite in step {index + 1} of {plan.steps}, and no clip was written: "
-                "a wider --dtype or --preset dense may help"
+                f"a wider --dtype{'' if session.preset.attention == 'dense' else ', or dense attention,'} may help"
             )
         on_step(session.steps[-1])
         if previews is not None:

@@ -11,7 +11,8 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, ValidationError
 
 from vmonarch_cli import __version__
-from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, TunedFacts, read_record
+from vmonarch_cli.clip.record_model import RECORD_SCHEMA, Record, read_record
+from vmonarch_cli.clip.record_parts import TunedFacts
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.versions import installed_versions
 from vmonarch_cli.media.paths import sound_path
@@ -29,7 +30,7 @@ from vmonarch_cli.plan.small_calls import DENSE_BELOW
 from vmonarch_cli.plan.tuned import NONE, Use, check, read
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import ClipTiming
-from vmonarch_cli.untrusted.files import file_sha256
+from vmonarch_cli.untrusted.files import known_sha256
 from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
@@ -95,11 +96,12 @@ def make_record(
         "versions": installed_versions(),
         "warnings": [*plan.warnings, *denoised.warnings],
         "retries": list(denoised.retries),
-        # Files beside the model have hashes: "tuned" and "weights".
+        # Files beside the model have hashes: "tuned", "weights", "loras" and "given".
         "setup": plan.setup.model_dump(exclude={"tuned", "transformer", "transformer_2", "fused_impl"}),
         "tuned": None if plan.tuned is None else plan.tuned.facts(),
         "sigmas": [step.sigma for step in denoised.steps],
         "loras": [facts.model_dump() for facts in plan.loras],
+        **({"given": [file.model_dump() for file in plan.given_files]} if plan.given_files else {}),
         "skipped_calls": denoised.skipped_calls,
         **({"stopped_after": len(denoised.steps)} if len(denoised.steps) < plan.steps else {}),
         **({"weights": list(denoised.weights)} if denoised.weights else {}),
@@ -255,7 +257,7 @@ def _adapter(then: TunedFacts, plan: Plan, preset: Preset, name: str) -> Adapter
     use = Use(plan.model_source, plan.revision, facts, preset, plan.steps, plan.guidance_scale, *shape)
     path = Path(then.path)
     if not path.is_file():
-        path = next((own for own in use.shipped() if file_sha256(own) == then.sha256), path)
+        path = next((own for own in use.shipped() if known_sha256(own) == then.sha256), path)
     tuned = read(path)
     if tuned.sha256 != then.sha256:
         raise InputError(

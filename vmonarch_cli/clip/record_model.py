@@ -7,195 +7,44 @@ optional, so that the records of earlier ones can be read.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from vmonarch_cli.clip.record_parts import (
+    AudioFacts,
+    CoverageFacts,
+    DeviceFacts,
+    FileFacts,
+    FlopsFacts,
+    FramesFacts,
+    LoraHashes,
+    ModelFacts,
+    Part,
+    PresetFacts,
+    ReadFile,
+    Setting,
+    Simple,
+    TimingFacts,
+    TunedFacts,
+    hashes_of,
+)
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import ENDINGS, record_path
 from vmonarch_cli.media.tags import TAGGED, read_tag
 from vmonarch_cli.plan.setup import AUTO, DECIDED_LATER, EARLIER_NAMES
-from vmonarch_cli.timing import ClipTiming, StepAttention
 from vmonarch_cli.untrusted.files import read_json
-from vmonarch_cli.untrusted.shapes import fault_of, short_value
+from vmonarch_cli.untrusted.shapes import fault_of
 from vmonarch_cli.untrusted.values import Malformed, parse_json
 
 RECORD_SCHEMA = 1
 """Version of the record's layout; raised when a reader of an older one would misread it."""
-_MAX_SIDE, _MAX_FRAMES, _MAX_FPS, _MAX_RATE = 1 << 16, 1 << 20, 1000, 1 << 20
-
-
-def _simple(value: Any) -> Any:
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(item, str | int | float | bool | None):
-            raise ValueError(
-                f"takes a text, a number, true, false, nothing or a list of these, got {short_value(item)}"
-            )
-    return value
-
-
-Simple = Annotated[Any, AfterValidator(_simple)]
-"""A value of a setting: no table, and no list in a list."""
-
-
-class _Part(BaseModel):
-    """A table of a record: no conversions, nothing infinite; fields of other versions are left out."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class FramesFacts(_Part):
-    """The frames as they were decoded: count, pixels, frames per second, hash of every pixel."""
-
-    count: int = Field(ge=1, le=_MAX_FRAMES)
-    height: int = Field(ge=1, le=_MAX_SIDE)
-    width: int = Field(ge=1, le=_MAX_SIDE)
-    fps: int = Field(ge=1, le=_MAX_FPS)
-    sha256: str | None = None
-
-
-class FileFacts(_Part):
-    """The clip's file as it was written: bytes, and their hash."""
-
-    bytes: int = Field(ge=0)
-    sha256: str
-
-
-class AudioFacts(_Part):
-    """The clip's sound: the file that holds it, samples a second, samples of each channel, hash of all of them."""
-
-    file: str
-    rate: int = Field(ge=1, le=_MAX_RATE)
-    samples: int = Field(ge=0)
-    channels: int = Field(ge=1, le=64)
-    sha256: str
-
-    @property
-    def words(self) -> str:
-        """'16,000 Hz, 2 channels, 1.25 s'."""
-        channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
-        return f"{self.rate:,} Hz, {channels}, {self.samples / self.rate:.2f} s"
-
-
-class WeightsFacts(_Part):
-    """A single file that one of the model's components came from, and the hash of its content."""
-
-    part: str
-    file: str
-    sha256: str
-
-
-class Setting(_Part):
-    """A resolved setting, and where it came from."""
-
-    value: Simple
-    origin: str
-
-
-class PresetFacts(_Part):
-    """What pages and tables show of a preset; `record.plan_again` reads the whole of it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    attention: str = "monarch"
-
-
-class ModelFacts(_Part):
-    """Which model it was."""
-
-    source: str
-    """The folder or the hub id that the weights came from."""
-    alias: str
-    title: str
-    hub_id: str | None = None
-    vae_float32: bool = False
-
-
-class DeviceFacts(_Part):
-    """What it ran on."""
-
-    type: str
-    name: str
-
-
-class FlopsFacts(_Part):
-    """Self-attention operations of the clip."""
-
-    planned: int | None = Field(default=None, ge=0)
-    dense: int | None = Field(default=None, ge=0)
-
-
-class StepFacts(_Part):
-    """One denoising step, in seconds; see `timing.StepAttention`."""
-
-    index: int | None = None
-    total: int | None = None
-    sigma: float | None = None
-    step_s: float | None = None
-    attention_s: float | None = None
-    calls: int | None = None
-    structured_calls: int | None = None
-    dense_call_s: float | None = None
-    dense_call_by: str | None = None
-    dense_s: float | None = None
-    sampled_attention_s: float | None = None
-    error: float | None = None
-    first_call_s: float | None = None
-
-
-class TimingFacts(_Part):
-    """Where the clip's time went, in seconds; see `timing.ClipTiming`."""
-
-    text_encode_s: float | None = None
-    denoise_s: float | None = None
-    decode_s: float | None = None
-    write_s: float | None = None
-    total_s: float | None = None
-    attention_s: float | None = None
-    error: float | None = None
-    steps: list[StepFacts] = []
-
-    @property
-    def end_to_end_s(self) -> float | None:
-        """Text, denoising, decoding and writing."""
-        parts = [self.text_encode_s, self.denoise_s, self.decode_s, self.write_s]
-        return None if None in parts else sum(part for part in parts if part is not None)
-
-    @property
-    def whole(self) -> ClipTiming | None:
-        """The timing with everything that follows from its steps; None where the record leaves some of it out.
-
-        Ratios are computed here and not read: earlier versions wrote medians over the steps.
-        """
-        fields = self.model_dump(exclude={"attention_s", "error", "steps"})
-        steps = [step.model_dump() for step in self.steps]
-        needed = ("index", "step_s", "attention_s", "calls", "structured_calls")
-        if not steps or None in fields.values() or any(step[name] is None for step in steps for name in needed):
-            return None
-        return ClipTiming(steps=[StepAttention(**step) for step in steps], **fields)
-
-
-class CoverageFacts(_Part):
-    """How the self-attention calls ran."""
-
-    calls: int = 0
-    structured: int = 0
-    dense: dict[str, int] = {}
-
-
-class TunedFacts(_Part):
-    """The tuned adapter that it ran with: its file, the hash of it, and the preset that it was made for."""
-
-    path: str
-    sha256: str
-    preset: str
 
 
 DenseName = Literal["sdpa", "cudnn", "flash", "efficient", "math", "fa4", "fa3", "fa2", "sage"]
 
 
-class Record(_Part):
+class Record(Part):
     """A record that can be trusted to have these fields, of these types."""
 
     layout: Literal[1] = Field(alias="schema")
@@ -208,7 +57,11 @@ class Record(_Part):
     preset: PresetFacts
     model: ModelFacts
     file: FileFacts | None = None
-    weights: list[WeightsFacts] = []
+    weights: list[ReadFile] = Field(default=[])
+    """Single files in place of the model's transformers."""
+    loras: list[LoraHashes] = Field(default=[])
+    given: list[ReadFile] = Field(default=[])
+    """Pictures and videos; empty in records of earlier versions, too."""
     audio: AudioFacts | None = None
     """None for a silent clip."""
     grid: tuple[int, int, int] | None = None
@@ -233,14 +86,19 @@ class Record(_Part):
     """What computed the calls that ran dense; None in records of earlier versions."""
     coverage: CoverageFacts = CoverageFacts()
     timing: TimingFacts = TimingFacts()
-    versions: dict[str, str | None] = {}
-    warnings: list[str] = []
-    retries: list[dict[str, str]] = []
-    setup: dict[str, Simple] = {}
+    versions: dict[str, str | None] = Field(default={})
+    warnings: list[str] = Field(default=[])
+    retries: list[dict[str, str]] = Field(default=[])
+    setup: dict[str, Simple] = Field(default={})
     tuned: TunedFacts | None = None
     skipped_calls: int = 0
     stopped_after: int | None = None
     """Steps that were made of a clip that was stopped early; None for one that is whole."""
+
+    @property
+    def file_hashes(self) -> dict[str, str]:
+        """Hashes of the files that it was made from beside the model's folder and a tuned adapter, see `hashes_of`."""
+        return {file.part: file.sha256 for file in self.weights} | hashes_of(self.loras, self.given)
 
     @field_validator("grid", mode="before")
     @classmethod

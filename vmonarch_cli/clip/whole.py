@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmonarch_cli.clip.record_model import Record, read_record
+from vmonarch_cli.clip.record_parts import hashes_of
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.paths import record_path, sound_path
 from vmonarch_cli.plan.plan import Plan
@@ -68,6 +69,9 @@ def is_clip_of(clip: Path, plan: Plan) -> bool:
         return False
     hashes = [None if tuned is None else tuned.sha256 for tuned in (record.tuned, plan.tuned)]
     if hashes[0] != hashes[1]:
+        return False
+    known, files = record.file_hashes, hashes_of(plan.loras, plan.given_files)
+    if any(known[name] != files[name] for name in known.keys() & files.keys()):  # an earlier version kept none
         return False
     then = {name: entry.value for name, entry in record.settings.items()}
     now = {name: entry["value"] for name, entry in json.loads(json.dumps(plan.settings(), default=str)).items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from vmonarch_cli.errors import ModelError
 from vmonarch_cli.models.weights import read_layout
+from vmonarch_cli.untrusted.files import once_a_content
 
 FLOATS: dict[str, tuple[str, int]] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
@@ -18,18 +18,12 @@ FLOATS: dict[str, tuple[str, int]] = {
 _PIECE = 1 << 22
 
 
+@once_a_content
 def first_not_finite(path: Path, name: str) -> str | None:
     """The first tensor of a file, in the order of their bytes, with a value that is not finite, or None.
 
     Types other than floats of 16 to 64 bits are not read. Each ModelError opens with `name` and the path.
     """
-    facts = path.stat()
-    return _first(path, name, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _first(path: Path, name: str, *stamp: int) -> str | None:
-    """As `first_not_finite`; `stamp` is other for a file that changed. Each line of a batch asks."""
     import numpy as np  # slow to import, and most commands need none of it
 
     layout = read_layout(path, name)

@@ -19,7 +19,7 @@ from vmonarch_cli.models.lora import LoraTensor, check_shapes, format_of, lora_t
 from vmonarch_cli.models.lora_files import Lora, LoraFile, lora_files
 from vmonarch_cli.models.weights import TensorHeader, read_header, read_metadata, read_scalar
 from vmonarch_cli.text import printable
-from vmonarch_cli.untrusted.files import read_json
+from vmonarch_cli.untrusted.files import known_sha256, read_json
 
 _DISTILLED = re.compile(
     r"lightx2v|lightning|causvid|distill|(?<!\d)[1-8][-_ ]?steps?(?![a-z0-9])|fusionx|accvid|turbo|hyper(?![a-z])|"
@@ -54,6 +54,10 @@ class LoraFacts(BaseModel):
     dora: bool = False
     distilled: str | None = None
     """The word in its name or metadata that says it is for few steps without guidance."""
+    sha256: str | None = None
+    """Of the file; None in what earlier versions saved."""
+    settings_sha256: str | None = None
+    """Of peft's settings beside it, where there are some."""
 
     def words(self) -> str:
         """'name.safetensors: kohya, rank 4, alpha 2, 16 layers, scale 0.5, both transformers'."""
@@ -206,6 +210,8 @@ def _facts(file: LoraFile, lora: Lora, tensors: Sequence[LoraTensor], headers: M
         parameters=len(outright),
         dora=any(t.part == "magnitude" for t in tensors),
         distilled=distilled_word(_telling(file), *(said[key] for key in _TITLES if key in said)),
+        sha256=known_sha256(file.path),
+        settings_sha256=None if file.settings is None else known_sha256(file.settings),
     )
 
 

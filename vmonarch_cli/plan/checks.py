@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.media.pictures import load_picture
@@ -14,7 +15,7 @@ from vmonarch_cli.models.single_file import GGUF, check_single_file
 from vmonarch_cli.plan.request import GenerateRequest, flag_name
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import near, shown, with_article
-from vmonarch_cli.untrusted.files import user_path
+from vmonarch_cli.untrusted.files import once_a_content, user_path
 from vmonarch_kernels.spec import MAX_FRAMES
 
 STRENGTHS = (0.01, 1.0)
@@ -132,14 +133,16 @@ def flow_shift(model: ModelEntry, value: float | None, sigmas: tuple[float, ...]
         raise InputError(f"--flow-shift cannot be set: the noise schedule of {model.alias} has no shift")
 
 
-def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int) -> None:
-    """InputError for more latent frames than structured attention takes of this model."""
+def latent_frames(preset: Preset, model: ModelEntry, frames: int, num_frames: int, *, or_dense: bool = True) -> None:
+    """InputError for more latent frames than structured attention takes of this model; `or_dense`: the command takes
+    dense attention, too.
+    """
     most = MAX_FRAMES // model.clips_attended
     if preset.attention != "dense" and frames > most:
         raise InputError(
             f"{num_frames} frames are {frames} latent frames, and structured attention"
             f"{f' of {model.alias}' if model.clips_attended > 1 else ''} takes {most} at most: "
-            "choose fewer frames, or --preset dense"
+            f"choose fewer frames{', or --preset dense' if or_dense else ''}"
         )
 
 
@@ -233,10 +236,12 @@ def last_image(model: ModelEntry, facts: PipelineFacts, text: str | None) -> str
     return _picture(text, "last image")
 
 
-def image(model: ModelEntry, text: str | None) -> str | None:
-    """The path of a first frame; InputError when the model needs one, cannot take one, or it cannot be read."""
+def image(model: ModelEntry, text: str | None, *, needed: bool = True) -> str | None:
+    """The path of a first frame; InputError when the model needs one (where one is `needed` at all), cannot take one,
+    or it cannot be read.
+    """
     if text is None:
-        if model.takes_image:
+        if model.takes_image and needed:
             raise InputError(f"{model.alias} continues a picture and none was given: add --image FILE")
         return None
     if not (model.takes_image or model.image_pipeline):
@@ -244,12 +249,14 @@ def image(model: ModelEntry, text: str | None) -> str | None:
     return _picture(text, "image")
 
 
-def video(model: ModelEntry, text: str | None, num_frames: int, image: str | None) -> str | None:
-    """The path of a video that a clip is made from; InputError when the model needs one, takes none, or the file cannot
-    be read or has too few frames.
+def video(
+    model: ModelEntry, text: str | None, num_frames: int, image: str | None, *, needed: bool = True
+) -> str | None:
+    """The path of a video that a clip is made from; InputError when the model needs one (where one is `needed` at all),
+    takes none, or the file cannot be read or has too few frames.
     """
     if text is None:
-        if model.takes_video:
+        if model.takes_video and needed:
             raise InputError(f"{model.alias} changes a video and none was given: add --video FILE")
         return None
     if model.video_pipeline is None:
@@ -260,14 +267,20 @@ def video(model: ModelEntry, text: str | None, num_frames: int, image: str | Non
         )
     if image is not None:
         raise InputError("--image and --video both say what the clip is made from: give one of them")
+    path = user_path(text, "video")
+    _look_at_video(path, num_frames, PIPELINES[model.video_pipeline].continues)
+    return str(path)
+
+
+@once_a_content
+def _look_at_video(path: Path, num_frames: int, continues: int) -> None:
+    """InputError unless a video's first `num_frames` can be read or, where a clip continues some, its last ones."""
     from vmonarch_cli.media.read import last_frames, read_frames
 
-    path, count = user_path(text, "video"), PIPELINES[model.video_pipeline].continues
-    if count:
-        last_frames(path, count)
+    if continues:
+        last_frames(path, continues)
     else:
         read_frames(path, num_frames)
-    return str(path)
 
 
 def strength(facts: PipelineFacts, video: str | None, value: float | None, sigmas: tuple[float, ...]) -> float | None:
@@ -288,5 +301,11 @@ def strength(facts: PipelineFacts, video: str | None, value: float | None, sigma
 
 def _picture(text: str, thing: str) -> str:
     path = user_path(text, thing)
-    load_picture(path, f"{thing} {text}", missing=f"there is no {thing} {text}")
+    _look_at_picture(path, f"{thing} {text}")
     return str(path)
+
+
+@once_a_content
+def _look_at_picture(path: Path, name: str) -> None:
+    """InputError unless a picture can be read."""
+    load_picture(path, name, missing=f"there is no {name}")

@@ -165,7 +165,8 @@ class Filled:
                 flag = re.escape(f"--{flag_name(name)}") + r"\b(?!-)"
                 if re.search(flag, sentence):
                     key = level.source if level.source.startswith(PREFIX) else flag_name(name)
-                    place = "" if level.source.startswith(PREFIX) else f"{level.source}: "
+                    place = f"{level.source}: "
+                    place = "" if level.source.startswith(PREFIX) or sentence.startswith(place) else place
                     sentence = f"{place}{re.sub(flag, key, sentence)}"
             if sentence != error.message:
                 raise type(error)(sentence, error.exit_code) from None

@@ -19,6 +19,17 @@ from vmonarch_cli.plan.small_calls import repays_fusing
 from vmonarch_cli.presets import Preset, load_preset
 
 
+class GivenFile(BaseModel):
+    """A picture or a video that a clip is made from, as it was when that was planned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    part: str
+    """"image", "last image" or "video"."""
+    file: str
+    sha256: str
+
+
 class Plan(BaseModel):
     """Everything a run needs to know, and where each value came from.
 
@@ -72,6 +83,8 @@ class Plan(BaseModel):
     image: str | None = None
     last_image: str | None = None
     video: str | None = None
+    given_files: tuple[GivenFile, ...] = ()
+    """The files of these; empty in what earlier versions saved."""
     strength: float | None = None
     """How much of the noise schedule a given video goes through, from 0 to 1; None where none is noised, or where
     `sigmas` say so."""

@@ -6,7 +6,8 @@ Precedence is flag > recipe > the user's own defaults > preset > model default >
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from vmonarch_cli.errors import PresetError
 from vmonarch_cli.media.paths import DEFAULT_QUALITY, check_format, resolve_targets
@@ -20,7 +21,7 @@ from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
-from vmonarch_cli.plan.plan import Plan
+from vmonarch_cli.plan.plan import GivenFile, Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
@@ -29,6 +30,7 @@ from vmonarch_cli.plan.small_calls import all_dense
 from vmonarch_cli.plan.small_calls_here import limit_on
 from vmonarch_cli.plan.tuned import Use, choose
 from vmonarch_cli.presets import LABELS, Preset, apply_overrides, at_steps, few_steps_of, load_preset, parse_assignment
+from vmonarch_cli.untrusted.files import known_sha256
 
 FLAG, PRESET, MODEL_DEFAULT, DEFAULT = "flag", "preset", "model default", "default"
 RECIPE, FEW_STEPS = "recipe", "few steps of the preset"
@@ -36,25 +38,37 @@ DEMO_NOTE = f"no --model given: using the small demo model that comes with vmona
 Value = TypeVar("Value")
 
 
-def resolve(request: GenerateRequest, *, needs_prompt: bool = True) -> Plan:
+class Terms(NamedTuple):
+    """What a command takes beside a request's settings, see `resolve`."""
+
+    needs_prompt: bool = True
+    needs_source: bool = True
+    takes_dense: bool = True
+
+
+def resolve(
+    request: GenerateRequest, *, needs_prompt: bool = True, needs_source: bool = True, takes_dense: bool = True
+) -> Plan:
     """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done.
 
-    needs_prompt: a plan that nothing runs can do without, and has an empty one.
+    needs_prompt: a plan that nothing runs can do without, and has an empty one. needs_source: a picture or a video must
+    be given to a model that starts from one. takes_dense: dense attention is a way out, where structured attention
+    cannot be had; a command that measures against it is told of others.
     """
-    filled = fill(request)
+    filled, terms = fill(request), Terms(needs_prompt, needs_source, takes_dense)
     with filled.blamed():
-        plan = _with_preset(filled.request, needs_prompt)
+        plan = _with_preset(filled.request, terms)
     return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
 
 
-def _with_preset(request: GenerateRequest, needs_prompt: bool) -> Plan:
+def _with_preset(request: GenerateRequest, terms: Terms) -> Plan:
     """The plan of a request, whose preset may be "auto"."""
     if request.preset != AUTO:
-        return _resolve(request, needs_prompt)
+        return _resolve(request, terms)
     changes = ("dense_steps", "dense_layers", "impl", "tuned")
     plain: dict[str, Any] = {"preset": "dense", "overrides": (), **dict.fromkeys(changes)}
-    name, why = choose_preset(_resolve(replace(request, **plain), needs_prompt))
-    plan = _resolve(replace(request, preset=name), needs_prompt)
+    name, why = choose_preset(_resolve(replace(request, **plain), terms))
+    plan = _resolve(replace(request, preset=name), terms)
     origins = {**plan.origins, "preset": plan.origins["preset"] + MARK}
     return plan.model_copy(update={"preset_reason": why, "origins": origins})
 
@@ -68,9 +82,9 @@ def _with_origins(origins: dict[str, str], own: dict[str, str]) -> dict[str, str
     return {**origins, **changed}
 
 
-def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
+def _resolve(request: GenerateRequest, terms: Terms) -> Plan:
     checks.texts(request)
-    without = request.prompt is None and not needs_prompt
+    without = request.prompt is None and not terms.needs_prompt
     prompt = "" if without else checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
@@ -96,8 +110,8 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     num_frames = take("num_frames", request.num_frames, defaults.num_frames)
     model.check_shape(height, width, num_frames)
 
-    image = checks.image(model, request.image)
-    video = checks.video(model, request.video, num_frames, image)
+    image = checks.image(model, request.image, needed=terms.needs_source)
+    video = checks.video(model, request.video, num_frames, image, needed=terms.needs_source)
     given_class = model.video_pipeline if video else model.image_pipeline if image else None
     facts = PIPELINES[given_class or model.pipeline]
     last_image = checks.last_image(model, facts, request.last_image)
@@ -119,7 +133,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
     origins["strength"] = DEFAULT if request.strength is None else FLAG
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, model, grid[0], num_frames)
+    checks.latent_frames(preset, model, grid[0], num_frames, or_dense=terms.takes_dense)
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     chosen, preset = preset, at_steps(preset, steps)
     guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
@@ -193,6 +207,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
         image=take("image", image, None, DEFAULT),
         last_image=take("last_image", last_image, None, DEFAULT),
         video=take("video", video, None, DEFAULT),
+        given_files=_given_files({"image": image, "last image": last_image, "video": video}),
         strength=strength,
         audio=audio,
         setup=(setup := _resolve_setup(request, facts, origins, choice.tuned).model_copy(update=files)),
@@ -210,6 +225,7 @@ def _resolve(request: GenerateRequest, needs_prompt: bool) -> Plan:
                 step_costs,
                 flops,
                 small=all_dense(tokens, preset, limit_on(device, setup, preset, model.hidden_dim)),
+                or_dense=terms.takes_dense,
             ),
             *warnings.of_cache(request.cache, steps),
             *warnings.of_quantize(setup, facts),
@@ -241,6 +257,12 @@ def _resolve_setup(
     setup = Setup(**chosen, tuned=() if tuned is None else (tuned,))
     check_additions(setup, facts)
     return setup
+
+
+def _given_files(files: dict[str, str | None]) -> tuple[GivenFile, ...]:
+    """Pictures and videos with the hashes of their contents, of paths that were looked at."""
+    found = {part: file for part, file in files.items() if file is not None}
+    return tuple(GivenFile(part=part, file=file, sha256=known_sha256(Path(file))) for part, file in found.items())
 
 
 def _describe_loras(texts: tuple[str, ...], model: ModelEntry) -> tuple[LoraFacts, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from vmonarch_cli.models.tuned import (
 from vmonarch_cli.plan.setup import AdapterFile
 from vmonarch_cli.presets import Preset, load_preset, shipped_names
 from vmonarch_cli.text import counted, listed, with_article
-from vmonarch_cli.untrusted.files import file_sha256, require_regular, user_path
+from vmonarch_cli.untrusted.files import known_sha256, once_a_content, require_regular, user_path
 
 NONE = "none"
 """What `--tuned` takes for no adapter."""
@@ -97,16 +96,14 @@ def choose(given: str | None, use: Use) -> Choice:
 def read(path: Path) -> AdapterFile:
     """An adapter's file, with its weights checked; InputError in one sentence."""
     require_regular(path, f"adapter {path}")
-    facts = path.stat()
-    return _read(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _read(path)
 
 
-@functools.lru_cache(maxsize=64)
-def _read(path: Path, *stamp: int) -> AdapterFile:
-    """As `read`; `stamp` is other for a file that changed. Each line of a batch asks."""
+@once_a_content
+def _read(path: Path) -> AdapterFile:
     adapter = read_adapter(path)
     check_finite(path)
-    return AdapterFile(path=str(path), sha256=file_sha256(path), adapter=adapter)
+    return AdapterFile(path=str(path), sha256=known_sha256(path), adapter=adapter)
 
 
 def check(tuned: AdapterFile, use: Use) -> None:
@@ -167,7 +164,7 @@ def check_file(tuned: AdapterFile, folder: Path) -> None:
     """InputError when an adapter's file, or the model in a folder, is another one than the run was planned with."""
     path = Path(tuned.path)
     require_regular(path, f"adapter {path}")
-    if file_sha256(path) != tuned.sha256:
+    if known_sha256(path) != tuned.sha256:
         raise InputError(f"adapter {path} changed since the run was planned: start it again")
     check_base(tuned.adapter, tuned.path, folder)
 

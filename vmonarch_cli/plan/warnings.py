@@ -76,9 +76,12 @@ def of_video(video: str | None, facts: PipelineFacts, sigmas: Sequence[float] | 
         )
 
 
-def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, small: bool) -> Iterator[str]:
+def of_schedule(
+    preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, small: bool, or_dense: bool
+) -> Iterator[str]:
     """A preset of which nothing runs structured, though it is made for that, or which costs more than dense; nothing
-    where all calls run dense because they are small, which other words say.
+    where all calls run dense because they are small, which other words say. `or_dense`: the command takes dense
+    attention, too.
     """
     asks_for_dense = flops.structured_call == flops.dense_call  # a band over all frames does
     if preset.attention == "dense" or small or asks_for_dense:
@@ -89,7 +92,7 @@ def of_schedule(preset: Preset, schedule: Sequence[StepCost], flops: Flops, *, s
     elif flops.planned > COSTLY * flops.dense:
         yield (
             f"preset {preset.name} costs more than dense attention here, {flops.planned / flops.dense:.2f} times as "
-            "much: more frames, or --preset dense, would be better"
+            f"much: more frames{', or --preset dense,' if or_dense else ''} would be better"
         )
 
 

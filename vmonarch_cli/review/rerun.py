@@ -74,16 +74,15 @@ def repeat(
     return Repetition(result, same, differing_circumstances(record, now))
 
 
-def _hash_of(record: Record, part: str) -> str | None:
-    return next((file.sha256[:12] for file in record.weights if file.part == part), None)
-
-
 def _sound_hash(record: Record) -> str | None:
     return None if record.audio is None else record.audio.sha256
 
 
 def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, str]]:
-    """What may change pixels and is not a setting: versions, device, threads, dtype, implementation, weights."""
+    """What may change pixels and is not a setting: versions, device, dtype, implementation, and the files that the clip
+    is made from, by their hashes.
+    """
+    files = now.file_hashes
     devices = [None if record.device is None else record.device.name for record in (then, now)]
     pairs: list[tuple[str, str | None, str | None]] = [
         *((name, version, now.versions.get(name)) for name, version in then.versions.items()),
@@ -94,6 +93,6 @@ def differing_circumstances(then: Record, now: Record) -> list[tuple[str, str, s
         ("fused blocks", then.fused or "stock", now.fused or "stock"),
         *([] if then.dense_attention is None else [("dense attention", then.dense_attention, now.dense_attention)]),
         ("model", then.model.source, now.model.source),
-        *((file.part, file.sha256[:12], _hash_of(now, file.part)) for file in then.weights),
+        *((name, sha256[:12], (files.get(name) or "none")[:12]) for name, sha256 in then.file_hashes.items()),
     ]
     return [(name, str(old), str(new)) for name, old, new in pairs if old != new]

@@ -201,7 +201,8 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
     checks.whole("--batch", request.batch, 1, 1024)
     checks.number("--seconds", request.seconds, 1, 1e7)
     checks.whole("--eval-prompts", request.eval_prompts, 0, 1000)
-    clip = resolve(request.clip, needs_prompt=False).model_copy(update={"outputs": ()})  # no clip is written
+    clip = resolve(request.clip, needs_prompt=False, needs_source=False, takes_dense=False)
+    clip = clip.model_copy(update={"outputs": ()})  # no clip is written
     if clip.seed_was_drawn:
         raise InputError("--seed -1 draws another seed each time, so that --resume could not go on: give a seed")
     _check_model(clip, request.full)

@@ -18,7 +18,6 @@ def prepare_work(plan: TunePlan) -> None:
     With `overwrite` and without `resume` what is there is removed.
     """
     folder, path = plan.work, plan.work / _SETTINGS
-    identity = json.loads(json.dumps(plan.identity()))
     try:
         if folder.exists() and not plan.resume:
             shutil.rmtree(folder)
@@ -31,8 +30,16 @@ def prepare_work(plan: TunePlan) -> None:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None
     if not path.exists():
         with atomic(path, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(identity, indent=1) + "\n")
+            temporary.write_text(json.dumps(plan.identity(), indent=1) + "\n")
+    check_work(plan)
+
+
+def check_work(plan: TunePlan) -> None:
+    """InputError, that names the first setting that is another one, where a run would go on in a folder of another."""
+    folder, path = plan.work, plan.work / _SETTINGS
+    if not plan.resume or not path.exists():
         return
+    identity = json.loads(json.dumps(plan.identity()))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = next((name for name in identity if found[name] != identity[name]), None)

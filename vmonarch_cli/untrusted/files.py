@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vmonarch_cli.errors import InputError, VmonarchError
 from vmonarch_cli.text import binary_size, shown
@@ -30,6 +30,8 @@ _KINDS = (
     (stat.S_ISCHR, "is a device, not a file"),
     (stat.S_ISBLK, "is a device, not a file"),
 )
+_Rest = ParamSpec("_Rest")
+_Found = TypeVar("_Found")
 _SHELL_PIPES = re.compile(r"/(?:dev/fd|proc/(?:self|\d+)/fd)/\d+")
 
 
@@ -39,15 +41,31 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def once_a_content(read: Callable[Concatenate[Path, _Rest], _Found]) -> Callable[Concatenate[Path, _Rest], _Found]:
+    """A function of a file, that reads it once while its place, size and time stay: each line of a batch asks.
+
+    Its other arguments are hashable. What it raises is not kept.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def kept(path: Path, stamp: tuple[int, ...], /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        return read(path, *rest, **named)
+
+    @functools.wraps(read)
+    def known(path: Path, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        try:
+            facts = path.stat()
+        except (OSError, ValueError):
+            return read(path, *rest, **named)  # whose sentence it is
+        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        return kept(path, stamp, *rest, **named)  # type: ignore[arg-type]
+
+    return known
+
+
+@once_a_content
 def known_sha256(path: Path) -> str:
-    """As `file_sha256`, computed once while the file's size and time stay: each line of a batch asks."""
-    facts = path.stat()
-    return _known_sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _known_sha256(path: Path, *stamp: int) -> str:
-    """As `known_sha256`; `stamp` is other for a file that changed."""
+    """As `file_sha256`, see `once_a_content`."""
     return file_sha256(path)
 
 

@@ -96,10 +96,14 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
     whole = request.model_shape(shape, random=flags.random_weights)
     clip = request.fewer_layers(whole, flags.layers, random=flags.random_weights)
     chosen = request.presets(flags.presets, (clip.entry.defaults.preset,))
-    request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
+    request.check_sampling(clip.entry, flags.steps, flags.guidance_scale, flags.flow_shift)
     backends = request.backends(flags.backend)
     tuned, warnings = _adapters(flags, clip, chosen)
     checks.one_of("--quantize", flags.quantize, tuple(COMPUTED))
+    request.check_frames(clip, chosen)
+    prompt = checks.prompt(checks.EXAMPLE_PROMPT if flags.prompt is None else flags.prompt)
+    additions = Setup(fuse=flags.fuse, compile=flags.compile_, quantize=flags.quantize)
+    check_additions(additions, PIPELINES[clip.entry.pipeline])
     run = ProfileRun("model", where, flags.fail_below)
     run.warn(warnings)
 
@@ -109,7 +113,7 @@ def model(shape: ShapeFlags, flags: ModelFlags, where: RunFlags, debug: Debug = 
 
     check_quantize(flags.quantize, run.device, run.dtype)
     settings = replace(
-        _settings(flags, clip, chosen, backends, run),
+        _settings(flags, clip, chosen, backends, prompt, run),
         tuned=tuned,
         fused_impl=_fused(flags, clip, run),
         of_layers=whole.entry.layers,
@@ -157,15 +161,12 @@ def _adapters(
 
 
 def _fused(flags: ModelFlags, clip: request.ModelShape, run: ProfileRun) -> str | None:
-    """What the rows with fused blocks run with; None for no such rows. InputError where they are asked for and the
-    model's blocks have no fused form.
-    """
+    """What the rows with fused blocks run with; None for no such rows."""
     facts = PIPELINES[clip.entry.pipeline]
     if flags.fuse is False or (flags.fuse is None and not (run.on_gpu and facts.fuses)):
         return None
     from vmonarch_kernels import resolve_fused_impl
 
-    check_additions(Setup(fuse=True), facts)
     return resolve_fused_impl("auto", run.device, run.dtype)
 
 
@@ -174,6 +175,7 @@ def _settings(
     clip: request.ModelShape,
     presets: Sequence[Preset],
     backends: tuple[str, ...],
+    prompt: str,
     run: ProfileRun,
 ) -> ModelSettings:
     from vmonarch_cli.profile.model_settings import ModelSettings
@@ -195,7 +197,7 @@ def _settings(
         presets=presets,
         compile=flags.compile_,
         quantize=flags.quantize,
-        prompt=checks.prompt(flags.prompt or checks.EXAMPLE_PROMPT),
+        prompt=prompt,
         seed=run.seed,
         backends=backends,
     )

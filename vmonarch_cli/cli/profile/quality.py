@@ -65,10 +65,11 @@ def quality(shape: ShapeFlags, flags: QualityFlags, where: RunFlags, debug: Debu
         raise InputError(f"--sweep takes {', '.join(SWEEPS)}, got {shown(flags.sweep)}{near(flags.sweep, SWEEPS)}")
     clip = request.model_shape(shape, random=False)
     checks.whole("--prompts", flags.prompts, 1, 1000)
-    request.check_sampling(flags.steps, flags.guidance_scale, flags.flow_shift)
+    request.check_sampling(clip.entry, flags.steps, flags.guidance_scale, flags.flow_shift)
     checks.whole("--batch", flags.batch, 1, 64)
     texts = request.prompts(clip, flags.prompt, flags.prompts or 4)
     compared = _variants(flags)
+    request.check_frames(clip, [variant.preset for variant in compared])
     defaults = clip.entry.defaults
     guidance = defaults.guidance_scale if flags.guidance_scale is None else flags.guidance_scale
     presets = [variant.preset for variant in compared if variant.is_preset]

@@ -154,10 +154,20 @@ def fewer_layers(clip: ModelShape, layers: int | None, *, random: bool) -> Model
     return replace(clip, entry=clip.entry.model_copy(update={"layers": layers}))
 
 
-def check_sampling(steps: int | None, guidance_scale: float | None, flow_shift: float | None) -> None:
-    """InputError when one of these flags is out of its range."""
+def check_frames(clip: ModelShape, presets: Sequence[Preset]) -> None:
+    """InputError for more frames than a structured preset takes of the model."""
+    frames = clip.entry.grid(clip.height, clip.width, clip.num_frames)[0]
+    for preset in presets:
+        checks.latent_frames(preset, clip.entry, frames, clip.num_frames, or_dense=False)
+
+
+def check_sampling(
+    entry: ModelEntry, steps: int | None, guidance_scale: float | None, flow_shift: float | None
+) -> None:
+    """InputError when one of these flags is out of its range, or of what the model can have."""
     checks.whole("--steps", steps, 1, 1000)
-    checks.number("--guidance-scale", guidance_scale, 0, 100)
+    checks.guidance(entry, guidance_scale)
+    checks.flow_shift(entry, flow_shift)
     checks.number("--flow-shift", flow_shift, 0.01, 100)
 
 

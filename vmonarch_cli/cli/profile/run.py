@@ -26,7 +26,10 @@ class ProfileRun:
     """One run of a profile."""
 
     def __init__(self, kind: str, flags: RunFlags, fail_below: float | None = None) -> None:
-        """Checks the flags that all share; from here on torch is imported."""
+        """Checks the flags that all share, then the device; from here on torch is imported.
+
+        A command has checked its own flags before: what no machine can do is said before what this one lacks.
+        """
         checks.device(flags.device)
         dtype = checks.dtype(flags.dtype)
         checks.number("--seconds", flags.seconds, 1, 1e6)

@@ -78,7 +78,7 @@ def resolve_calibrate(request: CalibrateRequest, prompts: Sequence[str] | None) 
     checks.whole("--eval-prompts", request.eval_prompts, 1, 1000)
     if request.budget is not None and request.error is not None:
         raise InputError("--budget and --error are both given: name the work to stay within, or the error to reach")
-    clip = resolve(request.clip, needs_prompt=False)
+    clip = resolve(request.clip, needs_prompt=False, needs_source=False, takes_dense=False)
     _check_clip(clip)
     budget = _budget(request, clip)
     held_out = DEFAULT_EVAL if request.eval_prompts is None else request.eval_prompts

@@ -51,7 +51,7 @@ def plan_comparison(request: GenerateRequest, presets: Sequence[str]) -> tuple[P
         if preset == REFERENCE:
             given = replace(given, overrides=(), dense_steps=None, dense_layers=None, impl=None, tuned=None)
             given = replace(given, defaults=without(given.defaults, _OF_OTHERS))
-        plans[name] = resolve(given)
+        plans[name] = resolve(given, takes_dense=False)
     return folder, plans
 
 
