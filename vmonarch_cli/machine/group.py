@@ -58,6 +58,11 @@ class Group:
         dist.all_reduce(shared)
         return float(shared) / self.world
 
+    def apart(self, tensors: Sequence[torch.Tensor]) -> float:
+        """The relative difference of the norm of tensors from its mean over all processes: 0 where they are equal."""
+        norm = float(torch.nn.utils.get_total_norm(tensors))
+        return abs(self.mean(norm) - norm) / norm
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:

@@ -50,6 +50,8 @@ class CompiledBlocks:
         """Compile the blocks; `dynamic`: for clips of several lengths and sizes."""
         # One compilation serves all lengths and sizes, if it does not take numbers that are equal by chance for one.
         torch.fx.experimental._config.use_duck_shape = False
+        # More of them than this would end the training: graphs are whole ones.
+        torch._dynamo.config.recompile_limit = 32
         self.compile_blocks(self.transformer, dynamic=dynamic)
         self.middle_head.listen_to(self.transformer)
         self.kept = True

@@ -183,6 +183,7 @@ class TransformerTraining:
         self.steps_log.mean()
         self.save()
         self.trained_until = time.monotonic()
+        self.apart = self.group.apart([p.detach() for p in self.transformer.parameters()])
         self.distinct = round(self.group.mean(self.banks.distinct) * self.group.world)
 
     def _log_steps(self) -> None:
@@ -340,6 +341,7 @@ class TransformerTraining:
             "seconds": self.clock.elapsed(),
             "spent": self._spent(),
             "processes": self.group.world,
+            "processes_apart": self.apart,
             "structured": self.source.halves,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
