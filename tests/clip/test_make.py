@@ -186,6 +186,13 @@ def test_a_latent_that_is_not_finite_stops_the_clip_with_the_step(damaged: Path,
     assert not any(isinstance(event, StepDone) for event in steps)
 
 
+def test_dense_attention_is_advised_where_it_was_not_tried(damaged: Path, tmp_path: Path) -> None:
+    edit_weights(damaged, "transformer", lambda tensors: tensors["proj_out.bias"].fill_(float("nan")))
+    for preset, advice in (("fast", "a wider --dtype, or dense attention, may help"), ("dense", "a wider --dtype may")):
+        with pytest.raises(NonFiniteError, match=advice):
+            generate(plan_for(damaged, tmp_path / "clip.mp4", preset=preset), retry_dense=False)
+
+
 def test_the_step_in_the_message_is_the_step_that_went_wrong(folder: Path, tmp_path: Path) -> None:
     pipeline = load_pipeline(str(folder), device=CPU, dtype=torch.float32)
     scheduler = pipeline.scheduler
