@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,3 +126,38 @@ def test_after_a_rehearsal_nothing_is_left_to_compile() -> None:
 
     with torch.autograd.set_multithreading_enabled(False):
         assert pending(train) == []
+
+
+CARD = """
+import torch
+from functools import partial
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+driver.set_active(Driver())
+from vmonarch_cli.demo.training import structured
+from vmonarch_kernels import api, launch
+from vmonarch_kernels.ahead import pending
+from vmonarch_kernels.configs import Chip
+launch.chip = lambda device: Chip((9, 0), 132, 227 * 1024, torch.uint8)
+api.hardware_obstacle = lambda device: None
+structured.HalfStructured = partial(structured.HalfStructured, impl="triton")
+found = pending(lambda: structured.rehearse([(16, 13, 1872)], 4, 64, torch.device("cpu")))
+print(*sorted({kernel.kernel.__name__ for kernel in found}))
+"""
+
+
+@pytest.mark.slow
+def test_a_rehearsal_finds_the_kernels_of_both_passes() -> None:
+    """Of a card that is not here, on which nothing is launched."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", CARD], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert {"r_queries_kernel", "attend_kernel", "l_output_kernel"} <= set(names)
+    assert {"l_backward_kernel", "warm_backward_kernel", "grad_queries_kernel", "grad_keys_kernel"} <= set(names)
