@@ -38,7 +38,7 @@ DEMO_NOTE = f"no --model given: using the small demo model that comes with vmona
 Value = TypeVar("Value")
 
 
-class Terms(NamedTuple):
+class CommandNeeds(NamedTuple):
     """What a command takes beside a request's settings, see `resolve`."""
 
     needs_prompt: bool = True
@@ -55,20 +55,20 @@ def resolve(
     be given to a model that starts from one. takes_dense: dense attention is a way out, where structured attention
     cannot be had; a command that measures against it is told of others.
     """
-    filled, terms = fill(request), Terms(needs_prompt, needs_source, takes_dense)
+    filled, needs = fill(request), CommandNeeds(needs_prompt, needs_source, takes_dense)
     with filled.blamed():
-        plan = _with_preset(filled.request, terms)
+        plan = _with_preset(filled.request, needs)
     return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
 
 
-def _with_preset(request: GenerateRequest, terms: Terms) -> Plan:
+def _with_preset(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     """The plan of a request, whose preset may be "auto"."""
     if request.preset != AUTO:
-        return _resolve(request, terms)
+        return _resolve(request, needs)
     changes = ("dense_steps", "dense_layers", "impl", "tuned")
     plain: dict[str, Any] = {"preset": "dense", "overrides": (), **dict.fromkeys(changes)}
-    name, why = choose_preset(_resolve(replace(request, **plain), terms))
-    plan = _resolve(replace(request, preset=name), terms)
+    name, why = choose_preset(_resolve(replace(request, **plain), needs))
+    plan = _resolve(replace(request, preset=name), needs)
     origins = {**plan.origins, "preset": plan.origins["preset"] + MARK}
     return plan.model_copy(update={"preset_reason": why, "origins": origins})
 
@@ -82,9 +82,9 @@ def _with_origins(origins: dict[str, str], own: dict[str, str]) -> dict[str, str
     return {**origins, **changed}
 
 
-def _resolve(request: GenerateRequest, terms: Terms) -> Plan:
+def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     checks.texts(request)
-    without = request.prompt is None and not terms.needs_prompt
+    without = request.prompt is None and not needs.needs_prompt
     prompt = "" if without else checks.prompt(request.prompt)
     origins: dict[str, str] = {}
 
@@ -110,8 +110,8 @@ def _resolve(request: GenerateRequest, terms: Terms) -> Plan:
     num_frames = take("num_frames", request.num_frames, defaults.num_frames)
     model.check_shape(height, width, num_frames)
 
-    image = checks.image(model, request.image, needed=terms.needs_source)
-    video = checks.video(model, request.video, num_frames, image, needed=terms.needs_source)
+    image = checks.image(model, request.image, needed=needs.needs_source)
+    video = checks.video(model, request.video, num_frames, image, needed=needs.needs_source)
     given_class = model.video_pipeline if video else model.image_pipeline if image else None
     facts = PIPELINES[given_class or model.pipeline]
     last_image = checks.last_image(model, facts, request.last_image)
@@ -133,7 +133,7 @@ def _resolve(request: GenerateRequest, terms: Terms) -> Plan:
     origins["strength"] = DEFAULT if request.strength is None else FLAG
     checks.flow_shift(model, request.flow_shift, sigmas)
     grid = model.grid(height, width, num_frames)
-    checks.latent_frames(preset, model, grid[0], num_frames, or_dense=terms.takes_dense)
+    checks.latent_frames(preset, model, grid[0], num_frames, or_dense=needs.takes_dense)
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     chosen, preset = preset, at_steps(preset, steps)
     guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
@@ -225,7 +225,7 @@ def _resolve(request: GenerateRequest, terms: Terms) -> Plan:
                 step_costs,
                 flops,
                 small=all_dense(tokens, preset, limit_on(device, setup, preset, model.hidden_dim)),
-                or_dense=terms.takes_dense,
+                or_dense=needs.takes_dense,
             ),
             *warnings.of_cache(request.cache, steps),
             *warnings.of_quantize(setup, facts),
