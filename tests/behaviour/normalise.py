@@ -115,6 +115,7 @@ class _Tidy:
             if self._reports:
                 text = re.sub(r"(?<![\w'])(ms|µs|s|[KMGT]?FLOP/s)\b", "<unit>", _COUNT.sub("<n>", text))
             text = re.sub(r"; not worth it at this size|, worth it\b", "", text)
+            text = re.sub(r"\s+\(<time>\s+of\s+writing\s+beside\s+decoding\)", "", text)
             # Whether two times differ by more than this machine's times vary is no constant either.
             text = re.sub(r"(?m)^.*(no difference measurable for|end-to-end ratios give all clips) .*\n?", "", text)
             text = text.replace("<time>, no difference", "<time>, <n>x")
