@@ -18,6 +18,14 @@ def call(command: str, device: str) -> Result:
     return CliRunner().invoke(app, [*shlex.split(command), "--device", device])
 
 
+def refused(command: str, sentence: str) -> None:
+    """Assert that a command is refused with a sentence, and not for a device that is not there."""
+    result = call(command, "cuda:99")
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert "cuda:99" not in result.stderr
+
+
 @pytest.fixture(autouse=True)
 def folder(tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -51,10 +59,7 @@ def folder(tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_profile_says_first_what_no_machine_can_do(command: str, sentence: str) -> None:
-    result = call(f"profile {command}", "cuda:99")
-    assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert "cuda:99" not in result.stderr
+    refused(f"profile {command}", sentence)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +73,7 @@ def test_a_profile_says_first_what_no_machine_can_do(command: str, sentence: str
     ],
 )
 def test_so_do_tune_and_calibrate(command: str, sentence: str) -> None:
-    result = call(f"{command} -m tiny --prompts-file p.txt {SMALL}", "cuda:99")
-    assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert "cuda:99" not in result.stderr
+    refused(f"{command} -m tiny --prompts-file p.txt {SMALL}", sentence)
 
 
 def test_tuning_goes_on_with_the_flags_of_its_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:

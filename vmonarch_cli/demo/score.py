@@ -94,13 +94,13 @@ def load(weights: Path, device: Any, tuned: Sequence[AdapterFile] = (), *, flow_
     import torch
     from diffusers import WanPipeline
 
+    from vmonarch_cli.pipeline.load import set_flow_shift
     from vmonarch_cli.pipeline.tuned import load_adapters
 
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = WanPipeline.from_pretrained(weights, dtype={"vae": torch.float32, "default": low}).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if flow_shift is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
+    set_flow_shift(pipeline, flow_shift)
     load_adapters(pipeline, tuned)
     return pipeline
 

@@ -47,9 +47,9 @@ def lean(vae: Any) -> Iterator[None]:
 def _arrange(modules: list[Any], images: torch.memory_format, videos: torch.memory_format) -> None:
     """Lay out the weights of the convolutions of images and of videos."""
     for module in modules:
-        weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) and weight is not None:
-            weight.data = weight.data.contiguous(memory_format=images if weight.dim() == 4 else videos)
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            layout = images if isinstance(module, torch.nn.Conv2d) else videos
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
 def by_channels(latents: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ class Group:
     host: Any = None
     """Of the same processes over the CPU, where the main group is of GPUs (a torch process group); see `joined`."""
 
-    def decide(self, *values: float) -> tuple[float, ...]:
-        """The first process's values, in all of them. They are exchanged between hosts: no GPU is waited for."""
+    def agree(self, *values: float) -> tuple[float, ...]:
+        """The first process's values, in all of them; with `host` no GPU is waited for."""
         if self.world == 1:
             return values
-        shared = torch.tensor(values, dtype=torch.float64)
+        device = self.device if self.host is None else None
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
         dist.broadcast(shared, 0, group=self.host)
         return tuple(shared.tolist())
 
@@ -41,14 +42,6 @@ class Group:
         dist.all_reduce(flat)
         parts = flat.div_(self.world).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
-
-    def agree(self, value: float) -> float:
-        """The first process's value, in all of them."""
-        if self.world == 1:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(shared, 0)
-        return float(shared)
 
     def mean(self, value: float) -> float:
         """The mean over all processes."""
@@ -103,7 +96,7 @@ class Group:
 def joined(device: torch.device, *, host: bool = False) -> Iterator[Group]:
     """The processes that torchrun started, connected inside the block; one process alone connects nothing.
 
-    `host`: connect them over the CPU as well, for `Group.decide`.
+    `host`: connect them over the CPU as well, for `Group.agree`.
     """
     rank = read_rank()
     if rank.world == 1:

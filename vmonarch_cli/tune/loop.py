@@ -109,7 +109,7 @@ class Training:
         began, saved, took = time.monotonic() - self.progress.seconds, time.monotonic(), 1.0
         each = self._batch * self._group.world
         device = next(iter(self._parameters.values())).device
-        while self._group.agree(self._over()) < 1:
+        while self._group.agree(self._over())[0] < 1:
             first = self.progress.rounds * each + self._group.rank * self._batch
             chosen = order(self._seed, len(paths), first, self._batch)
             seeds = [self._seed + TRAINING_NOISE + first + i for i in range(self._batch)]
@@ -117,12 +117,12 @@ class Training:
                 for loss in losses:
                     self._update(loss, on_step)
                     self.progress.seconds = time.monotonic() - began
-                    if self._group.agree(self._over()) >= 1:
+                    if self._group.agree(self._over())[0] >= 1:
                         break
             self.progress.rounds += 1
             now = time.monotonic()
             due = self._over() >= 1 or now - saved > CHECKPOINT_EVERY_S * took
-            if self._group.agree(float(due)):
+            if self._group.agree(due)[0]:
                 self._save()
                 saved = time.monotonic()
                 took = max(1.0, saved - now)

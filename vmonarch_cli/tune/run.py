@@ -81,7 +81,7 @@ def tune(
             prepare_work(plan)
         group.wait()
         on_phase("loading the model", 0, None)
-        checkpointing = group.agree(float(checkpointing)) > 0
+        checkpointing = group.agree(checkpointing)[0] > 0
         return _Run(plan, machine, group, on_phase).run(on_step, checkpointing)
 
 

@@ -126,7 +126,7 @@ class TransformerTraining:
 
     def over(self) -> bool:
         """Whether the training ends before the next step, and else where that stands: the same in all processes."""
-        position, over = self.group.decide(self.clock.position(self.step), self.clock.over(self.step))
+        position, over = self.group.agree(self.clock.position(self.step), self.clock.over(self.step))
         self.position = position
         return bool(over)
 
