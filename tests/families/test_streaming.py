@@ -13,7 +13,8 @@ from tiny_wan import tiny_pipeline
 
 from vmonarch_cli.clip import make
 from vmonarch_cli.families import wan
-from vmonarch_cli.families.wan_vae_lean import lean
+from vmonarch_cli.families.wan_vae import decode_chunks, decode_raw
+from vmonarch_cli.families.wan_vae_lean import by_channels, lean
 from vmonarch_cli.media.read import read_clip
 from vmonarch_cli.pipeline.call import decode, decode_whole
 from vmonarch_cli.pipeline.preflight import check_machine
@@ -87,6 +88,39 @@ def test_the_decoder_is_as_it_was_after_a_clip_that_a_cpu_decodes_its_own_way(mo
         assert not getattr(module, "inplace", False)
         assert all(parameter.is_contiguous() for parameter in module.parameters())
     assert np.array_equal(stock_frames(pipeline, latents()), stock)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_in_bfloat16_fewer_passes_round_as_much_as_the_stock_blocks(chunked: bool) -> None:
+    pipeline = tiny_pipeline()
+
+    def run(clip: torch.Tensor) -> torch.Tensor:
+        return torch.cat([*decode_chunks(pipeline.vae, clip)], 2) if chunked else decode_raw(pipeline.vae, clip)
+
+    with torch.no_grad():
+        exact = run(latents())
+        pipeline.vae.bfloat16()
+        stock = run(latents().bfloat16()).float()
+        with lean(pipeline.vae):
+            found = run(by_channels(latents().bfloat16())).float()
+    assert not torch.equal(found, stock)
+    assert float((found - exact).norm()) < 1.2 * float((stock - exact).norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("in_chunks")
+def test_a_gpu_decodes_in_chunks_with_fewer_passes(dtype: torch.dtype) -> None:
+    pipeline = tiny_pipeline()
+    expected = stock_frames(pipeline, latents())
+    pipeline.vae.to("cuda", dtype)
+    parts = decode(pipeline, latents().to("cuda"), SHAPE)
+    frames = [next(parts)]
+    assert "forward" in vars(pipeline.vae.decoder.conv_in)
+    frames += parts
+    assert "forward" not in vars(pipeline.vae.decoder.conv_in)
+    assert np.abs(np.concatenate(frames).astype(int) - expected).max() <= (2 if dtype == torch.float32 else 8)
 
 
 @pytest.mark.usefixtures("in_chunks")

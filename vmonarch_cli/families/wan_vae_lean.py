@@ -1,8 +1,9 @@
-"""The blocks of Wan's autoencoder with fewer passes over their tensors, for a CPU.
+"""The blocks of Wan's autoencoder with fewer passes over their tensors.
 
-Three things of diffusers' blocks cost more there than the convolutions: every convolution pads a copy of its input,
-channels lie apart where the convolution's kernels want them side by side, and a norm with its activation makes five
-tensors. `lean` mends all three while it is open. The frames equal the stock ones but for rounding (see the tests).
+Three things of diffusers' blocks cost as much as the convolutions on a GPU, and more on a CPU: every convolution pads a
+copy of its input, channels lie apart where the convolution's kernels want them side by side, and a norm with its
+activation makes five tensors. `lean` mends all three while it is open. The frames equal the stock ones but for rounding
+(see the tests).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @contextmanager
 def lean(vae: Any) -> Iterator[None]:
-    """Run the decoder of an `AutoencoderKLWan` in float32 with fewer passes.
+    """Run the decoder of an `AutoencoderKLWan` in float32 or bfloat16 with fewer passes.
 
     A module whose forward was replaced already, as by a `lean` around this one, stays as it is.
     """
