@@ -23,7 +23,7 @@ from vmonarch_cli.machine.group import Group
 ROOT = Path(__file__).parents[2]
 # Each process leaves its weights and its schedule beside what the first one exports.
 PROGRAM = """
-import os, sys, torch
+import os, sys, time, torch
 from vmonarch_cli.demo.training import train_dit
 from vmonarch_cli.demo.training.__main__ import main
 from vmonarch_cli.demo.training.loop import learning_rate
@@ -42,7 +42,14 @@ def whole(self):
     state["specs"] = [str(bank.specs) for bank in self.banks.banks]
     torch.save(state, self.args.out / f"process_{self.group.rank}.pt")
 
+fill = train_dit.TransformerTraining.fill_banks
+
+def late(self):
+    fill(self)
+    time.sleep(float(os.environ.get("LATE", 0)) * self.group.rank)
+
 train_dit.TransformerTraining.train = whole
+train_dit.TransformerTraining.fill_banks = late
 train_dit.loop.learning_rate = rate
 main(sys.argv[1:])
 """
@@ -151,6 +158,19 @@ def test_the_first_process_decides_what_depends_on_the_time(parts: list[str], tm
     assert_equal(one["positions"], other["positions"])
     assert_equal(one["transformer"], other["transformer"])
     assert len(set(one["positions"])) == one["step"] == 5  # type: ignore[arg-type, call-overload]
+
+
+def test_waiting_for_another_process_does_not_move_the_schedule(
+    parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATE", "12")
+    begun = ["--small-until", "0", "--seconds", "120", "--reserve", "0", "--total-seconds", "120", "--samples", "0"]
+    run_pair([*DIT, *parts, *begun, "--stop-after", "2", "--out", str(tmp_path)])
+    first, second = left_by(tmp_path)[0]["positions"]  # type: ignore[misc]
+    assert second - first < 0.06, "12 of 120 s would be a tenth"
+    met = [json.loads(line) for line in (tmp_path / "dit_log.jsonl").read_text().splitlines() if '"met"' in line]
+    assert [line["step"] for line in met] == [0]
+    assert met[0]["waited"] > 4
 
 
 def test_a_mean_that_is_not_finite_is_left_out_by_both(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,10 +57,12 @@ class Group:
         norm = float(torch.nn.utils.get_total_norm(tensors))
         return abs(self.mean(norm) - norm) / norm
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def wait(self) -> float:
+        """Until all processes are here; the seconds that it took."""
+        began = time.monotonic()
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.host)
+        return time.monotonic() - began
 
     def wrap(self, transformers: Sequence[Any]) -> tuple[list[Any], list[Callable[[], Any]]]:
         """(what to call instead of the transformers, for each a context without exchange of gradients)."""
@@ -108,6 +111,8 @@ def joined(device: torch.device, *, host: bool = False) -> Iterator[Group]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank.rank, world_size=rank.world)
     try:
+        # GPUs connect in their first exchange: now, where what keeps them from it is told from slow work.
+        dist.all_reduce(torch.zeros(1, device=device))
         over_cpu = dist.new_group(backend="gloo") if host and device.type == "cuda" else None
         yield Group(rank.rank, rank.world, device, over_cpu)
     finally:

@@ -166,6 +166,7 @@ class TransformerTraining:
             self._keep_compiled_if_right()
         else:
             self.middle_head.listen_to(self.transformer)
+        self._meet()
         self.clock.start()
         first, last_save = self.step, time.monotonic()
         self.steps_log.start(self.step, self.clips_seen)
@@ -207,8 +208,14 @@ class TransformerTraining:
         if halves:
             self._halve()
         self._keep_compiled_if_right()
+        self._meet()
         self.clock.exclude(time.monotonic() - began)
         self.steps_log.start(self.step, self.clips_seen)
+
+    def _meet(self) -> None:
+        """Wait for the other processes: one that compiles or fills its banks for longer does not move the schedule."""
+        if self.group.world > 1:
+            self.log.write("met", step=self.step, waited=self.group.wait())
 
     def _halve(self) -> None:
         """From here on, Monarch attention for half of each batch."""
