@@ -11,6 +11,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train one part, or cut adapters."""
     from vmonarch_cli.demo.training import cut_rank, flags, train_dit, train_text, train_vae
+    from vmonarch_cli.pipeline.load import quiet_libraries
 
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank = commands.add_parser("rank", help="tuned adapters at a lower rank", formatter_class=formatter)
     cut_rank.add_arguments(rank)
     args = parser.parse_args(argv)
+    quiet_libraries()
     {"vae": train_vae, "text": train_text, "dit": train_dit, "rank": cut_rank}[args.command].run(args)
 
 
