@@ -63,10 +63,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     loop.tune_backend(device)
     with joined(device, host=True) as group:
         trainer = TransformerTraining(args, device, group)
-        if args.resume:
-            trainer.load(args.out / "dit_checkpoint.pt")
-        trainer.fill_banks()
-        trainer.train()
+        try:
+            if args.resume:
+                trainer.load(args.out / "dit_checkpoint.pt")
+            trainer.fill_banks()
+            trainer.train()
+        finally:
+            if trainer.ahead is not None:  # kernels that nobody waits for any more would keep the process from ending
+                trainer.ahead.stop()
     return trainer.finish() if group.rank == 0 else None
 
 
@@ -82,7 +86,7 @@ class TransformerTraining:
         self.log = log = loop.JsonLog(args.out / "dit_log.jsonl", process=group.rank)
         self.seed = args.seed + _SEEDS_APART * group.rank  # of the clips of this process
         torch.manual_seed(args.seed)  # weights are the same in all processes
-        vae = exported(args.vae, device).requires_grad_(False)
+        self.vae = vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
         self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
         self.transformer = build_transformer(self.dit_config).to(device).train()
@@ -103,7 +107,6 @@ class TransformerTraining:
             lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda",
         )  # fmt: skip
         self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
-        self.vae = vae
         # Autocast would keep norms and activations in float32 and be ten times as far from float32 as float16 is.
         self.encoder = copy.deepcopy(vae).half() if device.type == "cuda" else vae
         self.clock = loop.Schedule(
@@ -126,8 +129,7 @@ class TransformerTraining:
 
     def over(self) -> bool:
         """Whether the training ends before the next step, and else where that stands: the same in all processes."""
-        position, over = self.group.agree(self.clock.position(self.step), self.clock.over(self.step))
-        self.position = position
+        self.position, over = self.group.agree(self.clock.position(self.step), self.clock.over(self.step))
         return bool(over)
 
     @property
@@ -188,9 +190,9 @@ class TransformerTraining:
 
     def _log_steps(self) -> None:
         """One line; FloatingPointError where too many steps had no finite gradient."""
-        state = {"position": self.position, "lr": self.optimizer.param_groups[0]["lr"]}
-        skipped, memory = self.guarded_step.skipped, loop.gpu_memory_gb(self.device)
-        self.steps_log.write(self.step, self.clips_seen, **state, memory_gb=memory, skipped=skipped)
+        lr, skipped = self.optimizer.param_groups[0]["lr"], self.guarded_step.skipped
+        state = {"position": self.position, "lr": lr, "memory_gb": loop.gpu_memory_gb(self.device), "skipped": skipped}
+        self.steps_log.write(self.step, self.clips_seen, **state)
         if skipped > 20:
             raise FloatingPointError(f"training diverged at step {self.step}: loss {self.steps_log.loss}")
 
@@ -236,10 +238,9 @@ class TransformerTraining:
 
     def _next_inputs(self) -> StepInputs:
         """What this step sees; drawn for all steps up to the next refresh at once."""
-        every = self.args.refresh_every
+        every, banks = self.args.refresh_every, self.banks.banks
         if not self._inputs:
             steps = range(self.step, self.step - self.step % every + every)
-            banks = self.banks.banks
             self._inputs = self.source.draw([(s, self.source.bank_of(s, banks)) for s in steps], banks)
         return self._inputs.pop(0)
 
