@@ -46,6 +46,7 @@ from vmonarch_cli.demo.training.step_log import StepLog
 from vmonarch_cli.demo.training.structured import halve_attention, kernels_ahead
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.group import Group, joined
 from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.pipeline.device import device_name, own_device, pick_device
@@ -58,8 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     processes of a torchrun but the first.
     """
     device = pick_device(args.device or "auto")
-    if device == torch.device("cuda"):
-        device = own_device()
+    device = own_device() if device == torch.device("cuda") else device
     loop.tune_backend(device)
     with joined(device, host=True) as group:
         trainer = TransformerTraining(args, device, group)
@@ -79,7 +79,7 @@ class TransformerTraining:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, group: Group) -> None:
         if args.structured is not None and args.batch % 4:
-            raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+            raise InputError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
         self.args, self.device, self.group = args, device, group
@@ -94,7 +94,7 @@ class TransformerTraining:
         self.tokenizer = build_tokenizer()
         load_text_encoder(self.text_encoder, args.text)
         if args.init is not None:
-            start = WanTransformer3DModel.from_pretrained(args.init / "transformer").float()
+            start = WanTransformer3DModel.from_pretrained(args.init / "transformer")
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.middle_head = MiddleHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
@@ -288,7 +288,7 @@ class TransformerTraining:
     def load(self, path: Path) -> None:
         state = loop.load_checkpoint(path, self.device)
         if state["preset"] != self.args.preset:
-            raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
+            raise InputError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.transformer.load_state_dict(state["transformer"])
         self.middle_head.load_state_dict(state["middle_head"])
         self.averaged.load_state_dict(state["averaged"])
