@@ -128,7 +128,7 @@ def test_steps_of_all_lengths_and_sizes_have_as_many_tokens() -> None:
         assert tokens == pytest.approx(64 * 1872, rel=0.06)
 
 
-@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96,49x96:2"])
+@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96:inf", "49x96,49x96:2"])
 def test_clips_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--clips: got"):
         parse_buckets(text)
