@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,10 +19,12 @@ from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import sample_spec
+from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.__main__ import main
 from vmonarch_cli.demo.training.buckets import parse_buckets
+from vmonarch_cli.demo.training.compiled import compare_compiled
 from vmonarch_cli.demo.training.flags import parse_phases
-from vmonarch_cli.demo.training.loop import Schedule, compare_compiled, learning_rate
+from vmonarch_cli.demo.training.loop import Schedule, learning_rate
 from vmonarch_cli.demo.training.step_inputs import sigmas_for
 from vmonarch_cli.demo.training.train_text import all_facts, facts, load_text_encoder
 from vmonarch_cli.models.demo_vocabulary import vocabulary
@@ -410,6 +413,32 @@ def test_the_schedule_spans_runs() -> None:
     assert learning_rate(1.0, 0.75, 1000) == pytest.approx(0.505)
     assert learning_rate(1.0, 1.0, 1000) == pytest.approx(0.01)
     assert learning_rate(1.0, 0.0, 0) == pytest.approx(0.01)
+
+
+def test_a_training_in_two_runs_comes_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of 100 s, each with 20 s of set-up and 10 s kept for its end: 140 s of training, and no more."""
+    now = [0.0]
+    monkeypatch.setattr(loop, "_PROCESS_START", 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    first, second = (Schedule(run_seconds=100.0, total_seconds=200.0, reserve=10.0) for _ in range(2))
+    now[0] = 20.0
+    first.start()
+    now[0] = 50.0
+    assert first.state() == {"elapsed": 30.0, "aside": 20.0}, "of a run that may be killed before its end"
+    now[0] = 90.0
+    assert first.over(0)
+    assert first.state() == {"elapsed": 70.0, "aside": 30.0}
+    second.resume(first.state())
+    now[0] = 20.0
+    second.start()
+    assert second.position(0) == 70 / 140
+    now[0] = 89.0
+    assert not second.over(0)
+    now[0] = 90.0
+    assert second.position(0) == 1.0
+    earlier = Schedule(run_seconds=100.0, total_seconds=200.0, reserve=10.0)
+    earlier.resume({"elapsed": 70.0})
+    assert (earlier.before, earlier.aside) == (70.0, 0.0)
 
 
 def test_noise_levels_lean_towards_noise() -> None:

@@ -269,20 +269,18 @@ class TransformerTraining:
         """Write the checkpoint, in the first process."""
         if self.group.rank:
             return
-        took = loop.save_checkpoint(
-            self.args.out / "dit_checkpoint.pt",
-            {
-                "preset": self.args.preset,
-                "transformer": self.transformer.state_dict(),
-                "middle_head": self.middle_head.state_dict(),
-                "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "clips_seen": self.clips_seen,
-                "elapsed": self.clock.elapsed(),
-                **self.banks.state(),
-            },
-        )
+        state = {
+            "preset": self.args.preset,
+            "transformer": self.transformer.state_dict(),
+            "middle_head": self.middle_head.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "clips_seen": self.clips_seen,
+            **self.clock.state(),
+            **self.banks.state(),
+        }
+        took = loop.save_checkpoint(self.args.out / "dit_checkpoint.pt", state)
         self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
 
     def load(self, path: Path) -> None:
@@ -294,7 +292,8 @@ class TransformerTraining:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
-        self.step, self.clips_seen, self.clock.before = (state[name] for name in ("step", "clips_seen", "elapsed"))
+        self.step, self.clips_seen = state["step"], state["clips_seen"]
+        self.clock.resume(state)
         self.over()
         self.banks.restore(state, small=self.small)
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)

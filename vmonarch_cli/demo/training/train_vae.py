@@ -250,7 +250,7 @@ class AutoencoderTraining:
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "clips_seen": self.clips_seen,
-                "elapsed": self.clock.elapsed(),
+                **self.clock.state(),
                 "history": self.history,
             },
         )
@@ -265,7 +265,7 @@ class AutoencoderTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
         self.step, self.clips_seen = state["step"], state["clips_seen"]
-        self.clock.before = state["elapsed"]
+        self.clock.resume(state)
         self.history = state["history"]
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
