@@ -111,11 +111,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     """Keep the tensors, the output and the statistics; L has no gradient."""
     out, l_new, lse = output
     ctx.mark_non_differentiable(l_new, lse)
+    ctx.set_materialize_grads(False)  # else the backward pass is given zeros of the size of L
     ctx.save_for_backward(*inputs[:8], out, lse)
     ctx.arguments, ctx.has_lse = inputs[8:15], inputs[16]
 
 
-def _monarch_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _monarch_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 17
     if not ctx.has_lse:
         raise RuntimeError("the op was called with keep_lse=False, and its backward pass needs the log-sum-exps.")
     saved = ctx.saved_tensors
@@ -207,11 +210,14 @@ def _(
 def _save_frame(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], out, lse)
     ctx.arguments = inputs[5:]
 
 
-def _frame_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _frame_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     saved = ctx.saved_tensors
     dq, dk, dv, d_out, d_lse = _frame_backward_op(grad, *saved, *ctx.arguments)
     return dq, dk, dv, *((d_out, d_lse) if saved[3] is not None else (None, None)), None, None, None, None

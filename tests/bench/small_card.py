@@ -48,7 +48,7 @@ def measure(folder: Path, card: float, arguments: list[str], timeout: float) -> 
     free = torch.cuda.mem_get_info()[0]
     taken = torch.empty(int(free - card * GIB), dtype=torch.uint8, device="cuda")
     before = torch.cuda.mem_get_info()[0]
-    out = folder.parent / f"clip-{card:g}.png"
+    out = folder.parent / f"card-{card:g}" / "clip.png"  # alone there: the record of card 2 is not card 24's
     command = [sys.executable, "-m", "vmonarch_cli", "generate", "-m", str(folder), "-o", str(out), "--overwrite"]
     command += ["--prompt", "a red circle rising", *arguments]
     watch = Watch()
@@ -70,7 +70,7 @@ def measure(folder: Path, card: float, arguments: list[str], timeout: float) -> 
         "exit": code,
         "said": [line.strip() for line in shown.splitlines() if re.search(r"offload|memory", line)],
     }
-    record = next(iter(out.parent.glob(f"{out.stem}*.json")), None)
+    record = next(iter(out.parent.glob("*.json")), None)
     if code == 0 and record is not None:
         text = json.loads(record.read_text())
         found["allocator_peak_gib"] = text["timing"]["peak_memory_bytes"] / GIB

@@ -101,7 +101,7 @@ def student(pipeline: Any, clip: Plan, device: torch.device, path: Path, options
         return made.following(Trajectories([path], device))
 
     with following(load_preset("exact"), checkpointing=not options.no_checkpointing) as losses:
-        error = next(losses)
+        error = group.mean(next(losses))  # the same in all processes: one that ends alone leaves the others waiting
     optimizer.zero_grad(set_to_none=True)
     found: dict[str, Any] = {"exact_loss": error, "correct": error < LARGEST_LOSS}
     if not found["correct"]:

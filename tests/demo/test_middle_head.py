@@ -98,9 +98,14 @@ def test_a_training_goes_on_with_the_head_of_the_one_before(
     assert [line["of"] for line in lines if line["event"] == "middle_head"] == [str(source)]
 
 
-def test_a_head_of_another_transformer_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_head_of_another_transformer_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "weights").symlink_to(trained / "weights")
     save_file(MiddleHead(8).state_dict(), tmp_path / HEAD_FILE)
     on = ["--init", str(tmp_path / "weights"), "--max-steps", "1"]
-    with pytest.raises(ValueError, match=f"--init: got .*{HEAD_FILE}, the middle head of another transformer than"):
+    with pytest.raises(SystemExit) as stop:
         main([*DIT, *parts(trained), *on, "--out", str(tmp_path / "on")])
+    assert stop.value.code == 2
+    said = f"error: --init: got {tmp_path / HEAD_FILE}, the middle head of another transformer than"
+    assert said in capsys.readouterr().err

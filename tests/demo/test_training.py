@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import sample_spec
+from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.__main__ import main
 from vmonarch_cli.demo.training.buckets import parse_buckets
+from vmonarch_cli.demo.training.compiled import compare_compiled
 from vmonarch_cli.demo.training.flags import parse_phases
-from vmonarch_cli.demo.training.loop import Schedule, compare_compiled, learning_rate
+from vmonarch_cli.demo.training.loop import Schedule, learning_rate
 from vmonarch_cli.demo.training.step_inputs import sigmas_for
 from vmonarch_cli.demo.training.train_text import all_facts, facts, load_text_encoder
 from vmonarch_cli.models.demo_vocabulary import vocabulary
@@ -66,7 +70,17 @@ def test_the_autoencoder_resumes_exactly(trained: Path, tmp_path: Path) -> None:
     _assert_same_state(trained / "vae_checkpoint.pt", tmp_path / "vae_checkpoint.pt", ["model", "averaged"])
 
 
-def test_the_decoder_learns_while_every_latent_stays(trained: Path, tmp_path: Path) -> None:
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What a training says that ends with the exit code for input that is not valid."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_decoder_learns_while_every_latent_stays(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = [*VAE, "--phases", "5:1", "--init", str(trained / "vae"), "--decoder-only", "--lr", "0.01"]
     main([*more, "--out", str(tmp_path)])
     before, after = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (trained, tmp_path))
@@ -75,8 +89,8 @@ def test_the_decoder_learns_while_every_latent_stays(trained: Path, tmp_path: Pa
         assert same or not name.startswith(("encoder.", "quant_conv.")), name
     assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
     assert before.config.latents_std == after.config.latents_std
-    with pytest.raises(ValueError, match="--decoder-only: got no --init"):
-        main([*VAE, "--decoder-only", "--out", str(tmp_path / "fresh")])
+    said = refusal(capsys, [*VAE, "--decoder-only", "--out", str(tmp_path / "fresh")])
+    assert said.startswith("error: --decoder-only: got no --init")
 
 
 def test_the_transformer_resumes_exactly(trained: Path, tmp_path: Path) -> None:
@@ -117,7 +131,7 @@ def test_steps_of_all_lengths_and_sizes_have_as_many_tokens() -> None:
         assert tokens == pytest.approx(64 * 1872, rel=0.06)
 
 
-@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96,49x96:2"])
+@pytest.mark.parametrize("text", ["", "49", "49x96:x", "48x96", "49x90", "49x96:0", "49x96:inf", "49x96,49x96:2"])
 def test_clips_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--clips: got"):
         parse_buckets(text)
@@ -135,14 +149,16 @@ def test_compilation_that_changes_gradients_is_found_out() -> None:
         compare_compiled([weight], backward)
 
 
-def test_the_text_encoder_grows_by_later_words(trained: Path, tmp_path: Path) -> None:
+def test_the_text_encoder_grows_by_later_words(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Known tokens keep their numbers and embeddings; an encoder that lacks words trains no transformer."""
     main([*TEXT, "--out", str(tmp_path / "old"), "--steps", "1"])
     smaller = build_text_encoder(DIT_PRESETS["tiny"][1])
     smaller.resize_token_embeddings(len(vocabulary()) - 1)
     smaller.save_pretrained(tmp_path / "old" / "text_encoder")
-    with pytest.raises(ValueError, match=r"--text: the text encoder in .* knows 179 of 180 words"):
-        main([*DIT, "--vae", str(trained / "vae"), "--text", str(tmp_path / "old"), "--out", str(tmp_path)])
+    old = ["--vae", str(trained / "vae"), "--text", str(tmp_path / "old"), "--out", str(tmp_path)]
+    assert f"--text: the text encoder in {tmp_path / 'old'} knows 179 of 180 words" in refusal(capsys, [*DIT, *old])
     main([*TEXT, "--out", str(tmp_path / "new"), "--init", str(tmp_path / "old"), "--steps", "1", "--lr", "0"])
     grown = build_text_encoder(DIT_PRESETS["tiny"][1])
     load_text_encoder(grown, tmp_path / "new")
@@ -179,10 +195,12 @@ def test_what_begins_in_the_middle_does_not_move_the_schedule(
     assert math.isfinite(report["loss"])
 
 
-def test_a_batch_that_cannot_be_split_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_split_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path)]
-    with pytest.raises(ValueError, match="--batch: got 2; with --structured, valid are multiples of 4"):
-        main([*command, "--structured"])
+    said = refusal(capsys, [*command, "--structured"])
+    assert said == "error: --batch: got 2; with --structured, valid are multiples of 4"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +280,29 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
     assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
     assert "| text encoder | 2 | 32 captions |" in card
     assert "49 frames of 96 x 96" not in card.replace("grid of 49 frames of 96 x 96", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        (score.main, ["--preset", "dense", "--preset", "fats"], "error: there is no preset 'fats'"),
+        (score.main, ["--tuned", "nowhere.safetensors"], "error: "),
+        (main, [*TEXT[:-2], "--device", "tpu", "--out", "out"], "error: "),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Any, flags: list[str],
+    sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(score, "check_reader", Mock(side_effect=AssertionError("work")))
+    with pytest.raises(SystemExit) as stop:
+        command(flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence)
+    assert said.count("\n") == 1
 
 
 def test_the_card_of_a_model_for_several_lengths(trained: Path) -> None:
@@ -372,6 +413,32 @@ def test_the_schedule_spans_runs() -> None:
     assert learning_rate(1.0, 0.75, 1000) == pytest.approx(0.505)
     assert learning_rate(1.0, 1.0, 1000) == pytest.approx(0.01)
     assert learning_rate(1.0, 0.0, 0) == pytest.approx(0.01)
+
+
+def test_a_training_in_two_runs_comes_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of 100 s, each with 20 s of set-up and 10 s kept for its end: 140 s of training, and no more."""
+    now = [0.0]
+    monkeypatch.setattr(loop, "_PROCESS_START", 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    first, second = (Schedule(run_seconds=100.0, total_seconds=200.0, reserve=10.0) for _ in range(2))
+    now[0] = 20.0
+    first.start()
+    now[0] = 50.0
+    assert first.state() == {"elapsed": 30.0, "aside": 20.0}, "of a run that may be killed before its end"
+    now[0] = 90.0
+    assert first.over(0)
+    assert first.state() == {"elapsed": 70.0, "aside": 30.0}
+    second.resume(first.state())
+    now[0] = 20.0
+    second.start()
+    assert second.position(0) == 70 / 140
+    now[0] = 89.0
+    assert not second.over(0)
+    now[0] = 90.0
+    assert second.position(0) == 1.0
+    earlier = Schedule(run_seconds=100.0, total_seconds=200.0, reserve=10.0)
+    earlier.resume({"elapsed": 70.0})
+    assert (earlier.before, earlier.aside) == (70.0, 0.0)
 
 
 def test_noise_levels_lean_towards_noise() -> None:

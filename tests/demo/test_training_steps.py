@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vmonarch_cli.attention.ahead import KernelsAhead
 from vmonarch_cli.demo.clips import frame_times, occupancy, render
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS, build_text_encoder, build_tokenizer, build_vae
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
@@ -213,13 +217,18 @@ def test_wrong_code_is_taken_back_and_tried_no_more(compiled: CompiledBlocks, tm
         compiled.transformer(torch.randn(2, 8))  # of another shape: compiled blocks would raise an error
 
 
+def trained_parts(folder: Path) -> list[str]:
+    """Flags of a training of the transformer, of an autoencoder and a text encoder that are made in a folder."""
+    vae = "vae --preset tiny --size 32 --batch 1 --image-batch 4 --phases 1:0.5,5:1 --no-compile --device cpu"
+    main([*vae.split(), "--max-steps", "2", "--eval-clips", "1", "--latent-clips", "2", "--out", str(folder)])
+    main(["text", "--preset", "tiny", "--batch", "4", "--device", "cpu", "--steps", "1", "--out", str(folder)])
+    return ["--vae", str(folder / "vae"), "--text", str(folder)]
+
+
 def test_the_report_says_what_the_time_went_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that stands still but for 10 s of set-up, 3 s a bank, 7 s a trial, 0.5 s a step, 2 s of export."""
     now = [90.0]
-    parts = ["--vae", str(tmp_path / "vae"), "--text", str(tmp_path)]
-    vae = "vae --preset tiny --size 32 --batch 1 --image-batch 4 --phases 1:0.5,5:1 --no-compile --device cpu"
-    main([*vae.split(), "--max-steps", "2", "--eval-clips", "1", "--latent-clips", "2", "--out", str(tmp_path)])
-    main(["text", "--preset", "tiny", "--batch", "4", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
+    parts = trained_parts(tmp_path)
 
     def takes(owner: Any, name: str, seconds: float) -> None:
         known = getattr(owner, name)
@@ -246,6 +255,32 @@ def test_the_report_says_what_the_time_went_into(tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "dit_report.json").read_text())["spent"] == pytest.approx(spent)
     (line,) = [json.loads(x) for x in (tmp_path / "dit_log.jsonl").read_text().splitlines() if '"exported"' in x]
     assert line["spent"] == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("ends", ["early", "in an error"])
+def test_kernels_that_nobody_waits_for_are_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A training that ends before Monarch attention begins would stay until the last of them is."""
+    parts = trained_parts(tmp_path)
+    over, compiled = threading.Event(), []
+
+    class Kernel:
+        def compile(self) -> None:
+            compiled.append(self)
+            over.wait(60)
+
+    started = KernelsAhead(lambda: None, lambda rehearse: [Kernel() for _ in range(100)])
+    monkeypatch.setattr(train_dit, "kernels_ahead", lambda *_: started)
+    if ends != "early":
+        monkeypatch.setattr(LatentBank, "_put", Mock(side_effect=FloatingPointError("no number")))
+    flags = "--preset tiny --clips 5x32 --batch 4 --bank 4 --encode-batch 4 --no-compile --device cpu --samples 0"
+    steps = "--max-steps 4 --stop-after 1 --structured 0.5 --small-until 0"
+    with nullcontext() if ends == "early" else pytest.raises(FloatingPointError):
+        main(["dit", *flags.split(), *steps.split(), *parts, "--out", str(tmp_path)])
+    over.set()
+    started.wait()
+    assert 0 < len(compiled) < 10
 
 
 def test_longer_and_larger_clips_get_more_noise() -> None:

@@ -173,7 +173,7 @@ def test_waiting_for_another_process_does_not_move_the_schedule(
     assert met[0]["waited"] > 4
 
 
-def test_a_mean_that_is_not_finite_is_left_out_by_both(tmp_path: Path) -> None:
+def test_a_mean_that_is_not_finite_is_left_out_by_both_and_what_differs_is_told(tmp_path: Path) -> None:
     program = """
 import sys, torch
 from pathlib import Path
@@ -190,7 +190,9 @@ with joined(device, host=True) as group:
         group.average([weight.grad])
         step()
         found.append(weight.detach().clone())
-    torch.save({"weights": found, "skipped": step.skipped}, Path(sys.argv[1]) / f"process_{group.rank}.pt")
+    apart = [group.apart([torch.tensor([norm])]) for norm in (3.0, 3.0 + 2 * group.rank)]
+    state = {"weights": found, "skipped": step.skipped, "apart": apart}
+    torch.save(state, Path(sys.argv[1]) / f"process_{group.rank}.pt")
 """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "PROGRAM", program.replace("sys.argv[1]", "sys.argv[2]"))
@@ -199,3 +201,5 @@ with joined(device, host=True) as group:
     assert_equal(one["weights"], other["weights"])
     assert_equal(one["weights"], [torch.full((3,), value) for value in (0.0, 0.0, -1.0)])
     assert one["skipped"] == other["skipped"] == 1
+    assert one["apart"] == [0, pytest.approx(1 / 3)], "norms of 3 and 5"
+    assert other["apart"] == [0, pytest.approx(1 / 5)]

@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vmonarch_kernels import Inputs, Options, Residual, attend, frame_attention, monarch_attention, monarch_factors
@@ -169,6 +170,33 @@ def test_l_has_no_gradient_and_its_neighbour_keeps_it(impl: str) -> None:
     weights = torch.randn(out.shape, generator=generator).to(out)
     found = list(torch.autograd.grad(out, wanted(inputs), weights))
     assert max(errors(found, plain).values()) < 1e-6
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run outside of other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("frame", [None, 1])
+def test_nothing_is_made_for_gradients_that_are_not_wanted(impl: str, frame: int | None) -> None:
+    """Autograd would give the backward pass zeros as large as L and the statistics, in every layer."""
+    inputs = make((3, 1, 4), dim=16, dtype=torch.float32)
+    if frame is None:
+        out, _ = attend(inputs, Options(band=0), impl=impl, return_l=True)
+    else:
+        out = frame_attention(inputs.q, inputs.k, inputs.v, inputs.grid, frame, impl=impl)
+    with Called() as called:
+        torch.autograd.grad(out, wanted(inputs), torch.ones_like(out))
+    assert any("attention_backward" in name for name in called.names)
+    assert not [name for name in called.names if "zeros" in name]
 
 
 # Recomputed frames

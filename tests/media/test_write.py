@@ -136,6 +136,21 @@ def test_an_encoder_that_stops_early_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_encoder_that_ends_before_the_clip_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text("#!/bin/sh\nhead -c 1000 > /dev/null\n")
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    target = tmp_path / "out" / "clip.mp4"
+    with pytest.raises(OutputError) as raised:
+        write_clip(np.zeros((60, 96, 96, 3), np.uint8), target, 8)
+    expected = (
+        f"{target} cannot be written: ffmpeg ended before the clip did ([Errno 32] Broken pipe); is the disk full?"
+    )
+    assert raised.value.message == expected
+    assert list(target.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["x.mp4", "x.webm"])
 def test_frames_of_a_file_are_counted(tmp_path: Path, name: str) -> None:
     whole = write_clip(frames(7), tmp_path / name, fps=16)

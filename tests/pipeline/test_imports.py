@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vmonarch_cli.pipeline.imports import why_import_failed
 from vmonarch_cli.text import innermost_line
 
@@ -54,6 +56,24 @@ def test_a_torchvision_that_does_not_fit_is_named_by_doctor_and_by_a_run(tmp_pat
         assert states[name]["status"] == "broken"
         assert states[name]["value"].startswith(f"cannot be imported: {why}")
         assert states[name]["value"].endswith(cure)
+
+
+_SPEAKING = {
+    "doctor": 'from vmonarch_cli.pipeline.doctor import EXAMINATIONS; EXAMINATIONS["libraries"]()',
+    "a training": (
+        "from vmonarch_cli.demo.training.__main__ import main; "
+        'main(["text", "--out", "made", "--preset", "tiny", "--steps", "1", "--batch", "2"])'
+    ),
+}
+
+
+@pytest.mark.parametrize("code", _SPEAKING.values(), ids=_SPEAKING)
+def test_what_torchao_warns_of_when_it_is_imported_is_not_shown(tmp_path: Path, code: str) -> None:
+    """On a machine without CUDA it cannot load its files for CUDA, and says so of each."""
+    pytest.importorskip("torchao")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    logged = [line for line in done.stderr.splitlines() if not line.startswith('{"event"')]
+    assert logged == []
 
 
 def test_the_first_cause_is_what_is_said() -> None:

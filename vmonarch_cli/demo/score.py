@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmonarch_cli.demo.exits import one_sentence
 from vmonarch_cli.demo.model import WEIGHTS_DIR
 from vmonarch_cli.demo.score_table import show
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
@@ -252,7 +253,7 @@ def score(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of the scorer."""
+    """Command line of the scorer; SystemExit with one sentence for what cannot be done."""
     parser = argparse.ArgumentParser(
         prog="python -m vmonarch_cli.demo.score",
         description=__doc__,
@@ -275,25 +276,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--sheet", type=Path, help="write a PNG of the first preset's clips here")
     args = parser.parse_args(argv)
+    with one_sentence():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     from vmonarch_cli.pipeline.device import pick_device
     from vmonarch_cli.pipeline.load import quiet_libraries
     from vmonarch_cli.plan.tuned import read
+    from vmonarch_cli.presets import load_preset
 
+    presets = args.preset or (DENSE,)
+    for name in presets:
+        load_preset(name)  # an unknown one would be found when the clips of those before it are made
+    tuned = [read(path) for path in args.tuned or ()]
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    settings = Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift)
     result = score(
         args.weights,
-        settings,
-        [*(args.preset or (DENSE,)), *map(read, args.tuned or ())],
+        Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift),
+        [*presets, *tuned],
         device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,
         vae_clips=args.vae_clips,
         sheet=args.sheet,
     )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
     show(result)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

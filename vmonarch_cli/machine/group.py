@@ -53,7 +53,9 @@ class Group:
         return float(shared) / self.world
 
     def apart(self, tensors: Sequence[torch.Tensor]) -> float:
-        """The relative difference of the norm of tensors from its mean over all processes: 0 where they are equal."""
+        """The relative difference of the norm of all tensors from its mean over all processes: 0 where they are equal
+        (and where only their norms are).
+        """
         norm = float(torch.nn.utils.get_total_norm(tensors))
         return abs(self.mean(norm) - norm) / norm
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from vmonarch_cli.media.ffmpeg import CODECS, frames_in
 from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
+from vmonarch_cli.text import first_line
 
 _SOUND_RATE = ["-b:a", "192k"]
 # Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
@@ -80,8 +81,11 @@ class _FfmpegEncoder:
     def add(self, frames: NDArray[np.uint8]) -> None:
         if self._writer is None:
             self._writer = self._open(*frames.shape[1:3])
-        for frame in frames:
-            self._writer.append_data(frame)
+        try:
+            for frame in frames:
+                self._writer.append_data(frame)
+        except OSError as error:  # imageio's has several lines, with the whole command
+            raise OSError(f"ffmpeg ended before the clip did ({first_line(error)}); is the disk full?") from error
         self._count += len(frames)
 
     def end(self) -> None:

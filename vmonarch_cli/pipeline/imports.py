@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import re
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,8 +26,21 @@ OPTIONAL = ("peft", "torchao")
 """Imported where they are installed, also by runs that do not ask for them."""
 
 
+def quiet_imports() -> None:
+    """Keep the libraries from printing while they are imported, which must come after this; what they raise they raise,
+    and their errors they still log.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where torchao is installed, transformers imports it, and it warns of its CUDA files on a machine without CUDA.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def import_parts(package: str) -> None:
-    """Import what a run takes from a package; whatever it raises is raised."""
+    """Import, quietly, what a run takes from a package; whatever it raises is raised."""
+    quiet_imports()
     for part in (*NEEDED, *OPTIONAL):
         module, _, name = part.partition(":")
         if module == package:

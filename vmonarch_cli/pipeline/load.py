@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from vmonarch_cli.pipeline.apply_setup import finish, prepare, quantization_conf
 from vmonarch_cli.pipeline.complete import check_complete, load_encoders
 from vmonarch_cli.pipeline.context_parallel import split
 from vmonarch_cli.pipeline.device import DTYPES, device_name, dtype_name
-from vmonarch_cli.pipeline.imports import import_parts, why_import_failed
+from vmonarch_cli.pipeline.imports import import_parts, quiet_imports, why_import_failed
 from vmonarch_cli.pipeline.lora import read_loras
 from vmonarch_cli.pipeline.modular import hide_progress, is_modular, read_modular
 from vmonarch_cli.pipeline.offload import place
@@ -196,13 +194,8 @@ def _one_sentence(source: str, device: torch.device) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers and transformers from printing; the environment must be set before their first import."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Where torchao is installed, transformers imports it, and it warns of its CUDA files on a machine without CUDA.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Import diffusers and transformers and keep them from printing, also later; ModelError where they do not work."""
+    quiet_imports()
     try:
         import diffusers
         import transformers

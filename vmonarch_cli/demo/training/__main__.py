@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train one part, or cut adapters."""
+    """Parse the command line and train one part, or cut adapters; SystemExit, one sentence, for what cannot be done."""
+    from vmonarch_cli.demo.exits import one_sentence
     from vmonarch_cli.demo.training import cut_rank, flags, train_dit, train_text, train_vae
+    from vmonarch_cli.pipeline.load import quiet_libraries
 
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -24,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank = commands.add_parser("rank", help="tuned adapters at a lower rank", formatter_class=formatter)
     cut_rank.add_arguments(rank)
     args = parser.parse_args(argv)
-    {"vae": train_vae, "text": train_text, "dit": train_dit, "rank": cut_rank}[args.command].run(args)
+    with one_sentence():
+        quiet_libraries()
+        {"vae": train_vae, "text": train_text, "dit": train_dit, "rank": cut_rank}[args.command].run(args)
 
 
 if __name__ == "__main__":

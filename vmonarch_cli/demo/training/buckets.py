@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -55,7 +56,9 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
             found = []
             break
     names = {bucket.name for bucket in found}
-    right = all(b.frames % 4 == 1 and b.size % 16 == 0 and b.frames > 0 < b.size and b.share > 0 for b in found)
+    right = all(
+        b.frames % 4 == 1 and b.size % 16 == 0 and b.frames > 0 < b.size and 0 < b.share < math.inf for b in found
+    )
     if not found or not right or len(names) < len(found):
         raise ValueError(
             f"--clips: got {text!r}, valid are different FRAMESxSIZE or FRAMESxSIZE:SHARE with commas between, frames "

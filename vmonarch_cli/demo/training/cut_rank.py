@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vmonarch_cli.demo.captions import caption
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.errors import InputError, OutputError, VmonarchError
+from vmonarch_cli.errors import InputError, OutputError
 from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.models.tuned import TunedAdapter, read_adapter
 from vmonarch_cli.models.weights import read_metadata
@@ -50,23 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write each file at the lower rank; exits with the product's code and sentence for what cannot be done."""
-    try:
-        checks.whole("--rank", args.rank, 1, 1024)
-        checks.whole("--clips", args.clips, 1, 64)
-        adapters = [(path, _checked(path, args.rank)) for path in args.files]
-        for path in args.files:
-            if not args.overwrite and (args.out / path.name).exists():
-                raise OutputError(f"{args.out / path.name} exists already: pass --overwrite, or another --out")
-        for path, said in adapters:
-            tensors, lost = cut(load_file(path), second_moments(path, said, args.clips), args.rank)
-            target = args.out / path.name
-            write_adapter(target, tensors, _lower(said, args.rank), overwrite=args.overwrite)
-            facts = f"rank {args.rank}, {target.stat().st_size:,} bytes, {lost:.1%} of what the layers add is lost"
-            Console(soft_wrap=True).print(f"{target}: {facts}", markup=False, highlight=False)
-    except VmonarchError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error.message}", markup=False, highlight=False)
-        raise SystemExit(error.exit_code) from None
+    """Write each file at the lower rank; InputError or OutputError for what cannot be done."""
+    checks.whole("--rank", args.rank, 1, 1024)
+    checks.whole("--clips", args.clips, 1, 64)
+    adapters = [(path, _checked(path, args.rank)) for path in args.files]
+    for path in args.files:
+        if not args.overwrite and (args.out / path.name).exists():
+            raise OutputError(f"{args.out / path.name} exists already: pass --overwrite, or another --out")
+    for path, said in adapters:
+        tensors, lost = cut(load_file(path), second_moments(path, said, args.clips), args.rank)
+        target = args.out / path.name
+        write_adapter(target, tensors, _lower(said, args.rank), overwrite=args.overwrite)
+        facts = f"rank {args.rank}, {target.stat().st_size:,} bytes, {lost:.1%} of what the layers add is lost"
+        Console(soft_wrap=True).print(f"{target}: {facts}", markup=False, highlight=False)
 
 
 def _checked(path: Path, rank: int) -> TunedAdapter:

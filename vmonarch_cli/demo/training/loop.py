@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -32,6 +31,7 @@ class Schedule:
         total_seconds: planned seconds of all runs together.
         reserve: seconds kept at the end of this process for evaluation and export.
         before: seconds of training in earlier runs.
+        aside: seconds of earlier runs that were not training, of `total_seconds`.
         max_steps: total steps of all runs, in place of seconds.
         stop_after: end this run after so many steps in all (an interruption, for tests).
         idle: seconds of this process that were not training.
@@ -42,6 +42,7 @@ class Schedule:
     total_seconds: float
     reserve: float
     before: float = 0.0
+    aside: float = 0.0
     max_steps: int | None = None
     stop_after: int | None = None
     idle: float = 0.0
@@ -62,7 +63,7 @@ class Schedule:
         """Progress of the whole training in [0, 1]."""
         if self.max_steps is not None:
             return min(step / self.max_steps, 1.0)
-        return min(self.elapsed() / max(self.total_seconds - self.reserve - self.idle, 1e-6), 1.0)
+        return min(self.elapsed() / max(self.total_seconds - self.aside - self.reserve - self.idle, 1e-6), 1.0)
 
     def over(self, step: int) -> bool:
         """Whether this run must stop now."""
@@ -70,8 +71,19 @@ class Schedule:
             return True
         if self.max_steps is not None:
             return step >= self.max_steps
-        out_of_time = time.monotonic() - _PROCESS_START >= self.run_seconds - self.reserve
-        return out_of_time or self.position(step) >= 1.0
+        return self._out_of_time() or self.position(step) >= 1.0
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it, for `resume`."""
+        spent = self.reserve if self._out_of_time() else 0.0  # else the run was interrupted, or has time left
+        return {"elapsed": self.elapsed(), "aside": self.aside + self.idle + spent}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint with `state`; those of earlier versions have no "aside"."""
+        self.before, self.aside = state["elapsed"], state.get("aside", 0.0)
+
+    def _out_of_time(self) -> bool:
+        return time.monotonic() - _PROCESS_START >= self.run_seconds - self.reserve
 
 
 def learning_rate(base: float, position: float, step: int, *, warmup: int = 100, final: float = 0.01) -> float:
@@ -311,22 +323,6 @@ def keep_report(path: Path, folder: Path) -> None:
     """Copy the report of an earlier training into a folder, if it exists and is not there already."""
     if path.is_file() and path.parent.resolve() != folder.resolve():
         shutil.copy(path, folder)
-
-
-def compare_compiled(parameters: Sequence[nn.Parameter], backward: Callable[[], None]) -> None:
-    """Run `backward` compiled and not, and raise ArithmeticError where the norms of the gradients differ by 5 %."""
-
-    def norm() -> float:
-        for parameter in parameters:
-            parameter.grad = None
-        backward()
-        return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-
-    with torch.compiler.set_stance("force_eager"):
-        expected = norm()
-    found = norm()
-    if not math.isclose(found, expected, rel_tol=0.05):
-        raise ArithmeticError(f"the gradient's norm is {found:.4g} compiled and {expected:.4g} otherwise")
 
 
 def save_sheet(path: Path, clips: Iterable[Tensor], *, frames: int = 7, columns: int = 1) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.demo_vocabulary import MOTIONS
 
 HEAD_FILE = "middle_head.safetensors"
@@ -79,7 +80,7 @@ class MiddleHead(nn.Module):
             The file that it came from; None where neither is there, which leaves the head as it is.
 
         Raises:
-            ValueError: the head in the file is one of another transformer.
+            InputError: the head in the file is one of another transformer.
 
         """
         folder = weights.absolute().parent
@@ -91,7 +92,7 @@ class MiddleHead(nn.Module):
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)["middle_head"]
             if _shapes(state) != _shapes(self.state_dict()):
-                raise ValueError(
+                raise InputError(
                     f"--init: got {path}, the middle head of another transformer than the one in {weights}"
                 )
             self.load_state_dict(state)

@@ -72,6 +72,10 @@ class InputSource:
         count = bucket.equal_count(self.batch, self.first)
         return max(4, count // 4 * 4) if self.halves else count
 
+    def shapes(self, buckets: Sequence[Bucket]) -> list[tuple[int, int, int]]:
+        """Of a step's batch of each bucket: clips, latent frames and tokens."""
+        return [(self.clips(bucket), bucket.grid[0], bucket.tokens) for bucket in buckets]
+
     def bank_of(self, step: int, banks: Sequence[LatentBank]) -> int:
         """The number of the bank that a step takes its clips from."""
         shares = [bank.bucket.share for bank in banks]

@@ -46,6 +46,7 @@ from vmonarch_cli.demo.training.step_log import StepLog
 from vmonarch_cli.demo.training.structured import halve_attention, kernels_ahead
 from vmonarch_cli.demo.training.train_text import load_text_encoder
 from vmonarch_cli.demo.training.vae_quality import exported
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.machine.group import Group, joined
 from vmonarch_cli.models.demo_vocabulary import vocabulary
 from vmonarch_cli.pipeline.device import device_name, own_device, pick_device
@@ -58,15 +59,18 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     processes of a torchrun but the first.
     """
     device = pick_device(args.device or "auto")
-    if device == torch.device("cuda"):
-        device = own_device()
+    device = own_device() if device == torch.device("cuda") else device
     loop.tune_backend(device)
     with joined(device, host=True) as group:
         trainer = TransformerTraining(args, device, group)
-        if args.resume:
-            trainer.load(args.out / "dit_checkpoint.pt")
-        trainer.fill_banks()
-        trainer.train()
+        try:
+            if args.resume:
+                trainer.load(args.out / "dit_checkpoint.pt")
+            trainer.fill_banks()
+            trainer.train()
+        finally:
+            if trainer.ahead is not None:  # kernels that nobody waits for any more would keep the process from ending
+                trainer.ahead.stop()
     return trainer.finish() if group.rank == 0 else None
 
 
@@ -75,14 +79,14 @@ class TransformerTraining:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, group: Group) -> None:
         if args.structured is not None and args.batch % 4:
-            raise ValueError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+            raise InputError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
         from diffusers import WanTransformer3DModel
 
         self.args, self.device, self.group = args, device, group
         self.log = log = loop.JsonLog(args.out / "dit_log.jsonl", process=group.rank)
         self.seed = args.seed + _SEEDS_APART * group.rank  # of the clips of this process
         torch.manual_seed(args.seed)  # weights are the same in all processes
-        vae = exported(args.vae, device).requires_grad_(False)
+        self.vae = vae = exported(args.vae, device).requires_grad_(False)
         dit_config, self.text_config = DIT_PRESETS[args.preset]
         self.dit_config = replace(dit_config, z_dim=vae.config.z_dim)
         self.transformer = build_transformer(self.dit_config).to(device).train()
@@ -90,7 +94,7 @@ class TransformerTraining:
         self.tokenizer = build_tokenizer()
         load_text_encoder(self.text_encoder, args.text)
         if args.init is not None:
-            start = WanTransformer3DModel.from_pretrained(args.init / "transformer").float()
+            start = WanTransformer3DModel.from_pretrained(args.init / "transformer")
             self.transformer.load_state_dict(start.state_dict())
         self.averaged = copy.deepcopy(self.transformer).eval()
         self.middle_head = MiddleHead(self.dit_config.num_heads * self.dit_config.head_dim).to(device)
@@ -103,7 +107,6 @@ class TransformerTraining:
             lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda",
         )  # fmt: skip
         self.guarded_step = loop.GuardedStep(self.optimizer, max_norm=1.0)
-        self.vae = vae
         # Autocast would keep norms and activations in float32 and be ten times as far from float32 as float16 is.
         self.encoder = copy.deepcopy(vae).half() if device.type == "cuda" else vae
         self.clock = loop.Schedule(
@@ -126,8 +129,7 @@ class TransformerTraining:
 
     def over(self) -> bool:
         """Whether the training ends before the next step, and else where that stands: the same in all processes."""
-        position, over = self.group.agree(self.clock.position(self.step), self.clock.over(self.step))
-        self.position = position
+        self.position, over = self.group.agree(self.clock.position(self.step), self.clock.over(self.step))
         return bool(over)
 
     @property
@@ -146,8 +148,7 @@ class TransformerTraining:
             sizes = [*self.args.clips]
             if self.args.structured < float(self.args.small_until):
                 sizes += [bucket.halved() for bucket in sizes]
-            source = replace(self.source, halves=True)
-            shapes = [(source.clips(bucket), bucket.grid[0], bucket.tokens) for bucket in sizes]
+            shapes = replace(self.source, halves=True).shapes(sizes)
             self.ahead = kernels_ahead(shapes, self.dit_config.num_heads, self.dit_config.head_dim, self.device)
         self.banks.fill()
 
@@ -163,10 +164,9 @@ class TransformerTraining:
         if self.args.compile:
             # One compilation for several lengths, and for both sizes.
             self.compiled.compile(dynamic=len(self.banks.banks) > 1 or self.banks.small)
-            self._keep_compiled_if_right()
         else:
             self.middle_head.listen_to(self.transformer)
-        self._meet()
+        self._keep_compiled_if_right()
         self.clock.start()
         first, last_save = self.step, time.monotonic()
         self.steps_log.start(self.step, self.clips_seen)
@@ -189,9 +189,9 @@ class TransformerTraining:
 
     def _log_steps(self) -> None:
         """One line; FloatingPointError where too many steps had no finite gradient."""
-        state = {"position": self.position, "lr": self.optimizer.param_groups[0]["lr"]}
-        skipped, memory = self.guarded_step.skipped, loop.gpu_memory_gb(self.device)
-        self.steps_log.write(self.step, self.clips_seen, **state, memory_gb=memory, skipped=skipped)
+        lr, skipped = self.optimizer.param_groups[0]["lr"], self.guarded_step.skipped
+        state = {"position": self.position, "lr": lr, "memory_gb": loop.gpu_memory_gb(self.device), "skipped": skipped}
+        self.steps_log.write(self.step, self.clips_seen, **state)
         if skipped > 20:
             raise FloatingPointError(f"training diverged at step {self.step}: loss {self.steps_log.loss}")
 
@@ -208,14 +208,8 @@ class TransformerTraining:
         if halves:
             self._halve()
         self._keep_compiled_if_right()
-        self._meet()
         self.clock.exclude(time.monotonic() - began)
         self.steps_log.start(self.step, self.clips_seen)
-
-    def _meet(self) -> None:
-        """Wait for the other processes: one that compiles or fills its banks for longer does not move the schedule."""
-        if self.group.world > 1:
-            self.log.write("met", step=self.step, waited=self.group.wait())
 
     def _halve(self) -> None:
         """From here on, Monarch attention for half of each batch."""
@@ -232,7 +226,7 @@ class TransformerTraining:
         self.log.write("structured", step=self.step, **ahead)
 
     def _keep_compiled_if_right(self) -> None:
-        """Try a step of every bank without an update, and go on eagerly where compiled blocks are wrong."""
+        """Try a step of every bank without an update; compiled blocks that are wrong go. Then all processes meet."""
 
         def objective(which: int) -> Tensor:
             return self.losses(self.source.draw([(self.step, which)], self.banks.banks)[0])[0]
@@ -240,13 +234,14 @@ class TransformerTraining:
         objectives = ((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks.banks))
         self.compiled.keep_if_right(objectives, compare_first=self.source.halves)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.group.world > 1:  # one that took longer than the first does not move the schedule
+            self.log.write("met", step=self.step, waited=self.group.wait())
 
     def _next_inputs(self) -> StepInputs:
         """What this step sees; drawn for all steps up to the next refresh at once."""
-        every = self.args.refresh_every
+        every, banks = self.args.refresh_every, self.banks.banks
         if not self._inputs:
             steps = range(self.step, self.step - self.step % every + every)
-            banks = self.banks.banks
             self._inputs = self.source.draw([(s, self.source.bank_of(s, banks)) for s in steps], banks)
         return self._inputs.pop(0)
 
@@ -275,32 +270,31 @@ class TransformerTraining:
         """Write the checkpoint, in the first process."""
         if self.group.rank:
             return
-        took = loop.save_checkpoint(
-            self.args.out / "dit_checkpoint.pt",
-            {
-                "preset": self.args.preset,
-                "transformer": self.transformer.state_dict(),
-                "middle_head": self.middle_head.state_dict(),
-                "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "clips_seen": self.clips_seen,
-                "elapsed": self.clock.elapsed(),
-                **self.banks.state(),
-            },
-        )
-        self.log.write("checkpoint", step=self.step, elapsed=self.clock.elapsed(), took=took)
+        state = {
+            "preset": self.args.preset,
+            "transformer": self.transformer.state_dict(),
+            "middle_head": self.middle_head.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "clips_seen": self.clips_seen,
+            **self.clock.state(),
+            **self.banks.state(),
+        }
+        took = loop.save_checkpoint(self.args.out / "dit_checkpoint.pt", state)
+        self.log.write("checkpoint", step=self.step, elapsed=state["elapsed"], took=took)
 
     def load(self, path: Path) -> None:
         state = loop.load_checkpoint(path, self.device)
         if state["preset"] != self.args.preset:
-            raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
+            raise InputError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.transformer.load_state_dict(state["transformer"])
         self.middle_head.load_state_dict(state["middle_head"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
-        self.step, self.clips_seen, self.clock.before = (state[name] for name in ("step", "clips_seen", "elapsed"))
+        self.step, self.clips_seen = state["step"], state["clips_seen"]
+        self.clock.resume(state)
         self.over()
         self.banks.restore(state, small=self.small)
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)

@@ -30,6 +30,7 @@ from vmonarch_cli.demo.captions import caption, plain_caption
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder, build_tokenizer, config_dict, encode_prompts
 from vmonarch_cli.demo.specs import MAX_MOTIONS, ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.models.demo_vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -191,7 +192,7 @@ def load_text_encoder(encoder: Any, weights: Path, *, grow: bool = False) -> Non
         grow: take one that knows fewer words, too: the later ones stay as `encoder` has them.
 
     Raises:
-        ValueError: the folder's encoder does not know all words, and is not to grow.
+        InputError: the folder's encoder does not know all words, and is not to grow.
 
     """
     from transformers import UMT5EncoderModel
@@ -201,7 +202,7 @@ def load_text_encoder(encoder: Any, weights: Path, *, grow: bool = False) -> Non
         known, words = len(state[name]), len(value)
         if state[name].shape[1:] == value.shape[1:] and known < words:
             if not grow:
-                raise ValueError(
+                raise InputError(
                     f"--text: the text encoder in {weights} knows {known} of {words} words; train it on with "
                     f"`text --init {weights}`"
                 )

@@ -21,6 +21,7 @@ from vmonarch_cli.demo.specs import sample_spec
 from vmonarch_cli.demo.training import loop, still_image
 from vmonarch_cli.demo.training.flags import Phase
 from vmonarch_cli.demo.training.vae_quality import exported, losses, measure_latents, score_vae
+from vmonarch_cli.errors import InputError
 from vmonarch_cli.families.wan_vae import decode_raw, encode_moments
 from vmonarch_cli.pipeline.device import device_name, pick_device
 
@@ -55,7 +56,7 @@ class AutoencoderTraining:
             self.vae.load_state_dict(start.state_dict())
         if args.decoder_only:
             if args.init is None:
-                raise ValueError("--decoder-only: got no --init, and a fresh encoder is worth nothing")
+                raise InputError("--decoder-only: got no --init, and a fresh encoder is worth nothing")
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
             self.fixed_latents = (start.config.latents_mean, start.config.latents_std)
@@ -249,7 +250,7 @@ class AutoencoderTraining:
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "clips_seen": self.clips_seen,
-                "elapsed": self.clock.elapsed(),
+                **self.clock.state(),
                 "history": self.history,
             },
         )
@@ -258,13 +259,13 @@ class AutoencoderTraining:
     def load(self, path: Path) -> None:
         state = loop.load_checkpoint(path, self.device)
         if state["preset"] != self.args.preset:
-            raise ValueError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
+            raise InputError(f"--preset: the checkpoint holds {state['preset']!r}, got {self.args.preset!r}")
         self.vae.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         loop.conform_optimizer(self.optimizer)
         self.step, self.clips_seen = state["step"], state["clips_seen"]
-        self.clock.before = state["elapsed"]
+        self.clock.resume(state)
         self.history = state["history"]
         self.log.write("resumed", step=self.step, elapsed=self.clock.before)
 
