@@ -54,6 +54,14 @@ def test_a_clip_alone_says_how_it_was_made_and_is_made_again(tmp_path: Path, end
     assert Path(f"sent/renamed-rerun{ending}").is_file()
 
 
+@pytest.mark.parametrize("name", ["tagged.mp4", "tagged.WEBM", "sound.mp4", "tags.webm"])
+def test_a_clip_may_have_any_name(name: str) -> None:
+    call(*SMALL, "-o", name)
+    assert json.loads(read_tag(Path(name)) or "")["prompt"] == SMALL[2]
+    assert len(read_clip(Path(name))) == 5
+    assert {path.name for path in Path().iterdir()} == {name, f"{Path(name).stem}.json"}
+
+
 def test_a_clip_that_says_nothing_or_nonsense_cannot_be_repeated(tmp_path: Path) -> None:
     call(*SMALL, "-o", "x.mp4")
     Path("x.json").unlink()

@@ -28,7 +28,7 @@ def write_tags(file: Path, tags: Mapping[str, str]) -> None:
 
     file = file.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
     listed = file.with_name("tags.txt")
-    copy = file.with_name(f"tagged{file.suffix}")
+    copy = file.with_name("tagged")  # no clip has this name: it has no ending
     lines = [_HEAD, *(f"{name}={_SPECIAL.sub(_escaped, _plain(text))}" for name, text in tags.items())]
     listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [
@@ -36,7 +36,7 @@ def write_tags(file: Path, tags: Mapping[str, str]) -> None:
         *("-v", "error", "-y", *as_kind(file), "-i", str(file), "-f", "ffmetadata", "-i", str(listed)),
         *("-map", "0", "-map_metadata", "1", "-c", "copy", "-fflags", "+bitexact"),
         *(["-movflags", "+faststart"] if file.suffix.lower() == ".mp4" else []),
-        str(copy),
+        *("-f", file.suffix[1:].lower(), str(copy)),
     ]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - ffmpeg
     listed.unlink()
