@@ -43,7 +43,7 @@ def test_several_clips(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_has_the_name(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").symlink_to(tmp_path / "gone.mp4")
-    with pytest.raises(OutputError, match="x.mp4 exists already: pass --overwrite"):
+    with pytest.raises(OutputError, match=r"x\.mp4 exists already: pass --overwrite"):
         resolve_targets(str(tmp_path / "x.mp4"), "p", 0, 1, False)
     assert resolve_targets(str(tmp_path / "x.mp4"), "p", 0, 1, True) == (tmp_path / "x.mp4",)
 

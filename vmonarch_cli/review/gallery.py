@@ -173,7 +173,7 @@ def _subtitle(clips: list[GalleryClip]) -> str:
 
 
 def _poster(entry: GalleryClip) -> str | None:
-    """The middle frame as a data URI; None when the clip does not decode, or there is no ffmpeg (its link is still of use)."""
+    """The middle frame as a data URI; None where none can be read (its link is still of use)."""
     if entry.clip.suffix.lower() in (".gif", ".webp"):
         return None
     from PIL import Image
