@@ -85,7 +85,7 @@ def test_clips_that_do_not_fit_the_budget_are_left_out(tiny_wan_folder: Path) ->
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--preset", "dense"), "--preset dense is measured anyway: name a structured preset"),
+        (("--preset", "dense"), "preset dense is dense attention, which is measured anyway: name a structured preset"),
         (("--ending", ".avi"), "--ending takes .mp4, .webm, .gif, .webp, .png, got '.avi'"),
         (("--repeats", "0"), "--repeats"),
         (("--size", "50x32"), "size 50x32 does not fit"),

@@ -43,7 +43,7 @@ class OneSentenceGroup(TyperGroup):
             with steady_streams():
                 code = self._run(arguments, *args, **extra)
         except StdoutLost as error:
-            sys.stderr.write(f"error: {error.message}\n")
+            Output().error(error.message)
             code = error.exit_code
         sys.exit(code)
 
