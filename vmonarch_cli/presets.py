@@ -257,10 +257,9 @@ def load_preset(name_or_path: str) -> Preset:
         if path.stem == name_or_path:
             return parse_preset(path.read_text(encoding="utf-8"), source=path.name, stem=path.stem)
     names = shipped_names()
-    raise PresetError(
-        f"there is no preset {shown(name_or_path)}{near(name_or_path, names)}: "
-        f"shipped are {', '.join(names)}, and a path to a .toml file works too"
-    )
+    said = f"there is no preset {shown(name_or_path)}{near(name_or_path, names)}"
+    said = "preset auto is chosen for a clip, which is not what is asked for here" if name_or_path == "auto" else said
+    raise PresetError(f"{said}: shipped are {', '.join(names)}, and a path to a .toml file works too")
 
 
 def read_preset(path: Path) -> Preset:

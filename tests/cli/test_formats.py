@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command import call
@@ -52,6 +53,35 @@ def test_a_clip_alone_says_how_it_was_made_and_is_made_again(tmp_path: Path, end
     again = call("rerun", f"sent/renamed{ending}")
     assert "identical" in again.stdout
     assert Path(f"sent/renamed-rerun{ending}").is_file()
+
+
+@pytest.mark.parametrize("name", ["tagged.mp4", "tagged.WEBM", "sound.mp4", "tags.webm"])
+def test_a_clip_may_have_any_name(name: str) -> None:
+    call(*SMALL, "-o", name)
+    assert json.loads(read_tag(Path(name)) or "")["prompt"] == SMALL[2]
+    assert len(read_clip(Path(name))) == 5
+    assert {path.name for path in Path().iterdir()} == {name, f"{Path(name).stem}.json"}
+
+
+@pytest.mark.parametrize("found", ["none", "missing"])
+def test_clips_that_no_ffmpeg_can_read_are_not_called_damaged(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    call(*SMALL, "-o", "x.mp4")
+    Path("x.json").rename("kept.json")
+    if found == "none":  # imageio-ffmpeg brings none for every platform
+        monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", Mock(side_effect=RuntimeError("No ffmpeg exe")))
+        words = "there is no ffmpeg, which .mp4 clips are read with: install imageio-ffmpeg again"
+    else:
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "missing")
+        words = "so that no .mp4 can be read: install imageio-ffmpeg again"
+    for command in (
+        ("rerun", "x.mp4"),
+        ("compare", "x.mp4", "x.mp4", "-o", "pages"),
+        (*SMALL, "--video", "x.mp4", "-o", "y.gif"),
+    ):
+        assert words in call(*command, code=2).stderr.splitlines()[-1]
+    assert sorted(path.name for path in Path().iterdir()) == ["kept.json", "x.mp4"]
+    Path("kept.json").rename("x.json")
+    assert call("gallery", ".").stdout == "index.html\n"  # the links of its clips are of use all the same
 
 
 def test_a_clip_that_says_nothing_or_nonsense_cannot_be_repeated(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,38 @@ def test_a_full_disk_is_said_at_the_end_and_not_before(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"No space left on device" in done.stderr
     assert (tmp_path / "made").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_of_a_full_disk_a_command_says_one_sentence() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run(
+            [sys.executable, "-m", "vmonarch_cli", "presets"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == (
+        "error: standard output could not be written: No space left on device; files that were made are whole\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "said"),
+    [
+        (">&-", "presets", 0, b""),
+        ("2>&-", "presets", 0, b"balanced"),
+        ("2>&-", "presets show nope", 2, b""),
+        (">&-", "presets show nope", 2, b"error: there is no preset 'nope'"),
+        ("<&- >&- 2>&-", "presets", 0, b""),
+        ("<&-", "generate --prompts-file - --dry-run", 2, b"error: stdin"),
+    ],
+)
+def test_a_stream_that_was_closed_before_the_start_costs_nothing(
+    closed: str, arguments: str, code: int, said: bytes
+) -> None:
+    command = f"{shlex.quote(sys.executable)} -m vmonarch_cli {arguments} {closed}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False)
+    assert said in done.stdout + done.stderr
 
 
 def test_a_stdout_that_is_not_utf8_gets_what_it_can_take() -> None:

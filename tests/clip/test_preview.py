@@ -102,6 +102,32 @@ def test_what_cannot_be_shown_is_refused_before_it_loads(tmp_path: Path) -> None
     assert "--preview shows the steps of one prompt's clips" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["picture", "folder", "text"])
+def test_a_file_of_the_user_is_no_strip_and_stays(tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "a.preview.png"
+    if kind == "folder":  # as of `-o a.preview.png`
+        mine.mkdir()
+    elif kind == "text":
+        mine.write_text("mine")
+    else:
+        Image.new("RGB", (4, 4)).save(mine)
+    for flags in ((), ("--overwrite",)):
+        done = call(*QUICK, "-o", f"{tmp_path}/a.mp4", "--preview", *flags, code=2)
+        assert done.stderr.splitlines()[-1] == (
+            f"error: {mine} exists already, and --preview would show its steps there: move it, or choose another "
+            "--output"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [mine.name]
+
+
+def test_a_strip_that_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    paths = {0: tmp_path / "a.mp4"}
+    ShownPreviews(Output(), paths, lambda write: write(), {})(0, np.zeros((4, 4, 3), np.uint8))
+    assert (tmp_path / "a.preview.png").is_file()
+    call(*QUICK, "-o", f"{tmp_path}/a.mp4", "--preview")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+
+
 @pytest.mark.parametrize(
     ("environ", "protocol"),
     [

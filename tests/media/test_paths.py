@@ -41,6 +41,13 @@ def test_several_clips(tmp_path: Path) -> None:
     assert [p.name for p in resolve_targets(f"{tmp_path}/x.gif", "a cat", 3, 2, False)] == ["x-1.gif", "x-2.gif"]
 
 
+def test_a_link_to_nothing_has_the_name(tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").symlink_to(tmp_path / "gone.mp4")
+    with pytest.raises(OutputError, match=r"x\.mp4 exists already: pass --overwrite"):
+        resolve_targets(str(tmp_path / "x.mp4"), "p", 0, 1, False)
+    assert resolve_targets(str(tmp_path / "x.mp4"), "p", 0, 1, True) == (tmp_path / "x.mp4",)
+
+
 def test_a_file_is_a_clip_and_a_folder_is_not(tmp_path: Path) -> None:
     assert resolve_targets(str(tmp_path / "x.MP4"), "p", 0, 1, False) == (tmp_path / "x.MP4",)
     assert resolve_targets(str(tmp_path / "frames.png"), "p", 0, 1, False) == (tmp_path / "frames.png",)

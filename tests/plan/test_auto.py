@@ -79,6 +79,20 @@ def test_changes_of_a_preset_apply_to_what_was_chosen() -> None:
     assert found["settings"]["preset.band"] == {"value": 1, "origin": "flag"}
 
 
+@pytest.mark.parametrize("command", ["tune -o a.safetensors", "calibrate -o a.toml", "profile clip"])
+def test_commands_without_use_for_dense_say_that_auto_took_it(command: str) -> None:
+    flags = ("--preset", "auto", "--device", "cpu", "--num-frames", "5", "--size", "32x32")
+    (said,) = call(*command.split(), *flags, code=2).stderr.splitlines()[-1:]
+    assert said.startswith("error: --preset auto takes dense attention here (32 tokens, 20 steps, ")
+    assert said.endswith(": name a structured preset")
+
+
+@pytest.mark.parametrize("command", ["presets show auto", "profile quality --preset auto"])
+def test_where_there_is_no_clip_auto_is_not_called_misspelt(command: str) -> None:
+    stderr = call(*command.split(), code=2).stderr
+    assert "error: preset auto is chosen for a clip, which is not what is asked for here: shipped are paper" in stderr
+
+
 def test_header_table_and_record_say_it_and_a_rerun_needs_no_choice() -> None:
     shown = call("generate", "-p", "red", "--preset", "auto", "--size", "32x32", "--num-frames", "5", "--steps", "1")
     assert "tokens, 1 step, " in shown.stdout

@@ -85,7 +85,7 @@ def test_clips_that_do_not_fit_the_budget_are_left_out(tiny_wan_folder: Path) ->
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--preset", "dense"), "--preset dense is measured anyway: name a structured preset"),
+        (("--preset", "dense"), "preset dense is dense attention, which is measured anyway: name a structured preset"),
         (("--ending", ".avi"), "--ending takes .mp4, .webm, .gif, .webp, .png, got '.avi'"),
         (("--repeats", "0"), "--repeats"),
         (("--size", "50x32"), "size 50x32 does not fit"),
@@ -133,7 +133,8 @@ def test_verdicts_name_the_gain_the_first_clip_and_what_is_next() -> None:
         ("decode", {}, "it grows with pixels and frames alone"),
         ("decode", {"on_gpu": True, "vae_dtype": "bfloat16"}, "it grows with pixels and frames alone"),
         ("write", {"ending": ".png"}, "writing is the largest part of a warm clip, 88 %: try .mp4"),
-        ("attention", {}, "try a lighter preset"),
+        ("attention", {}, "try a lighter preset, as `vmonarch presets` shows"),
+        ("attention", {"steps": 2}, "shows, or fewer --steps"),
         ("rest", {"on_gpu": True, "guided": True, "steps": 20}, "try --compile; --guidance-scale 1, which halves it"),
         ("rest", {"on_gpu": True, "compiled": True, "steps": 20}, "try fewer --steps, or --cache"),
         (
@@ -146,5 +147,12 @@ def test_verdicts_name_the_gain_the_first_clip_and_what_is_next() -> None:
 )
 def test_advice_is_for_the_largest_part_and_can_be_followed(part: str, now: dict[str, object], words: str) -> None:
     warm = {"text": 0.5, "attention": 0.5, "rest": 0.5, "decode": 0.5, "write": 0.5, part: 14.0}
-    said = next(verdict for verdict in profile(warm, **now).verdicts if verdict.startswith("next"))
-    assert words in said
+    said = next(verdict for verdict in profile(warm, 20.0, **now).verdicts if verdict.startswith("next"))
+    assert said.endswith(words) if part == "attention" else words in said
+
+
+def test_where_dense_attention_is_faster_no_lighter_preset_is_advised() -> None:
+    warm = {"attention": 3.0, "rest": 1.0}
+    said = profile(warm, 2.0, steps=2).verdicts[-1]
+    assert said.endswith("part of a warm clip, 75 %: try --preset dense, or more frames, or fewer --steps")
+    assert profile(warm, 2.0, steps=1).verdicts[-1].endswith("75 %: try --preset dense, or more frames")

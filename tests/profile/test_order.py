@@ -53,7 +53,7 @@ def folder(tiny_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("quality -m tiny --preset nope", "there is no preset 'nope'"),
         ("quality -m tiny --prompts 1000", "--prompts takes at most"),
         ("clip -m cogvideox-5b --fuse", "the blocks of a CogVideoXPipeline have no fused form"),
-        ("clip -m tiny --preset dense", "--preset dense is measured anyway"),
+        ("clip -m tiny --preset dense", "preset dense is dense attention, which is measured anyway"),
         ("clip -m tiny --ending .avi", "--ending takes .mp4"),
         ("clip -m wan2.1-1.3b --num-frames 1201", "takes 256 at most: choose fewer frames\n"),
     ],

@@ -20,7 +20,7 @@ from vmonarch_cli.cli.doctor import doctor
 from vmonarch_cli.cli.gallery import gallery
 from vmonarch_cli.cli.generate import generate
 from vmonarch_cli.cli.models import models_app
-from vmonarch_cli.cli.output import Output, steady_streams
+from vmonarch_cli.cli.output import Output, StdoutLost, steady_streams
 from vmonarch_cli.cli.plan import plan
 from vmonarch_cli.cli.presets import presets_app
 from vmonarch_cli.cli.profile.app import profile_app
@@ -39,8 +39,12 @@ class OneSentenceGroup(TyperGroup):
     def main(self, *args: Any, **extra: Any) -> Any:
         given = extra.get("args") or (args[0] if args else None)
         arguments = list(sys.argv[1:] if given is None else given)
-        with steady_streams():
-            code = self._run(arguments, *args, **extra)
+        try:
+            with steady_streams():
+                code = self._run(arguments, *args, **extra)
+        except StdoutLost as error:
+            Output().error(error.message)
+            code = error.exit_code
         sys.exit(code)
 
     def _run(self, arguments: Sequence[str], *args: Any, **extra: Any) -> int:

@@ -27,7 +27,8 @@ def config(context: typer.Context, shown: Shown, debug: Debug = False) -> None:
     """Show your own defaults: what counts where no flag is given, and where each comes from.
 
     They are in vmonarch.toml of the current folder, in your own file (`config path` says where) and in variables as
-    VMONARCH_STEPS. Keys are the names of generate's flags, as in: steps = 20.
+    VMONARCH_STEPS. Keys are the names of generate's flags, as in: steps = 20. generate, plan, compare, demo and
+    profile clip go by them; tune, calibrate and the other profiles take flags alone.
 
     Exit 2 when a value is not valid, with a sentence for each.
     """

@@ -13,7 +13,7 @@ from vmonarch_cli.cli import batch, plan
 from vmonarch_cli.cli.opening import Open, open_file
 from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
 from vmonarch_cli.cli.output import Output
-from vmonarch_cli.cli.previews import ShownPreviews, WantsPreview
+from vmonarch_cli.cli.previews import ShownPreviews, WantsPreview, check_places
 from vmonarch_cli.clip.events import ClipDone, ClipStarted, CompilingKernels, Event, LatentsSaved, StepDone
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.errors import InputError
@@ -71,6 +71,7 @@ def _run(resolved: Plan, out: Output, retry_dense: bool, preview: bool) -> list[
 
     if preview:
         check_preview(resolved)
+        check_places(resolved.outputs, out)
     resolved = with_hub_loras(resolved)
     machine = check_machine(resolved)
     out.show(report.header(resolved, machine))

@@ -20,6 +20,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
+from vmonarch_cli.errors import EXIT_CLIP_FAILED, OutputError
 from vmonarch_cli.text import printable
 
 MAX_ALIKE = 100
@@ -223,11 +224,17 @@ class _Steady:
         return getattr(self._stream, name)
 
 
+class StdoutLost(OutputError):
+    """What was printed did not get where it should."""
+
+    exit_code = EXIT_CLIP_FAILED
+
+
 @contextmanager
 def steady_streams() -> Iterator[None]:
     """Inside the block no write to stdout or stderr raises, whatever the encoding and whoever reads.
 
-    Raises OSError at its end when stdout could not take its text for another reason than a reader that left.
+    Raises StdoutLost at its end when stdout could not take its text for another reason than a reader that left.
     """
     before = sys.stdout, sys.stderr
     kept = [_Steady(stream) for stream in before]
@@ -241,8 +248,9 @@ def steady_streams() -> Iterator[None]:
             stream.flush()
     finally:
         sys.stdout, sys.stderr = before
-    if kept[0].failure is not None:
-        raise kept[0].failure
+    if (failure := kept[0].failure) is not None:
+        what = failure.strerror or failure
+        raise StdoutLost(f"standard output could not be written: {what}; files that were made are whole")
 
 
 _PLAIN = "vmonarch.plain"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from vmonarch_cli.cli.options import OUTPUT, option
 from vmonarch_cli.cli.output import Output
+from vmonarch_cli.errors import OutputError
 from vmonarch_cli.media.publish import atomic
 
 WantsPreview = Annotated[
@@ -26,11 +27,24 @@ WantsPreview = Annotated[
 _CHUNK = 4096
 """Characters of a picture in one command of kitty's protocol."""
 _SIXEL_COLOURS = 64
+_OURS = ("Software", "vmonarch --preview")
+"""What the file of a strip says of itself: any other file of its name is a user's, and stays."""
 
 
 def preview_path(clip: Path) -> Path:
     """The strip beside a clip: NAME.preview.png."""
     return clip.with_name(f"{clip.stem}.preview.png")
+
+
+def check_places(clips: Iterable[Path], out: Output, environ: Mapping[str, str] = os.environ) -> None:
+    """OutputError where a strip's file would take the place of anything but an earlier strip, which a run that was
+    killed leaves.
+    """
+    for path in map(preview_path, clips if _protocol(out, environ) is None else ()):
+        if os.path.lexists(path) and not _is_strip(path):
+            raise OutputError(
+                f"{path} exists already, and --preview would show its steps there: move it, or choose another --output"
+            )
 
 
 class ShownPreviews:
@@ -47,7 +61,7 @@ class ShownPreviews:
         self._out = out
         self._paths = paths
         self._around = around
-        self._protocol = protocol_of(environ) if out.stderr.is_terminal and not out.silent else None
+        self._protocol = _protocol(out, environ)
 
     def __call__(self, index: int, picture: Any) -> None:
         """Show a strip (height, width, 3), uint8, of a clip."""
@@ -60,13 +74,38 @@ class ShownPreviews:
             return
         path = preview_path(self._paths[index])
         with atomic(path, overwrite=True) as temporary:
-            image.save(temporary, "PNG")
+            image.save(temporary, "PNG", pnginfo=_about())
 
     def remove(self, index: int) -> None:
         """The clip is written: its strip says nothing any more."""
-        if self._protocol is None:
+        path = preview_path(self._paths[index])
+        if self._protocol is None and _is_strip(path):
             with suppress(OSError):
-                preview_path(self._paths[index]).unlink()
+                path.unlink()
+
+
+def _protocol(out: Output, environ: Mapping[str, str]) -> str | None:
+    """How the user's terminal takes pictures; None where strips go to a file."""
+    return protocol_of(environ) if out.stderr.is_terminal and not out.silent else None
+
+
+def _about() -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    about.add_text(*_OURS)
+    return about
+
+
+def _is_strip(path: Path) -> bool:
+    """Whether a file was written by `ShownPreviews`."""
+    from PIL import Image
+
+    if not path.is_file() or path.is_symlink():
+        return False
+    with suppress(Exception), Image.open(path, formats=("PNG",)) as image:  # of a stranger's file anything may be wrong
+        return bool(image.info.get(_OURS[0]) == _OURS[1])
+    return False
 
 
 def protocol_of(environ: Mapping[str, str]) -> str | None:

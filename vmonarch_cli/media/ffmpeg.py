@@ -29,34 +29,43 @@ def frames_in(clip: Path) -> int:
 
     imageio_ffmpeg's own count decodes all of them, which takes as long as a tenth of encoding.
     """
-    import imageio_ffmpeg
-
     reading = ["-v", "error", *as_kind(clip), "-i", str(clip.absolute()), "-map", "0:v:0"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *reading, "-c", "copy", "-f", "null", "-progress", "-", "-"]
+    command = [reader_of(clip), *reading, "-c", "copy", "-f", "null", "-progress", "-", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ffmpeg
     counts = re.findall(r"^frame=\s*(\d+)", done.stdout, re.MULTILINE)
     return int(counts[-1]) if counts and not done.returncode else 0
 
 
+def reader_of(clip: Path) -> str:
+    """The ffmpeg that a clip is read with; DeviceError, with the cure, unless there is one that runs."""
+    return _program(clip.suffix.lower(), "read")
+
+
 def require_encoder(ending: str = ".mp4") -> None:
     """DeviceError, with the cure, unless there is an ffmpeg that runs and has the encoders of clips of this ending."""
+    _program(ending, "written", CODECS[ending])
+
+
+def _program(ending: str, done: str, codecs: tuple[str, ...] = ()) -> str:
+    """The ffmpeg, which clips of an ending are `done` with."""
     import imageio_ffmpeg
 
     try:
-        program = imageio_ffmpeg.get_ffmpeg_exe()
+        program: str = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        raise DeviceError(f"there is no ffmpeg, which {ending} clips are written with: {_CURE}") from None
-    fault = _fault(program, ending)
+        raise DeviceError(f"there is no ffmpeg, which {ending} clips are {done} with: {_CURE}") from None
+    fault = _fault(program, codecs)
     if fault is not None:
-        raise DeviceError(f"ffmpeg {program} {fault}, so that no {ending} can be written: {_CURE}")
+        raise DeviceError(f"ffmpeg {program} {fault}, so that no {ending} can be {done}: {_CURE}")
+    return program
 
 
 @functools.cache
-def _fault(program: str, ending: str) -> str | None:
+def _fault(program: str, codecs: tuple[str, ...]) -> str | None:
     command = [program, "-hide_banner", "-encoders"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 - ffmpeg
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         return f"does not run ({first_line(error)})"
-    missing = [codec for codec in CODECS[ending] if codec not in done.stdout.split()]
+    missing = [codec for codec in codecs if codec not in done.stdout.split()]
     return f"has no {missing[0]}" if missing else None

@@ -92,13 +92,13 @@ def resolve_targets(
     names = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
     _check_lengths(names)
     for name in names:
-        if latents_path(name).exists() and not overwrite:
+        if os.path.lexists(latents_path(name)) and not overwrite:
             raise OutputError(
                 f"{latents_path(name)} exists already: a run that did not end saved it, and vmonarch decode makes its "
                 "clip; pass --overwrite to replace it, or another --output"
             )
         for taken in (name, record_path(name), *((sound_path(name),) if with_sound else ())):
-            if taken.exists() and not overwrite:
+            if os.path.lexists(taken) and not overwrite:
                 raise OutputError(f"{taken} exists already: pass --overwrite to replace it, or another --output")
         if name.exists() and name.is_dir() != (name.suffix.lower() == ".png"):
             kind = "a folder" if name.is_dir() else "a file"

@@ -1,6 +1,7 @@
 """Read clips back: what `write_clip` wrote, as frames. No torch.
 
-A clip may be a stranger's file: only regular files are opened, and only as what their ending says.
+A clip may be a stranger's file: only regular files are opened, and only as what their ending says. Everything that
+reads an .mp4 or a .webm raises DeviceError without an ffmpeg that runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.ffmpeg import as_kind
+from vmonarch_cli.media.ffmpeg import as_kind, reader_of
 from vmonarch_cli.media.paths import ENDINGS
 from vmonarch_cli.media.pictures import load_picture, to_rgb
 from vmonarch_cli.untrusted.files import require_regular
@@ -177,6 +178,7 @@ def _decoded(path: Path, flags: list[str], filters: Sequence[str] = ()) -> Itera
     """Frames (H, W, 3) as ffmpeg decodes them."""
     import imageio_ffmpeg
 
+    reader_of(path)  # a missing ffmpeg is no fault of the clip
     # An absolute path: a name with a colon would be an address.
     stream = imageio_ffmpeg.read_frames(
         str(path.resolve()), input_params=[*as_kind(path), *flags], output_params=list(filters)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.ffmpeg import as_kind
+from vmonarch_cli.media.ffmpeg import as_kind, reader_of
 from vmonarch_cli.untrusted.files import require_regular
 
 _BYTES = 2
@@ -66,18 +66,16 @@ class Sound:
 def read_sound(file: Path, rate: int = 48000, channels: int = 2) -> Sound | None:
     """The sound of an .mp4 or .webm, decoded at a rate, or of a .wav, as it is; None for a clip that has none.
 
-    InputError for a .wav that cannot be read.
+    InputError for a .wav that cannot be read, DeviceError for others without an ffmpeg that runs.
     """
     if not file.is_file():
         return None
     require_regular(file, f"sound {file}")
     if file.suffix.lower() == ".wav":
         return _read_wav(file)
-    import imageio_ffmpeg
-
     form = ["-vn", "-ar", str(rate), "-ac", str(channels), "-f", "s16le", "-"]
     # An absolute path: a name with a colon would be an address.
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *as_kind(file), "-i", str(file.resolve()), *form]
+    command = [reader_of(file), "-v", "error", *as_kind(file), "-i", str(file.resolve()), *form]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - ffmpeg
     samples = np.frombuffer(done.stdout, "<i2").reshape(-1, channels) if done.returncode == 0 else ()
     return Sound(np.asarray(samples, np.int16), rate) if len(samples) else None

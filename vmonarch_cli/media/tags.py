@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-from vmonarch_cli.media.ffmpeg import as_kind
+from vmonarch_cli.media.ffmpeg import as_kind, reader_of
 from vmonarch_cli.untrusted.files import MAX_BYTES
 
 TAGGED = (".mp4", ".webm")
@@ -24,19 +24,17 @@ _SPECIAL = re.compile(r"([=;#\\\n])")
 
 def write_tags(file: Path, tags: Mapping[str, str]) -> None:
     """Give a file tags, name -> text, in place of those that it has; OSError when ffmpeg cannot."""
-    import imageio_ffmpeg
-
     file = file.absolute()  # ffmpeg takes the colon of a relative path for the end of a protocol's name
     listed = file.with_name("tags.txt")
-    copy = file.with_name(f"tagged{file.suffix}")
+    copy = file.with_name("tagged")  # no clip has this name: it has no ending
     lines = [_HEAD, *(f"{name}={_SPECIAL.sub(_escaped, _plain(text))}" for name, text in tags.items())]
     listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
+        reader_of(file),
         *("-v", "error", "-y", *as_kind(file), "-i", str(file), "-f", "ffmetadata", "-i", str(listed)),
         *("-map", "0", "-map_metadata", "1", "-c", "copy", "-fflags", "+bitexact"),
         *(["-movflags", "+faststart"] if file.suffix.lower() == ".mp4" else []),
-        str(copy),
+        *("-f", file.suffix[1:].lower(), str(copy)),
     ]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - ffmpeg
     listed.unlink()
@@ -47,12 +45,13 @@ def write_tags(file: Path, tags: Mapping[str, str]) -> None:
 
 
 def read_tag(file: Path, name: str = RECORD) -> str | None:
-    """The text of a tag of a file that may be a stranger's; None where it has none, or none that can be read."""
-    import imageio_ffmpeg
+    """The text of a tag of a file that may be a stranger's; None where it has none, or none that can be read.
 
+    DeviceError without an ffmpeg that runs.
+    """
     # An absolute path: a name with a colon would be an address.
     source = ["-v", "error", *as_kind(file), "-i", str(file.resolve())]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, "-f", "ffmetadata", "-"]
+    command = [reader_of(file), *source, "-f", "ffmetadata", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:  # noqa: S603 - ffmpeg
         content = b"" if process.stdout is None else process.stdout.read(MAX_BYTES + 1)
         process.kill()

@@ -309,3 +309,12 @@ def _picture(text: str, thing: str) -> str:
 def _look_at_picture(path: Path, name: str) -> None:
     """InputError unless a picture can be read."""
     load_picture(path, name, missing=f"there is no {name}")
+
+
+def structured(preset: Preset, why: str, chosen: str | None = None) -> None:
+    """InputError, which says why, for a preset that is dense attention; `chosen`: why `--preset auto` chose it."""
+    if preset.attention != "dense":
+        return
+    if chosen is not None:
+        raise InputError(f"--preset auto takes dense attention here ({chosen}), {why}: name a structured preset")
+    raise InputError(f"preset {preset.name} is dense attention, {why}: name a structured preset")

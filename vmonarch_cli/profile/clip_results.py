@@ -155,7 +155,7 @@ def _next(profile: ClipProfile) -> list[str]:
     words = {"rest": "denoising beside the attention", "decode": "decoding", "write": "writing", "text": "the prompt"}
     what = words.get(largest, largest)
     said = f"next: {what} is the largest part of a warm clip, {100 * parts[largest] / whole:.0f} %"
-    advice = _advice(largest, profile.circumstances)
+    advice = _advice(largest, profile.circumstances, dense_is_faster=(profile.speedup or 1.0) < 1.0)
     found = [f"{said}: {advice}" if advice else said]
     free = profile.attention_free
     if largest != "attention" and free is not None:
@@ -163,10 +163,11 @@ def _next(profile: ClipProfile) -> list[str]:
     return found
 
 
-def _advice(part: str, now: Circumstances) -> str:
+def _advice(part: str, now: Circumstances, *, dense_is_faster: bool) -> str:
     """What to change where a part is a clip's largest; "" where nothing is left to change."""
     if part == "attention":
-        return "try a lighter preset, as `vmonarch presets` shows, or fewer --steps"
+        way = "--preset dense, or more frames" if dense_is_faster else "a lighter preset, as `vmonarch presets` shows"
+        return f"try {way}, or fewer --steps" if now.steps > 1 else f"try {way}"
     if part == "rest":
         ways = []
         if now.offload != "none":

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vmonarch_cli.clip.record_model import Record, clip_of, read_record
-from vmonarch_cli.errors import InputError
+from vmonarch_cli.errors import DeviceError, InputError
 from vmonarch_cli.media.paths import ENDINGS, sound_path
 from vmonarch_cli.media.publish import atomic
 from vmonarch_cli.review import webpage
@@ -173,7 +173,7 @@ def _subtitle(clips: list[GalleryClip]) -> str:
 
 
 def _poster(entry: GalleryClip) -> str | None:
-    """The middle frame as a data URI; None when the clip does not decode (its link is still of use)."""
+    """The middle frame as a data URI; None where none can be read (its link is still of use)."""
     if entry.clip.suffix.lower() in (".gif", ".webp"):
         return None
     from PIL import Image
@@ -183,7 +183,7 @@ def _poster(entry: GalleryClip) -> str | None:
     frames = entry.record.frames
     try:
         image = Image.fromarray(one_frame(entry.clip, frames.count / 2 / frames.fps))
-    except InputError:
+    except (InputError, DeviceError):
         return None
     image.thumbnail((_POSTER_WIDTH, 4 * _POSTER_WIDTH))
     stream = io.BytesIO()

@@ -290,8 +290,7 @@ def _obstacle(facts: PipelineFacts) -> str | None:
 
 def _check_preset(clip: Plan) -> None:
     preset, model = at_steps(clip.preset, clip.steps), clip.model
-    if preset.attention == "dense":
-        raise InputError(f"preset {preset.name} is dense attention, which is the teacher: name a structured preset")
+    checks.structured(preset, "which is the teacher", clip.preset_reason)
     if options_for(preset, clip.grid[0]).exact:
         raise InputError(
             f"preset {preset.name} is exact on {clip.grid[0]} latent frames, so that there is nothing to learn: choose "

@@ -46,8 +46,7 @@ def clip(request: GenerateRequest, flags: ClipFlags, debug: Debug = False) -> No
     request = configured(request)
     prompt = checks.EXAMPLE_PROMPT if request.prompt is None else request.prompt
     plan = resolve(replace(request, prompt=prompt, output=f"clip{ending}", overwrite=True), takes_dense=False)
-    if plan.preset.attention == "dense":
-        raise InputError("--preset dense is measured anyway: name a structured preset")
+    checks.structured(plan.preset, "which is measured anyway", plan.preset_reason)
     where = RunFlags(plan.seed, plan.device, plan.dtype, flags.seconds, flags.as_json, None, request.overwrite)
     run = ProfileRun("clip", where)
 

@@ -103,10 +103,7 @@ def _output(request: CalibrateRequest) -> Path:
 
 def _check_clip(clip: Plan) -> None:
     preset, model = clip.preset, clip.model
-    if preset.attention == "dense":
-        raise InputError(
-            f"preset {preset.name} is dense attention, what all others are measured against: name a structured preset"
-        )
+    checks.structured(preset, "what all others are measured against", clip.preset_reason)
     if options_for(preset, clip.grid[0]).exact:
         raise InputError(
             f"preset {preset.name} is exact on {counted(clip.grid[0], 'latent frame')}, so that "
