@@ -289,7 +289,7 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
         (score.main, ["--tuned", "nowhere.safetensors"], "error: "),
         (main, [*TEXT[:-2], "--device", "tpu", "--out", "out"], "error: "),
     ],
-    ids=str,
+    ids=["an unknown preset", "an adapter that is not there", "an unknown device"],
 )
 def test_what_cannot_be_done_is_said_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Any, flags: list[str],
