@@ -63,6 +63,12 @@ def test_parts_of_a_batch_have_values_and_gradients_of_their_kind(
         assert other[rows].abs().max() > 0
 
 
+def test_turned_off_the_whole_batch_is_dense() -> None:
+    tensors, half = qkv(3, 5 * 6, 3, 16), HalfStructured(frames=5)
+    half.on = False
+    torch.testing.assert_close(half.attend(*tensors), dense(*tensors))
+
+
 def test_the_l_that_a_settled_call_starts_from_is_a_constant() -> None:
     """Its gradient is that of the warm call alone, not that of all iterations from cold."""
     tensors = qkv(1, 5 * 6, 3, 16)

@@ -19,7 +19,7 @@ from vmonarch_cli.demo.card import main as write_card
 from vmonarch_cli.demo.card import model_card
 from vmonarch_cli.demo.model import DIT_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import sample_spec
-from vmonarch_cli.demo.training import loop
+from vmonarch_cli.demo.training import loop, objective
 from vmonarch_cli.demo.training.__main__ import main
 from vmonarch_cli.demo.training.buckets import parse_buckets
 from vmonarch_cli.demo.training.compiled import compare_compiled
@@ -176,6 +176,34 @@ def test_training_tunes_both_kinds_of_attention(trained: Path, tmp_path: Path, s
     assert json.loads((tmp_path / "dit_report.json").read_text())["structured"]
     assert [line["step"] for line in lines if line["event"] == "structured"] == [first]
     assert (tmp_path / "weights" / "transformer").is_dir(), lines[-1]
+
+
+def test_monarch_attention_in_one_of_several_steps(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    whole = objective.Objective.__call__
+
+    def watched(self: objective.Objective, bank: Any, inputs: Any, **more: Any) -> Any:
+        total, measured = whole(self, bank, inputs, **more)
+        seen.append((inputs.halved, "disagreement" in measured, len(inputs.rows), len(inputs.sigmas.unique())))
+        return total, measured
+
+    monkeypatch.setattr(objective.Objective, "__call__", watched)
+    command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path), "--samples", "0"]
+    flags = ["--structured", "0.25", "--structured-every", "3", "--batch", "4", "--small-until", "0"]
+    main([*command, *flags, "--profile-steps", "5", "--max-steps", "8"])
+    dense, structured = (False, False, 4, 4), (True, True, 4, 2)
+    assert seen == [dense, dense, dense, structured, dense, dense, structured, dense], "from step 2, every third"
+    lines = [json.loads(line) for line in (tmp_path / "dit_log.jsonl").read_text().splitlines()]
+    assert [line["disagreement"] > 0 for line in lines if line["event"] == "step"] == [True]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_what_is_no_count_of_steps_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, count: str) -> None:
+    with pytest.raises(SystemExit):
+        main([*DIT, "--vae", "v", "--text", "t", "--out", str(tmp_path), f"--structured-every={count}"])
+    assert f"--structured-every: got {count}, valid are whole numbers from 1\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

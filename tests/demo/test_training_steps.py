@@ -65,12 +65,26 @@ def test_inputs_drawn_at_once_are_those_drawn_one_by_one(source: InputSource) ->
 
 
 def test_halves_hold_the_same_clips_noise_levels_and_words(source: InputSource) -> None:
-    (found,) = replace(source, halves=True).draw([(5, 0)], cast(Any, [Bank(source.first)]))
+    (found,) = replace(source, halves_every=1).draw([(5, 0)], cast(Any, [Bank(source.first)]))
+    assert found.halved
     for values in (found.rows, found.sigmas, found.text):
         assert len(values) == 8
         assert torch.equal(values[:4], values[4:])
     assert len(found.sigmas.unique()) == 4
     assert not torch.equal(found.text[0], found.text[1])
+
+
+def test_steps_between_those_in_halves_are_as_they_were(source: InputSource) -> None:
+    banks, steps = cast(Any, [Bank(source.first)]), [(step, 0) for step in range(6)]
+    found = replace(source, halves_every=3).draw(steps, banks)
+    assert [x.halved for x in found] == [True, False, False, True, False, False]
+    for one, other in zip(found, source.draw(steps, banks), strict=True):
+        assert len(one.rows) == 8
+        if not one.halved:
+            assert torch.equal(one.rows, other.rows)
+            assert torch.equal(one.sigmas, other.sigmas)
+    assert [replace(source, halves_every=3).trial(step, 0, banks).halved for step in range(3)] == [True] * 3
+    assert not source.trial(4, 0, banks).halved
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def parse_start(text: str) -> float:
     return _share(text, "from 0 up to below 1", ends=False)
 
 
+def parse_steps(text: str) -> int:
+    """A count of steps, from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, valid are whole numbers from 1")
+    return int(text)
+
+
 def _share(text: str, valid: str, *, ends: bool) -> float:
     """ends: 1 is valid, too."""
     share = float(text)
@@ -157,6 +164,9 @@ def add_dit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="half of each batch repeats the other half with Monarch attention (--batch: a multiple of 4), once this "
         "share of the training is over, from 0 to below 1 (0, the start, if no share is given)",
+    )
+    parser.add_argument(
+        "--structured-every", type=parse_steps, default=1, metavar="STEPS", help="of these, one has Monarch attention"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")

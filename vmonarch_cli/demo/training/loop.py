@@ -302,11 +302,14 @@ def trial(log: JsonLog, name: str, device: torch.device, attempt: Callable[[], N
 
 
 def mean_losses(measured: Sequence[tuple[str, Mapping[str, Tensor]]]) -> dict[str, Any]:
-    """Means of what some steps measured, and of their loss for each kind of clip (waits for the device)."""
+    """Means of what some steps measured, each over those that did, and of their loss for each kind of clip (waits for
+    the device).
+    """
     by_kind: dict[str, list[float]] = {}
     for kind, values in measured:
         by_kind.setdefault(kind, []).append(float(values["loss"]))
-    means: dict[str, Any] = {name: fmean(float(v[name]) for _, v in measured) for name in measured[0][1]}
+    names = {name: None for _, values in measured for name in values}
+    means: dict[str, Any] = {name: fmean(float(v[name]) for _, v in measured if name in v) for name in names}
     return means | {"losses": {kind: fmean(values) for kind, values in sorted(by_kind.items())}}
 
 

@@ -33,7 +33,7 @@ class Objective:
         transformer: what is trained.
         middle_head: what listens to it.
         device: where both are.
-        structured: the attention of --structured, once it runs.
+        structured: the attention of --structured, once it runs: in steps whose inputs are halved.
 
     """
 
@@ -45,8 +45,8 @@ class Objective:
     def __call__(
         self, bank: LatentBank, inputs: StepInputs, *, seed: int, position: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step minimises; its flow-matching loss, the cross-entropies of its outlines and motions and, with
-        --structured, the mean squared difference of dense and Monarch attention's velocities (scalars).
+        """What a step minimises; its flow-matching loss, the cross-entropies of its outlines and motions and, of
+        halved inputs, the mean squared difference of dense and Monarch attention's velocities (scalars).
 
         Args:
             bank: that of the inputs.
@@ -55,17 +55,16 @@ class Objective:
             position: of the step in the training, in [0, 1].
 
         """
-        structured = self.structured
         clean = bank.latents[inputs.rows].float()
         covered = bank.outlines[inputs.rows].float()
         generator = torch.Generator(self.device).manual_seed(seed)
-        copies = 1 if structured is None else 2
+        copies = 2 if inputs.halved else 1
         noise = torch.randn((len(clean) // copies, *clean.shape[1:]), generator=generator, device=self.device)
         noise = noise.repeat(copies, 1, 1, 1, 1)
         mix = inputs.sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
-        if structured is not None:
-            structured.frames = clean.shape[2]
+        if self.structured is not None:
+            self.structured.frames, self.structured.on = clean.shape[2], inputs.halved
         with loop.autocast(self.device):
             velocity = self.transformer(noisy, inputs.sigmas * 1000, inputs.text, return_dict=False)[0].float()
             # Of the clips with dense attention alone: those with Monarch's are asked to agree with them.
@@ -76,7 +75,7 @@ class Objective:
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
         objective = (errors * weight).mean() / weight.mean() + emphasis * _READING_WEIGHT * (outlines + motions)
         measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
-        if structured is None:
+        if not inputs.halved:
             return objective, measured
         disagreement = F.mse_loss(*reversed(velocity.chunk(2)))
         return objective + _AGREEMENT_WEIGHT * disagreement, {**measured, "disagreement": disagreement.detach()}

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_cli.attention.base import QKV, heads_of, project
-from vmonarch_cli.demo.training.structured import HalfStructured
+from vmonarch_cli.demo.training.structured import HalfStructured, dense_attention
 from vmonarch_cli.families.wan import apply_rotary
 
 Before = Callable[[Any, Tensor, Tensor, tuple[Tensor, Tensor]], QKV]
@@ -48,10 +47,8 @@ def run_parts(
     """
     q, k, v = before(block, stream, temb, rotary)
     processor = block.attn1.processor
-    if isinstance(processor, HalfStructured):
-        out = processor.attend(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    attend = processor.attend if isinstance(processor, HalfStructured) else dense_attention
+    out = attend(q, k, v)
     # A copy, because it would be a view of something else for each kind of attention, and code is compiled for each.
     return after(block, stream, out.flatten(2).clone(), text, temb)
 

@@ -41,12 +41,15 @@ def shift_for(bucket: Bucket, first: Bucket) -> float:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one step sees: its bank's number, rows of it (B,), noise levels (B,) and embeddings (B, L, D)."""
+    """What one step sees: its bank's number, rows of it (B,), noise levels (B,) and embeddings (B, L, D); `halved`: the
+    second half repeats the first.
+    """
 
     bank: int
     rows: Tensor
     sigmas: Tensor
     text: Tensor
+    halved: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,23 @@ class InputSource:
     """Of what is drawn for a step."""
     shared_seed: int | None = None
     """Of which bank a step takes its clips from, where other processes take theirs from the same; else `seed`."""
-    halves: bool = False
-    """Each batch holds its clips twice, with the same noise and words, and can be quartered."""
+    halves_every: int = 0
+    """Of so many steps, one has a batch that holds its clips twice, with the same noise and words, and that can be
+    quartered; 0: none.
+    """
 
-    def clips(self, bucket: Bucket) -> int:
-        """Clips of a bucket that a step sees."""
+    def halved(self, step: int) -> bool:
+        """Whether the second half of a step's batch repeats the first."""
+        return self.halves_every > 0 and step % self.halves_every == 0
+
+    def clips(self, bucket: Bucket, *, halved: bool = False) -> int:
+        """Clips of a bucket that a step sees, as often as it sees them."""
         count = bucket.equal_count(self.batch, self.first)
-        return max(4, count // 4 * 4) if self.halves else count
+        return max(4, count // 4 * 4) if halved else count
 
-    def shapes(self, buckets: Sequence[Bucket]) -> list[tuple[int, int, int]]:
-        """Of a step's batch of each bucket: clips, latent frames and tokens."""
-        return [(self.clips(bucket), bucket.grid[0], bucket.tokens) for bucket in buckets]
+    def halved_shapes(self, buckets: Sequence[Bucket]) -> list[tuple[int, int, int]]:
+        """Of a batch in halves, of each bucket: clips, latent frames and tokens."""
+        return [(self.clips(bucket, halved=True), bucket.grid[0], bucket.tokens) for bucket in buckets]
 
     def bank_of(self, step: int, banks: Sequence[LatentBank]) -> int:
         """The number of the bank that a step takes its clips from."""
@@ -94,16 +103,24 @@ class InputSource:
         all_sigmas = to_device(torch.cat([sigmas for _, sigmas, _ in drawn]), self.device)
         with loop.autocast(self.device):
             texts = encode_prompts(self.tokenizer, self.text_encoder, [said for _, _, part in drawn for said in part])
-        copies = 2 if self.halves else 1
         parts = zip(all_rows.split(counts), all_sigmas.split(counts), texts.split(counts), strict=True)
-        return [
-            StepInputs(which, rows.repeat(copies), sigmas.repeat(copies), text.repeat(copies, 1, 1))
-            for (_, which), (rows, sigmas, text) in zip(steps, parts, strict=True)
-        ]
+        inputs = []
+        for (number, which), (rows, sigmas, text) in zip(steps, parts, strict=True):
+            halved = self.halved(number)
+            copies = 2 if halved else 1
+            inputs.append(
+                StepInputs(which, rows.repeat(copies), sigmas.repeat(copies), text.repeat(copies, 1, 1), halved)
+            )
+        return inputs
+
+    def trial(self, step: int, which: int, banks: Sequence[LatentBank]) -> StepInputs:
+        """Inputs from a bank for a trial about a step; in halves where any step's are."""
+        return self.draw([(step - step % max(self.halves_every, 1), which)], banks)[0]
 
     def _drawn(self, number: int, bank: LatentBank) -> tuple[list[int], Tensor, list[str]]:
         """Rows of a bank, noise levels and captions of the different clips of a step, on the host."""
-        clips = self.clips(bank.bucket) // (2 if self.halves else 1)
+        halved = self.halved(number)
+        clips = self.clips(bank.bucket, halved=halved) // (2 if halved else 1)
         rng = random.Random(self.seed_of(number))
         rows = [rng.randrange(len(bank.specs)) for _ in range(clips)]
         said = ["" if rng.random() < _EMPTY_CAPTION_SHARE else caption(bank.specs[i], rng) for i in rows]

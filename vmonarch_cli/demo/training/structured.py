@@ -64,18 +64,25 @@ class HalfStructured(WanMonarchProcessor):
 
     One quarter of the batch runs as preset `paper`, the last quarter nearly as preset `fast`: warm, but with the first
     frame exact in place of frames in turn. `frames` may be set anew before any call: compiled code does not depend on
-    it.
+    it. While `on` is False the whole batch has dense attention.
     """
 
     def __init__(self, frames: int, *, impl: str = "auto") -> None:
         super().__init__(torch.zeros(2, dtype=torch.int64))
         self.frames = frames
+        self.on = True
         self.impl = impl
         self.paper, self.fast = load_preset("paper"), warm_without_turns(load_preset("fast"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         """(B, N, heads, D) each -> (B, N, heads, D)."""
-        return _split_batch(self, q.to(v.dtype), k.to(v.dtype), v)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return _split_batch(self, q, k, v) if self.on else dense_attention(q, k, v)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, N, heads, D) each, of one dtype -> (B, N, heads, D)."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def _attend_in_parts(processor: HalfStructured, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,8 +91,7 @@ def _attend_in_parts(processor: HalfStructured, q: Tensor, k: Tensor, v: Tensor)
     q1, q2, q3 = q.split(parts)
     k1, k2, k3 = k.split(parts)
     v1, v2, v3 = v.split(parts)
-    dense = F.scaled_dot_product_attention(q1.transpose(1, 2), k1.transpose(1, 2), v1.transpose(1, 2)).transpose(1, 2)
-    return torch.cat([dense, *_structured_quarters(processor, (q2, k2, v2), (q3, k3, v3))])
+    return torch.cat([dense_attention(q1, k1, v1), *_structured_quarters(processor, (q2, k2, v2), (q3, k3, v3))])
 
 
 def _structured_quarters(processor: HalfStructured, paper: QKV, fast: QKV) -> tuple[Tensor, Tensor]:

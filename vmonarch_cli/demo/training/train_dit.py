@@ -6,7 +6,8 @@ clip gets a new caption. `--clips` mixes lengths and sizes: each step sees clips
 same number of tokens. The first part of the training sees clips of half the size, four times as many of them a step.
 
 With `--structured`, half of every batch repeats the other half's clips with Monarch attention, as the paper tunes its
-models, and the loss also asks that both halves agree: from the start, or in the last part of the training.
+models, and the loss also asks that both halves agree: from the start or later, in all steps or in some, because that is
+learned soon, and the other steps see twice the clips in half the time (`--structured-every 3`).
 
 Under torchrun every process has clips of its own, the same number of the same length and size in each step; gradients
 are their mean. What depends on the time is the first process's decision, made once a step. It alone writes.
@@ -148,7 +149,7 @@ class TransformerTraining:
             sizes = [*self.args.clips]
             if self.args.structured < float(self.args.small_until):
                 sizes += [bucket.halved() for bucket in sizes]
-            shapes = replace(self.source, halves=True).shapes(sizes)
+            shapes = self.source.halved_shapes(sizes)
             self.ahead = kernels_ahead(shapes, self.dit_config.num_heads, self.dit_config.head_dim, self.device)
         self.banks.fill()
 
@@ -197,24 +198,23 @@ class TransformerTraining:
 
     def _enter_phase(self) -> None:
         """Clips of the whole size, Monarch attention or both once it is time, which does not move the schedule."""
-        grows, halves = self.small != self.banks.small, self.halves and not self.source.halves
+        grows, halves = self.small != self.banks.small, self.halves and not self.source.halves_every
         if not grows and not halves:
             return
         began = time.monotonic()
         if grows:
             self.banks.open(small=self.small)
             self.banks.fill()
-            self._inputs = []
         if halves:
             self._halve()
+        self._inputs = []
         self._keep_compiled_if_right()
         self.clock.exclude(time.monotonic() - began)
         self.steps_log.start(self.step, self.clips_seen)
 
     def _halve(self) -> None:
-        """From here on, Monarch attention for half of each batch."""
-        self.source = replace(self.source, halves=True)
-        self._inputs = []
+        """From here on, Monarch attention for half of a batch."""
+        self.source = replace(self.source, halves_every=self.args.structured_every)
         self.objective.structured = halve_attention(self.transformer, frames=1)
         ahead: dict[str, Any] = {}
         if self.ahead is not None:
@@ -229,10 +229,10 @@ class TransformerTraining:
         """Try a step of every bank without an update; compiled blocks that are wrong go. Then all processes meet."""
 
         def objective(which: int) -> Tensor:
-            return self.losses(self.source.draw([(self.step, which)], self.banks.banks)[0])[0]
+            return self.losses(self.source.trial(self.step, which, self.banks.banks))[0]
 
         objectives = ((bank.bucket.name, partial(objective, i)) for i, bank in enumerate(self.banks.banks))
-        self.compiled.keep_if_right(objectives, compare_first=self.source.halves)
+        self.compiled.keep_if_right(objectives, compare_first=self.source.halves_every > 0)
         self.optimizer.zero_grad(set_to_none=True)
         if self.group.world > 1:  # one that took longer than the first does not move the schedule
             self.log.write("met", step=self.step, waited=self.group.wait())
@@ -343,7 +343,7 @@ class TransformerTraining:
             "spent": self._spent(),
             "processes": self.group.world,
             "processes_apart": self.apart,
-            "structured": self.source.halves,
+            "structured": self.source.halves_every > 0,
             "device": device_name(self.device),
             "before": loop.report_of_init(self.args.init, "dit_report.json"),
             "folder_megabytes": sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6,
