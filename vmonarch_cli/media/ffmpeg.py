@@ -1,4 +1,4 @@
-"""The ffmpeg that clips are written with: where it is, and whether it can, asked before any work starts."""
+"""The ffmpeg that clips are written and read with: where it is, and whether it can."""
 
 from __future__ import annotations
 
@@ -54,18 +54,21 @@ def _program(ending: str, done: str, codecs: tuple[str, ...] = ()) -> str:
         program: str = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
         raise DeviceError(f"there is no ffmpeg, which {ending} clips are {done} with: {_CURE}") from None
-    fault = _fault(program, codecs)
+    encoders, fault = _asked(program)
+    missing = [codec for codec in codecs if codec not in encoders]
+    if fault is None and missing:
+        fault = f"has no {missing[0]}"
     if fault is not None:
         raise DeviceError(f"ffmpeg {program} {fault}, so that no {ending} can be {done}: {_CURE}")
     return program
 
 
 @functools.cache
-def _fault(program: str, codecs: tuple[str, ...]) -> str | None:
+def _asked(program: str) -> tuple[frozenset[str], str | None]:
+    """(what an ffmpeg lists as its encoders, why it does not run); asked once, for reading and for writing."""
     command = [program, "-hide_banner", "-encoders"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 - ffmpeg
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        return f"does not run ({first_line(error)})"
-    missing = [codec for codec in codecs if codec not in done.stdout.split()]
-    return f"has no {missing[0]}" if missing else None
+        return frozenset(), f"does not run ({first_line(error)})"
+    return frozenset(done.stdout.split()), None
