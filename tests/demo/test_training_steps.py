@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS, build_text_encoder
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.demo.training import loop, train_dit
 from vmonarch_cli.demo.training.__main__ import main
+from vmonarch_cli.demo.training.bank_set import BankSet
 from vmonarch_cli.demo.training.buckets import Bucket, parse_buckets
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
@@ -302,3 +304,15 @@ def test_longer_and_larger_clips_get_more_noise() -> None:
     assert shift_for(first, first) == pytest.approx(6)
     assert shift_for(longer, first) == pytest.approx(6 * (49 / 13) ** 0.5)
     assert (shift_for(larger, first), shift_for(smaller, first)) == (pytest.approx(12), pytest.approx(3))
+
+
+def test_banks_are_renewed_as_often_as_training_takes_clips_from_them(tmp_path: Path) -> None:
+    buckets = parse_buckets("49x96:6,97x96:3,193x96:1")
+    args = Namespace(clips=buckets, refresh=49 * 4)
+    banks = BankSet(args, None, CPU, JsonLog(tmp_path / "log.jsonl"), seed=0)
+    banks.banks[:] = [Mock(bucket=bucket) for bucket in buckets]
+    for turn in range(1, 201):
+        banks.refresh(turn)
+    calls = [cast(Mock, bank).refresh.call_args_list for bank in banks.banks]
+    assert [len(of_bank) for of_bank in calls] == [pytest.approx(n, abs=2) for n in (120, 60, 20)]
+    assert [of_bank[0].args[0] for of_bank in calls] == [196, 102, 52]  # as many tokens

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vmonarch_cli.demo.training import loop
-from vmonarch_cli.demo.training.buckets import Bucket
+from vmonarch_cli.demo.training.buckets import Bucket, turn_of
 from vmonarch_cli.demo.training.latent_bank import BankLimits, LatentBank
 
 
@@ -59,8 +59,12 @@ class BankSet:
         self.seconds += time.monotonic() - began
 
     def refresh(self, turn: int) -> None:
-        """Replace the oldest clips of one bank, of each in turn."""
-        bank = self.banks[turn % len(self.banks)]
+        """Replace the oldest clips of one bank; each has its turn as often as its share says.
+
+        Training takes clips from a bank by its share, too, so clips of all lengths are seen equally often before they
+        go.
+        """
+        bank = self.banks[turn_of([bank.bucket.share for bank in self.banks], turn)]
         bank.refresh(bank.bucket.equal_count(self._args.refresh, self._args.clips[0]))
 
     @property

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,13 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
         )
     total = sum(b.share for b in found)
     return tuple(replace(b, share=b.share / total) for b in found)
+
+
+def turn_of(shares: Sequence[float], turn: int) -> int:
+    """Which of several has this turn, from 0, so that after any number of turns each had about its share of them.
+
+    The multiples of the golden ratio fill [0, 1) evenly, and each one owns a part of it as large as its share.
+    """
+    place = turn * _GOLDEN_RATIO % 1.0
+    ends = list(accumulate(shares))
+    return min(bisect_right(ends, place * ends[-1]), len(ends) - 1)

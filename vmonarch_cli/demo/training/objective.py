@@ -21,7 +21,8 @@ from vmonarch_cli.demo.training.step_inputs import StepInputs
 from vmonarch_cli.demo.training.structured import HalfStructured
 
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
-_READING_WEIGHT = 0.2  # of what the middle head misses against the flow-matching loss
+_OUTLINES_WEIGHT = 0.2  # of the outlines that the middle head misses against the flow-matching loss
+_MOTIONS_WEIGHT = 2.0  # of the motions, which are a tenth as large: whose turn it is, is hard to see in noise
 _AGREEMENT_WEIGHT = 2.0  # of what dense and Monarch attention differ by, with --structured
 
 
@@ -73,7 +74,8 @@ class Objective:
         errors = (velocity - (noise - clean)).square().mean(1)
         emphasis = max(0.0, min(1.0, (0.85 - position) / 0.35))
         weight = 1 + emphasis * _OBJECT_WEIGHT * F.avg_pool2d(covered, 2)
-        objective = (errors * weight).mean() / weight.mean() + emphasis * _READING_WEIGHT * (outlines + motions)
+        reading = _OUTLINES_WEIGHT * outlines + _MOTIONS_WEIGHT * motions
+        objective = (errors * weight).mean() / weight.mean() + emphasis * reading
         measured = {"loss": errors.mean().detach(), "outlines": outlines.detach(), "motions": motions.detach()}
         if not inputs.halved:
             return objective, measured
