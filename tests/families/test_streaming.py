@@ -40,7 +40,9 @@ def stock_frames(pipeline: Any, clip: torch.Tensor) -> Any:
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     std = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
     with torch.no_grad():
-        video = pipeline.vae.decode(clip / std + mean, return_dict=False)[0]
+        video = pipeline.vae.decode((clip / std + mean).to(pipeline.vae.device, pipeline.vae.dtype), return_dict=False)[
+            0
+        ]
     return (pipeline.video_processor.postprocess_video(video, output_type="np")[0] * 255).round().astype(np.uint8)
 
 
@@ -113,14 +115,16 @@ def test_in_bfloat16_fewer_passes_round_as_much_as_the_stock_blocks(chunked: boo
 @pytest.mark.usefixtures("in_chunks")
 def test_a_gpu_decodes_in_chunks_with_fewer_passes(dtype: torch.dtype) -> None:
     pipeline = tiny_pipeline()
-    expected = stock_frames(pipeline, latents())
+    exact = stock_frames(pipeline, latents()).astype(float)
     pipeline.vae.to("cuda", dtype)
+    stock = stock_frames(pipeline, latents())
     parts = decode(pipeline, latents().to("cuda"), SHAPE)
     frames = [next(parts)]
     assert "forward" in vars(pipeline.vae.decoder.conv_in)
     frames += parts
     assert "forward" not in vars(pipeline.vae.decoder.conv_in)
-    assert np.abs(np.concatenate(frames).astype(int) - expected).max() <= (2 if dtype == torch.float32 else 8)
+    # Random weights make much of what TF32 and bfloat16 round: a pixel in hundreds is 79 of 255 away with TF32 alone.
+    assert np.linalg.norm(np.concatenate(frames) - exact) < 1.3 * np.linalg.norm(stock - exact)
 
 
 @pytest.mark.usefixtures("in_chunks")

@@ -130,7 +130,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_encoder_that_stops_early_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmonarch_cli.media.encoders.frames_in", lambda path: 3)
+    monkeypatch.setattr("vmonarch_cli.media.encoders.frames_in", lambda path: (3, None))
     with pytest.raises(OutputError, match="ffmpeg wrote 3 of 7 frames; is the disk full"):
         write_clip(frames(7), tmp_path / "x.mp4", fps=16)
     assert list(tmp_path.iterdir()) == []
@@ -154,13 +154,28 @@ def test_an_encoder_that_ends_before_the_clip_is_one_sentence(tmp_path: Path, mo
 @pytest.mark.parametrize("name", ["x.mp4", "x.webm"])
 def test_frames_of_a_file_are_counted(tmp_path: Path, name: str) -> None:
     whole = write_clip(frames(7), tmp_path / name, fps=16)
-    assert frames_in(whole) == 7
+    assert frames_in(whole) == (7, None)
     content = whole.read_bytes()
     cut = tmp_path / f"cut{whole.suffix}"
     cut.write_bytes(content[: len(content) * 3 // 4])
-    assert frames_in(cut) < 7
+    assert frames_in(cut)[0] < 7
     cut.write_bytes(b"no clip")
-    assert frames_in(cut) == 0
+    count, fault = frames_in(cut)
+    assert count == 0
+    assert fault is not None
+    assert "Invalid data" in fault
+
+
+def test_a_whole_clip_stays_where_ffmpeg_counts_no_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import imageio_ffmpeg
+
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(
+        f'#!/bin/sh\ncase "$*" in *-progress*) exit 0;; esac\nexec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n'
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    assert frames_in(write_clip(frames(7), tmp_path / "clip.mp4", fps=16)) == (7, None)
 
 
 @pytest.mark.skipif(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from vmonarch_cli.media.ffmpeg import CODECS, frames_in
 from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
-from vmonarch_cli.text import first_line
+from vmonarch_cli.text import first_line, shown
 
 _SOUND_RATE = ["-b:a", "192k"]
 # Tag and convert with the same matrix: untagged files change colour between players at 720 lines.
@@ -91,9 +91,10 @@ class _FfmpegEncoder:
     def end(self) -> None:
         self.drop()
         # imageio does not look at ffmpeg's exit code: a full disk shows only in what was written.
-        written = frames_in(self._path)
+        written, fault = frames_in(self._path)
         if written != self._count:
-            raise OSError(f"ffmpeg wrote {written} of {self._count} frames; is the disk full?")
+            why = f" ({shown(fault)})" if fault else ""
+            raise OSError(f"ffmpeg wrote {written} of {self._count} frames{why}; is the disk full?")
 
     def drop(self) -> None:
         writer, self._writer = self._writer, None

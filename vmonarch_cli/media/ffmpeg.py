@@ -24,16 +24,25 @@ def as_kind(clip: Path) -> list[str]:
     return ["-f", _DEMUXERS.get(clip.suffix.lower(), "mov"), "-protocol_whitelist", "file"]
 
 
-def frames_in(clip: Path) -> int:
-    """Frames of pictures in a clip's file; 0 where it cannot be read.
+def frames_in(clip: Path) -> tuple[int, str | None]:
+    """(frames of pictures in a clip's file, 0 where it cannot be read; what ffmpeg says of that).
 
-    imageio_ffmpeg's own count decodes all of them, which takes as long as a tenth of encoding.
+    Packets are counted, since decoding them takes as long as a tenth of encoding. An ffmpeg that counts none so decodes
+    them: a clip that is whole is not given up because of how it was looked at.
     """
-    reading = ["-v", "error", *as_kind(clip), "-i", str(clip.absolute()), "-map", "0:v:0"]
+    import imageio_ffmpeg
+
+    reading = ["-nostdin", "-v", "error", *as_kind(clip), "-i", str(clip.absolute()), "-map", "0:v:0"]
     command = [reader_of(clip), *reading, "-c", "copy", "-f", "null", "-progress", "-", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ffmpeg
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603 - ffmpeg
     counts = re.findall(r"^frame=\s*(\d+)", done.stdout, re.MULTILINE)
-    return int(counts[-1]) if counts and not done.returncode else 0
+    if counts and int(counts[-1]) and not done.returncode:
+        return int(counts[-1]), None
+    try:
+        return int(imageio_ffmpeg.count_frames_and_secs(str(clip.absolute()))[0]), None
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        said = done.stderr.strip().splitlines()
+        return 0, said[-1] if said else f"exit code {done.returncode}"
 
 
 def reader_of(clip: Path) -> str:
