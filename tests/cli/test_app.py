@@ -450,8 +450,22 @@ def test_words_that_the_demo_does_not_know_are_named(demo_weights: None) -> None
     result = call("generate", "-p", "a red dragon juggles", "-m", "demo", "--dry-run", "--size", "64x64")
     assert result.stderr == (
         "warning: the demo model was not trained on 'dragon', 'juggles': those words will not show in the clip\n"
-        "warning: the demo model was trained at 96x96 with 49 frames only: 64x64 with 49 will look worse\n"
+        "warning: the demo model was trained at 96x96 and 128x128 with 17 to 193 frames: 64x64 with 49 will look "
+        "worse\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [("96x96 193", True), ("128x128 17", True), ("96x96 13", False), ("96x96 197", False), ("96x128 49", False)],
+)
+def test_lengths_and_sizes_that_the_demo_was_trained_at_are_no_matter(
+    demo_weights: None, shape: str, fits: bool
+) -> None:
+    size, frames = shape.split()
+    flags = ["--size", size, "--num-frames", frames, "--dry-run"]
+    said = call("generate", "-p", "a red circle", "-m", "demo", *flags).stderr
+    assert ("will look worse" not in said) == fits
 
 
 def test_missing_demo_weights_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

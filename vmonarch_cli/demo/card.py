@@ -81,7 +81,7 @@ To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text
 """
 
 _AGAIN = """; for the last training, `text --init WEIGHTS --out DIR`
-and `dit --vae WEIGHTS/vae --text DIR --init WEIGHTS --small-until 0 --clips {clips} --out DIR`"""
+and `dit --vae WEIGHTS/vae --text DIR --init WEIGHTS {flags} --clips {clips} --out DIR`"""
 
 _LONGER = """
 
@@ -155,7 +155,7 @@ def model_card(
         megabytes=dit["folder_megabytes"],
         frames=_span(lengths),
         sizes_trained=" and ".join(f"{side} x {side}" for side in sorted(sides)),
-        again=_AGAIN.format(clips=_clips(dit)) if "mixed" in dit else "",
+        again=_AGAIN.format(clips=_clips(dit), flags=dit.get("flags", "--small-until 0")) if "mixed" in dit else "",
         longer=_LONGER.format(lengths=listed([str(frames) for frames in longer])) if longer else "",
         layers=dit["transformer"]["num_layers"],
         heads=dit["transformer"]["num_heads"],

@@ -184,7 +184,10 @@ class ModelEntry(BaseModel):
     text_encoder_params: int
     vae_params: int
 
-    trained_only_at_default: bool = False
+    trained_sizes: tuple[tuple[int, int], ...] = ()
+    """(height, width) of the clips it was trained on; none: of many."""
+    trained_frames: tuple[int, int] = (1, 1)
+    """Frames of the shortest and of the longest of them."""
     defaults: Defaults
 
     @property

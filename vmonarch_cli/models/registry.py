@@ -54,7 +54,8 @@ def _demo() -> tuple[ModelEntry, str]:
             "or name another model with --model"
         )
     actual = read_folder(WEIGHTS)
-    own = {"alias", "title", "licence", "aliases", "max_sequence_length", "trained_only_at_default", "defaults"}
+    own = {"alias", "title", "licence", "aliases", "max_sequence_length", "defaults"}
+    own |= {"trained_sizes", "trained_frames"}
     return actual.model_copy(update={key: getattr(DEMO, key) for key in own}), str(WEIGHTS)
 
 

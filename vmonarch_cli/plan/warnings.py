@@ -15,6 +15,7 @@ from vmonarch_cli.plan.costs import Flops, StepCost
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset, parse_assignment
+from vmonarch_cli.text import listed
 
 ALL_NOISE = 0.99
 """Noise level from which on a video that is noised cannot be made out."""
@@ -33,11 +34,13 @@ def of_demo(model: ModelEntry, prompt: str, shape: tuple[int, int, int]) -> list
     if unknown:
         words = ", ".join(f"'{word}'" for word in unknown[:8]) + (" and others" if len(unknown) > 8 else "")
         found.append(f"the demo model was not trained on {words}: those words will not show in the clip")
-    trained = (model.defaults.height, model.defaults.width, model.defaults.num_frames)
-    if model.trained_only_at_default and shape != trained:
+    height, width, frames = shape
+    shortest, longest = model.trained_frames
+    if model.trained_sizes and ((height, width) not in model.trained_sizes or not shortest <= frames <= longest):
+        sizes = listed([f"{across}x{down}" for down, across in model.trained_sizes])
         found.append(
-            f"the demo model was trained at {trained[1]}x{trained[0]} with {trained[2]} frames only: "
-            f"{shape[1]}x{shape[0]} with {shape[2]} will look worse"
+            f"the demo model was trained at {sizes} with {shortest} to {longest} frames: "
+            f"{width}x{height} with {frames} will look worse"
         )
     return found
 

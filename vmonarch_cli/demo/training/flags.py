@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS
@@ -57,6 +57,16 @@ def parse_share(text: str) -> float:
 def parse_start(text: str) -> float:
     """A share of the training after which something begins: below 1, or it never would."""
     return _share(text, "from 0 up to below 1", ends=False)
+
+
+def asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `train dit`, for its report: the model's preset, the shares of clips, and the flags to train so again."""
+    flags = ["--small-until", f"{float(args.small_until):g}"]
+    if args.structured is not None:
+        flags += ["--structured", f"{float(args.structured):g}", "--structured-every", str(args.structured_every)]
+    flags += ["--refresh", str(args.refresh), "--refresh-every", str(args.refresh_every)]
+    shares = {bucket.name: bucket.share for bucket in args.clips}
+    return {"preset": args.preset, "mixed": shares, "flags": " ".join(flags)}
 
 
 def parse_steps(text: str) -> int:

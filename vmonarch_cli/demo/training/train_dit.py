@@ -39,6 +39,7 @@ from vmonarch_cli.demo.model import (
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.bank_set import BankSet
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
+from vmonarch_cli.demo.training.flags import asked_for
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.objective import Objective
 from vmonarch_cli.demo.training.samples import draw_samples
@@ -329,7 +330,6 @@ class TransformerTraining:
         return {
             "trained": "transformer",
             "loss": self.steps_log.loss,
-            "preset": self.args.preset,
             "transformer": config_dict(self.dit_config),
             "text_encoder": config_dict(self.text_config),
             "transformer_parameters": sum(p.numel() for p in self.transformer.parameters()),
@@ -338,7 +338,7 @@ class TransformerTraining:
             "steps": self.step,
             "clips": self.clips_seen,
             "distinct_clips": self.distinct,
-            "mixed": {bucket.name: bucket.share for bucket in self.args.clips},
+            **asked_for(self.args),
             "seconds": self.clock.elapsed(),
             "spent": self._spent(),
             "processes": self.group.world,
