@@ -85,6 +85,11 @@ def record_of(path: Path) -> dict[str, Any]:
     return found
 
 
+def as_long(heard: Any, written: Any) -> bool:
+    """Whether decoded sound has the length of what was written; ffmpeg 7.0 gives the last block of AAC as a whole."""
+    return bool(heard.shape[1:] == written.shape[1:] and 0 <= len(heard) - len(written) < 1024)
+
+
 def as_heard(values: Any) -> Any:
     """Without what no ear and no codec keeps: the mean."""
     return values - values.mean(0)
@@ -94,12 +99,13 @@ def test_an_mp4_has_the_pipelines_own_samples(clip: Path, samples: Any) -> None:
     expected = Sound.of(samples, RATE)
     heard = read_sound(clip, RATE, 2)
     assert heard is not None
-    assert heard.samples.shape == expected.samples.shape == (17440, 2)
+    assert expected.samples.shape == (17440, 2)
+    assert as_long(heard.samples, expected.samples)
     assert len(read_clip(clip)) == FRAMES
 
     def distance(shift: int) -> float:
         """Relative, with the decoded sound moved by so many samples."""
-        moved, own = np.roll(heard.samples, shift, 0)[800:-800], expected.samples[800:-800]
+        moved, own = np.roll(heard.samples[: len(expected.samples)], shift, 0)[800:-800], expected.samples[800:-800]
         return float(np.linalg.norm(as_heard(moved.astype(float)) - as_heard(own.astype(float)))) / float(
             np.linalg.norm(as_heard(own.astype(float)))
         )
@@ -286,7 +292,7 @@ def test_a_comparison_keeps_it(folder: Path, samples: Any, clip: Path, gif: Path
     for name in names:
         heard = read_sound(tmp_path / name, RATE, 2)
         assert heard is not None
-        assert heard.samples.shape == samples.shape, name
+        assert as_long(heard.samples, samples), name
 
 
 def test_a_batch_keeps_it(folder: Path, tmp_path: Path) -> None:
