@@ -40,9 +40,8 @@ def stock_frames(pipeline: Any, clip: torch.Tensor) -> Any:
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     std = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
     with torch.no_grad():
-        video = pipeline.vae.decode((clip / std + mean).to(pipeline.vae.device, pipeline.vae.dtype), return_dict=False)[
-            0
-        ]
+        given = (clip / std + mean).to(pipeline.vae.device, pipeline.vae.dtype)
+        video = pipeline.vae.decode(given, return_dict=False)[0]
     return (pipeline.video_processor.postprocess_video(video, output_type="np")[0] * 255).round().astype(np.uint8)
 
 
