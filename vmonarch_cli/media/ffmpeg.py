@@ -23,19 +23,30 @@ def as_kind(clip: Path) -> list[str]:
     return ["-f", _DEMUXERS.get(clip.suffix.lower(), "mov"), "-protocol_whitelist", "file"]
 
 
+def reading(clip: Path) -> list[str]:
+    """The beginning of a command that reads a clip, up to its name, which is absolute: one with a colon would be an
+    address. It leaves this program's own stdin alone.
+    """
+    return [reader_of(clip), "-nostdin", "-v", "error", *as_kind(clip), "-i", str(clip.absolute())]
+
+
 def frames_in(clip: Path) -> tuple[int, str | None]:
     """(frames of pictures in a clip's file, what ffmpeg says of a file that it cannot read).
 
     Packets are counted, since decoding them takes as long as a tenth of encoding. Each is one line of checksums, while
     the progress of ffmpeg 7.0, which imageio-ffmpeg brings, does not say how many it copied.
     """
-    reading = ["-nostdin", "-v", "error", *as_kind(clip), "-i", str(clip.absolute()), "-map", "0:v:0"]
-    command = [reader_of(clip), *reading, "-c", "copy", "-f", "framecrc", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603 - ffmpeg
+    command = [*reading(clip), "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
+    done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - ffmpeg
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return 0, said[-1] if said else f"exit code {done.returncode}"
-    return sum(not line.startswith("#") for line in done.stdout.splitlines()), None
+        return 0, last_line(done.stderr)
+    return sum(not line.startswith(b"#") for line in done.stdout.splitlines()), None
+
+
+def last_line(content: bytes) -> str:
+    """Of what an ffmpeg that failed wrote to stderr, the line that says why."""
+    lines = content.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
 
 
 def reader_of(clip: Path) -> str:

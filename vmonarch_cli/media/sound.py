@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmonarch_cli.errors import InputError
-from vmonarch_cli.media.ffmpeg import as_kind, reader_of
+from vmonarch_cli.media.ffmpeg import reading
 from vmonarch_cli.untrusted.files import require_regular
 
 _BYTES = 2
@@ -73,9 +73,7 @@ def read_sound(file: Path, rate: int = 48000, channels: int = 2) -> Sound | None
     require_regular(file, f"sound {file}")
     if file.suffix.lower() == ".wav":
         return _read_wav(file)
-    form = ["-vn", "-ar", str(rate), "-ac", str(channels), "-f", "s16le", "-"]
-    # An absolute path: a name with a colon would be an address.
-    command = [reader_of(file), "-v", "error", *as_kind(file), "-i", str(file.resolve()), *form]
+    command = [*reading(file), "-vn", "-ar", str(rate), "-ac", str(channels), "-f", "s16le", "-"]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - ffmpeg
     samples = np.frombuffer(done.stdout, "<i2").reshape(-1, channels) if done.returncode == 0 else ()
     return Sound(np.asarray(samples, np.int16), rate) if len(samples) else None

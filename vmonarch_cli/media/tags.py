@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-from vmonarch_cli.media.ffmpeg import as_kind, reader_of
+from vmonarch_cli.media.ffmpeg import last_line, reading
 from vmonarch_cli.untrusted.files import MAX_BYTES
 
 TAGGED = (".mp4", ".webm")
@@ -30,8 +30,8 @@ def write_tags(file: Path, tags: Mapping[str, str]) -> None:
     lines = [_HEAD, *(f"{name}={_SPECIAL.sub(_escaped, _plain(text))}" for name, text in tags.items())]
     listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [
-        reader_of(file),
-        *("-v", "error", "-y", *as_kind(file), "-i", str(file), "-f", "ffmetadata", "-i", str(listed)),
+        *reading(file),
+        *("-y", "-f", "ffmetadata", "-i", str(listed)),
         *("-map", "0", "-map_metadata", "1", "-c", "copy", "-fflags", "+bitexact"),
         *(["-movflags", "+faststart"] if file.suffix.lower() == ".mp4" else []),
         *("-f", file.suffix[1:].lower(), str(copy)),
@@ -40,7 +40,7 @@ def write_tags(file: Path, tags: Mapping[str, str]) -> None:
     listed.unlink()
     if done.returncode:
         copy.unlink(missing_ok=True)
-        raise OSError(f"ffmpeg could not write what the clip is into it; is the disk full? ({_last_line(done.stderr)})")
+        raise OSError(f"ffmpeg could not write what the clip is into it; is the disk full? ({last_line(done.stderr)})")
     copy.replace(file)
 
 
@@ -49,9 +49,7 @@ def read_tag(file: Path, name: str = RECORD) -> str | None:
 
     DeviceError without an ffmpeg that runs.
     """
-    # An absolute path: a name with a colon would be an address.
-    source = ["-v", "error", *as_kind(file), "-i", str(file.resolve())]
-    command = [reader_of(file), *source, "-f", "ffmetadata", "-"]
+    command = [*reading(file), "-f", "ffmetadata", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:  # noqa: S603 - ffmpeg
         content = b"" if process.stdout is None else process.stdout.read(MAX_BYTES + 1)
         process.kill()
@@ -69,8 +67,3 @@ def _escaped(match: re.Match[str]) -> str:
 def _plain(text: str) -> str:
     """Without control characters, which no tag may hold."""
     return "".join(" " if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text)
-
-
-def _last_line(content: bytes) -> str:
-    lines = content.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else "no message"

@@ -54,8 +54,9 @@ def _demo() -> tuple[ModelEntry, str]:
             "or name another model with --model"
         )
     actual = read_folder(WEIGHTS)
-    own = {"alias", "title", "licence", "aliases", "max_sequence_length", "defaults"}
-    own |= {"trained_sizes", "trained_frames"}
+    own = {
+        "alias", "title", "licence", "aliases", "max_sequence_length", "trained_sizes", "trained_frames", "defaults",
+    }  # fmt: skip
     return actual.model_copy(update={key: getattr(DEMO, key) for key in own}), str(WEIGHTS)
 
 

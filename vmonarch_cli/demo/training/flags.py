@@ -59,16 +59,6 @@ def parse_start(text: str) -> float:
     return _share(text, "from 0 up to below 1", ends=False)
 
 
-def asked_for(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `train dit`, for its report: the model's preset, the shares of clips, and the flags to train so again."""
-    flags = ["--small-until", f"{float(args.small_until):g}"]
-    if args.structured is not None:
-        flags += ["--structured", f"{float(args.structured):g}", "--structured-every", str(args.structured_every)]
-    flags += ["--refresh", str(args.refresh), "--refresh-every", str(args.refresh_every)]
-    shares = {bucket.name: bucket.share for bucket in args.clips}
-    return {"preset": args.preset, "mixed": shares, "flags": " ".join(flags)}
-
-
 def parse_steps(text: str) -> int:
     """A count of steps, from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -82,6 +72,16 @@ def _share(text: str, valid: str, *, ends: bool) -> float:
     if not (0 <= share < 1 or (ends and share == 1)):  # and so no NaN
         raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training {valid}")
     return share
+
+
+def asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `train dit`, for its report: the model's preset, the shares of clips, and the flags to train so again."""
+    flags = ["--small-until", f"{float(args.small_until):g}"]
+    if args.structured is not None:
+        flags += ["--structured", f"{float(args.structured):g}", "--structured-every", str(args.structured_every)]
+    flags += ["--refresh", str(args.refresh), "--refresh-every", str(args.refresh_every)]
+    shares = {bucket.name: bucket.share for bucket in args.clips}
+    return {"preset": args.preset, "mixed": shares, "flags": " ".join(flags)}
 
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
