@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from vmonarch_cli.demo.clips import frame_times, motions_at, occupancy, render, signed_distance
-from vmonarch_cli.demo.reader import ATTRIBUTES, agreement, read_clip
-from vmonarch_cli.demo.specs import sample_spec
+from vmonarch_cli.demo.reader import ATTRIBUTES, Agreement, agreement, read_clip
+from vmonarch_cli.demo.specs import ClipSpec, ObjectSpec, sample_spec
+from vmonarch_cli.demo.tracks import Track
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, MOTIONS, SHAPES
 
 FEW_AND_MANY = pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.slow)])
@@ -150,6 +152,20 @@ def test_the_reader_sees_a_wrong_order() -> None:
     video = render([spec], frame_times(97), size=64)[0]
     assert agreement(spec, read_clip(video, 2)).motion
     assert not agreement(spec, read_clip(video.flip(1), 2)).motion
+
+
+def test_the_reader_takes_no_trembling_ring_for_a_spinning_one() -> None:
+    track = Track(0.0, 0.0, 0.0, 0.0, 0.4, 0.4)
+    ring = ClipSpec((ObjectSpec("ring", "yellow", ("standing still",), "medium", (track,)),), "black", "plain")
+    frames = render([ring], frame_times(49), size=96)[0].transpose(0, 1)
+    # It is squeezed along an axis that turns: no motion that can be asked for, and the silhouette changes all the time.
+    angle = torch.linspace(0, 2 * math.pi, 49)
+    squeeze = torch.zeros(49, 2, 3)
+    squeeze[:, 0, 0], squeeze[:, 1, 1] = 1 + 0.3 * angle.cos(), 1 - 0.3 * angle.cos()
+    squeeze[:, 0, 1] = squeeze[:, 1, 0] = 0.3 * angle.sin()
+    grid = F.affine_grid(squeeze, list(frames.shape), align_corners=False)
+    trembling = F.grid_sample(frames, grid, padding_mode="border", align_corners=False).transpose(0, 1)
+    assert agreement(ring, read_clip(trembling)) == Agreement(colour=True, background=True, motion=True, shape=True)
 
 
 def test_the_reader_finds_nothing_in_an_empty_clip() -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmonarch_cli.demo.clips import signed_distance
-from vmonarch_cli.demo.specs import ClipSpec
+from vmonarch_cli.demo.specs import ClipSpec, motions_of
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, SHAPES
 
 _FAR_FROM_BACKGROUND = 21.0  # CIE Lab distance
@@ -223,7 +223,8 @@ class _Tracked:
                 return "growing"
             if growth < 1 / 1.7:
                 return "shrinking"
-            return "spinning" if self._turns() else "standing still"
+            spins = self._turns() and "spinning" in motions_of(self.shape())  # an outline may tremble as well
+            return "spinning" if spins else "standing still"
         if min(range_x, range_y) > 0.25 and _swept_turns(x, y) > 0.75:
             return "circling"
         turns_y = _reversals(y, 0.1)

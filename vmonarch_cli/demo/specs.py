@@ -32,6 +32,7 @@ _MANY_MOTIONS_SHARE = 0.65  # of clips of one object that are long enough for tw
 
 PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}
 """How many clips show two objects; training sees more of them because they take longest to learn."""
+_LONG_PAIR_SHARE = 0.45  # of training's clips that are longer than a beat, where they take longer still
 _FAST = frozenset({"bouncing", "circling", "spinning", "zigzagging"})
 _SLOW_KEPT = 0.5  # of training's clips without a fast motion: those are learned long before the others
 _ROUND_SHAPES = frozenset({"circle", "ring"})
@@ -98,7 +99,8 @@ def sample_spec(split: Split, seed: int, index: int, frames: int = BEAT_FRAMES +
     name = f"{split}/{seed}/{index}" + ("" if beats == 1 else f"/{frames}")
     rng = random.Random(name)
     # Decided once: a pair has two chances to be held out, so redrawing it too would fill the held-out split with pairs.
-    pair = rng.random() < PAIR_SHARE[split]
+    share = _LONG_PAIR_SHARE if split == "train" and beats > 1 else PAIR_SHARE[split]
+    pair = rng.random() < share
     while True:
         spec = _draw(rng, name, beats, pair=pair)
         fast = any(_FAST & set(o.motions) for o in spec.objects)
