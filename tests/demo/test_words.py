@@ -138,8 +138,8 @@ def test_sampling_covers_the_data() -> None:
 
 
 def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
-    def share(split: Split, hard: Callable[[ClipSpec], bool]) -> float:
-        return sum(map(hard, islice(all_specs(split, 2), 2_000))) / 2_000
+    def share(split: Split, hard: Callable[[ClipSpec], bool], frames: int = 49) -> float:
+        return sum(map(hard, islice(all_specs(split, 2, frames), 2_000))) / 2_000
 
     def pair(spec: ClipSpec) -> bool:
         return len(spec.objects) == 2
@@ -150,6 +150,8 @@ def test_training_sees_more_of_what_is_hard_and_scoring_does_not() -> None:
     assert share("heldout", pair) == pytest.approx(0.15, abs=0.03)
     assert share("train", pair) > 1.5 * share("heldout", pair)
     assert share("train", spins) > 1.2 * share("heldout", spins)
+    assert share("train", pair, 193) == pytest.approx(0.45, abs=0.03)
+    assert share("heldout", pair, 193) == pytest.approx(0.15, abs=0.03)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

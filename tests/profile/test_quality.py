@@ -217,11 +217,13 @@ def test_a_plot_of_the_frontier(tiny_wan_folder: Path) -> None:
 # What is shown
 
 
-def invented() -> QualityProfile:
-    def row(name: str, share: float, error: float, **more: Any) -> QualityRow:
-        clips: dict[str, Any] = {"latent_errors": [error, error], "psnrs": [20.0, 22.0], "ssims": [0.8, 0.9]}
-        return QualityRow(name, "preset", True, flops=1, flops_share=share, **{**clips, **more})
+def row(name: str, share: float, error: float, **more: Any) -> QualityRow:
+    """Of a preset."""
+    clips: dict[str, Any] = {"latent_errors": [error, error], "psnrs": [20.0, 22.0], "ssims": [0.8, 0.9]}
+    return QualityRow(name, "preset", True, flops=1, flops_share=share, **{**clips, **more})
 
+
+def invented() -> QualityProfile:
     rows = [
         row("paper", 0.27, 0.16, attention_s=1.0, paper_psnr=12.59),
         row("fast", 0.27, 0.13, attention_s=0.9),
@@ -262,6 +264,16 @@ def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
     text = (tmp_path / "frontier.svg").read_text()
     first, second = (float(re.findall(rf'y="([\d.]+)"[^>]*>{name}<', text)[0]) for name, *_ in near)
     assert second - first >= 6  # the height of their letters
+
+
+def test_a_preset_s_name_covers_no_point(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    profile = invented()
+    profile.rows = [row("paper", 0.085, 0.150), row("fast", 0.075, 0.142), row("balanced", 0.124, 0.123)]
+    plot_quality([profile], "CPU", tmp_path / "frontier.svg")
+    texts = dict(re.findall(r"<text ([^>]*)>(paper|fast|balanced)<", (tmp_path / "frontier.svg").read_text()))
+    ends = {name: "text-anchor: end" in style for style, name in texts.items()}
+    assert ends == {"paper": False, "fast": True, "balanced": False}  # to the right of `fast` is the point of `paper`
 
 
 def test_a_row_with_an_adapter_hangs_hollow_on_the_row_without(tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_an_adapter_that_brings_clips_no_closer_is_written_with_a_warning(
     assert said in " ".join(result.stderr.split())
 
 
+def test_the_learning_rate_falls_with_the_clips_of_a_step(tiny_wan_folder: Path, tmp_path: Path) -> None:
+    def rate(world: int = 1, **given: Any) -> float:
+        request = GenerateRequest(model=str(tiny_wan_folder), preset="fast", steps=3, size="48x32", num_frames=17)
+        asked = TuneRequest(request, output=str(tmp_path / "a.safetensors"), eval_prompts=1, **given)
+        return resolve_tune(asked, PROMPTS, world=world).lr
+
+    assert rate(batch=16) == rate(batch=48) == rate(world=4, batch=4) == 1e-3
+    assert rate() == pytest.approx(2.5e-4)
+    assert rate(world=2, batch=2) == pytest.approx(5e-4)
+    assert rate(lr=0.01) == 0.01
+    assert rate(full=True) == 1e-5
+
+
 def test_prompts_of_the_demo_model_tell_as_many_motions_as_its_clips_have_time_for(tmp_path: Path) -> None:
     for frames, several in ((49, False), (97, True)):
         request = GenerateRequest(preset="fast", num_frames=frames)

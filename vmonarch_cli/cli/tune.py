@@ -109,7 +109,12 @@ class TuneFlags:
     ] = False
     lr: Annotated[
         float | None,
-        number_option("--lr", panel=TRAINING, help="Learning rate. Default: 0.001, with --full 0.00001."),
+        number_option(
+            "--lr",
+            panel=TRAINING,
+            help="Learning rate. Default: 0.001, for fewer than 16 clips a step less by the root of their number; "
+            "with --full 0.00001.",
+        ),
     ] = None
     batch: Annotated[
         int | None, whole_option("--batch", panel=TRAINING, help="Clips at once, of each process. Default: 1.")

@@ -118,12 +118,12 @@ _ADAPTERS = """
 ## Adapters
 
 `vmonarch_cli/demo/tuned` has adapters that `vmonarch tune` made of these weights, from prompts alone. Each belongs to
-one preset at so many steps and such a guidance, and is used there without being asked for; `--tuned none` leaves it
-out. Dense attention never runs with one. "Rank 16 of 32" was trained at rank 32 and cut since, as the guide says. Mean
-relative error of the latents on {prompts} further held-out prompts, at the rank of training:
+one preset at so many steps, such a guidance and so many frames, and is used there without being asked for; `--tuned
+none` leaves it out. Dense attention never runs with one. "Rank 8 of 16" was trained at rank 16 and cut since, as the
+guide says. Mean relative error of the latents on further held-out prompts, at the rank of training:
 
-| preset | steps | guidance | made on | error before | after |
-| --- | --- | --- | --- | --- | --- |
+| preset | steps | guidance | frames | made on | prompts | error before | after |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}"""
 
 Report = dict[str, Any]
@@ -269,9 +269,9 @@ def _adapters(adapters: Sequence[TunedAdapter]) -> str:
         before, after = said.gain or (math.nan, math.nan)
         made, of = f"{said.training['device']}, {said.training['seconds']:.0f} s", said.training.get("cut_from_rank")
         made += f", rank {said.training['rank']} of {of}" if of else ""
-        sampling = f"{said.steps} | {said.guidance_scale:g}"
-        rows.append(f"| `{said.preset_name}` | {sampling} | {made} | {before:.3f} | {after:.3f} |")
-    return _ADAPTERS.format(prompts=adapters[0].evaluation["prompts"], rows="\n".join(rows)) if adapters else ""
+        made_for = f"`{said.preset_name}` | {said.steps} | {said.guidance_scale:g} | {said.num_frames}"
+        rows.append(f"| {made_for} | {made} | {said.evaluation['prompts']} | {before:.3f} | {after:.3f} |")
+    return _ADAPTERS.format(rows="\n".join(rows)) if adapters else ""
 
 
 def _name(row: str) -> str:

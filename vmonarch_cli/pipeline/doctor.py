@@ -176,7 +176,8 @@ def _demo_adapters() -> list[Finding]:
         except InputError as error:
             found.append(Finding("demo adapter", error.message, "broken"))
             continue
-        words = f"made for {said.preset_name}, {counted(said.steps, 'step')}, guidance {said.guidance_scale:g}"
+        sampling = f"{counted(said.steps, 'step')}, guidance {said.guidance_scale:g}"
+        words = f"made for {said.preset_name}, {sampling}, {counted(said.num_frames, 'frame')}"
         found.append(Finding("demo adapter", words))
     return found
 

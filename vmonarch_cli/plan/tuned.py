@@ -183,14 +183,15 @@ def _shipped(use: Use) -> Choice:
         return Choice()
     fitting = [tuned for tuned in found if _sampling_of(tuned.adapter) == (use.steps, use.guidance_scale)]
     if not fitting:
-        made = listed([_sampling(*_sampling_of(tuned.adapter)) for tuned in found])
+        made = listed(list(dict.fromkeys(_sampling(*_sampling_of(tuned.adapter)) for tuned in found)))
         what = f"{name} was" if len(found) == 1 else f"the model's adapters for {use.preset.name} were"
         return Choice(note=f"{what} made for {made}; this run has {_sampling(use.steps, use.guidance_scale)}")
-    shape = f"{use.width}x{use.height}", use.num_frames
-    tuned = next((one for one in fitting if (one.adapter.size, one.adapter.num_frames) == shape), fitting[0])
+    size = f"{use.width}x{use.height}"
+    tuned = min(fitting, key=lambda one: (one.adapter.size != size, abs(one.adapter.num_frames - use.num_frames)))
     others = _differences(tuned, use)
     if others is not None:
-        return Choice(note=f"{name} was made for {others}")
+        nearest = name.replace("adapter", "nearest adapter") if len(fitting) > 1 else name
+        return Choice(note=f"{nearest} was made for {others}")
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         return Choice(note=f"{name} was made for other fields of it: {misfit}")

@@ -149,6 +149,9 @@ def plot_model(profile: ModelProfile, caption: str, path: Path) -> None:
     _save(figure, path)
 
 
+_PRESET_PLACES = ((6, 4, "left"), (-6, 4, "right"), (-6, -10, "right"), (6, -10, "left"))
+"""Where a preset's name may be from its point: right and up in points, and which end of it is there."""
+_POINT_REACH = 3.5  # points that a marker takes on each side
 _NO_ROOM_LEFT = 0.16  # of the work of dense attention: names to the left would run into the axis
 
 
@@ -173,8 +176,9 @@ def plot_quality(profiles: Sequence[QualityProfile], caption: str, path: Path) -
         figure.legend([*shown.values()], [*shown], frameon=False, fontsize=8, **place)
     figure.draw_without_rendering()  # places of names depend on the room that the axes are left
     for axis, profile in zip(axes, profiles, strict=True):
-        named = [*profile.frontier(), *(row for row in _drawn(profile) if row.is_preset)]
-        _name_points(axis, list({r.name: r for r in named if r.latent_error and _bare(r) is None}.values()))
+        named = [*(row for row in _drawn(profile) if row.is_preset), *profile.frontier()]
+        bare = {r.name: r for r in named if r.latent_error and _bare(r) is None}
+        _name_points(axis, list(bare.values()), _drawn(profile))
     _save(figure, path)
 
 
@@ -228,27 +232,45 @@ def _quality_panel(axis: Any, profile: QualityProfile, looks: dict[str, tuple[st
     axis.set_title(title, fontsize=9, loc="left")
 
 
-def _name_points(axis: Any, rows: list[QualityRow]) -> None:
-    """The rows' names beside their points; one that would cover a name before it steps down."""
-    taken: list[Any] = []
+def _name_points(axis: Any, rows: list[QualityRow], drawn: list[QualityRow]) -> None:
+    """The rows' names beside their points, where they cover no name before them and none of the drawn points; one
+    without such a place steps down until it covers no name.
+    """
+    from matplotlib.transforms import Bbox
+
+    centres = axis.transData.transform([(100 * (row.flops_share or 0), row.latent_error or 0) for row in drawn])
+    reach = _POINT_REACH * axis.figure.dpi / 72
+    points = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in centres]
+    names: list[Any] = []
     for row in rows:
         # Below and to the left of the frontier there is nothing, so that is where its names go.
         at_the_axis = (row.flops_share or 0) < _NO_ROOM_LEFT
-        (right, up), align = ((6, 4), "left") if row.is_preset or at_the_axis else ((-5, -8), "right")
+        places = _PRESET_PLACES if row.is_preset or at_the_axis else ((-5, -8, "right"),)
         size = 8 if row.is_preset else 6
         name = axis.annotate(
             row.name,
             (100 * (row.flops_share or 0), row.latent_error or 0),
-            xytext=(right, up),
+            xytext=(0, 0),
             textcoords="offset points",
             fontsize=size,
             weight="bold" if row.is_preset else "normal",
-            ha=align,
         )
-        while any(name.get_window_extent().overlaps(other) for other in taken):
-            up -= size
-            name.set_position((right, up))
-        taken.append(name.get_window_extent())
+        for right, up, align in places:
+            name.set(position=(right, up), horizontalalignment=align)
+            if not _covers(name, names + points) and name.get_window_extent().x0 >= axis.bbox.x0:
+                break
+        else:
+            right, up, align = places[0]
+            name.set(position=(right, up), horizontalalignment=align)
+            while _covers(name, names):
+                up -= size
+                name.set_position((right, up))
+        names.append(name.get_window_extent())
+
+
+def _covers(name: Any, boxes: list[Any]) -> bool:
+    """Whether a text lies on one of the boxes, in pixels."""
+    return any(name.get_window_extent().overlaps(box) for box in boxes)
 
 
 def _figure(panels: int, caption: str, width: float = 6.4, *, share_y: bool = False) -> tuple[Any, list[Any]]:

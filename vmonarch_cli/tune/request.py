@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from vmonarch_cli.tune.same_base import same_base
 DEFAULT_STEPS = 500
 """Of training, where neither --steps nor --seconds says when it ends."""
 DEFAULT_RANK, DEFAULT_LR = 16, 1e-3
+_LR_CLIPS = 16
+"""Of a step with DEFAULT_LR; see `default_lr`."""
 DEFAULT_FULL_LR = 1e-5
 """Learning rate of all weights, which a LoRA's would destroy."""
 ENDING = ".safetensors"
@@ -186,6 +189,15 @@ class TunePlan:
         }
 
 
+def default_lr(clips: int) -> float:
+    """The learning rate of a LoRA with so many clips a step, of all processes.
+
+    A gradient of fewer clips has more noise, and Adam's steps are as long all the same: they shrink with the root of
+    the number (Malladi et al., 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
+    """
+    return DEFAULT_LR * math.sqrt(min(1.0, clips / _LR_CLIPS))
+
+
 def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: int = 1) -> TunePlan:
     """Resolve and check a request; VmonarchError in one sentence for anything that cannot be done.
 
@@ -224,7 +236,7 @@ def resolve_tune(request: TuneRequest, prompts: Sequence[str] | None, *, world: 
         output,
         steps,
         request.rank or DEFAULT_RANK,
-        request.lr or (DEFAULT_FULL_LR if request.full else DEFAULT_LR),
+        request.lr or (DEFAULT_FULL_LR if request.full else default_lr((request.batch or 1) * world)),
         request.batch or 1,
         request.seconds,
         videos,
