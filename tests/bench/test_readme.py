@@ -40,7 +40,7 @@ def test_a_changed_figure_is_found_and_put_right(readme: ModuleType, tmp_path: P
 
 
 def test_rows_with_an_adapter_have_columns_of_their_own(readme: ModuleType, tmp_path: Path) -> None:
-    records = dict(readme.load(readme.HERE / "results"))
+    records = {name: record for name, record in readme.load(readme.HERE / "results") if name != readme.LONG}
     rows = [row for row in records[readme.QUALITY]["quality"]["rows"] if not row["name"].endswith(readme.TUNED)]
     fast = next(row for row in rows if row["name"] == "fast")
     tuned = {**fast, "name": "fast, tuned", "latent_error": 0.0123, "psnr": 45.6}

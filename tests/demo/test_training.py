@@ -369,7 +369,7 @@ def test_an_adapter_has_a_row_of_its_own(trained: Path, tmp_path: Path) -> None:
     vae, dit = (json.loads((trained / f"{name}_report.json").read_text()) for name in ("vae", "dit"))
     card = model_card(vae, dit, [result], 1, adapters=[read(path).adapter])
     assert "| preset `paper` with its adapter |" in card
-    assert "| `paper` | 1 | 3 | 9 | NVIDIA H200, 1 s | 2 | 0.400 | 0.250 |" in card
+    assert "| `paper` | 1 | 3 | 5 | NVIDIA H200, 1 s | 2 | 0.400 | 0.250 |" in card
 
 
 def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:

@@ -269,11 +269,11 @@ def test_names_of_near_points_do_not_cover_each_other(tmp_path: Path) -> None:
 def test_a_preset_s_name_covers_no_point(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     profile = invented()
-    profile.rows = [row("paper", 0.085, 0.150), row("fast", 0.075, 0.142), row("balanced", 0.124, 0.123)]
+    profile.rows = [row("paper", 0.085, 0.150), row("fast", 0.075, 0.142), row("quality", 0.33, 0.03)]
     plot_quality([profile], "CPU", tmp_path / "frontier.svg")
-    texts = dict(re.findall(r"<text ([^>]*)>(paper|fast|balanced)<", (tmp_path / "frontier.svg").read_text()))
+    texts = dict(re.findall(r"<text ([^>]*)>(paper|fast|quality)<", (tmp_path / "frontier.svg").read_text()))
     ends = {name: "text-anchor: end" in style for style, name in texts.items()}
-    assert ends == {"paper": False, "fast": True, "balanced": False}  # to the right of `fast` is the point of `paper`
+    assert ends == {"paper": False, "fast": True, "quality": False}  # to the right of `fast` is the point of `paper`
 
 
 def test_a_row_with_an_adapter_hangs_hollow_on_the_row_without(tmp_path: Path) -> None:
