@@ -190,7 +190,7 @@ def _shipped(use: Use) -> Choice:
     tuned = min(fitting, key=lambda one: (one.adapter.size != size, abs(one.adapter.num_frames - use.num_frames)))
     others = _differences(tuned, use)
     if others is not None:
-        nearest = name.replace("adapter", "nearest adapter") if len(fitting) > 1 else name
+        nearest = name.replace("adapter", "nearest adapter", 1) if len(fitting) > 1 else name
         return Choice(note=f"{nearest} was made for {others}")
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
