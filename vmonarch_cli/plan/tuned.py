@@ -190,8 +190,8 @@ def _shipped(use: Use) -> Choice:
     tuned = min(fitting, key=lambda one: (one.adapter.size != size, abs(one.adapter.num_frames - use.num_frames)))
     others = _differences(tuned, use)
     if others is not None:
-        nearest = name.replace("adapter", "nearest adapter", 1) if len(fitting) > 1 else name
-        return Choice(note=f"{nearest} was made for {others}")
+        which = f"the model's nearest adapter for {use.preset.name}" if len(fitting) > 1 else name
+        return Choice(note=f"{which} was made for {others}")
     misfit = tuned.adapter.misfit(use.preset, use.steps)
     if misfit is not None:
         return Choice(note=f"{name} was made for other fields of it: {misfit}")
