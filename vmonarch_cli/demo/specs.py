@@ -28,11 +28,12 @@ SIZE_RADII: dict[str, tuple[float, float]] = {"small": (0.25, 0.28), "medium": (
 BEAT_FRAMES = 48
 """Frames from the first to the last of a clip of 49: how long one motion takes at its normal speed."""
 MAX_MOTIONS = 3
-_MANY_MOTIONS_SHARE = 0.65  # of clips of one object that are long enough for two motions
+_MANY_MOTIONS_SHARE: dict[Split, float] = {"train": 0.8, "heldout": 0.65}
+"""How many clips of one object that are long enough for two motions show several, which take longest to learn."""
 
 PAIR_SHARE: dict[Split, float] = {"train": 0.3, "heldout": 0.15}
 """How many clips show two objects; training sees more of them because they take longest to learn."""
-_LONG_PAIR_SHARE = 0.45  # of training's clips that are longer than a beat, where they take longer still
+_LONG_PAIR_SHARE = 0.4  # of training's clips that are longer than a beat, where they take longer still
 _FAST = frozenset({"bouncing", "circling", "spinning", "zigzagging"})
 _SLOW_KEPT = 0.5  # of training's clips without a fast motion: those are learned long before the others
 _ROUND_SHAPES = frozenset({"circle", "ring"})
@@ -102,7 +103,7 @@ def sample_spec(split: Split, seed: int, index: int, frames: int = BEAT_FRAMES +
     share = _LONG_PAIR_SHARE if split == "train" and beats > 1 else PAIR_SHARE[split]
     pair = rng.random() < share
     while True:
-        spec = _draw(rng, name, beats, pair=pair)
+        spec = _draw(rng, split, name, beats, pair=pair)
         fast = any(_FAST & set(o.motions) for o in spec.objects)
         if split == "train" and not fast and rng.random() > _SLOW_KEPT:
             continue
@@ -111,7 +112,7 @@ def sample_spec(split: Split, seed: int, index: int, frames: int = BEAT_FRAMES +
             return spec
 
 
-def _draw(rng: random.Random, name: str, beats: float, *, pair: bool) -> ClipSpec:
+def _draw(rng: random.Random, split: Split, name: str, beats: float, *, pair: bool) -> ClipSpec:
     background = rng.choice(list(BACKGROUNDS))
     colours = [c for c in COLOURS if contrasts(c, background)]
     if pair:
@@ -119,7 +120,7 @@ def _draw(rng: random.Random, name: str, beats: float, *, pair: bool) -> ClipSpe
     else:
         shape = rng.choice(list(SHAPES))
         item = _draw_single(rng, shape, rng.choice(colours), rng.choice(motions_of(shape)))
-        if beats >= 2 and rng.random() < _MANY_MOTIONS_SHARE:
+        if beats >= 2 and rng.random() < _MANY_MOTIONS_SHARE[split]:
             count = rng.randint(2, min(int(beats), MAX_MOTIONS))
             objects = (_with_more_motions(rng, _lasting(item, beats / count), count, beats / count),)
         else:
