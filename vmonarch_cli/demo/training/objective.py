@@ -23,7 +23,7 @@ from vmonarch_cli.demo.training.structured import HalfStructured
 _OBJECT_WEIGHT = 4.0  # added to the loss's weight where an object covers everything
 _OUTLINES_WEIGHT = 0.2  # of the outlines that the middle head misses against the flow-matching loss
 _MOTIONS_WEIGHT = 2.0  # of the motions, which are a tenth as large: whose turn it is, is hard to see in noise
-_AGREEMENT_WEIGHT = 6.0  # of what dense and Monarch attention differ by, with --structured
+_AGREEMENT_WEIGHT = 12.0  # of what dense and Monarch attention differ by, with --structured
 
 
 @dataclass
