@@ -4,7 +4,7 @@
     python kernels/bench/readme.py --check    # exit 1 when a table is not what the records give; draws nothing
 
 A table stands between `<!-- measured: NAME -->` and `<!-- end -->`. Records are read as `report.py` reads them: one
-whose checks failed is refused. The plot needs matplotlib (`pip install "vmonarch[plot]"`), the tables nothing.
+whose checks failed is refused. The plot needs matplotlib (`pip install "vmonarch[plot]"`), the tables vmonarch alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 from report import Record, RefusedRecord, load, table  # noqa: E402  (the scripts of this folder are no package)
+
+from vmonarch_cli.demo.model import WEIGHTS_DIR  # noqa: E402
+from vmonarch_cli.models.tuned import read_adapter, shipped_adapters  # noqa: E402
 
 FA4 = ("h200-kernel-fa4.json", "h200-kernel-fa4-long.json")
 """Runs with FlashAttention 4 beside the others, each of one length."""
@@ -112,11 +115,11 @@ def cards(records: dict[str, Record]) -> list[str]:
 
 
 def closeness(records: dict[str, Record]) -> list[str]:
-    """How far the shipped demo model's clips are from dense ones, and with the adapters that the record has rows of."""
+    """How far the shipped demo model's clips are from dense ones, and with the adapters that come with it."""
     quality = records[QUALITY]["quality"]
-    by_name = {row["name"]: row for row in quality["rows"]}
+    by_name = _evaluated(quality) | {row["name"]: row for row in quality["rows"]}
     long = records[LONG]["quality"] if LONG in records else None
-    at_length = {row["name"]: row for row in long["rows"]} if long else {}
+    at_length = _evaluated(long) | {row["name"]: row for row in long["rows"]} if long else {}
     adapters, long_adapters = (any(name + TUNED in rows for name in PRESETS) for rows in (by_name, at_length))
     rows = [
         [
@@ -142,6 +145,17 @@ def closeness(records: dict[str, Record]) -> list[str]:
         "",
         what + _origin(records[QUALITY]),
     ]
+
+
+def _evaluated(quality: Record) -> dict[str, Record]:
+    """Rows of the shipped adapters that are made for a record's clips, as `vmonarch tune` measured them."""
+    rows = {}
+    for adapter in map(read_adapter, shipped_adapters(WEIGHTS_DIR.parent)):
+        made_for = adapter.steps, adapter.guidance_scale, adapter.num_frames
+        if made_for == (quality["steps"], quality["guidance_scale"], quality["size"][2]):
+            after = adapter.evaluation["after"]
+            rows[adapter.preset_name + TUNED] = {"latent_error": after["latent_error_mean"], "psnr": after["psnr"]}
+    return rows
 
 
 def _close(row: Record | None) -> list[str]:

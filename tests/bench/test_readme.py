@@ -39,7 +39,10 @@ def test_a_changed_figure_is_found_and_put_right(readme: ModuleType, tmp_path: P
     assert readme.filled(copy.read_text(), records) == text
 
 
-def test_rows_with_an_adapter_have_columns_of_their_own(readme: ModuleType, tmp_path: Path) -> None:
+def test_rows_with_an_adapter_have_columns_of_their_own(
+    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "shipped_adapters", lambda folder: [])
     records = {name: record for name, record in readme.load(readme.HERE / "results") if name != readme.LONG}
     rows = [row for row in records[readme.QUALITY]["quality"]["rows"] if not row["name"].endswith(readme.TUNED)]
     fast = next(row for row in rows if row["name"] == "fast")
@@ -52,6 +55,17 @@ def test_rows_with_an_adapter_have_columns_of_their_own(readme: ModuleType, tmp_
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     pytest.importorskip("matplotlib")
     readme.draw(records, tmp_path)
+
+
+def test_an_adapter_without_a_row_shows_what_its_own_training_measured(readme: ModuleType) -> None:
+    records = dict(readme.load(readme.HERE / "results"))
+    rows = [row for row in records[readme.QUALITY]["quality"]["rows"] if not row["name"].endswith(readme.TUNED)]
+    records[readme.QUALITY] = {
+        **records[readme.QUALITY], "quality": {**records[readme.QUALITY]["quality"], "rows": rows},
+    }  # fmt: skip
+    after = readme.read_adapter(readme.WEIGHTS_DIR.parent / "tuned" / "paper.safetensors").evaluation["after"]
+    line = next(line for line in readme.closeness(records) if line.startswith("| `paper`"))
+    assert f"| {after['latent_error_mean']:.3f} | {after['psnr']:.1f}\u00a0dB |" in line
 
 
 def test_longer_clips_have_columns_where_there_is_a_record_of_them(readme: ModuleType) -> None:

@@ -179,7 +179,7 @@ def test_a_preset_that_few_steps_change_says_so(own: Path, made: int, here: int)
     preset = at_steps(FAST, made)
     path = write(own, own / "mine.safetensors", preset, **{**MADE_FOR, "steps": made})
     told = error("plan", *flags(own, "--tuned", path, "--steps", here, preset="fast"))
-    refresh = "0.6 there and 1.0 here" if made > here else "1.0 there and 0.6 here"
+    refresh = "0.6 there and 0.5 here" if made > here else "0.5 there and 0.6 here"
     assert told == (
         f"adapter {path} was tuned with preset fast at {made} steps and cannot run at {here}: up to 10 steps fast "
         f"computes otherwise (refresh is {refresh}); `vmonarch tune --sampler-steps {here}` makes one"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from vmonarch_cli.models.demo import WEIGHTS
 from vmonarch_cli.models.tuned import check_base, read_adapter
 from vmonarch_cli.pipeline.doctor import EXAMINATIONS
+from vmonarch_cli.pipeline.tuned import write_adapter
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
@@ -39,7 +41,7 @@ def test_each_is_for_these_weights_and_its_preset_as_it_is_now(path: Path) -> No
 
 
 def test_they_leave_the_package_small() -> None:
-    assert len(FILES) == 6
+    assert len(FILES) == 4
     folder = WEIGHTS.parent
     files = [path for name in ("weights", "tuned") for path in (folder / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 32e6
@@ -51,11 +53,11 @@ def test_they_leave_the_package_small() -> None:
         ({}, "fast"),
         ({"preset": "paper"}, "paper"),
         ({"preset": "balanced"}, "balanced"),
-        ({"num_frames": 193}, "fast-193"),
-        ({"preset": "balanced", "num_frames": 193}, "balanced-193"),
-        ({"preset": "fast", "steps": 4, "guidance_scale": 1.0}, None),
+        ({"num_frames": 193}, None),
+        ({"preset": "balanced", "num_frames": 193}, None),
+        ({"preset": "fast", "steps": 4, "guidance_scale": 1.0}, "fast-4-steps"),
         ({"preset": "fast", "steps": 4}, None),
-        ({"preset": "balanced", "steps": 4, "guidance_scale": 1.0}, "balanced-4-steps"),
+        ({"preset": "balanced", "steps": 4, "guidance_scale": 1.0}, None),
         ({"preset": "balanced", "steps": 4}, None),
         ({"preset": "balanced", "steps": 8}, None),
         ({"preset": "quality"}, None),
@@ -66,28 +68,43 @@ def test_they_leave_the_package_small() -> None:
 def test_the_one_that_fits_is_used_and_named(flags: dict[str, object], name: str | None) -> None:
     plan = planned(**flags)
     assert plan.tuned is None if name is None else plan.tuned is not None and Path(plan.tuned.path).stem == name
-    assert (plan.tuned_note is not None) == (name is None and flags.get("preset") in ("fast", "balanced"))
+    may_have_one = flags.get("tuned") != "none" and flags.get("preset", "fast") in ("fast", "balanced")
+    assert (plan.tuned_note is not None) == (name is None and may_have_one)
 
 
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ({"num_frames": 97}, "the model's nearest adapter for fast was made for 49 frames, and this run has 97"),
-        ({"num_frames": 145}, "the model's nearest adapter for fast was made for 193 frames, and this run has 145"),
+        ({"num_frames": 97}, "the model's adapter for fast was made for 49 frames, and this run has 97"),
         (
             {"steps": 8},
-            "the model's adapters for fast were made for 20 steps with guidance 4; this run has 8 steps with guidance "
-            "4",
+            "the model's adapters for fast were made for 4 steps with guidance 1 and 20 steps with guidance 4; this "
+            "run has 8 steps with guidance 4",
         ),
     ],
 )
-def test_where_none_fits_the_nearest_or_all_are_named(flags: dict[str, object], note: str) -> None:
+def test_where_none_fits_it_or_all_are_named(flags: dict[str, object], note: str) -> None:
     plan = planned(**flags)
     assert plan.tuned is None
     assert plan.tuned_note == note
 
 
+@pytest.mark.parametrize(("frames", "nearest"), [(97, 49), (145, 193)])
+def test_of_several_lengths_the_nearest_is_named(
+    frames: int, nearest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = next(path for path in FILES if path.stem == "fast")
+    long = tmp_path / "fast-193.safetensors"
+    said = read_adapter(short)
+    write_adapter(long, load_file(short), said.model_copy(update={"num_frames": 193}))
+    monkeypatch.setattr("vmonarch_cli.plan.tuned.brought", lambda folder, preset: [short, long])
+    plan = planned(num_frames=frames)
+    assert plan.tuned is None
+    expected = f"the model's nearest adapter for fast was made for {nearest} frames, and this run has {frames}"
+    assert plan.tuned_note == expected
+
+
 def test_doctor_names_them() -> None:
     found = [finding for finding in EXAMINATIONS["demo model"]() if finding.name == "demo adapter"]
-    assert [finding.status for finding in found] == ["ok"] * 6
+    assert [finding.status for finding in found] == ["ok"] * 4
     assert "made for paper, 20 steps, guidance 4, 49 frames" in [finding.value for finding in found]

