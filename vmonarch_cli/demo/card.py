@@ -119,7 +119,7 @@ _ADAPTERS = """
 
 `vmonarch_cli/demo/tuned` has adapters that `vmonarch tune` made of these weights, from prompts alone. Each belongs to
 one preset at so many steps, such a guidance and so many frames, and is used there without being asked for; `--tuned
-none` leaves it out. Dense attention never runs with one. "Rank 12 of 16" was trained at rank 16 and cut since, as the
+none` leaves it out. Dense attention never runs with one. "Rank A of B" was trained at rank B and cut to A since, as the
 guide says. Mean relative error of the latents on further held-out prompts, at the rank of training:
 
 | preset | steps | guidance | frames | made on | prompts | error before | after |
