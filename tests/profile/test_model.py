@@ -6,6 +6,10 @@ import importlib
 import io
 import json
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,19 +250,38 @@ def test_one_failing_kind_is_a_row_and_the_others_go_on(tiny_wan_folder: Path, m
 
 
 def test_a_kind_that_fails_later_on_keeps_the_others(tiny_wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = steps.predict, []
+    real = steps.timed_step
 
-    def predict(contender: Any, *rest: Any) -> Any:
-        calls.append(contender.row.name)
-        if calls[-1] == "paper" and calls.count("paper") > 2:
+    def step(contender: Any, *rest: Any) -> Any:
+        if contender.row.name == "paper":
             raise torch.cuda.OutOfMemoryError("a page of details")
         return real(contender, *rest)
 
-    monkeypatch.setattr(steps, "predict", predict)
+    monkeypatch.setattr(steps, "timed_step", step)
     call("-m", str(tiny_wan_folder), *TINY, "--preset", "paper", "--preset", "fast", "--json", "out.json", code=1)
     rows = by_name(json.loads(Path("out.json").read_text()))
     assert rows["paper"]["failure"] == "out of memory"
     assert rows["fast warm"]["step"]["count"] == 2
+
+
+def test_what_puts_an_attention_in_its_place_is_no_part_of_a_step() -> None:
+    transformer, cpu = tiny_transformer(), torch.device("cpu")
+    paper = contenders.contenders(transformer, [load_preset("paper")], cpu, torch.float32)[1]
+    inputs = steps.StepTensors(torch.randn(1, 4, 5, 4, 6), torch.tensor([900.0]), (torch.randn(1, 8, 32),), 1.0)
+
+    @contextmanager
+    def slow() -> Iterator[None]:
+        with paper.enter():
+            time.sleep(1.0)
+            yield
+            time.sleep(1.0)
+
+    with torch.no_grad():
+        expected = steps.predict(paper, transformer, inputs)
+        slowed = replace(paper, enter=slow)
+        found = steps.timed_step(slowed, transformer, inputs, cpu)
+    assert torch.equal(found, expected)
+    assert max(slowed.seconds) < 1.0
 
 
 def test_steps_that_recompute_no_frame_count_by_their_share(
