@@ -301,13 +301,15 @@ def test_scoring_and_the_model_card(trained: Path) -> None:
     assert result["presets"]["other"]["against_first"]["ssim_worst"] == pytest.approx(1)
     score.show(result)
     (trained / "score.json").write_text(json.dumps(result))
-    write_card(
-        ["--reports", str(trained), "--score", str(trained / "score.json"), "--weights", str(trained / "weights")]
-    )
+    longer = {**result, "settings": {**result["settings"], "num_frames": 9}}
+    (trained / "score-9.json").write_text(json.dumps(longer))
+    scores = [part for name in ("score-9.json", "score.json") for part in ("--score", str(trained / name))]
+    write_card(["--reports", str(trained), *scores, "--weights", str(trained / "weights")])
     card = (trained / "weights" / "MODEL_CARD.md").read_text()
     assert f"{result['vae']['psnr']:.2f} dB PSNR" in card
     assert "| text encoder | 2 | 32 captions |" in card
     assert "49 frames of 96 x 96" not in card.replace("grid of 49 frames of 96 x 96", "")
+    assert card.index("### 5 frames of 32 x 32") < card.index("### 9 frames of 32 x 32")
 
 
 @pytest.mark.parametrize(

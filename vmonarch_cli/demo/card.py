@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the reports and write MODEL_CARD.md into the weights folder."""
     parser = argparse.ArgumentParser(prog="python -m vmonarch_cli.demo.card", description=__doc__)
     parser.add_argument("--reports", type=Path, required=True, help="folder of the trainings' ..._report.json")
-    parser.add_argument("--score", type=Path, required=True, nargs="+", help="the scorer's JSON, one for each length")
+    parser.add_argument("--score", type=Path, required=True, action="extend", nargs="+", help="the scorer's JSON")
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
     from safetensors import safe_open
 
