@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    if options.steps < 3:
+        parser.error(f"argument --steps: got {options.steps}; valid are 3 and more, since the first two warm up")
     rank = read_rank()
     device = torch.device(options.device if rank.world == 1 else f"{options.device}:{rank.local}")
     asked: dict[str, Any] = {"size": options.size, "num_frames": options.num_frames, "steps": options.steps}

@@ -223,12 +223,18 @@ def test_what_begins_in_the_middle_does_not_move_the_schedule(
     assert math.isfinite(report["loss"])
 
 
-def test_a_batch_that_cannot_be_split_is_refused(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--structured"], "--batch: got 2; with --structured, valid are multiples of 4"),
+        (["--structured-every", "2"], "--structured-every: got 2; valid beside --structured"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
 ) -> None:
     command = [*DIT, "--vae", str(trained / "vae"), "--text", str(trained), "--out", str(tmp_path)]
-    said = refusal(capsys, [*command, "--structured"])
-    assert said == "error: --batch: got 2; with --structured, valid are multiples of 4"
+    assert refusal(capsys, [*command, *flags]) == f"error: {sentence}"
 
 
 @pytest.mark.parametrize(

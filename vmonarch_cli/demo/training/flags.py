@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import DIT_PRESETS, VAE_PRESETS
 from vmonarch_cli.demo.training.buckets import parse_buckets
+from vmonarch_cli.errors import InputError
 
 T = TypeVar("T")
 
@@ -72,6 +73,14 @@ def _share(text: str, valid: str, *, ends: bool) -> float:
     if not (0 <= share < 1 or (ends and share == 1)):  # and so no NaN
         raise argparse.ArgumentTypeError(f"got {text}, valid are shares of the training {valid}")
     return share
+
+
+def check_structured(args: argparse.Namespace) -> None:
+    """InputError where flags of `train dit` do not go with --structured, or do nothing without it."""
+    if args.structured is None and args.structured_every != 1:
+        raise InputError(f"--structured-every: got {args.structured_every}; valid beside --structured")
+    if args.structured is not None and args.batch % 4:
+        raise InputError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
 
 
 def asked_for(args: argparse.Namespace) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from vmonarch_cli.demo.model import (
 from vmonarch_cli.demo.training import loop
 from vmonarch_cli.demo.training.bank_set import BankSet
 from vmonarch_cli.demo.training.compiled import CompiledBlocks
-from vmonarch_cli.demo.training.flags import asked_for
+from vmonarch_cli.demo.training.flags import asked_for, check_structured
 from vmonarch_cli.demo.training.middle_head import MiddleHead
 from vmonarch_cli.demo.training.objective import Objective
 from vmonarch_cli.demo.training.samples import draw_samples
@@ -80,8 +80,7 @@ class TransformerTraining:
     """One training, or what one process of a torchrun does of it."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, group: Group) -> None:
-        if args.structured is not None and args.batch % 4:
-            raise InputError(f"--batch: got {args.batch}; with --structured, valid are multiples of 4")
+        check_structured(args)
         from diffusers import WanTransformer3DModel
 
         self.args, self.device, self.group = args, device, group
