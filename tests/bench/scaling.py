@@ -9,10 +9,10 @@ timed on its own, layer by layer, with nothing computed between.
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ from vmonarch_cli.presets import Preset, load_preset
 from vmonarch_cli.profile.contenders import Contender, skipped, structured
 from vmonarch_cli.profile.model import random_transformer
 from vmonarch_cli.profile.record import Recorder, this_machine
-from vmonarch_cli.profile.repeat import timed
+from vmonarch_cli.profile.repeat import order_of_round, timed
 from vmonarch_cli.profile.results import Spread, StepRow
 
 # What rounding adds up to over a model's layers when its heads are computed elsewhere.
@@ -75,13 +75,12 @@ def contenders(transformer: Any, presets: list[Preset]) -> list[Contender]:
 
 
 def step(contender: Contender, transformer: Any, arguments: dict[str, Any]) -> torch.Tensor:
-    """One step's prediction; the contender's session adds the step to its own."""
+    """One step's prediction, of a contender in its place; its session adds the step to its own."""
     session = contender.session
     assert session is not None
-    with contender.enter():
-        session.begin_step()
-        prediction: torch.Tensor = transformer(**arguments)[0]
-        session.end_step()
+    session.begin_step()
+    prediction: torch.Tensor = transformer(**arguments)[0]
+    session.end_step()
     return prediction
 
 
@@ -96,13 +95,15 @@ def measure(
     for contender in found:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        predictions[contender.row.name] = [step(contender, transformer, arguments).cpu() for _ in range(2)]
+        with contender.enter():
+            predictions[contender.row.name] = [step(contender, transformer, arguments).cpu() for _ in range(2)]
         peaks[contender.row.name] = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    calls: dict[str, Callable[[], Any]] = {
-        c.row.name: lambda c=c: step(c, transformer, arguments)  # type: ignore[misc]
-        for c in found
-    }
-    seconds = timed(calls, device, repeats)
+    seconds: dict[str, list[float]] = {contender.row.name: [] for contender in found}
+    for index in range(repeats):
+        for contender in order_of_round(found, index):
+            with contender.enter():  # which is no part of a step
+                run = functools.partial(step, contender, transformer, arguments)
+                seconds[contender.row.name] += timed({"step": run}, device, repeats=1)["step"]
     rows = {}
     for contender in found:
         name, session = contender.row.name, contender.session
