@@ -350,6 +350,29 @@ def _tuning(record: Record) -> list[str]:
     return [how, "", *table(titles, [row])]
 
 
+def _arithmetic(record: Record) -> list[str]:
+    settings = record["settings"]
+    how = (
+        f"The demo model, {settings['prompts']} held-out prompts, {settings['num_frames']} frames, "
+        f"{settings['steps']} steps. "
+        "*From stock*: against the same preset's clips with stock blocks, 16-bit products and the float32 VAE."
+    )
+    shown = ("colour", "background", "motion", "shape")
+    rows = [
+        [
+            f"{row['preset']}, {row['variant']}",
+            *(f"{100 * row[name]:.1f} %" for name in shown),
+            f"{row['latent_error']:.4f}",
+            f"{row['psnr']:.2f}",
+            _maybe(row["from_stock"], lambda error: f"{error:.4f}"),
+            _maybe(row["psnr_from_stock"], lambda psnr: f"{psnr:.2f}"),
+        ]
+        for row in record["rows"]
+    ]
+    titles = ["", *shown, "error to dense", "PSNR, dB", "error from stock", "PSNR from stock, dB"]
+    return [how, "", *table(titles, rows)]
+
+
 _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "kernel": _kernel,
     "model": _model,
@@ -360,6 +383,7 @@ _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "card": _card,
     "largest": _largest,
     "tuning": _tuning,
+    "arithmetic": _arithmetic,
 }
 """By kind of record, in the order of the page."""
 
