@@ -26,9 +26,9 @@ from report import Record, RefusedRecord, load, table  # noqa: E402  (the script
 from vmonarch_cli.demo.model import WEIGHTS_DIR  # noqa: E402
 from vmonarch_cli.models.tuned import read_adapter, shipped_adapters  # noqa: E402
 
-FA4 = ("h200-kernel-fa4.json", "h200-kernel-fa4-long.json")
-"""Runs with FlashAttention 4 beside the others, each of one length."""
 KERNEL, QUALITY = "h200-kernel.json", "h200-quality-demo.json"
+FA4 = "h200-kernel-fa4.json"
+"""As KERNEL, with FlashAttention 4 beside the others."""
 LONG = "h200-quality-demo-193.json"
 """As QUALITY for longer clips; its columns are left out where there is no such record."""
 STEPS = ("h200-wan2.1-1.3b-480p-fused.json", "h200-wan2.1-1.3b-720p-fused.json")
@@ -50,8 +50,7 @@ def calls(records: dict[str, Record]) -> list[str]:
     rows = []
     newest = {
         (shape["frames"], shape["positions"]): row["over_fastest_dense"]
-        for name in FA4
-        for shape in records[name]["shapes"]
+        for shape in records[FA4]["shapes"]
         for row in shape["rows"]
         if row["name"] == "paper" and shape["fastest_dense"] == "fa4"
     }

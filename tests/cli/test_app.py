@@ -188,6 +188,20 @@ def test_completion_is_offered() -> None:
             "--prompt 'a star'",
         ),
         (
+            ("profile", "clip", "a", "star"),
+            "error: words without a flag are not taken, got 'a star': a prompt goes after --prompt, as in "
+            "--prompt 'a star'",
+        ),
+        (
+            ("tune", "-o", "a.safetensors", "a", "star"),
+            "error: words without a flag are not taken, got 'a star': valid are flags, which --help lists",
+        ),
+        (
+            ("doctor", "now"),
+            "error: words without a flag are not taken, got 'now': valid are flags, which --help lists",
+        ),
+        (("rerun", "a.json", "b.json"), "error: 'b.json' is too much: vmonarch rerun takes RECORD, and flags"),
+        (
             ("presets", "check", "papre"),
             "error: there is no preset 'papre' (did you mean paper?): shipped are "
             "paper, fast, balanced, quality, exact, dense, and a path to a .toml file works too",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -28,9 +30,11 @@ from vmonarch_cli.cli.recipes import recipes_app
 from vmonarch_cli.cli.rerun import rerun
 from vmonarch_cli.cli.tune import tune
 from vmonarch_cli.errors import EXIT_BAD_INPUT, EXIT_CLIP_FAILED, InputErrors, VmonarchError
-from vmonarch_cli.text import first_line
+from vmonarch_cli.text import first_line, shown
 
 EXIT_INTERRUPTED = (130, 143)
+_STRAY = re.compile(r"Got unexpected extra argument\S* \((?P<words>.*)\)$", re.DOTALL)
+"""What click, and typer's copy of it, say of words that nothing takes."""
 
 
 class OneSentenceGroup(TyperGroup):
@@ -93,8 +97,25 @@ def _usage(error: Any) -> str:
     commands = getattr(getattr(error.ctx, "command", None), "commands", {})
     if words.startswith("No such command") and "Did you mean" not in words:
         return f"{words}: valid are {', '.join(commands)}"
+    if stray := _STRAY.match(words):
+        return _refused(stray["words"], error.ctx)
     about = getattr(getattr(error, "param", None), "help", None)
     return f"{words}: {about.rstrip('.')}" if words.startswith("Missing argument") and about else words
+
+
+def _refused(words: str, context: Any) -> str:
+    """Words that no flag and no argument of a command took, and where words of its kind go."""
+    parameters = context.command.params
+    if any("--prompt" in parameter.opts for parameter in parameters):
+        return (
+            f"words without a flag are not taken, got {shown(words)}: a prompt goes after --prompt, as in "
+            f"--prompt {shlex.quote(words[:60])}"
+        )
+    taken = [str(p.metavar or p.name).upper() for p in parameters if p.param_type_name == "argument"]
+    if taken:
+        command = context.command_path.partition(" ")[2]  # without the program, whose name is the caller's
+        return f"{shown(words)} is too much: vmonarch {command} takes {' '.join(taken)}, and flags"
+    return f"words without a flag are not taken, got {shown(words)}: valid are flags, which --help lists"
 
 
 app = typer.Typer(

@@ -16,10 +16,8 @@ from vmonarch_cli.cli.options import (
     OUTPUT,
     Debug,
     Shown,
-    Stray,
     number_option,
     option,
-    refuse_stray,
     takes_request,
     whole_option,
 )
@@ -94,15 +92,12 @@ class CalibrateFlags:
 
 
 @takes_request(*_NOT_OF_A_CLIP)
-def calibrate(
-    request: GenerateRequest, flags: CalibrateFlags, shown: Shown, debug: Debug = False, words: Stray = None
-) -> None:
+def calibrate(request: GenerateRequest, flags: CalibrateFlags, shown: Shown, debug: Debug = False) -> None:
     """Measure a model's layers and steps against dense attention, and write a preset that fits them.
 
     The preset spends its exact frames where they lower the error most. It is for this model and this number of steps,
     and carries what it rests on. Nothing is written before it was verified on held-out prompts.
     """
-    refuse_stray(words)
     out = shown.output()
     plan = _resolved(request, flags)
     out.note(*plan.clip.notes)

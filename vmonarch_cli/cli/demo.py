@@ -18,10 +18,8 @@ from vmonarch_cli.cli.options import (
     SHAPE,
     Debug,
     Shown,
-    Stray,
     configured,
     option,
-    refuse_stray,
     takes_request,
     whole_option,
 )
@@ -75,7 +73,6 @@ def demo(
     ] = None,
     open_page: Open = False,
     debug: Debug = False,
-    words: Stray = None,
 ) -> None:
     """See what structured attention gains on this machine: one long clip of the built-in model, dense and structured.
 
@@ -85,7 +82,6 @@ def demo(
     from vmonarch_cli.review.compare.files import write_comparison
     from vmonarch_cli.review.compare.verdict import verdict
 
-    refuse_stray(words)
     out = shown.output()
     request = replace(configured(GenerateRequest(**asdict(flags))), model=DEMO_ALIAS)
     folder, comparison = make_comparison(request, preset or [PRESET], out)

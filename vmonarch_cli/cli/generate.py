@@ -11,7 +11,7 @@ import typer
 
 from vmonarch_cli.cli import batch, plan
 from vmonarch_cli.cli.opening import Open, open_file
-from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, Stray, configured, option, refuse_stray, takes_request
+from vmonarch_cli.cli.options import OUTPUT, Debug, Shown, configured, option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.cli.previews import ShownPreviews, WantsPreview, check_places
 from vmonarch_cli.clip.events import ClipDone, ClipStarted, CompilingKernels, Event, LatentsSaved, StepDone
@@ -37,10 +37,8 @@ def generate(
     preview: WantsPreview = False,
     open_result: Open = False,
     debug: Debug = False,
-    words: Stray = None,
 ) -> None:
     """Make clips from a prompt and print what the attention cost, step by step, against dense attention."""
-    refuse_stray(words)
     request = configured(request)
     if options.prompts_file is not None:
         if preview:

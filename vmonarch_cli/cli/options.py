@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, TypedDict, get_type_hints
@@ -265,18 +264,6 @@ class RequestFlags(TypedDict, total=False):
 AsJson = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, help="Print only the paths.")]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show tracebacks.")]
-
-Stray = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")]
-"""Words without a flag, which would otherwise be an "unexpected extra argument"."""
-
-
-def refuse_stray(words: Sequence[str] | None) -> None:
-    """InputError that says where a prompt goes."""
-    if words:
-        raise InputError(
-            f"words without a flag are not taken, got {shown(' '.join(words))}: a prompt goes after --prompt, as in "
-            f"--prompt {shlex.quote(' '.join(words)[:60])}"
-        )
 
 
 def configured(request: GenerateRequest) -> GenerateRequest:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from vmonarch_cli import __version__
 from vmonarch_cli.cli import batch
-from vmonarch_cli.cli.options import MEMORY, Debug, Shown, Stray, configured, number_option, refuse_stray, takes_request
+from vmonarch_cli.cli.options import MEMORY, Debug, Shown, configured, number_option, takes_request
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.machine.torchrun import read_rank
 from vmonarch_cli.plan.checks import number
@@ -26,13 +26,11 @@ def plan(
         number_option("--vram", panel=MEMORY, help="GiB of another card: which offload modes fit it."),
     ] = None,
     debug: Debug = False,
-    words: Stray = None,
 ) -> None:
     """Print what `generate` would do with the same flags: settings and their origins, tokens, FLOPs, memory, time.
 
     No weight is loaded and nothing is written.
     """
-    refuse_stray(words)
     request = configured(request)
     number("--vram", vram, 0.5, 10_000)
     if options.prompts_file is not None:

@@ -15,10 +15,8 @@ from vmonarch_cli.cli.options import (
     SAMPLING,
     Debug,
     Shown,
-    Stray,
     number_option,
     option,
-    refuse_stray,
     takes_request,
     whole_option,
 )
@@ -143,13 +141,12 @@ class TuneFlags:
 
 
 @takes_request(*_NOT_OF_A_CLIP)
-def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug = False, words: Stray = None) -> None:
+def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug = False) -> None:
     """Tune a model to a preset: the same model with dense attention teaches it, and prompts are all it needs.
 
     Writes one file for `--tuned`, a LoRA or, with `--full`, all weights. What a run has done is kept in a folder beside
     it, OUTPUT.tune, until the file is there. Started by torchrun, processes share the work.
     """
-    refuse_stray(words)
     rank = read_rank()
     out = shown.output(main=rank.is_main)
     plan = _resolved(request, flags, rank.world)
