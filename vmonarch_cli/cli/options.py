@@ -115,7 +115,9 @@ class RequestFlags(TypedDict, total=False):
     ]
     sampler: Annotated[
         str | None,
-        option("--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++ or lcm. Default: the model's own."),
+        option(
+            "--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++, dpm++sde or lcm. Default: the model's own."
+        ),
     ]
     sigmas: Annotated[
         Any,

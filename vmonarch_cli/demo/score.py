@@ -22,7 +22,9 @@ from vmonarch_cli.demo.exits import one_sentence
 from vmonarch_cli.demo.model import WEIGHTS_DIR
 from vmonarch_cli.demo.score_table import show
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
+from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
+from vmonarch_cli.plan.noise_levels import OWN, SAMPLERS, check_sampler, resolve_noise_levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +50,8 @@ class Settings:
     num_frames: int = 49
     flow_shift: float | None = None
     """Of the sampler's noise levels; None: the one in the weights' folder."""
+    sampler: str = OWN
+    """As `--sampler` of the program. Noise that it adds is one stream for a batch: it changes with `batch`."""
 
 
 def swap_attention(pipeline: Any, preset: str, tuned: AdapterFile | None = None) -> AbstractContextManager[Any]:
@@ -122,10 +126,15 @@ def generate(
 
     from vmonarch_cli.demo.captions import plain_caption
     from vmonarch_cli.families.wan_vae import decode_normalised
+    from vmonarch_cli.pipeline.samplers import use_sampler
 
-    latents, clips = [], []
+    latents, clips, own = [], [], pipeline.scheduler
     for start in range(0, len(specs), settings.batch):
         rows = range(start, min(start + settings.batch, len(specs)))
+        if settings.sampler != OWN:
+            pipeline.scheduler = own
+            levels = resolve_noise_levels(DEMO, settings.sampler, (), settings.steps, own.config.flow_shift)
+            use_sampler(pipeline, settings.sampler, levels.sigmas or (), start)
         with swap(pipeline, preset, **adapter):
             final = pipeline(
                 [plain_caption(specs[i]) for i in rows],
@@ -142,6 +151,7 @@ def generate(
             with torch.no_grad():
                 clips.append(decode_normalised(pipeline.vae, one.to(pipeline.vae.dtype)).float().cpu())
         latents.append(final.float().cpu())
+    pipeline.scheduler = own
     return torch.cat(latents), torch.cat(clips)
 
 
@@ -268,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=defaults.size)
     parser.add_argument("--frames", type=int, default=defaults.num_frames)
     parser.add_argument("--flow-shift", type=float, help="shift of the noise levels (default: that of the weights)")
+    parser.add_argument("--sampler", default=defaults.sampler, help=f"{', '.join(SAMPLERS)} (default: {OWN})")
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
     parser.add_argument("--tuned", action="append", type=Path, help="an adapter, for a row of its own (repeatable)")
     parser.add_argument("--device")
@@ -289,13 +300,16 @@ def _run(args: argparse.Namespace) -> None:
     presets = args.preset or (DENSE,)
     for name in presets:
         load_preset(name)  # an unknown one would be found when the clips of those before it are made
+    check_sampler(args.sampler)
     tuned = [read(path) for path in args.tuned or ()]
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     result = score(
         args.weights,
-        Settings(args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift),
+        Settings(
+            args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift, args.sampler
+        ),
         [*presets, *tuned],
         device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,

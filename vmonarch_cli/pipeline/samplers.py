@@ -12,6 +12,8 @@ from vmonarch_cli.pipeline.load import set_flow_shift
 from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 
+_DPM = {"dpm++": "dpmsolver++", "dpm++sde": "sde-dpmsolver++"}
+"""Samplers of one scheduler; the second adds noise in every step (Lu et al., arXiv 2211.01095, appendix B)."""
 _NOISELESS = 1e-6
 """How far below 1 the first level is for samplers that divide by 1 - sigma."""
 _NOISE_SEED = 0x6C636D
@@ -23,7 +25,12 @@ def set_schedule(pipeline: Any, plan: Plan, seed: int) -> None:
     if not plan.noise_levels_forced or plan.noise_levels is None:
         set_flow_shift(pipeline, plan.flow_shift)
         return
-    pipeline.scheduler = held_to(_scheduler(pipeline.scheduler, plan.sampler), plan.noise_levels, seed)
+    use_sampler(pipeline, plan.sampler, plan.noise_levels, seed)
+
+
+def use_sampler(pipeline: Any, sampler: str, levels: tuple[float, ...], seed: int) -> None:
+    """Give a pipeline a sampler (see `SAMPLERS`) with these noise levels; noise that it adds comes from the seed."""
+    pipeline.scheduler = held_to(_scheduler(pipeline.scheduler, sampler), levels, seed)
 
 
 def _scheduler(own: Any, sampler: str) -> Any:
@@ -37,9 +44,9 @@ def _scheduler(own: Any, sampler: str) -> Any:
         return type(own).from_config(own.config, **{key: value for key, value in keep.items() if key in own.config})
     if sampler == "unipc":
         return diffusers.UniPCMultistepScheduler(num_train_timesteps=train_steps, **solver)
-    if sampler == "dpm++":
+    if sampler in _DPM:
         return diffusers.DPMSolverMultistepScheduler(
-            num_train_timesteps=train_steps, algorithm_type="dpmsolver++", **solver
+            num_train_timesteps=train_steps, algorithm_type=_DPM[sampler], **solver
         )
     kind = diffusers.FlowMatchLCMScheduler if sampler == "lcm" else diffusers.FlowMatchEulerDiscreteScheduler
     return kind(num_train_timesteps=train_steps)

@@ -12,7 +12,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.text import near, shown
 
 OWN = "own"
-SAMPLERS = (OWN, "unipc", "euler", "dpm++", "lcm")
+SAMPLERS = (OWN, "unipc", "euler", "dpm++", "dpm++sde", "lcm")
 """What `--sampler` takes; "own" is the scheduler that the model comes with, as it is set there."""
 _KINDS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 _OF_FAMILY = {
