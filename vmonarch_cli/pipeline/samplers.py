@@ -13,7 +13,7 @@ from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.plan import Plan
 
 _DPM = {"dpm++": "dpmsolver++", "dpm++sde": "sde-dpmsolver++"}
-"""Samplers of one scheduler; the second adds noise in every step (Lu et al., arXiv 2211.01095, appendix B)."""
+"""Samplers of one scheduler; the second adds noise in every step (Lu et al., arXiv 2211.01095)."""
 _NOISELESS = 1e-6
 """How far below 1 the first level is for samplers that divide by 1 - sigma."""
 _NOISE_SEED = 0x6C636D
