@@ -10,8 +10,7 @@ changes one of them, the last all. fp8 needs a GPU that computes in it; without 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from vmonarch_cli.demo.reader import ATTRIBUTES
 from vmonarch_cli.demo.score import DENSE, Settings, compare, generate, held_out_specs, load, read_agreement
 from vmonarch_cli.errors import DeviceError, InputError
 from vmonarch_cli.pipeline.device import pick_device
-from vmonarch_cli.pipeline.fuse import fused
+from vmonarch_cli.pipeline.fuse import fuse
 from vmonarch_cli.pipeline.load import quiet_libraries
 from vmonarch_cli.pipeline.quantize import check_quantize, compute_in
 from vmonarch_cli.presets import load_preset
@@ -53,7 +52,6 @@ VARIANTS = (
     Variant("fp8", fp8=True),
     Variant("all", fused=True, fp8=True, narrow_vae=True),
 )
-"""Those in fp8 are last: a transformer is converted for good."""
 
 
 def variants_on(device: torch.device) -> tuple[list[Variant], list[dict[str, str]]]:
@@ -66,19 +64,22 @@ def variants_on(device: torch.device) -> tuple[list[Variant], list[dict[str, str
     return list(VARIANTS), []
 
 
-@contextmanager
-def computing(pipeline: Any, variant: Variant, device: torch.device) -> Iterator[None]:
-    """The pipeline computes as the variant says inside the block; what is in fp8 stays so."""
-    if variant.fp8 and not getattr(pipeline, "in_fp8", False):
-        compute_in(pipeline.transformer, "fp8", device)
-        pipeline.in_fp8 = True
-    pipeline.vae.to(torch.bfloat16 if variant.narrow_vae else torch.float32)
-    impl = resolve_fused_impl("auto", device, pipeline.transformer.dtype) if variant.fused else None
-    with nullcontext() if impl is None else fused(pipeline.transformer, impl):
-        yield
+def pipeline_of(variant: Variant, device: torch.device) -> Any:
+    """The demo's pipeline, which computes as the variant says."""
+    pipeline = load(WEIGHTS_DIR, device)
+    transformer = pipeline.transformer
+    if variant.fp8:
+        compute_in(transformer, "fp8", device)
+    if variant.fused:
+        fuse(transformer, resolve_fused_impl("auto", device, transformer.dtype))
+    if variant.narrow_vae:
+        pipeline.vae.to(torch.bfloat16)
+    return pipeline
 
 
-def row_of(preset: str, variant: Variant, clips: Clips, references: dict[str, Clips], scored: dict[str, Any]) -> Any:
+def row_of(
+    preset: str, variant: Variant, clips: Clips, references: dict[str, Clips], scored: dict[str, Any]
+) -> dict[str, Any]:
     """What is written of one variant: attributes shown, distance from dense and from the preset's own stock clips."""
     from_dense = compare(references[DENSE], clips)
     from_stock = None if variant == STOCK else compare(references[preset], clips)
@@ -119,17 +120,18 @@ def main(argv: list[str] | None = None) -> None:
         "arithmetic", str(args.json), this_machine(device), settings, "python tests/bench/arithmetic.py"
     )
     recorder.save(skipped=skipped)
-    pipeline, references, rows = load(WEIGHTS_DIR, device), {}, []
+    references: dict[str, Clips] = {}
+    rows: list[dict[str, Any]] = []
     for variant in variants:
+        pipeline = pipeline_of(variant, device)
         for preset in presets:
-            with computing(pipeline, variant, device):
-                clips = generate(pipeline, specs, chosen, preset)
+            clips = generate(pipeline, specs, chosen, preset)
             if variant == STOCK:
                 references[preset] = clips
             rows.append(row_of(preset, variant, clips, references, read_agreement(specs, clips[1], device)))
             recorder.save(rows=rows)
             print(rows[-1], flush=True)
-    recorder.finish(all(row["latent_error"] is not None for row in rows))
+    recorder.finish(all(math.isfinite(row["latent_error"]) for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,23 +15,10 @@ from vmonarch_cli.demo.model import (
     build_transformer,
     build_vae,
     encode_prompts,
-    export_pipeline,
 )
 from vmonarch_cli.demo.training import still_image
 from vmonarch_cli.families.wan_vae import decode_normalised, decode_raw, encode_moments
 from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS, unknown_words, vocabulary
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline with random weights, on disk."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    dit, text = DIT_PRESETS["tiny"]
-    vae = build_vae(VAE_PRESETS["tiny"])
-    vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
-    export_pipeline(folder, vae, build_transformer(dit), build_text_encoder(text), build_tokenizer())
-    return folder
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])

@@ -129,12 +129,13 @@ def generate(
     from vmonarch_cli.pipeline.samplers import use_sampler
 
     latents, clips, own = [], [], pipeline.scheduler
+    levels = None
+    if settings.sampler != OWN:
+        levels = resolve_noise_levels(DEMO, settings.sampler, (), settings.steps, own.config.flow_shift).sigmas
     for start in range(0, len(specs), settings.batch):
         rows = range(start, min(start + settings.batch, len(specs)))
-        if settings.sampler != OWN:
-            pipeline.scheduler = own
-            levels = resolve_noise_levels(DEMO, settings.sampler, (), settings.steps, own.config.flow_shift)
-            use_sampler(pipeline, settings.sampler, levels.sigmas or (), start)
+        if levels is not None:
+            use_sampler(pipeline, settings.sampler, levels, start)
         with swap(pipeline, preset, **adapter):
             final = pipeline(
                 [plain_caption(specs[i]) for i in rows],
