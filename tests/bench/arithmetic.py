@@ -78,11 +78,16 @@ def pipeline_of(variant: Variant, device: torch.device) -> Any:
 
 
 def row_of(
-    preset: str, variant: Variant, clips: Clips, references: dict[str, Clips], scored: dict[str, Any]
+    preset: str,
+    variant: Variant,
+    clips: Clips,
+    references: dict[str, Clips],
+    scored: dict[str, Any],
+    device: torch.device,
 ) -> dict[str, Any]:
     """What is written of one variant: attributes shown, distance from dense and from the preset's own stock clips."""
-    from_dense = compare(references[DENSE], clips)
-    from_stock = None if variant == STOCK else compare(references[preset], clips)
+    from_dense = compare(references[DENSE], clips, device)
+    from_stock = None if variant == STOCK else compare(references[preset], clips, device)
     return {
         "preset": preset,
         "variant": variant.name,
@@ -128,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             clips = generate(pipeline, specs, chosen, preset)
             if variant == STOCK:
                 references[preset] = clips
-            rows.append(row_of(preset, variant, clips, references, read_agreement(specs, clips[1], device)))
+            scored = read_agreement(specs, clips[1], device)
+            rows.append(row_of(preset, variant, clips, references, scored, device))
             recorder.save(rows=rows)
             print(rows[-1], flush=True)
     recorder.finish(all(math.isfinite(row["latent_error"]) for row in rows))
