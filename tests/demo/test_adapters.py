@@ -75,7 +75,10 @@ def test_the_one_that_fits_is_used_and_named(flags: dict[str, object], name: str
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ({"num_frames": 97}, "the model's adapter for fast was made for 49 frames, and this run has 97"),
+        (
+            {"num_frames": 97, "guidance_scale": 4.0},
+            "the model's adapter for fast was made for 49 frames, and this run has 97",
+        ),
         (
             {"steps": 8},
             "the model's adapters for fast were made for 4 steps with guidance 1 and 20 steps with guidance 4; this "
@@ -98,7 +101,7 @@ def test_of_several_lengths_the_nearest_is_named(
     said = read_adapter(short)
     write_adapter(long, load_file(short), said.model_copy(update={"num_frames": 193}))
     monkeypatch.setattr("vmonarch_cli.plan.tuned.brought", lambda folder, preset: [short, long])
-    plan = planned(num_frames=frames)
+    plan = planned(num_frames=frames, guidance_scale=4.0)
     assert plan.tuned is None
     expected = f"the model's nearest adapter for fast was made for {nearest} frames, and this run has {frames}"
     assert plan.tuned_note == expected

@@ -351,7 +351,10 @@ def test_the_card_of_a_model_for_several_lengths(trained: Path) -> None:
     vae, text, dit = (json.loads((trained / f"{part}_report.json").read_text()) for part in ("vae", "text", "dit"))
     dit = {**dit, "mixed": {"17x32": 0.2, "49x32": 0.4, "97x32": 0.2, "193x48": 0.2}, "before": dit}
     short = _score_of_nothing()
+    result["settings"] |= {"sampler": "dpm++sde", "guidance": 2.5}
     card = model_card(vae, dit, [short, result], 1, {**text, "captions": 7, "before": text})
+    assert "Run it with 1 steps, guidance 4 and" in card
+    assert "clips of 97 frames and more with 1 steps, guidance 2.5, sampler `dpm++sde`." in card
     assert "shapes: 17 to 193 frames of 32 x 32 and 48 x 48 pixels" in card
     assert "were trained at 97 and 193. There" in card
     assert "--clips 17x32:0.2,49x32:0.4,97x32:0.2,193x48:0.2 --out DIR" in card

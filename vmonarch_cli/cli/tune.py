@@ -26,6 +26,7 @@ from vmonarch_cli.cli.prompt_lines import prompts_of
 from vmonarch_cli.cli.tables import table
 from vmonarch_cli.clip.interrupts import Interrupted, stoppable
 from vmonarch_cli.machine.torchrun import read_rank
+from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.profile.plot import check_plot
 from vmonarch_cli.text import binary_size, counted
@@ -183,7 +184,7 @@ def tune(request: GenerateRequest, flags: TuneFlags, shown: Shown, debug: Debug 
 
 def _resolved(request: GenerateRequest, flags: TuneFlags, world: int) -> TunePlan:
     given = TuneRequest(
-        clip=replace(request, steps=flags.sampler_steps, tuned="none"),
+        clip=replace(request, steps=flags.sampler_steps, tuned="none", sampler=OWN),
         output=flags.adapter,
         steps=flags.train_steps,
         rank=flags.rank,

@@ -13,118 +13,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmonarch_cli.demo import card_texts
 from vmonarch_cli.demo.clips import NUM_FRAMES, SIZE
 from vmonarch_cli.demo.model import FLOW_SHIFT, WEIGHTS_DIR
 from vmonarch_cli.models.demo_vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SHAPES, SIZES
 from vmonarch_cli.models.tuned import TunedAdapter, read_adapter, shipped_adapters
+from vmonarch_cli.plan.noise_levels import OWN
 from vmonarch_cli.plan.tuned import TUNED_ROW
 from vmonarch_cli.text import listed
 
-_TEMPLATE = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-video
----
-
-# The vmonarch demo model
-
-A text-to-video model of {total_millions:.1f} million parameters ({megabytes:.1f} MB in float16) that draws moving
-shapes: {frames} frames of {sizes_trained} pixels at 16 frames a second. It exists so that vmonarch can be tried,
-tested and measured without a download. It loads through `WanPipeline`, like the large models it stands in for.
-
-## Parts
-
-| part | class | parameters |
-| --- | --- | --- |
-| transformer | `WanTransformer3DModel`, {layers} layers, {heads} heads of {head_dim} | {transformer_millions:.2f} M |
-| autoencoder | `AutoencoderKLWan`, 4x in space and time, {z_dim} channels | {vae_millions:.2f} M |
-| text encoder | `UMT5EncoderModel`, {text_layers} layers of {d_model} | {text_millions:.2f} M |
-| tokenizer | word level, {words} tokens | |
-| scheduler | `UniPCMultistepScheduler` on flow sigmas, shift {flow_shift:g} | |
-
-Run it with 20 steps, guidance {guidance:g} and `max_sequence_length=32`. The token grid of 49 frames of 96 x 96 is
-13 x 12 x 12.
-
-## Data
-
-Clips rendered by `vmonarch_cli/demo/clips.py` while training; nothing was collected. One or two shapes
-({shapes}) in {colours}, {sizes}, {motions}; backgrounds {backgrounds}, {kinds}. Captions are built from about
-{words} words in many sentence patterns. One in eleven combinations of shape, colour and motion never occurs in
-training; the held-out prompts below each have one. Training sees pairs and fast motions more often than they are asked
-for below.{longer}
-
-## Training
-
-| part | steps | clips seen | wall clock | device |
-| --- | --- | --- | --- | --- |
-{training}
-
-Wall clock includes compilation and evaluation. The text encoder learns to name what a caption says and is then left as
-it is. While the transformer learns, a small head that is not in this folder reads the objects' outlines from its
-middle, and the loss weighs more where objects are; both fade out. The transformer's last flow-matching loss was
-{dit_loss:.4f}.{structured}
-
-To train again: `python -m vmonarch_cli.demo.training vae --out DIR`, then `text --out DIR`, then
-`dit --vae DIR/vae --text DIR --out DIR`{again}.{adapters}
-
-## Measured
-
-{measured}
-## Limits
-
-- It knows the words of `vmonarch_cli/models/demo_vocabulary.py` and nothing else; the command line names the words
-  that it does not know.
-- It was trained at {frames} frames of {sizes_trained} pixels only. Other sizes and lengths run but were not trained.
-- At most two objects, in separate places. Left unsaid, size and background are chosen at random.
-- It says nothing about how structured attention does on large models: attention here is over {tokens} tokens, and
-  the clips are simple.
-"""
-
-_AGAIN = """; for the last training, `text --init WEIGHTS --out DIR`
-and `dit --vae WEIGHTS/vae --text DIR --init WEIGHTS {flags} --clips {clips} --out DIR`"""
-
-_LONGER = """
-
-Clips longer than 49 frames were trained at {lengths}. There, motions that repeat keep their speed and the others take
-their time, and one object may move in several ways, one after the other ("rises, then circles"): in two in 97 frames,
-in up to three from 145 on. Shorter clips show a whole motion, faster."""
-
-_MEASURED = """### {frames} frames of {size} x {size}
-
-Autoencoder on {vae_eval_clips} held-out clips: {vae_psnr:.2f} dB PSNR, worst clip {vae_worst:.2f} dB; first, middle and
-last frame {vae_first:.2f}, {vae_middle:.2f} and {vae_last:.2f} dB.
-
-Share of clips that show what their prompt says, on {prompts} held-out prompts ({pairs} of them with two objects, which
-must both be right{several}), {steps} steps, on {score_device}, read from the pixels by `vmonarch_cli/demo/reader.py`:
-
-| | colour | background | motion | shape |
-| --- | --- | --- | --- | --- |
-{agreement}
-| the reader itself, on {reader_clips} rendered clips | {reader} |
-| and on the autoencoder's reconstructions of {through_clips} of them | {through} |
-{distances}"""
-
-
 _KINDS_OF_CLIPS = ("one object", "single"), ("two objects", "pair"), ("several motions", "several")
 _WORDS_BEFORE = 179  # of tokenizers whose reports do not say it
-_STRUCTURED = """
-
-In the training marked as tuned, half of every batch repeats the other half's clips with Monarch attention (one part as
-preset `paper` runs it, one with every frame's own keys exact besides), and the loss asks that both halves agree: the
-paper tunes its models with its attention, too. Presets are therefore closer to dense here than on a model that never
-saw them."""
-_ADAPTERS = """
-
-## Adapters
-
-`vmonarch_cli/demo/tuned` has adapters that `vmonarch tune` made of these weights, from prompts alone. Each belongs to
-one preset at so many steps, such a guidance and so many frames, and is used there without being asked for; `--tuned
-none` leaves it out. Dense attention never runs with one. "Rank A of B" was trained at rank B and cut to A since, as the
-guide says. Mean relative error of the latents on further held-out prompts, at the rank of training:
-
-| preset | steps | guidance | frames | made on | prompts | error before | after |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}"""
 
 Report = dict[str, Any]
 
@@ -150,13 +49,13 @@ def model_card(
     trained = _trained_at(dit)
     lengths, sides = ({shape[i] for shape in trained} for i in (0, 1))
     longer = sorted(frames for frames in lengths if frames > NUM_FRAMES)
-    return _TEMPLATE.format(
+    return card_texts.TEMPLATE.format(
         total_millions=(transformer + text + vae_parameters) / 1e6,
         megabytes=dit["folder_megabytes"],
         frames=_span(lengths),
         sizes_trained=" and ".join(f"{side} x {side}" for side in sorted(sides)),
-        again=_AGAIN.format(clips=_clips(dit), flags=dit.get("flags", "--small-until 0")) if "mixed" in dit else "",
-        longer=_LONGER.format(lengths=listed([str(frames) for frames in longer])) if longer else "",
+        again=_again(dit) if "mixed" in dit else "",
+        longer=card_texts.LONGER.format(lengths=listed([str(frames) for frames in longer])) if longer else "",
         layers=dit["transformer"]["num_layers"],
         heads=dit["transformer"]["num_heads"],
         head_dim=dit["transformer"]["head_dim"],
@@ -167,7 +66,8 @@ def model_card(
         vae_millions=vae_parameters / 1e6,
         text_millions=text / 1e6,
         words=dit.get("words", _WORDS_BEFORE),
-        guidance=scores[0]["settings"]["guidance"],
+        sampling=_sampling(scores[0]["settings"]),
+        long_clips=_long_clips([score["settings"] for score in scores]),
         shapes=", ".join(SHAPES),
         colours=", ".join(COLOURS),
         sizes=", ".join(SIZES),
@@ -177,7 +77,7 @@ def model_card(
         training="\n".join(_training(vae, dit, text_alone)),
         dit_loss=dit["loss"],
         flow_shift=FLOW_SHIFT,
-        structured=_STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
+        structured=card_texts.STRUCTURED if any(report.get("structured") for report in _chain(dit)) else "",
         adapters=_adapters(adapters),
         measured="\n".join(_measured(score) for score in scores),
         tokens=_span([_tokens(score) for score in scores]),
@@ -190,9 +90,10 @@ def _trained_at(dit: Report) -> list[tuple[int, int]]:
     return [(int(frames), int(side)) for frames, side in found]
 
 
-def _clips(dit: Report) -> str:
-    """What `--clips` was."""
-    return ",".join(f"{name}:{share:.3g}" for name, share in dit["mixed"].items())
+def _again(dit: Report) -> str:
+    """The command of a training at mixed lengths."""
+    clips = ",".join(f"{name}:{share:.3g}" for name, share in dit["mixed"].items())
+    return card_texts.AGAIN.format(clips=clips, flags=dit.get("flags", "--small-until 0"))
 
 
 def _span(numbers: Collection[int]) -> str:
@@ -210,7 +111,7 @@ def _measured(score: Report) -> str:
     presets = score["presets"]
     entry = next(iter(presets.values()))
     several = entry.get("several_motions", 0)
-    return _MEASURED.format(
+    return card_texts.MEASURED.format(
         frames=score["settings"]["num_frames"],
         size=score["settings"]["size"],
         vae_eval_clips=score["vae"]["clips"],
@@ -222,7 +123,7 @@ def _measured(score: Report) -> str:
         prompts=entry["prompts"],
         pairs=entry["pairs"],
         several=f"; {several} with several motions, which must all be right and in order" if several else "",
-        steps=score["settings"]["steps"],
+        sampling=_sampling(score["settings"]),
         score_device=score["device"],
         agreement="\n".join(_agreement(presets)),
         distances="\n".join(_distances(presets)),
@@ -231,6 +132,20 @@ def _measured(score: Report) -> str:
         through_clips=score["reader_through_vae"]["clips"],
         through=_row(score["reader_through_vae"]),
     )
+
+
+def _sampling(settings: Report) -> str:
+    """How clips were sampled."""
+    sampler = str(settings.get("sampler", OWN))
+    return f"{settings['steps']} steps, guidance {settings['guidance']:g}" + f", sampler `{sampler}`" * (sampler != OWN)
+
+
+def _long_clips(settings: Sequence[Report]) -> str:
+    """How the shortest clips were sampled that were not sampled as the first ones; nothing where all were."""
+    other = next((one for one in settings if _sampling(one) != _sampling(settings[0])), None)
+    if other is None:
+        return ""
+    return card_texts.LONG_CLIPS.format(frames=other["num_frames"], sampling=_sampling(other))
 
 
 def _training(vae: Report, dit: Report, text_alone: Report | None) -> list[str]:
@@ -271,7 +186,7 @@ def _adapters(adapters: Sequence[TunedAdapter]) -> str:
         made += f", rank {said.training['rank']} of {of}" if of else ""
         made_for = f"`{said.preset_name}` | {said.steps} | {said.guidance_scale:g} | {said.num_frames}"
         rows.append(f"| {made_for} | {made} | {said.evaluation['prompts']} | {before:.3f} | {after:.3f} |")
-    return _ADAPTERS.format(rows="\n".join(rows)) if adapters else ""
+    return card_texts.ADAPTERS.format(rows="\n".join(rows)) if adapters else ""
 
 
 def _name(row: str) -> str:

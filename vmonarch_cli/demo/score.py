@@ -44,7 +44,7 @@ class Settings:
 
     prompts: int = 64
     steps: int = 20
-    guidance: float = 4.0
+    guidance: float = DEMO.defaults.guidance_scale
     batch: int = 16
     size: int = 96
     num_frames: int = 49
@@ -274,12 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS_DIR)
     parser.add_argument("--prompts", type=int, default=defaults.prompts)
     parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--guidance", type=float, default=defaults.guidance)
+    parser.add_argument("--guidance", type=float, help="default: what the program takes for such clips")
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--size", type=int, default=defaults.size)
     parser.add_argument("--frames", type=int, default=defaults.num_frames)
     parser.add_argument("--flow-shift", type=float, help="shift of the noise levels (default: that of the weights)")
-    parser.add_argument("--sampler", default=defaults.sampler, help=f"{', '.join(SAMPLERS)} (default: {OWN})")
+    parser.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (default: what the program takes for such clips)")
     parser.add_argument("--preset", action="append", help=f"repeatable; the first is the reference (default: {DENSE})")
     parser.add_argument("--tuned", action="append", type=Path, help="an adapter, for a row of its own (repeatable)")
     parser.add_argument("--device")
@@ -306,11 +306,12 @@ def _run(args: argparse.Namespace) -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
+    long = DEMO.sampled_as_long(args.frames, args.steps)
+    sampler, guidance = (OWN, DEMO.defaults.guidance_scale) if long is None else (long.sampler, long.guidance_scale)
+    sampler, guidance = args.sampler or sampler, guidance if args.guidance is None else args.guidance
     result = score(
         args.weights,
-        Settings(
-            args.prompts, args.steps, args.guidance, args.batch, args.size, args.frames, args.flow_shift, args.sampler
-        ),
+        Settings(args.prompts, args.steps, guidance, args.batch, args.size, args.frames, args.flow_shift, sampler),
         [*presets, *tuned],
         device=pick_device(args.device or "auto"),
         reader_clips=args.reader_clips,

@@ -45,6 +45,17 @@ class Defaults(BaseModel):
     preset: str = DEFAULT_PRESET
 
 
+class LongClips(BaseModel):
+    """How clips are sampled that have so many frames and denoising steps or more; the defaults hold for all others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_frames: int
+    steps: int
+    sampler: str
+    guidance_scale: float
+
+
 @dataclass(frozen=True)
 class PipelineFacts:
     """What a run must know of one diffusers pipeline class: how it takes text, images and guidance.
@@ -189,6 +200,13 @@ class ModelEntry(BaseModel):
     trained_frames: tuple[int, int] = (1, 1)
     """Frames of the shortest and of the longest of them."""
     defaults: Defaults
+    long_clips: LongClips | None = None
+    """What is other than the defaults where a clip is long."""
+
+    def sampled_as_long(self, num_frames: int, steps: int) -> LongClips | None:
+        """How a clip of so many frames and steps is sampled, where that is not by the defaults."""
+        long = self.long_clips
+        return None if long is None or num_frames < long.num_frames or steps < long.steps else long
 
     @property
     def side_multiple(self) -> int:

@@ -56,6 +56,7 @@ def _demo() -> tuple[ModelEntry, str]:
     actual = read_folder(WEIGHTS)
     own = {
         "alias", "title", "licence", "aliases", "max_sequence_length", "trained_sizes", "trained_frames", "defaults",
+        "long_clips",
     }  # fmt: skip
     return actual.model_copy(update={key: getattr(DEMO, key) for key in own}), str(WEIGHTS)
 

@@ -136,7 +136,11 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     checks.latent_frames(preset, model, grid[0], num_frames, or_dense=needs.takes_dense)
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     chosen, preset = preset, at_steps(preset, steps)
-    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), defaults.guidance_scale)
+    # A recipe, noise levels of the user's own and a given video say themselves how a clip is sampled.
+    plain = recipe is None and not sigmas and video is None
+    long = model.sampled_as_long(num_frames, steps) if plain else None
+    usual_guidance = defaults.guidance_scale if long is None else long.guidance_scale
+    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), usual_guidance)
     fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
     checks.sound_length(model, num_frames, fps)
     outputs = resolve_targets(
@@ -155,7 +159,8 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     )
     given = sum(path is not None for path in (image, last_image))
     others = model.other_tokens(height, width, num_frames, given)
-    sampler = take("sampler", check_sampler(request.sampler), OWN, DEFAULT)
+    usual_sampler = (OWN, DEFAULT) if long is None else (long.sampler, MODEL_DEFAULT)
+    sampler = take("sampler", check_sampler(request.sampler), *usual_sampler)
     levels = resolve_noise_levels(model, sampler, sigmas, steps, flow_shift, strength)
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others, levels.sigmas)
     step_costs = tuple(work.step_costs(preset))
