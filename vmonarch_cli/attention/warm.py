@@ -32,7 +32,7 @@ class CallKey(NamedTuple):
     @property
     def leading(self) -> CallKey:
         """The same layer's call in the branch that leads: the first forward, or its prompts' half."""
-        return self._replace(forward=0, negative_half=False)
+        return CallKey(self.transformer, self.layer) if self.forward or self.negative_half else self
 
 
 class WarmState:
