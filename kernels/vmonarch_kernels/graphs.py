@@ -176,8 +176,11 @@ class _Buffers:
         else:
             q, k, v = (torch.empty_like(x) for x in (q, k, v))
         self._l_rows = start = None
+        self._row_ends = False
+        """L comes with the ends of its rows, which are copied too: a copy of one piece."""
         if inputs.l_prev is not None:
-            self._l_rows = torch.empty_like(_rows(inputs.l_prev))
+            rows = _rows(inputs.l_prev)
+            self._l_rows, self._row_ends = torch.empty_like(rows), rows is not inputs.l_prev
             start = self._l_rows[..., : inputs.l_prev.shape[-1]]
         self._packed: Tensor | None = None
         if packed and residual is not None:
@@ -201,7 +204,8 @@ class _Buffers:
             self.inputs.k.copy_(inputs.k)
             self.inputs.v.copy_(inputs.v)
         if self._l_rows is not None and inputs.l_prev is not None:
-            self._l_rows.copy_(_rows(inputs.l_prev))
+            rows = self._l_rows
+            rows.copy_(inputs.l_prev.as_strided(rows.shape, rows.stride()) if self._row_ends else inputs.l_prev)
         _copy_pair(self.inputs.extra, inputs.extra)
         if self._packed is not None and packed is not None:
             self._packed.copy_(packed)

@@ -167,5 +167,5 @@ class StructuredAttention:
     def _due(self, call: AttentionCall) -> int:
         """Frames that have their turn in this call."""
         layers = self._layers[call.key.transformer]
-        schedule = self.calls(call.steps).schedule(call.grid[0], layers, self._stages)
-        return schedule.due(call.step, call.key.layer, call.forwards, call.stage)
+        due = self.calls(call.steps).due(call.grid[0], layers, self._stages)
+        return due(call.step, call.key.layer, call.forwards, call.stage)

@@ -7,7 +7,7 @@ with it, so that what is shown and counted is what runs. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
@@ -118,11 +118,12 @@ class ClipCalls:
         self.options = cache(partial(options_for, self.preset))
         """``options_for`` of latent frames, and whether the call is ``warm``."""
         self._preset, self._steps = preset, steps
-        self._schedules: dict[tuple[int, int, int], ClipSchedule] = {}
+        self._due: dict[tuple[int, int, int], Callable[[int, int, int, Stage], int]] = {}
 
-    def schedule(self, frames: int, layers: int, stages: int) -> ClipSchedule:
-        """``schedule_for`` of a clip's latent frames, in a model of so many layers and stages."""
+    def due(self, frames: int, layers: int, stages: int) -> Callable[[int, int, int, Stage], int]:
+        """``ClipSchedule.due`` of a clip's latent frames, in a model of so many layers and stages."""
         key = (frames, layers, stages)
-        if key not in self._schedules:
-            self._schedules[key] = schedule_for(self._preset, frames, self._steps, layers, stages)
-        return self._schedules[key]
+        if key not in self._due:
+            schedule = schedule_for(self._preset, frames, self._steps, layers, stages)
+            self._due[key] = lru_cache(maxsize=4096)(schedule.due)
+        return self._due[key]
