@@ -8,10 +8,9 @@ compiles), the second one is recorded, the third and all later ones are replayed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +19,25 @@ from vmonarch_kernels.api import attend
 from vmonarch_kernels.autograd import needs_gradient
 from vmonarch_kernels.cost import is_small, l_row_entries
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE
+from vmonarch_kernels.structure import L_DTYPE, packed_residual
+from vmonarch_kernels.turns import Turn
 
 _MOST_BUFFERS = 8
 """Kinds of calls whose buffers are kept: two or three for each shape."""
+_MOST_FACTORS = 256
+"""Sets of frames whose factors are kept: one for every step of a few clips."""
 Replay = Callable[[], None]
-Turn = tuple[int, tuple[int, ...]]
-"""A frame that is recomputed, and the frames beside it that get a share of its change."""
-Recompute = Callable[[int, Sequence[int], Inputs, Tensor], None]
+Recompute = Callable[[int, tuple[int, ...], Inputs, Tensor], None]
 """Recomputes a frame of the inputs in the output, in place, and its residual and that of the frames beside it."""
+
+
+class Refresh(NamedTuple):
+    """What comes after the attention of all frames, in a call with a residual."""
+
+    turns: tuple[Turn, ...]
+    recompute: Recompute
+    packed: Tensor | None = None
+    """The bytes of both tensors of the residual, where ``packed_residual`` made it."""
 
 
 class Capture(Protocol):
@@ -75,6 +84,7 @@ class Graphs:
         """Calls whose attention of all frames was replayed."""
         self._capture, self._given = capture or CudaCapture(), capture is not None
         self._kept: dict[Hashable, _Buffers] = {}
+        self._factors: dict[Hashable, Tensor] = {}
 
     def takes(self, inputs: Inputs, impl: str) -> bool:
         """Whether a call goes this way: a small one of the Triton kernels on a GPU, without gradients."""
@@ -87,39 +97,53 @@ class Graphs:
 
     def attend(self, inputs: Inputs, options: Options, *, return_l: bool = False) -> tuple[Tensor, Tensor | None]:
         """``vmonarch_kernels.attend`` of a call that this takes: the same to the bit, in tensors of its own."""
-        return self.refreshed(inputs, options, (), None, return_l=return_l)
+        return self.refreshed(inputs, options, None, return_l=return_l)
 
     def refreshed(
-        self,
-        inputs: Inputs,
-        options: Options,
-        turns: Sequence[Turn],
-        recompute: Recompute | None,
-        *,
-        return_l: bool = False,
+        self, inputs: Inputs, options: Options, refresh: Refresh | None, *, return_l: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``attend``, and then ``recompute`` of every turn, which changes ``inputs.residual`` in place."""
-        with torch.cuda.device(inputs.q.device) if inputs.q.is_cuda else nullcontext():
-            buffers = self._buffers(inputs, options, return_l)
-            buffers.load(inputs)
-            replayed = self.replayed
-            self._run(buffers, "attend", lambda: buffers.attend(options, return_l))
-            self.replayed_calls += self.replayed - replayed
-            for frame, beside in turns:
-                if recompute is None or buffers.out is None:
-                    raise ValueError("turns came without a way to recompute them; valid are both or neither.")
-                launch = _bound(recompute, frame, beside, buffers.inputs, buffers.out)
-                self._run(buffers, (frame, beside), launch)
-            return buffers.results(inputs.residual if turns else None)
+        """``attend``, and then every turn, which changes ``inputs.residual`` in place."""
+        device = inputs.q.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.refreshed(inputs, options, refresh, return_l=return_l)
+        packed = None if refresh is None else refresh.packed
+        buffers = self._buffers(inputs, options, packed is not None, return_l)
+        buffers.load(inputs, packed)
+        replayed = self.replayed
+        self._run(buffers, "attend", partial(buffers.attend, options, return_l))
+        self.replayed_calls += self.replayed - replayed
+        if refresh is not None and refresh.turns:
+            for turn in refresh.turns:
+                self._run(buffers, turn, partial(refresh.recompute, *turn, buffers.inputs, buffers.made))
+            buffers.give_back(inputs.residual, packed)
+        return buffers.results()
 
-    def _buffers(self, inputs: Inputs, options: Options, return_l: bool) -> _Buffers:
-        shapes = tuple((name, x.shape, x.stride(), x.dtype) for name, x in inputs.tensors())
-        kind = (inputs.q.device, inputs.grid, shapes, options, return_l, torch.is_inference_mode_enabled())
-        if kind not in self._kept:
+    def fade(self, scale: Tensor, decay: float, turns: tuple[Turn, ...]) -> None:
+        """Multiply the scale of a residual (B, P, heads, T) by ``decay``, and that of frames with a turn by zero.
+
+        It is one launch: the factors are made once for the same turns of all layers.
+        """
+        kind = (scale.device, scale.shape[-1], decay, turns)
+        factors = self._factors.get(kind)
+        if factors is None:
+            if len(self._factors) == _MOST_FACTORS:
+                self._factors.clear()
+            factors = self._factors[kind] = torch.full(scale.shape[-1:], decay, dtype=scale.dtype, device=scale.device)
+            for frame, _ in turns:
+                factors[frame].fill_(0)
+        scale.mul_(factors)
+
+    def _buffers(self, inputs: Inputs, options: Options, packed: bool, return_l: bool) -> _Buffers:
+        pairs = (*(inputs.extra or _NO_PAIR), *(inputs.residual or _NO_PAIR))
+        lie = tuple([_layout(x) for x in (inputs.q, inputs.k, inputs.v, inputs.l_prev, *pairs)])
+        kind = (inputs.q.device, inputs.grid, lie, options, packed, return_l, torch.is_inference_mode_enabled())
+        buffers = self._kept.get(kind)
+        if buffers is None:
             if len(self._kept) == _MOST_BUFFERS:
                 self._kept.clear()
-            self._kept[kind] = _Buffers(inputs)
-        return self._kept[kind]
+            buffers = self._kept[kind] = _Buffers(inputs, packed)
+        return buffers
 
     def _run(self, buffers: _Buffers, name: Hashable, launch: Callable[[], None]) -> None:
         """Run, record or replay one part of a call on its buffers."""
@@ -142,53 +166,96 @@ class Graphs:
 class _Buffers:
     """The tensors that one kind of call is recorded on."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        copies = {id(x): _like(x) for _, x in inputs.tensors()}
-
-        def pair(found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-            return None if found is None else (copies[id(found[0])], copies[id(found[1])])
-
-        self.inputs = replace(
-            inputs,
-            q=copies[id(inputs.q)],
-            k=copies[id(inputs.k)],
-            v=copies[id(inputs.v)],
-            l_prev=None if inputs.l_prev is None else copies[id(inputs.l_prev)],
-            extra=pair(inputs.extra),
-            residual=pair(inputs.residual),
-        )
+    def __init__(self, inputs: Inputs, packed: bool) -> None:
+        q, k, v, residual = inputs.q, inputs.k, inputs.v, inputs.residual
+        self._qkv: Tensor | None = None
+        """q, k and v one behind the other, where one launch can copy all of them."""
+        if _can_be_joined(q, k, v):
+            self._qkv = q.new_empty((3 * q.shape[0], *q.shape[1:]))
+            q, k, v = self._qkv.chunk(3)
+        else:
+            q, k, v = (torch.empty_like(x) for x in (q, k, v))
+        self._l_rows = start = None
+        self._row_ends = False
+        """L comes with the ends of its rows, which are copied too: a copy of one piece."""
+        if inputs.l_prev is not None:
+            rows = _rows(inputs.l_prev)
+            self._l_rows, self._row_ends = torch.empty_like(rows), rows is not inputs.l_prev
+            start = self._l_rows[..., : inputs.l_prev.shape[-1]]
+        self._packed: Tensor | None = None
+        if packed and residual is not None:
+            self._packed, residual = packed_residual(residual[0].shape, residual[1].shape, q.device)
+        else:
+            residual = _pair_like(residual)
+        self.inputs = Inputs(q, k, v, inputs.grid, start, _pair_like(inputs.extra), residual)
         self.out: Tensor | None = None
-        self.l_new: Tensor | None = None
+        self.l_rows: Tensor | None = None
+        """The L that was made, with the ends of its rows."""
         self.seen: set[Hashable] = set()
         """Parts that ran on these buffers, so that their kernels are compiled and loaded."""
         self.replays: dict[Hashable, Replay] = {}
 
-    def load(self, inputs: Inputs) -> None:
+    def load(self, inputs: Inputs, packed: Tensor | None) -> None:
         """Copy a call's tensors here."""
-        for (_, mine), (_, theirs) in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
-            _rows(mine).copy_(_rows(theirs))
+        if self._qkv is not None:
+            torch.cat((inputs.q, inputs.k, inputs.v), out=self._qkv)
+        else:
+            self.inputs.q.copy_(inputs.q)
+            self.inputs.k.copy_(inputs.k)
+            self.inputs.v.copy_(inputs.v)
+        if self._l_rows is not None and inputs.l_prev is not None:
+            rows = self._l_rows
+            rows.copy_(inputs.l_prev.as_strided(rows.shape, rows.stride()) if self._row_ends else inputs.l_prev)
+        _copy_pair(self.inputs.extra, inputs.extra)
+        if self._packed is not None and packed is not None:
+            self._packed.copy_(packed)
+        else:
+            _copy_pair(self.inputs.residual, inputs.residual)
 
     def attend(self, options: Options, return_l: bool) -> None:
-        self.out, self.l_new = attend(self.inputs, options, impl="triton", return_l=return_l)
+        self.out, l_new = attend(self.inputs, options, impl="triton", return_l=return_l)
+        self.l_rows = None if l_new is None else _rows(l_new)
 
-    def results(self, residual: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-        """Output and L in tensors of their own; what has become of the residual goes into the call's."""
+    @property
+    def made(self) -> Tensor:
+        """The output, after a call."""
         assert self.out is not None  # noqa: S101 - for the type checker: the call has run
-        if residual is not None and self.inputs.residual is not None:
-            for mine, theirs in zip(self.inputs.residual, residual, strict=True):
-                theirs.copy_(mine)
-        l_new = self.l_new
-        return self.out.clone(), None if l_new is None else _rows(l_new).clone()[..., : l_new.shape[-1]]
+        return self.out
+
+    def give_back(self, residual: tuple[Tensor, Tensor] | None, packed: Tensor | None) -> None:
+        """What has become of the residual goes into the call's."""
+        if self._packed is not None and packed is not None:
+            packed.copy_(self._packed)
+        else:
+            _copy_pair(residual, self.inputs.residual)
+
+    def results(self) -> tuple[Tensor, Tensor | None]:
+        """Output and L in tensors of their own."""
+        l_new = None if self.l_rows is None else self.l_rows.clone().narrow(-1, 0, self.inputs.frames)
+        return self.made.clone(), l_new
 
 
-def _bound(recompute: Recompute, frame: int, beside: tuple[int, ...], inputs: Inputs, out: Tensor) -> Replay:
-    return lambda: recompute(frame, beside, inputs, out)
+_NO_PAIR = (None, None)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An uninitialised tensor that lies as x does; L with the ends of its rows."""
-    rows = _rows(x)
-    return torch.empty_like(rows)[..., : x.shape[-1]] if rows is not x else torch.empty_like(x)
+def _layout(x: Tensor | None) -> Hashable:
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+def _can_be_joined(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether one launch copies all three as they lie, and kernels find each on a multiple of 16 bytes."""
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    return alike and all(x.is_contiguous() for x in (q, k, v)) and q.nbytes % 16 == 0
+
+
+def _pair_like(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if pair is None else (torch.empty_like(pair[0]), torch.empty_like(pair[1]))
+
+
+def _copy_pair(to: tuple[Tensor, Tensor] | None, source: tuple[Tensor, Tensor] | None) -> None:
+    if to is not None and source is not None:
+        to[0].copy_(source[0])
+        to[1].copy_(source[1])
 
 
 def _rows(x: Tensor) -> Tensor:

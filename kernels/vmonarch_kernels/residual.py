@@ -6,18 +6,18 @@ structured attention, its residual, stays a good correction until the frame's ne
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vmonarch_kernels.api import attend, frame_attention, resolve_impl
 from vmonarch_kernels.autograd import in_backward_pass, needs_gradient
-from vmonarch_kernels.graphs import Graphs, Turn
+from vmonarch_kernels.graphs import Graphs, Refresh
 from vmonarch_kernels.spec import Inputs, Options
-from vmonarch_kernels.structure import L_DTYPE, split_frames
-from vmonarch_kernels.turns import next_turns, turns, turns_before
+from vmonarch_kernels.structure import L_DTYPE, packed_residual, split_frames
+from vmonarch_kernels.turns import Turn, planned_turns, turns_before
 
 DECAY = 0.95
 """Factor of every residual in each call: it fades as it ages."""
@@ -39,9 +39,9 @@ class Residual:
         will come; where it is known, turns come earlier (``turns_before``).
         """
         batch, tokens, heads, _ = q.shape
-        self.values = torch.zeros(q.shape, dtype=torch.uint8, device=q.device).view(L_DTYPE)
-        self.scale = torch.zeros(batch, tokens // frames, heads, frames, dtype=torch.float32, device=q.device)
-        self._order = turns(frames, first_frame)
+        self._packed, self._views = packed_residual(q.shape, (batch, tokens // frames, heads, frames), q.device)
+        self.values, self.scale = self._views
+        self._first_frame = first_frame
         self._next = 0
         self._calls, self._expected_calls = 0, calls
         self.graphs: Graphs | None = None
@@ -64,7 +64,10 @@ class Residual:
     def copy(self) -> "Residual":
         """One that goes on from here by itself."""
         twin = copy.copy(self)
-        twin.values, twin.scale = self.values.clone(), self.scale.clone()
+        twin._packed, twin._views = packed_residual(self.values.shape, self.scale.shape, self.values.device)
+        twin.values, twin.scale = twin._views
+        twin.values.copy_(self.values)
+        twin.scale.copy_(self.scale)
         return twin
 
     def attention(
@@ -102,17 +105,17 @@ class Residual:
 
         """
         self._refuse_again("attention")
-        chosen = self._take_turns(self._due(refresh, forwards) if count is None else count)
+        turns = self._take_turns(self._due(refresh, forwards) if count is None else count)
+        if self.graphs is not None and self._is_replayed(inputs, impl):
+            self.graphs.fade(self.scale, DECAY, turns)
+            return self._replayed(self.graphs, inputs, options, turns, return_l)
         self.scale.mul_(DECAY)
-        for frame in chosen:  # a fill takes a number from the host; indexing with a list would copy one to the device
+        for frame, _ in turns:  # a fill takes a number from the host; indexing with a list would copy one to the device
             self.scale[..., frame].fill_(0)
-        turns = [(x, tuple(y for y in (x - 1, x + 1) if y in self._order and y not in chosen)) for x in chosen]
-        scale = options.score_scale(inputs.head_dim)
-        if self._is_replayed(inputs, impl):
-            return self._replayed(inputs, options, turns, scale, return_l)
         out, l_new = self._attend(inputs, options, impl, return_l)
-        if chosen and out.requires_grad:
+        if turns and out.requires_grad:
             out = out.clone()  # the call's own output is kept for its backward pass
+        scale = options.score_scale(inputs.head_dim)
         for frame, beside in turns:
             self._recompute(frame, list(beside), inputs, scale, impl, out)
         return out, l_new
@@ -126,29 +129,25 @@ class Residual:
         errors as in ``attention``.
         """
         self._refuse_again("attention_without_turns")
-        if self._is_replayed(inputs, impl):
-            return self._replayed(inputs, options, [], options.score_scale(inputs.head_dim), return_l)
+        if self.graphs is not None and self._is_replayed(inputs, impl):
+            return self._replayed(self.graphs, inputs, options, (), return_l)
         return self._attend(inputs, options, impl, return_l)
 
     def _is_replayed(self, inputs: Inputs, impl: str) -> bool:
         q = inputs.q
-        return self.graphs is not None and self.graphs.takes(
-            inputs, resolve_impl(impl, q.device, q.dtype, inputs.head_dim)
-        )
+        if impl != "triton":  # what that needs is checked where it first runs
+            impl = resolve_impl(impl, q.device, q.dtype, inputs.head_dim)
+        return self.graphs is not None and self.graphs.takes(inputs, impl)
 
     def _replayed(
-        self, inputs: Inputs, options: Options, turns: list[Turn], scale: float, return_l: bool
+        self, graphs: Graphs, inputs: Inputs, options: Options, turns: tuple[Turn, ...], return_l: bool
     ) -> tuple[Tensor, Tensor | None]:
         """A call and its turns through ``graphs``, which has residual buffers of its own beside the other tensors'."""
-        from vmonarch_kernels.launch import refresh_triton
-
-        def recompute(frame: int, beside: Sequence[int], given: Inputs, out: Tensor) -> None:
-            assert given.residual is not None  # noqa: S101 - for the type checker: as below
-            refresh_triton(given, out, given.residual, frame, list(beside), NEIGHBOUR_SHARE, scale)
-
-        assert self.graphs is not None  # noqa: S101 - for the type checker: _is_replayed has asked
-        kept = replace(inputs, residual=(self.values, self.scale))
-        return self.graphs.refreshed(kept, options, turns, recompute, return_l=return_l)
+        residual = self.values, self.scale
+        packed = self._packed if self.values is self._views[0] and self.scale is self._views[1] else None
+        kept = Inputs(inputs.q, inputs.k, inputs.v, inputs.grid, inputs.l_prev, inputs.extra, residual)
+        recompute = partial(_recomputed, scale=options.score_scale(inputs.head_dim))
+        return graphs.refreshed(kept, options, Refresh(turns, recompute, packed), return_l=return_l)
 
     def _attend(self, inputs: Inputs, options: Options, impl: str, return_l: bool) -> tuple[Tensor, Tensor | None]:
         residual = self.values, self.scale
@@ -176,10 +175,10 @@ class Residual:
         self._calls += 1
         return after - before
 
-    def _take_turns(self, count: int) -> list[int]:
-        """The frames of this call; none where the only frame is exact in every call."""
-        chosen, self._next = next_turns(self._order, self._next, count)
-        return chosen
+    def _take_turns(self, count: int) -> tuple[Turn, ...]:
+        """Those of this call; none where the only frame is exact in every call."""
+        taken, self._next = planned_turns(self.scale.shape[3], self._first_frame, self._next, count)
+        return taken
 
     def _recompute(self, frame: int, beside: list[int], inputs: Inputs, scale: float, impl: str, out: Tensor) -> None:
         """Replace a frame of ``out`` by its exact attention; keep what that changed, for frames ``beside`` it too."""
@@ -204,3 +203,11 @@ class Residual:
         scale = change.abs().amax(-1).clamp_min(1e-30) / _LARGEST
         split_frames(self.values, self.scale.shape[3])[:, frame] = (change / scale[..., None]).to(L_DTYPE)
         self.scale[..., frame] = scale
+
+
+def _recomputed(frame: int, beside: tuple[int, ...], inputs: Inputs, out: Tensor, *, scale: float) -> None:
+    """A turn on the tensors of ``Graphs``."""
+    from vmonarch_kernels.launch import refresh_triton
+
+    assert inputs.residual is not None  # noqa: S101 - for the type checker: _replayed has given one
+    refresh_triton(inputs, out, inputs.residual, frame, list(beside), NEIGHBOUR_SHARE, scale)

@@ -4,6 +4,8 @@ Shape legend of this package: B batch, N tokens = T frames x P positions, H head
 dimension; l query frames, k key frames, j query positions, i key positions.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -111,6 +113,17 @@ def with_padded_rows(l_BPHTT: Tensor) -> Tensor:
     padded = l_BPHTT.new_zeros((batch, positions, heads, frames, row), dtype=L_DTYPE)
     padded[..., :frames] = l_BPHTT
     return padded[..., :frames]
+
+
+def packed_residual(
+    shape: Sequence[int], scale_shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A residual of zero as bytes, and their views (values, scale) of these shapes: one copy moves both."""
+    entries = math.prod(shape)
+    begin = -(-entries // 16) * 16  # kernels read best from multiples of 16 bytes
+    packed = torch.zeros(begin + 4 * math.prod(scale_shape), dtype=torch.uint8, device=device)
+    values, scale = packed[:entries].view(L_DTYPE), packed[begin:].view(torch.float32)
+    return packed, (values.view(*shape), scale.view(*scale_shape))
 
 
 def dequantised(values_BNHD: Tensor, scale_BPHT: Tensor, frames: int) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
+Turn = tuple[int, tuple[int, ...]]
+"""A frame that is recomputed, and the frames beside it that get a share of its change."""
 FIRST_TURNS = 1 / 3
 """Share of one forward's turns that come in the first call, where no frame has a residual yet ..."""
 FIRST_FRAMES = 0.5
@@ -69,3 +72,15 @@ def next_turns(order: Sequence[int], place: int, count: int) -> tuple[list[int],
         if frame not in chosen:
             chosen.append(frame)
     return chosen, place % len(order) if order else 0
+
+
+@lru_cache(maxsize=256)
+def planned_turns(frames: int, first_frame: bool, place: int, count: int) -> tuple[tuple[Turn, ...], int]:
+    """The turns of a call, the next ``count`` from a place in the order of ``turns``, and the place behind them.
+
+    Frames that have their turn in the same call get no share of one another's change.
+    """
+    order = turns(frames, first_frame)
+    chosen, behind = next_turns(order, place, count)
+    beside = set(order).difference(chosen)
+    return tuple((x, tuple(y for y in (x - 1, x + 1) if y in beside)) for x in chosen), behind

@@ -92,6 +92,28 @@ def test_a_residual_through_graphs_is_the_same_from_call_to_call(counts: list[in
     assert graphs.replayed > 8
 
 
+def test_tensors_of_any_strides_are_copied_as_they_are() -> None:
+    """q, k and v cut from one tensor, and a residual whose tensors its caller has put in another order."""
+    graphs = recorder()
+    options = Options(1, band=0, first_frame=False)
+    plain, replayed = (Residual(tensors(0)[0], GRID[0], first_frame=False) for _ in range(2))
+    replayed.graphs = graphs
+    for seed in range(6):
+        q, k, v = torch.stack(tensors(seed), dim=-1).unbind(-1)
+        inputs = Inputs(q, k, v, GRID)
+        assert same(
+            graphs.attend(inputs, options, return_l=True), attend(inputs, options, impl="triton", return_l=True)
+        )
+        found, expected = (one.attention(inputs, options, 1, count=1, impl="triton") for one in (replayed, plain))
+        assert same(found, expected)
+        assert torch.equal(replayed.values.view(torch.uint8), plain.values.view(torch.uint8))
+        assert torch.equal(replayed.scale, plain.scale)
+        if seed == 2:
+            replayed = replayed.copy()
+            replayed.scale = replayed.scale.mT.contiguous().mT
+    assert graphs.replayed > 6
+
+
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_why() -> None:
     def fails(launch: Callable[[], None]) -> Replay:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")

@@ -27,15 +27,15 @@ class Tape:
         if not made:
             return launch
         (buffers,) = made
-        out, l_new = buffers.out, buffers.l_new
+        out, l_rows = buffers.out, buffers.l_rows
         assert out is not None
         out.fill_(float("nan"))
 
         def replay() -> None:
             launch()
-            for mine, new in ((out, buffers.out), (l_new, buffers.l_new)):
+            for mine, new in ((out, buffers.out), (l_rows, buffers.l_rows)):
                 if mine is not None and new is not None:
                     mine.copy_(new)
-            buffers.out, buffers.l_new = out, l_new
+            buffers.out, buffers.l_rows = out, l_rows
 
         return replay

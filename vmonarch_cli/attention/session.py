@@ -17,9 +17,9 @@ from vmonarch_cli.attention.steps import NO_STEP, RunningForward, StepTracker
 from vmonarch_cli.attention.structured import Attention, AttentionCall, StructuredAttention
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
 from vmonarch_cli.errors import ModelError
-from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.plan.small_calls import AS_THEY_ARE, DENSE_BELOW, SmallCalls
-from vmonarch_cli.presets import Preset, at_steps
+from vmonarch_cli.plan.step_schedule import ClipCalls
+from vmonarch_cli.presets import Preset
 from vmonarch_cli.timing import Coverage, StepAttention
 from vmonarch_kernels import dense_choices
 from vmonarch_kernels.dense import AUTO, SDPA, is_quantised
@@ -285,7 +285,7 @@ class AttentionSession:
                 )
             self._dense_calls[reason] += 1
             return self._meter.dense(q, functools.partial(run_dense, self._dense_names(q)[0]))
-        if self._attention is None and options_for(self._resolved, call.grid[0]).exact:
+        if self._attention is None and self._calls.options(call.grid[0]).exact:
             # The structured code computes dense attention here: a speedup would be noise.
             self._dense_calls[EXACT] += 1
             return self._meter.dense(q, functools.partial(self._structured, call))
@@ -312,19 +312,19 @@ class AttentionSession:
         return self.dense
 
     @property
-    def _resolved(self) -> Preset:
-        """The preset as it is in a clip of the current one's number of steps."""
-        return at_steps(self.preset, self._tracker.total)
+    def _calls(self) -> ClipCalls:
+        """What the calls of clips with the current one's number of steps compute."""
+        return self._structured.calls(self._tracker.total)
 
     def forward_is_dense(self) -> bool:
         """Whether all self-attention of the running forward is dense; RuntimeError when none runs."""
         if self._tracker.step is None or self.grid is None:
             raise RuntimeError(NO_STEP)
-        if self.preset.attention == "dense" or self._tracker.step.index < self._resolved.dense_steps:
+        if self.preset.attention == "dense" or self._tracker.step.index < self._calls.preset.dense_steps:
             return True
         if self._attention is not None:
             return False
-        return math.prod(self.grid) < self.small.dense_below or options_for(self._resolved, self.grid[0]).exact
+        return math.prod(self.grid) < self.small.dense_below or self._calls.options(self.grid[0]).exact
 
     def _why_dense(self, call: AttentionCall) -> str | None:
         """Why a call runs dense, or None when it runs structured."""
@@ -333,7 +333,7 @@ class AttentionSession:
             return PRESET_IS_DENSE
         if call.video_tokens != frames * rows * columns:
             return GRID_MISFIT
-        if call.step < self._resolved.dense_steps:
+        if call.step < self._calls.preset.dense_steps:
             return DENSE_STEPS
         if call.key.layer < self.preset.dense_layers:
             return DENSE_LAYERS
@@ -341,8 +341,8 @@ class AttentionSession:
 
     def _is_sampled(self, step: int, key: CallKey) -> bool:
         """Whether this is the call to sample: every n-th structured step, one layer in turn, first branch."""
-        every, since = self._sample_every, step - int(self._resolved.dense_steps)
-        if every < 1 or key.forward or since % every or self._meter.has_sample:
+        every, first_layer = self._sample_every, self.preset.dense_layers
+        if every < 1 or key.forward or self._meter.has_sample:
             return False
-        first_layer = self.preset.dense_layers
-        return key.layer == first_layer + since // every % (self._layers[key.transformer] - first_layer)
+        turn, since = divmod(step - int(self._calls.preset.dense_steps), every)
+        return not since and key.layer == first_layer + turn % (self._layers[key.transformer] - first_layer)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 
 from vmonarch_cli.attention.joint import Text, text_entry, text_rows
 from vmonarch_cli.attention.warm import CallKey, Grid, WarmState
-from vmonarch_cli.plan.call_options import CallOptions, options_for
-from vmonarch_cli.plan.step_schedule import FIRST_STAGE, Stage, schedule_for
-from vmonarch_cli.presets import Preset, at_steps
+from vmonarch_cli.plan.call_options import CallOptions
+from vmonarch_cli.plan.step_schedule import FIRST_STAGE, ClipCalls, Stage
+from vmonarch_cli.presets import Preset
 from vmonarch_kernels import Inputs, attend, resolve_impl
 from vmonarch_kernels.graphs import Graphs
 
@@ -66,6 +67,8 @@ class StructuredAttention:
         over from one another in a clip, all by default.
         """
         self.preset = preset
+        self.calls = cache(partial(ClipCalls, preset))
+        """What the calls of clips with a number of steps compute."""
         self._layers = list(layers)
         self._stages = len(self._layers) if stages is None else stages
         self.warm = WarmState()
@@ -116,11 +119,10 @@ class StructuredAttention:
 
     def _branches(self, call: AttentionCall) -> list[AttentionCall]:
         """The guidance branches of a call, the one that leads first; apart only where they keep something."""
-        samples = call.q.shape[0]
-        preset = at_steps(self.preset, call.steps)
-        keeps = preset.warm_start or preset.refresh
-        if not (call.both_prompts and keeps):
+        preset = self.calls(call.steps).preset
+        if not (call.both_prompts and (preset.warm_start or preset.refresh)):
             return [call]
+        samples = call.q.shape[0]
         if samples % 2:
             return [replace(call, forwards=1)]
         prompts = call.samples(slice(samples // 2, None), negative_half=False)
@@ -129,18 +131,19 @@ class StructuredAttention:
 
     def _branch(self, call: AttentionCall, warm: WarmState) -> torch.Tensor:
         """The structured call of one guidance branch. One that starts warm does one iteration."""
-        preset = at_steps(self.preset, call.steps)
-        options, start, keeps = options_for(preset, call.grid[0]), None, False
+        options_for, frames = self.calls(call.steps).options, call.grid[0]
+        options, start, keeps = options_for(frames), None, False
         if options.keeps_l:
             start, keeps = warm.factor(call.key, call.grid, call.q)
-            options = options_for(preset, call.grid[0], warm=start is not None)
+            options = options_for(frames, warm=start is not None)
         text, extra, video = call.text, None, (call.q, call.k, call.v)
         if text is not None:
             extra = text_entry(*video, text)
             video = (text.split(call.q)[0], text.split(call.k)[0], text.split(call.v)[0])
         out, factor = self._attend(Inputs(*video, call.grid, start, extra), options, call, warm, keeps)
         if factor is not None:
-            warm.put(call.key, call.grid, factor.detach(), start, follow=call.forwards > 1 or call.may_lead)
+            factor = factor.detach() if factor.requires_grad else factor
+            warm.put(call.key, call.grid, factor, start, follow=call.forwards > 1 or call.may_lead)
         return out if text is None else text.join(out, text_rows(call.q, call.k, call.v, text))
 
     def _attend(
@@ -164,5 +167,5 @@ class StructuredAttention:
     def _due(self, call: AttentionCall) -> int:
         """Frames that have their turn in this call."""
         layers = self._layers[call.key.transformer]
-        schedule = schedule_for(self.preset, call.grid[0], call.steps, layers, self._stages)
-        return schedule.due(call.step, call.key.layer, call.forwards, call.stage)
+        due = self.calls(call.steps).due(call.grid[0], layers, self._stages)
+        return due(call.step, call.key.layer, call.forwards, call.stage)

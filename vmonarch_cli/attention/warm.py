@@ -32,7 +32,7 @@ class CallKey(NamedTuple):
     @property
     def leading(self) -> CallKey:
         """The same layer's call in the branch that leads: the first forward, or its prompts' half."""
-        return self._replace(forward=0, negative_half=False)
+        return CallKey(self.transformer, self.layer) if self.forward or self.negative_half else self
 
 
 class WarmState:
@@ -55,10 +55,13 @@ class WarmState:
 
         A branch that follows keeps none while the leading branch has an L of its shape and device.
         """
-        leading = self._fitting_factor(key.leading, grid, q)
-        if key != key.leading and leading is not None:
+        first = key.leading
+        leading = self._fitting_factor(first, grid, q)
+        if first == key:
+            return leading, True
+        if leading is not None:
             # Where no branch was expected to follow, what the leading one ended with is the best that is left.
-            return self._starts.get(key.leading, leading), False
+            return self._starts.get(first, leading), False
         return self._fitting_factor(key, grid, q), True
 
     def _fitting_factor(self, key: CallKey, grid: Grid, q: torch.Tensor) -> torch.Tensor | None:

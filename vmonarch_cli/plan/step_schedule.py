@@ -7,11 +7,12 @@ with it, so that what is shown and counted is what runs. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 
 from vmonarch_cli.errors import PresetError
+from vmonarch_cli.plan.call_options import options_for
 from vmonarch_cli.presets import Preset, at_steps
 from vmonarch_kernels.turns import first_call_turns, turns_before
 
@@ -102,3 +103,27 @@ def schedule_for(preset: Preset, frames: int, steps: int | None, layers: int, st
             )
     resolved = at_steps(preset, steps)
     return ClipSchedule(resolved, frames, steps, stages)
+
+
+class ClipCalls:
+    """What every call of a preset's clips asks, answered once: a small call has no time to work it out again.
+
+    Raises what ``at_steps`` raises.
+    """
+
+    def __init__(self, preset: Preset, steps: int | None) -> None:
+        """``steps``: of a clip; None if not known."""
+        self.preset = at_steps(preset, steps)
+        """As it is in a clip of so many steps."""
+        self.options = cache(partial(options_for, self.preset))
+        """``options_for`` of latent frames, and whether the call is ``warm``."""
+        self._preset, self._steps = preset, steps
+        self._due: dict[tuple[int, int, int], Callable[[int, int, int, Stage], int]] = {}
+
+    def due(self, frames: int, layers: int, stages: int) -> Callable[[int, int, int, Stage], int]:
+        """``ClipSchedule.due`` of a clip's latent frames, in a model of so many layers and stages."""
+        key = (frames, layers, stages)
+        if key not in self._due:
+            schedule = schedule_for(self._preset, frames, self._steps, layers, stages)
+            self._due[key] = lru_cache(maxsize=4096)(schedule.due)
+        return self._due[key]
