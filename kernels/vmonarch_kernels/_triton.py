@@ -234,14 +234,19 @@ def merge_splits_kernel(
     p_lse, s_lb, s_lh,  # the frame's log-sum-exp
     p_values, p_scale,  # residual: e4m3, or its bytes, (B, T, P, H, D) times float32 (B, P, H, T)
     share, blend_before, blend_after,
+    p_turn, s_ot,  # int32: which frame, and whether its neighbours get a share; p_o is then frame 0's
     batch, frames, frame, positions, heads, head_dim, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WITH_LSE: tl.constexpr, HAS_EXTRA: tl.constexpr, KEEP: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
     """Combine the key splits of one frame's exact attention by their log-sum-exps.
 
     With KEEP the change of the frame's output becomes its residual, and a ``share`` of it goes into its neighbours'
-    (``blend_before``, ``blend_after``).
+    (``blend_before``, ``blend_after``). With TURN memory says which frame that is, and a recorded launch serves all.
     """
+    if TURN:
+        frame, blend_before, blend_after = tl.load(p_turn), tl.load(p_turn + 1) != 0, tl.load(p_turn + 2) != 0
+        p_o += frame.to(tl.int64) * s_ot
     o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     bh = tl.program_id(1).to(tl.int64)

@@ -3,7 +3,8 @@
 A call is six launches and more, which the host takes longer to make than a GPU takes to run where tokens are few. All
 layers of a model make the same calls on other tensors. So the tensors of a call are copied to buffers that stay where
 they are, its launches are replayed, and the result is copied out. The first call of its kind runs as it is (it
-compiles), the second one is recorded, the third and all later ones are replayed.
+compiles), the second one is recorded, the third and all later ones are replayed. Frames that have their turn are told
+to the recorded launches by a tensor, so that one recording serves all of them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from vmonarch_kernels.turns import Turn
 
 _MOST_BUFFERS = 8
 """Kinds of calls whose buffers are kept: two or three for each shape."""
-_MOST_FACTORS = 256
-"""Sets of frames whose factors are kept: one for every step of a few clips."""
+_MOST_TURNS = 256
+"""Sets of turns of which tensors are kept: one for every step of a few clips."""
 Replay = Callable[[], None]
-Recompute = Callable[[int, tuple[int, ...], Inputs, Tensor], None]
-"""Recomputes a frame of the inputs in the output, in place, and its residual and that of the frames beside it."""
+Recompute = Callable[[Tensor, Inputs, Tensor], None]
+"""Recomputes a frame of the inputs in the output, in place, and its residual and that of the frames beside it. A tensor
+says which: int32 (4,), the frame, 1 or 0 for the one before and the one after it, and a 0.
+"""
 
 
 class Refresh(NamedTuple):
@@ -79,12 +82,13 @@ class Graphs:
         """Why nothing is recorded any more; calls then run as they are."""
         self.recorded = 0
         self.replayed = 0
-        """Parts of calls: the attention of all frames, and each frame that is recomputed."""
+        """Parts of calls: the attention of all frames, and the frames that are recomputed."""
         self.replayed_calls = 0
         """Calls whose attention of all frames was replayed."""
         self._capture, self._given = capture or CudaCapture(), capture is not None
         self._kept: dict[Hashable, _Buffers] = {}
-        self._factors: dict[Hashable, Tensor] = {}
+        self._turns: dict[Hashable, Tensor] = {}
+        """What tells launches of turns, made once for the same turns of all layers."""
 
     def takes(self, inputs: Inputs, impl: str) -> bool:
         """Whether a call goes this way: a small one of the Triton kernels on a GPU, without gradients."""
@@ -114,25 +118,36 @@ class Graphs:
         self._run(buffers, "attend", partial(buffers.attend, options, return_l))
         self.replayed_calls += self.replayed - replayed
         if refresh is not None and refresh.turns:
-            for turn in refresh.turns:
-                self._run(buffers, turn, partial(refresh.recompute, *turn, buffers.inputs, buffers.made))
+            turns = buffers.turns(len(refresh.turns), device)
+            turns.copy_(self._told(refresh.turns, device))
+            self._run(buffers, len(turns), partial(buffers.recompute, refresh.recompute, turns))
             buffers.give_back(inputs.residual, packed)
         return buffers.results()
 
     def fade(self, scale: Tensor, decay: float, turns: tuple[Turn, ...]) -> None:
         """Multiply the scale of a residual (B, P, heads, T) by ``decay``, and that of frames with a turn by zero.
 
-        It is one launch: the factors are made once for the same turns of all layers.
+        It is one launch.
         """
-        kind = (scale.device, scale.shape[-1], decay, turns)
-        factors = self._factors.get(kind)
-        if factors is None:
-            if len(self._factors) == _MOST_FACTORS:
-                self._factors.clear()
-            factors = self._factors[kind] = torch.full(scale.shape[-1:], decay, dtype=scale.dtype, device=scale.device)
-            for frame, _ in turns:
-                factors[frame].fill_(0)
-        scale.mul_(factors)
+
+        def factors() -> Tensor:
+            due = {frame for frame, _ in turns}
+            values = [0.0 if frame in due else decay for frame in range(scale.shape[-1])]
+            return torch.tensor(values, dtype=scale.dtype, device=scale.device)
+
+        scale.mul_(self._once((scale.device, scale.shape[-1], decay, turns), factors))
+
+    def _told(self, turns: tuple[Turn, ...], device: torch.device) -> Tensor:
+        """Turns as launches are told them, int32 (turns, 4); a row is 16 bytes, as Triton likes its pointers."""
+        rows = [(frame, frame - 1 in beside, frame + 1 in beside, 0) for frame, beside in turns]
+        return self._once((device, turns), lambda: torch.tensor(rows, dtype=torch.int32, device=device))
+
+    def _once(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if kind not in self._turns:
+            if len(self._turns) == _MOST_TURNS:
+                self._turns.clear()
+            self._turns[kind] = make()
+        return self._turns[kind]
 
     def _buffers(self, inputs: Inputs, options: Options, packed: bool, return_l: bool) -> _Buffers:
         pairs = (*(inputs.extra or _NO_PAIR), *(inputs.residual or _NO_PAIR))
@@ -194,6 +209,17 @@ class _Buffers:
         self.seen: set[Hashable] = set()
         """Parts that ran on these buffers, so that their kernels are compiled and loaded."""
         self.replays: dict[Hashable, Replay] = {}
+        self._turns: dict[int, Tensor] = {}
+
+    def turns(self, count: int, device: torch.device) -> Tensor:
+        """Where the launches of so many turns read which they are, int32 (count, 4)."""
+        if count not in self._turns:
+            self._turns[count] = torch.empty((count, 4), dtype=torch.int32, device=device)
+        return self._turns[count]
+
+    def recompute(self, recompute: Recompute, turns: Tensor) -> None:
+        for turn in turns:
+            recompute(turn, self.inputs, self.made)
 
     def load(self, inputs: Inputs, packed: Tensor | None) -> None:
         """Copy a call's tensors here."""

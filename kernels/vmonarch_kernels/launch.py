@@ -188,10 +188,30 @@ def refresh_triton(
     The difference becomes the frame's ``residual``, (values, scale) as in ``Residual``. ``neighbours`` (of the frames
     before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
-    call = Call.of(inputs, Options(scale=scale))
     kept = kernel_residual(residual)
     keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
+    call = Call.of(inputs, Options(scale=scale))
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
+    _give_back(kept, residual)
+
+
+@on_their_device
+def turn_triton(
+    inputs: Inputs, out: Tensor, residual: tuple[Tensor, Tensor], turn: Tensor, share: float, scale: float
+) -> None:
+    """``refresh_triton`` of the frame that a tensor names, int32 (4,): the frame, 1 or 0 for the neighbour before and
+    the one after it, and a 0 that is not read. A recorded launch then serves every frame.
+    """
+    call = Call.of(inputs, Options(scale=scale))
+    frames = split_frames(out, inputs.frames)
+    kept = kernel_residual(residual)
+    keep = _Keep(*kept, share, turn=turn, frame_stride=frames.stride(1))
+    _attend_frame(call, 0, frames[:, 0], extra=_extra_part(inputs), keep=keep)
+    _give_back(kept, residual)
+
+
+def _give_back(kept: tuple[Tensor, Tensor], residual: tuple[Tensor, Tensor]) -> None:
+    """Copy what the kernels have changed into the caller's residual, where they had a copy of it."""
     for mine, theirs in zip(kept, residual, strict=True):
         if mine.data_ptr() != theirs.data_ptr():
             theirs.copy_(mine.view(theirs.dtype))
@@ -204,12 +224,16 @@ class _Keep:
     values: Tensor  # (B, N, H, D), contiguous
     scale: Tensor  # (B, P, H, T) float32, contiguous
     share: float
-    before: bool
-    after: bool
+    before: bool = False
+    after: bool = False
+    turn: Tensor | None = None
+    """Which frame and neighbours, where memory says it; see ``turn_triton``."""
+    frame_stride: int = 0
+    """Elements of the output from one frame to the next, for a turn."""
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor, float, bool, bool]:
-        return self.values, self.scale, self.share, self.before, self.after
+    def arguments(self) -> tuple[Tensor, Tensor, float, bool, bool, Tensor | None, int]:
+        return self.values, self.scale, self.share, self.before, self.after, self.turn, self.frame_stride
 
 
 def _extra_part(inputs: Inputs) -> _Part | None:
@@ -461,6 +485,11 @@ def _attend_frame(
     batch, frames, positions, heads, dim = call.sizes
     tokens = frames * positions
     queries = call.q[:, frame:]
+    turn = None if keep is None else keep.turn
+    if turn is not None:
+        # In memory of q's size: batches lie as far apart as q's, which is what the kernels expect.
+        queries = call.like_q()[:, :1]
+        torch.index_select(call.q, 1, turn[:1], out=queries)
     config, hopper = call.attend_tile(with_k=False, with_v=True)
     block_m, resident = (HOPPER_ROWS, 1) if hopper is not None else (config.block_m, 2)
     tiles = cdiv(positions, block_m) * heads * batch
@@ -485,7 +514,7 @@ def _attend_frame(
         *out.stride()[:3],
         lse,
         *((0, 0) if lse is None else lse.stride()[:2]),
-        *((None, None, 0.0, False, False) if keep is None else keep.arguments),
+        *((None, None, 0.0, False, False, None, 0) if keep is None else keep.arguments),
         batch,
         frames,
         frame,
@@ -498,6 +527,7 @@ def _attend_frame(
         WITH_LSE=lse is not None,
         HAS_EXTRA=extra is not None,
         KEEP=keep is not None,
+        TURN=turn is not None,
         **FUSION,
     )
 

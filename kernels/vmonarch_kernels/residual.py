@@ -205,9 +205,9 @@ class Residual:
         self.scale[..., frame] = scale
 
 
-def _recomputed(frame: int, beside: tuple[int, ...], inputs: Inputs, out: Tensor, *, scale: float) -> None:
+def _recomputed(turn: Tensor, inputs: Inputs, out: Tensor, *, scale: float) -> None:
     """A turn on the tensors of ``Graphs``."""
-    from vmonarch_kernels.launch import refresh_triton
+    from vmonarch_kernels.launch import turn_triton
 
     assert inputs.residual is not None  # noqa: S101 - for the type checker: _replayed has given one
-    refresh_triton(inputs, out, inputs.residual, frame, list(beside), NEIGHBOUR_SHARE, scale)
+    turn_triton(inputs, out, inputs.residual, turn, NEIGHBOUR_SHARE, scale)

@@ -90,6 +90,7 @@ def calls(dtype: torch.dtype, dim: int, frames: int, positions: int) -> dict[str
     plain = Inputs(q, q, q, (frames, 1, positions))
     warm = Inputs(q, q, q, plain.grid, empty_l(split_frames(q, frames)), extra, residual)
     lse = meta(1, 12, frames, positions, dtype=torch.float32)
+    turn = meta(4, dtype=torch.int32)
     of_frame = Forward(meta(1, positions, 12, dim), None, lse[:, :, :1])
 
     def backward(inputs: Inputs, options: Options, rows: int) -> Callable[[], object]:
@@ -106,6 +107,7 @@ def calls(dtype: torch.dtype, dim: int, frames: int, positions: int) -> dict[str
         "backward band": backward(warm, Options(2, band=1), frames),
         "backward frame": lambda: launch_backward.frame_backward_triton(warm, 1, 0.1, of_frame, of_frame.out),
         "refresh": lambda: launch.refresh_triton(warm, meta(*size), residual, 1, [2], 0.25, 0.1),
+        "turn": lambda: launch.turn_triton(warm, meta(*size), residual, turn, 0.25, 0.1),
     }
 
 

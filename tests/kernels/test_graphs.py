@@ -92,6 +92,41 @@ def test_a_residual_through_graphs_is_the_same_from_call_to_call(counts: list[in
     assert graphs.replayed > 8
 
 
+def test_one_recording_of_a_turn_serves_every_frame() -> None:
+    graphs = recorder()
+    residual = Residual(tensors(0)[0], GRID[0], first_frame=False)
+    residual.graphs = graphs
+    for seed in range(8):
+        residual.attention(Inputs(*tensors(seed), GRID), Options(1, first_frame=False), 1, count=1, impl="triton")
+    assert (graphs.recorded, graphs.replayed) == (2, 14)
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["video", "and text"])
+@pytest.mark.parametrize(("frame", "beside"), [(0, ()), (2, (1, 3)), (4, (3,))])
+def test_a_turn_that_memory_names_is_the_same_as_one_that_the_host_names(
+    frame: int, beside: tuple[int, ...], extra: bool
+) -> None:
+    from vmonarch_kernels.launch import refresh_triton, turn_triton
+
+    q, k, v = (torch.cat([x, x.flip(1)]) for x in tensors(0))
+    more = (torch.randn_like(q), torch.randn(q.shape[:3], device=DEVICE)) if extra else None
+    inputs = Inputs(q, k, v, GRID, None, more)
+    made = []
+    for named in (True, False):
+        residual = Residual(q, GRID[0])
+        values = torch.arange(q.numel(), device=DEVICE).remainder(100).to(torch.uint8)
+        residual.values.view(torch.uint8).copy_(values.view(q.shape))
+        residual.scale.fill_(0.5)
+        out, kept = q.flip(2).contiguous(), (residual.values, residual.scale)
+        if named:
+            turn = torch.tensor([frame, frame - 1 in beside, frame + 1 in beside, 0], dtype=torch.int32, device=DEVICE)
+            turn_triton(inputs, out, kept, turn, 0.25, 0.25)
+        else:
+            refresh_triton(inputs, out, kept, frame, list(beside), 0.25, 0.25)
+        made.append((out, residual.values.view(torch.uint8), residual.scale))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 def test_tensors_of_any_strides_are_copied_as_they_are() -> None:
     """q, k and v cut from one tensor, and a residual whose tensors its caller has put in another order."""
     graphs = recorder()

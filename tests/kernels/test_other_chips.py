@@ -128,7 +128,7 @@ def test_everything_compiles_for_amd(arch: str, dtype: str) -> None:
 @pytest.mark.parametrize("arch", [80, "gfx1100"])
 def test_bytes_of_8_bit_states_are_converted_in_the_kernels(arch: int | str) -> None:
     kernels = {"l_output_kernel", "r_queries_kernel", "merge_splits_kernel"}
-    found = compiled(arch=arch, dtype="bfloat16", dim=128, calls=["warm", "refresh"], kernels=sorted(kernels))
+    found = compiled(arch=arch, dtype="bfloat16", dim=128, calls=["warm", "refresh", "turn"], kernels=sorted(kernels))
     assert {entry["kernel"] for entry in found} == kernels
     if arch == 80:
         assert [entry for entry in found if entry["stack"]] == [], "nothing is spilled"
