@@ -255,7 +255,11 @@ class RequestFlags(TypedDict, total=False):
     ]
     graphs: Annotated[
         bool | None,
-        option("--graphs/--no-graphs", panel=SPEED, help="Replay small structured calls as CUDA graphs. Default: off."),
+        option(
+            "--graphs/--no-graphs",
+            panel=SPEED,
+            help="Replay small structured calls as CUDA graphs. Default: where that repays.",
+        ),
     ]
     dense_below: Annotated[
         int | None,
