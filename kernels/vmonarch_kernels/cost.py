@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from vmonarch_kernels.spec import PAPER, Grid, Options
 
-LARGEST_SMALL = 73728
+LARGEST_SMALL = 65536
 """Tokens times heads of a sample up to which a call is small. Six launches cost the host 0.4 ms or more; a call with
 393,120 (Wan2.1-1.3B at 832x480, 81 frames) has 2 ms of work on a H200, and the copies of this many take 0.1 ms.
 """

@@ -56,7 +56,7 @@ def test_it_knows_the_card_and_says_where_its_figures_are_from(monkeypatch: pyte
         return chosen("--device", "cuda", "--num-frames", "193", *flags)
 
     name, why = on("NVIDIA H200")
-    assert (name, "below 11,817 tokens dense attention is faster on this GPU" in why) == ("dense", True)
+    assert (name, "below 17,951 tokens dense attention is faster on this GPU" in why) == ("dense", True)
     wan = ("-m", "wan2.1-1.3b", "--size", "832x480", "--num-frames", "81")
     for gpu, source in (("NVIDIA H200", ""), ("NVIDIA GH200 480GB", ""), ("NVIDIA L40S", ", not on this GPU")):
         assert on(gpu, *wan)[1].endswith(f"x gain time; measured on an H100 and an H200{source}")

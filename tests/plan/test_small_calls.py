@@ -22,7 +22,7 @@ from vmonarch_cli.plan import small_calls_here
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.resolve import resolve
-from vmonarch_cli.plan.small_calls import AS_THEY_ARE, REPLAY_S, SmallCalls, dense_below
+from vmonarch_cli.plan.small_calls import AS_THEY_ARE, dense_below
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = Machine("cuda:0", "NVIDIA H200", "bfloat16", "triton")
@@ -51,8 +51,7 @@ def test_the_threshold_follows_the_chip_and_the_channels() -> None:
 
 def test_what_a_machine_does_with_small_calls() -> None:
     demo, wan = planned(model="demo"), planned(model="wan2.1-1.3b")
-    assert GPU.small_of(planned(model="demo", graphs=False)) == SmallCalls(dense_below("NVIDIA H200", 256))
-    assert GPU.small_of(wan) == SmallCalls(dense_below("NVIDIA H200", 1536)), "few of its small calls can be replayed"
+    assert GPU.small_of(demo).dense_below == dense_below("NVIDIA H200", 256) > demo.tokens
     assert GPU.runs_dense(demo)
     assert not GPU.runs_dense(wan)
     assert not GPU.runs_dense(planned(model="demo", preset="dense"))
@@ -63,15 +62,6 @@ def test_what_a_machine_does_with_small_calls() -> None:
     assert Machine("cpu", "CPU", "float32", "torch").small_of(demo) == AS_THEY_ARE
 
 
-def test_where_all_of_them_can_be_replayed_more_calls_run_structured() -> None:
-    small = GPU.small_of(planned(model="demo"))
-    assert small == SmallCalls(dense_below("NVIDIA H200", 256, REPLAY_S), graphs=True)
-    assert planned(model="demo", num_frames=145, size="128x128").tokens < small.dense_below, "dense is as fast there"
-    long = planned(model="demo", num_frames=193, size="128x128")
-    assert not GPU.runs_dense(long)
-    assert GPU.runs_dense(planned(model="demo", num_frames=193))
-
-
 def test_a_plan_says_which_calls_a_gpu_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_calls_here, "device_key", lambda device: "NVIDIA H200")
     monkeypatch.setattr(small_calls_here, "uses_gpu", lambda device: True)
@@ -79,7 +69,7 @@ def test_a_plan_says_which_calls_a_gpu_runs_dense(monkeypatch: pytest.MonkeyPatc
     def rows(**more: Any) -> list[str]:
         return [str(words) for _, words in plan_tables._small_rows(planned(**more))]
 
-    below = dense_below("NVIDIA H200", 256, REPLAY_S)
+    below = dense_below("NVIDIA H200", 256)
     assert rows(model="demo") == [
         f"calls of 1,872 tokens run dense: below {below:,} tokens dense attention takes this GPU less time than the "
         "launches of a structured call; --dense-below 0 runs them structured"

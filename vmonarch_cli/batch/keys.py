@@ -13,7 +13,7 @@ from vmonarch_cli.models.registry import DEMO_ALIAS
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.seeds import RANDOM
 from vmonarch_cli.plan.setup import AUTO, EARLIER_NAMES
-from vmonarch_cli.plan.small_calls import FASTEST, small_calls
+from vmonarch_cli.plan.small_calls import FASTEST, dense_limit
 from vmonarch_cli.untrusted.files import known_sha256
 
 _LATER_IN_SETUP = ("vae_dtype", "dense_attention", "fuse", "dense_below")
@@ -99,8 +99,8 @@ def _resolved(plan: Plan) -> dict[str, Any]:
         resolved["dense_below"] = None
     elif below is not None and plan.tokens >= below:
         unasked = setup.model_copy(update={"dense_below": None})
-        small = small_calls(unasked, plan.preset, FASTEST, plan.model.hidden_dim, plan.model.heads)
-        resolved["dense_below"] = None if plan.tokens >= small.dense_below else 0
+        limit = dense_limit(unasked, plan.preset, FASTEST, plan.model.hidden_dim)
+        resolved["dense_below"] = None if plan.tokens >= limit else 0
     elif below is not None:
         resolved["dense_below"] = plan.tokens + 1
     return resolved

@@ -255,11 +255,7 @@ class RequestFlags(TypedDict, total=False):
     ]
     graphs: Annotated[
         bool | None,
-        option(
-            "--graphs/--no-graphs",
-            panel=SPEED,
-            help="Replay small structured calls as CUDA graphs. Default: where that repays.",
-        ),
+        option("--graphs/--no-graphs", panel=SPEED, help="Replay small structured calls as CUDA graphs. Default: off."),
     ]
     dense_below: Annotated[
         int | None,

@@ -108,7 +108,7 @@ def quantize_rows(plan: Plan) -> list[tuple[str, RenderableType]]:
 
 def _replays(plan: Plan, machine: Machine) -> bool:
     """Whether the structured calls are small, and launched together."""
-    runs = machine.on_gpu and machine.small_of(plan).graphs and machine.impl_of(plan.preset) == "triton"
+    runs = machine.on_gpu and plan.setup.graphs and machine.impl_of(plan.preset) == "triton"
     return runs and is_small(plan.tokens, plan.model.heads)
 
 

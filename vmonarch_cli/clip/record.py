@@ -224,11 +224,7 @@ def plan_again(
         "tuned": NONE,  # the record's own is chosen below, where the preset is known
     }
     elsewhere = record.device.type.startswith("cuda") and not given["device"].startswith("cuda")
-    given |= {
-        "fuse": None if elsewhere else record.fused is not None,
-        "graphs": None if elsewhere else record.replayed_calls > 0,
-        "dense_below": record.dense_below,
-    }
+    given |= {"fuse": None if elsewhere else record.fused is not None, "dense_below": record.dense_below}
     try:
         _StrictRequest(**given)
         ran = {} if elsewhere else _implementation(record)

@@ -15,7 +15,7 @@ from vmonarch_cli.models.catalogue import PIPELINES
 from vmonarch_cli.plan.memory import at_least, shape_of
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.plan.small_calls import SmallCalls, all_dense, small_calls, small_words
+from vmonarch_cli.plan.small_calls import SmallCalls, all_dense, dense_limit, small_words
 from vmonarch_cli.presets import Preset
 from vmonarch_cli.text import binary_size
 
@@ -70,9 +70,10 @@ class Machine:
         return impl if impl in self.fused_impls and PIPELINES[plan.pipeline].fuses else None
 
     def small_of(self, plan: Plan) -> SmallCalls:
-        """What becomes of a plan's small calls: as asked for, or what takes this machine least time."""
+        """What becomes of a plan's small calls: as asked for, or dense where Triton's launches would take longer."""
         gpu = self.device_name if self.on_gpu and self.impl_of(plan.preset) == "triton" else None
-        return small_calls(plan.setup, plan.preset, gpu, plan.model.hidden_dim, plan.model.heads)
+        limit = dense_limit(plan.setup, plan.preset, gpu, plan.model.hidden_dim)
+        return SmallCalls(limit, plan.setup.graphs)
 
     def runs_dense(self, plan: Plan) -> bool:
         """Whether all calls of a plan run dense because they are small."""

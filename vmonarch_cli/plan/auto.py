@@ -18,7 +18,7 @@ from vmonarch_cli.machine.hardware import device_key
 from vmonarch_cli.plan import checks
 from vmonarch_cli.plan.history import will_use_gpu
 from vmonarch_cli.plan.plan import Plan
-from vmonarch_cli.plan.small_calls import is_chip, small_calls
+from vmonarch_cli.plan.small_calls import dense_below, is_chip
 from vmonarch_cli.presets import at_steps, load_preset
 from vmonarch_cli.text import counted
 
@@ -41,9 +41,7 @@ def choose_preset(plan: Plan) -> tuple[str, str]:
     asked = plan.setup.dense_below
     if asked is not None and plan.tokens < asked:
         return _DENSE, f"{where}: --dense-below {asked} has all calls run dense"
-    setup, model = plan.setup.model_copy(update={"dense_below": None}), plan.model
-    limit = small_calls(setup, load_preset("fast"), device, model.hidden_dim, model.heads).dense_below if gpu else 0
-    if plan.tokens < limit:
+    if gpu and plan.tokens < (limit := dense_below(device, plan.model.hidden_dim)):
         return _DENSE, f"{where}: below {limit:,} tokens dense attention is faster on this GPU"
     need = _CPU if not gpu else _GPU_SHORT if plan.tokens < _SHORT else _GPU_LONG
     measured = _measured_on(device) if gpu else "measured on two CPU cores"

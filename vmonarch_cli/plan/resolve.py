@@ -229,7 +229,7 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
                 preset,
                 step_costs,
                 flops,
-                small=all_dense(tokens, preset, limit_on(device, setup, preset, model.hidden_dim, model.heads)),
+                small=all_dense(tokens, preset, limit_on(device, setup, preset, model.hidden_dim)),
                 or_dense=needs.takes_dense,
             ),
             *warnings.of_cache(request.cache, steps),

@@ -38,7 +38,7 @@ QUANTISED_DENSE = ("sage",)
 """Those that compute in 8 bit: never chosen unless named."""
 
 
-DECIDED_LATER = ("fuse", "graphs", "dense_below")
+DECIDED_LATER = ("fuse", "dense_below")
 """Settings that are None until the machine of a run decides them, and shown as `AUTO`."""
 AUTO = "auto"
 ADAPTER_NAME = "vmonarch_tuned"
@@ -95,8 +95,8 @@ class Setup(BaseModel):
     """The arithmetic between the products of the transformer's blocks runs in fused passes; None: where that repays."""
     fused_impl: str | None = None
     """What these run with, "triton" or "torch", once a machine has decided it."""
-    graphs: bool | None = None
-    """Structured calls that are small are recorded and replayed, where a GPU runs them; None: where that repays."""
+    graphs: bool = False
+    """Structured calls that are small are recorded and replayed, where a GPU runs them."""
     dense_below: int | None = None
     """Structured calls of fewer tokens run dense; None: those that a GPU computes dense in less time."""
     dense_attention: str = "auto"

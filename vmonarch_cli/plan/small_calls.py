@@ -2,9 +2,8 @@
 
 A structured call is six launches and more, which take the host 0.66 ms whatever the GPU has to do (0.76 with frames
 recomputed), and a dense call one, 0.07 to 0.17 ms: H200, 1,872 and 4,032 tokens, torch 2.11, triton 3.6. So a dense
-call that computes in less time than those launches take is never slower, and it is exact. Replayed as a CUDA graph the
-same launches take 0.12 to 0.26 ms, by preset, so that a model whose calls are small enough for that runs more of them
-structured. Fused blocks have more launches than stock ones too, which few tokens do not repay.
+call that computes in less time than those launches take is never slower, and it is exact. Fused blocks have more
+launches than stock ones too, which few tokens do not repay.
 """
 
 from __future__ import annotations
@@ -14,18 +13,11 @@ from dataclasses import dataclass
 
 from vmonarch_cli.plan.setup import Setup
 from vmonarch_cli.presets import Preset
-from vmonarch_kernels.cost import is_small
 
 DENSE_BELOW = "dense_below"
 """Why a call ran dense, in records and tables: it has fewer tokens than that."""
 LAUNCHES_S = 0.6e-3
 """Seconds that the launches of a structured call take at least."""
-REPLAY_S = 0.26e-3
-"""Seconds that a structured call takes at most whose launches are replayed, where dense attention takes as long.
-
-Measured on an H200 in clips of the demo model at 128x128, medians of the calls' steps (dense: 0.25 ms at 9,472 tokens,
-0.33 at 12,544): `paper` 0.17 and 0.16 ms, `fast` 0.21 and 0.22, `balanced` 0.25 and 0.26, `quality` 0.28 at the latter.
-"""
 FUSE_FROM = 10_000_000
 """Entries of a sample's stream, tokens times channels, from which fused blocks repay their launches on a GPU.
 
@@ -57,31 +49,24 @@ AS_THEY_ARE = SmallCalls()
 """Small calls run as all others do."""
 
 
-def dense_below(gpu: str, channels: int, structured_s: float = LAUNCHES_S) -> int:
-    """Tokens below which a dense call takes a GPU less time than the launches of a structured one, which take so long.
+def dense_below(gpu: str, channels: int) -> int:
+    """Tokens below which a dense call takes a GPU less time than the launches of a structured one.
 
     gpu: its product name. channels: heads times head dimension. A dense call of N tokens has 4 N^2 channels operations.
     """
     rate = next((rate for name, rate in _RATES.items() if is_chip(gpu, name)), _LEAST_RATE)
-    return math.isqrt(int(structured_s * rate / (4 * channels)))
+    return math.isqrt(int(LAUNCHES_S * rate / (4 * channels)))
 
 
-def small_calls(setup: Setup, preset: Preset, gpu: str | None, channels: int, heads: int) -> SmallCalls:
-    """What becomes of the small calls of a preset: as asked for, or as a GPU computes them in less time.
+def dense_limit(setup: Setup, preset: Preset, gpu: str | None, channels: int) -> int:
+    """Tokens below which the calls of a preset run dense: as asked for, or as a GPU computes them in less time.
 
     gpu: its product name; None where nothing structured runs by Triton. channels: heads times head dimension. An
     implementation that was named runs, and so do calls that are to be replayed as CUDA graphs.
-
-    Nobody asked about graphs: they are on where every call can be replayed that would run dense without them. Of wider
-    models only few sizes could, and those hardly gain.
     """
-    asked = setup.dense_below
-    if asked is not None or gpu is None or preset.impl != "auto" or setup.graphs:
-        return SmallCalls(asked or 0, bool(setup.graphs))
-    limit = dense_below(gpu, channels)
-    if setup.graphs is None and is_small(limit, heads):
-        return SmallCalls(dense_below(gpu, channels, REPLAY_S), graphs=True)
-    return SmallCalls(limit)
+    if setup.dense_below is not None:
+        return setup.dense_below
+    return 0 if gpu is None or preset.impl != "auto" or setup.graphs else dense_below(gpu, channels)
 
 
 def all_dense(tokens: int, preset: Preset, limit: int) -> bool:

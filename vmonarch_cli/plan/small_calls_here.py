@@ -5,22 +5,21 @@ from __future__ import annotations
 from vmonarch_cli.machine.hardware import device_key, uses_gpu
 from vmonarch_cli.plan.plan import Plan
 from vmonarch_cli.plan.setup import Setup
-from vmonarch_cli.plan.small_calls import all_dense, small_calls
+from vmonarch_cli.plan.small_calls import all_dense, dense_limit
 from vmonarch_cli.presets import Preset
 
 
-def limit_on(device: str, setup: Setup, preset: Preset, channels: int, heads: int) -> int:
+def limit_on(device: str, setup: Setup, preset: Preset, channels: int) -> int:
     """Tokens below which calls run dense: as asked for, or by the name of the GPU that "auto", "cpu" or "cuda" will be.
 
     channels: heads times head dimension.
     """
-    gpu = device_key(device) if uses_gpu(device) else None
-    return small_calls(setup, preset, gpu, channels, heads).dense_below
+    return dense_limit(setup, preset, device_key(device) if uses_gpu(device) else None, channels)
 
 
 def small_limit(plan: Plan) -> int:
     """The same of a plan."""
-    return limit_on(plan.device, plan.setup, plan.preset, plan.model.hidden_dim, plan.model.heads)
+    return limit_on(plan.device, plan.setup, plan.preset, plan.model.hidden_dim)
 
 
 def runs_small(plan: Plan) -> bool:
