@@ -136,7 +136,8 @@ def closeness(records: dict[str, Record]) -> list[str]:
     if long:
         names += [f"{long['size'][2]} frames: error", *["with its adapter"] * long_adapters]
     titles, _, *rows = table(names, rows)
-    what = f"Means of {len(quality['prompts'])} prompts, {quality['steps']} steps, against dense from the same noise. "
+    sampling = f"{quality['steps']} steps of the model's own sampler, guidance {quality['guidance_scale']:g}"
+    what = f"Means of {len(quality['prompts'])} prompts, {sampling}, against dense from the same noise. "
     return [
         titles,
         "|---|---|" + "---:|" * (len(names) - 2),
