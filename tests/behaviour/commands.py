@@ -96,6 +96,7 @@ def plans() -> Iterator[Command]:
     text = {
         "wan2.1-1.3b": "plan -m wan2.1-1.3b -p 'a cat'",
         "wan2.2-a14b": "plan -m wan2.2-a14b -p 'a cat' --guidance-scale-2 2.5 --steps 30",
+        "long clip of the demo": "plan -p 'a red circle rising' --num-frames 97",
         "hunyuan": "plan -m hunyuan-video -p 'a cat' --size 960x544 --num-frames 97",
         "cogvideox": "plan -m cogvideox-5b -p 'a cat' --preset quality",
         "ltx": "plan -m ltx-video -p 'a cat' --num-frames 97 --fps 24",
