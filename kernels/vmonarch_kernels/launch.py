@@ -188,9 +188,9 @@ def refresh_triton(
     The difference becomes the frame's ``residual``, (values, scale) as in ``Residual``. ``neighbours`` (of the frames
     before and after it) get a ``share`` of the difference, and the rest of their own residual.
     """
+    call = Call.of(inputs, Options(scale=scale))
     kept = kernel_residual(residual)
     keep = _Keep(*kept, share, before=frame - 1 in neighbours, after=frame + 1 in neighbours)
-    call = Call.of(inputs, Options(scale=scale))
     _attend_frame(call, frame, split_frames(out, inputs.frames)[:, frame], extra=_extra_part(inputs), keep=keep)
     _give_back(kept, residual)
 
