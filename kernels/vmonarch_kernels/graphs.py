@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ _MOST_BUFFERS = 8
 """Kinds of calls whose buffers are kept: two or three for each shape."""
 _MOST_TURNS = 256
 """Sets of turns of which tensors are kept: one for every step of a few clips."""
+_Made = TypeVar("_Made")
 Replay = Callable[[], None]
 Recompute = Callable[[Tensor, Inputs, Tensor], None]
 """Recomputes a frame of the inputs in the output, in place, and its residual and that of the frames beside it. A tensor
@@ -118,7 +119,7 @@ class Graphs:
         self._run(buffers, "attend", partial(buffers.attend, options, return_l))
         self.replayed_calls += self.replayed - replayed
         if refresh is not None and refresh.turns:
-            turns = buffers.turns(len(refresh.turns), device)
+            turns = buffers.turns(len(refresh.turns))
             turns.copy_(self._told(refresh.turns, device))
             self._run(buffers, len(turns), partial(buffers.recompute, refresh.recompute, turns))
             buffers.give_back(inputs.residual, packed)
@@ -135,30 +136,20 @@ class Graphs:
             values = [0.0 if frame in due else decay for frame in range(scale.shape[-1])]
             return torch.tensor(values, dtype=scale.dtype, device=scale.device)
 
-        scale.mul_(self._once((scale.device, scale.shape[-1], decay, turns), factors))
+        kind = (scale.device, scale.shape[-1], decay, turns)
+        scale.mul_(_remembered(self._turns, _MOST_TURNS, kind, factors))
 
     def _told(self, turns: tuple[Turn, ...], device: torch.device) -> Tensor:
         """Turns as launches are told them, int32 (turns, 4); a row is 16 bytes, as Triton likes its pointers."""
         rows = [(frame, frame - 1 in beside, frame + 1 in beside, 0) for frame, beside in turns]
-        return self._once((device, turns), lambda: torch.tensor(rows, dtype=torch.int32, device=device))
-
-    def _once(self, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        if kind not in self._turns:
-            if len(self._turns) == _MOST_TURNS:
-                self._turns.clear()
-            self._turns[kind] = make()
-        return self._turns[kind]
+        make = partial(torch.tensor, rows, dtype=torch.int32, device=device)
+        return _remembered(self._turns, _MOST_TURNS, (device, turns), make)
 
     def _buffers(self, inputs: Inputs, options: Options, packed: bool, return_l: bool) -> _Buffers:
         pairs = (*(inputs.extra or _NO_PAIR), *(inputs.residual or _NO_PAIR))
         lie = tuple([_layout(x) for x in (inputs.q, inputs.k, inputs.v, inputs.l_prev, *pairs)])
         kind = (inputs.q.device, inputs.grid, lie, options, packed, return_l, torch.is_inference_mode_enabled())
-        buffers = self._kept.get(kind)
-        if buffers is None:
-            if len(self._kept) == _MOST_BUFFERS:
-                self._kept.clear()
-            buffers = self._kept[kind] = _Buffers(inputs, packed)
-        return buffers
+        return _remembered(self._kept, _MOST_BUFFERS, kind, partial(_Buffers, inputs, packed))
 
     def _run(self, buffers: _Buffers, name: Hashable, launch: Callable[[], None]) -> None:
         """Run, record or replay one part of a call on its buffers."""
@@ -211,10 +202,10 @@ class _Buffers:
         self.replays: dict[Hashable, Replay] = {}
         self._turns: dict[int, Tensor] = {}
 
-    def turns(self, count: int, device: torch.device) -> Tensor:
+    def turns(self, count: int) -> Tensor:
         """Where the launches of so many turns read which they are, int32 (count, 4)."""
         if count not in self._turns:
-            self._turns[count] = torch.empty((count, 4), dtype=torch.int32, device=device)
+            self._turns[count] = torch.empty((count, 4), dtype=torch.int32, device=self.inputs.q.device)
         return self._turns[count]
 
     def recompute(self, recompute: Recompute, turns: Tensor) -> None:
@@ -262,6 +253,16 @@ class _Buffers:
 
 
 _NO_PAIR = (None, None)
+
+
+def _remembered(kept: dict[Hashable, _Made], most: int, kind: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What was made of this kind before, or now; where there would be more than `most`, all others are forgotten."""
+    found = kept.get(kind)
+    if found is None:
+        if len(kept) == most:
+            kept.clear()
+        found = kept[kind] = make()
+    return found
 
 
 def _layout(x: Tensor | None) -> Hashable:

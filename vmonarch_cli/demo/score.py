@@ -24,7 +24,7 @@ from vmonarch_cli.demo.score_table import show
 from vmonarch_cli.demo.specs import ClipSpec, sample_spec
 from vmonarch_cli.models.demo import DEMO
 from vmonarch_cli.models.demo_vocabulary import MAX_TOKENS
-from vmonarch_cli.plan.noise_levels import OWN, SAMPLERS, check_sampler, resolve_noise_levels
+from vmonarch_cli.plan.noise_levels import OWN, SAMPLERS, check_sampler, resolve_noise_levels, usual_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -306,8 +306,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    long = DEMO.sampled_as_long(args.frames, args.steps)
-    sampler, guidance = (OWN, DEMO.defaults.guidance_scale) if long is None else (long.sampler, long.guidance_scale)
+    sampler, guidance = usual_sampling(DEMO, args.frames, args.steps)
     sampler, guidance = args.sampler or sampler, guidance if args.guidance is None else args.guidance
     result = score(
         args.weights,

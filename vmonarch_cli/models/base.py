@@ -203,11 +203,6 @@ class ModelEntry(BaseModel):
     long_clips: LongClips | None = None
     """What is other than the defaults where a clip is long."""
 
-    def sampled_as_long(self, num_frames: int, steps: int) -> LongClips | None:
-        """How a clip of so many frames and steps is sampled, where that is not by the defaults."""
-        long = self.long_clips
-        return None if long is None or num_frames < long.num_frames or steps < long.steps else long
-
     @property
     def side_multiple(self) -> int:
         """Height and width must be multiples of this many pixels (16 at least: the Wan pipeline checks for it)."""

@@ -37,7 +37,7 @@ DEMO = ModelEntry(
         dense_every=1,
         preset="fast",  # with its adapter nearer to dense than paper, for less work
     ),
-    # Noise in every step corrects motions that an early step got wrong: of 128 prompts 94 % move as asked at 97 frames
+    # Noise in every step corrects motions that an early step got wrong: of 128 prompts 95 % move as asked at 97 frames
     # and 88 % at 193 (dense), by the defaults 80 % at 193. Fewer steps leave that noise in the clip.
     long_clips=LongClips(num_frames=97, steps=20, sampler="dpm++sde", guidance_scale=2.5),
 )

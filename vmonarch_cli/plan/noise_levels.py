@@ -83,6 +83,14 @@ def own_sampler(model: ModelEntry) -> str | None:
     return _OF_FAMILY.get(model.family) if model.scheduler is None else _KINDS.get(model.scheduler)
 
 
+def usual_sampling(model: ModelEntry, num_frames: int, steps: int) -> tuple[str, float]:
+    """(sampler, guidance scale) of a clip for which nobody chose them."""
+    long = model.long_clips
+    if long is None or num_frames < long.num_frames or steps < long.steps:
+        return OWN, model.defaults.guidance_scale
+    return long.sampler, long.guidance_scale
+
+
 def resolve_noise_levels(
     model: ModelEntry,
     sampler: str,

@@ -20,7 +20,7 @@ from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
 from vmonarch_cli.plan.defaults import fill
-from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels
+from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels, usual_sampling
 from vmonarch_cli.plan.plan import GivenFile, Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
 from vmonarch_cli.plan.request import GenerateRequest
@@ -137,10 +137,10 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     origins |= dict.fromkeys((f"preset.{name}" for name in few_steps_of(preset, steps)), FEW_STEPS)
     chosen, preset = preset, at_steps(preset, steps)
     # A recipe, noise levels of the user's own and a given video say themselves how a clip is sampled.
-    plain = recipe is None and not sigmas and video is None
-    long = model.sampled_as_long(num_frames, steps) if plain else None
-    usual_guidance = defaults.guidance_scale if long is None else long.guidance_scale
-    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), usual_guidance)
+    usual = OWN, defaults.guidance_scale
+    if recipe is None and not sigmas and video is None:
+        usual = usual_sampling(model, num_frames, steps)
+    guidance = take("guidance_scale", checks.guidance(model, request.guidance_scale), usual[1])
     fps = take("fps", checks.fps(model, request.fps, sound=bool(audio)), defaults.fps)
     checks.sound_length(model, num_frames, fps)
     outputs = resolve_targets(
@@ -159,8 +159,8 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     )
     given = sum(path is not None for path in (image, last_image))
     others = model.other_tokens(height, width, num_frames, given)
-    usual_sampler = (OWN, DEFAULT) if long is None else (long.sampler, MODEL_DEFAULT)
-    sampler = take("sampler", check_sampler(request.sampler), *usual_sampler)
+    otherwise = DEFAULT if usual[0] == OWN else MODEL_DEFAULT
+    sampler = take("sampler", check_sampler(request.sampler), usual[0], otherwise)
     levels = resolve_noise_levels(model, sampler, sigmas, steps, flow_shift, strength)
     work = Work(model, grid, steps, branches_of(model, guidance), flow_shift, others, levels.sigmas)
     step_costs = tuple(work.step_costs(preset))
