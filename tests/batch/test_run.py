@@ -29,6 +29,7 @@ from vmonarch_cli.cli.app import app
 from vmonarch_cli.clip import make as run
 from vmonarch_cli.clip.events import ClipStarted, Decoding, ModelLoaded, Retrying, StepDone
 from vmonarch_cli.clip.interrupts import Interrupted, Interrupts
+from vmonarch_cli.clip.record_model import read_record
 from vmonarch_cli.errors import NonFiniteError, OutputError
 from vmonarch_cli.media.paths import latents_path
 from vmonarch_cli.pipeline.preflight import check_machine
@@ -151,6 +152,7 @@ def test_decoding_out_of_memory_is_tiled_and_recorded(tiny_wan_folder: Path, tmp
     retry = {"stage": "decode", "reason": "out of memory", "with": "tiling"}
     assert [entry.retries for entry in entries.values()] == [[], [retry], []]
     assert json.loads((tmp_path / "blue-s0.json").read_text())["retries"] == [retry]
+    assert read_record(tmp_path / "blue-s0.mp4").retries == [retry], "the clip says so, too"
     said = [event for event in events if isinstance(event, Retrying)]
     assert said == [Retrying(1, "decoding ran out of memory: trying again with tiling")]
 

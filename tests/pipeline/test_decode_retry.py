@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vmonarch_cli.pipeline.decode_retry import decode_with_retries, is_out_of_memory
+from vmonarch_cli.pipeline.decode_retry import Retries, decode_with_retries, is_out_of_memory
 
 GPU = torch.device("cuda", 0)
 
@@ -42,7 +42,7 @@ def climb(
         getattr(pipeline, name)._hf_hook = value
     left = [failures]
 
-    def decode() -> str:
+    def decode(retries: Retries) -> str:
         log.append("decode")
         left[0] -= 1
         if left[0] >= 0:

@@ -103,7 +103,7 @@ def test_a_decoder_alone_takes_tiles_by_the_same_figures(monkeypatch: pytest.Mon
 
 def test_the_record_says_that_tiles_were_taken_and_a_rerun_takes_them(tiny_wan_folder: Path, tmp_path: Path) -> None:
     request = GenerateRequest(
-        model=str(tiny_wan_folder), prompt="red", size="48x32", num_frames=17, steps=1, output=str(tmp_path / "x.png")
+        model=str(tiny_wan_folder), prompt="red", size="48x32", num_frames=17, steps=1, output=str(tmp_path / "x.mp4")
     )
     plan = resolve(request)
     for tiles in (False, True):
@@ -111,10 +111,11 @@ def test_the_record_says_that_tiles_were_taken_and_a_rerun_takes_them(tiny_wan_f
         decided = machine.decided(plan)
         assert decided.vae_tiling is tiles
     generate(plan, machine)
-    record = read_record(tmp_path / "x.json")
-    assert record.decoded_in_tiles
-    assert record.setting("vae_tiling") is False, "nobody asked for them"
-    assert plan_again(tmp_path / "x.json", str(tmp_path / "y.png")).setup.vae_tiling
+    for file in (tmp_path / "x.json", tmp_path / "x.mp4"):
+        record = read_record(file)
+        assert record.decoded_in_tiles
+        assert record.setting("vae_tiling") is False, "nobody asked for them"
+        assert plan_again(file, str(tmp_path / "y.mp4")).setup.vae_tiling
 
 
 def test_a_clip_that_fits_with_fewer_corrections_alone_is_told_so() -> None:

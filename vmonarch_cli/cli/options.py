@@ -14,10 +14,10 @@ from vmonarch_cli.cli.completion import model_names, preset_names, recipe_names
 from vmonarch_cli.cli.output import Output
 from vmonarch_cli.errors import InputError
 from vmonarch_cli.plan.defaults import read_defaults
-from vmonarch_cli.plan.noise_levels import read_sigmas
+from vmonarch_cli.plan.noise_levels import SAMPLERS, read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import read_seed
-from vmonarch_cli.text import shown
+from vmonarch_cli.text import listed, shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
 MEMORY, SPEED = "Memory", "Beside the attention"
@@ -116,7 +116,9 @@ class RequestFlags(TypedDict, total=False):
     sampler: Annotated[
         str | None,
         option(
-            "--sampler", panel=SAMPLING, help="own, unipc, euler, dpm++, dpm++sde or lcm. Default: the model's own."
+            "--sampler",
+            panel=SAMPLING,
+            help=f"{listed(SAMPLERS)}. Default: own, the model's; its long clips may have another.",
         ),
     ]
     sigmas: Annotated[

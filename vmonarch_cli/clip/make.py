@@ -31,7 +31,7 @@ from vmonarch_cli.clip.events import (
 )
 from vmonarch_cli.clip.latents import Denoised, remove_latents, save_latents
 from vmonarch_cli.clip.preview import Preview, Previews
-from vmonarch_cli.clip.record import make_record, make_timing, overlap_facts, tags_of
+from vmonarch_cli.clip.record import decoding_facts, make_record, make_timing, overlap_facts, tags_of
 from vmonarch_cli.clip.saving import save_as_free
 from vmonarch_cli.clip.stopwatch import Stopwatch, peak_memory
 from vmonarch_cli.clip.stream import Target, write_decoded
@@ -220,7 +220,7 @@ class ClipMaker:
 
         loaded = plan.model_copy(update={"loras": self._loras or plan.loras})
         vae_dtype, shape = dtype_name(self._pipeline.vae.dtype), (plan.num_frames, plan.height, plan.width)
-        tags = tags_of(loaded, denoised, path, vae_dtype)
+        tags = tags_of(loaded, self._machine, denoised, path, vae_dtype)
         written, retries = write_decoded(
             decoded,
             Target(path, shape, plan.fps, replaces, work, denoised.sound, plan.quality, tags),
@@ -244,8 +244,7 @@ class ClipMaker:
         )
         about = (path, written.pixels, file_facts(path), dtype_name(self._pipeline.vae.dtype), written.sound)
         record = make_record(loaded, denoised, timing, *about)
-        record |= {"decoded_in_tiles": True} if self._machine.tiles else {}
-        record |= overlap_facts(denoised, beside is not None and beside.shared)
+        record |= decoding_facts(self._machine) | overlap_facts(denoised, beside is not None and beside.shared)
         write_record(record_path(path), record, replaces, work)
         if on_frames is not None:
             on_frames(np.concatenate(parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ from vmonarch_cli.untrusted.shapes import fault_of
 
 if TYPE_CHECKING:
     from vmonarch_cli.clip.latents import Denoised
+    from vmonarch_cli.clip.stream import Tags
+    from vmonarch_cli.pipeline.decode_retry import Retries
+    from vmonarch_cli.pipeline.preflight import Machine
 
 _REPEATED = "record"
 _TITLE = 1000
@@ -116,15 +119,19 @@ def _as_it_ran(plan: Plan, denoised: Denoised) -> Plan:
     return plan.with_dense_costs()
 
 
-def tags_of(
-    plan: Plan, denoised: Denoised, clip: Path, vae_dtype: str
-) -> Callable[[Pixels, Sound | None], dict[str, str]]:
+def decoding_facts(machine: Machine) -> dict[str, Any]:
+    """What the record says of how frames were decoded, where nobody asked for it."""
+    return {"decoded_in_tiles": True} if machine.tiles else {}
+
+
+def tags_of(plan: Plan, machine: Machine, denoised: Denoised, clip: Path, vae_dtype: str) -> Tags:
     """What a clip's own file says: prompt, seed, and as its comment the record, as far as it is the same for the same
     clip wherever and whenever it is made: without its times, the file's facts and its place.
     """
 
-    def tags(pixels: Pixels, sound: Sound | None) -> dict[str, str]:
-        record = make_record(plan, denoised, None, clip, pixels, None, vae_dtype, sound)
+    def tags(pixels: Pixels, sound: Sound | None, retries: Retries) -> dict[str, str]:
+        whole = dataclasses.replace(denoised, retries=(*denoised.retries, *retries))
+        record = make_record(plan, whole, None, clip, pixels, None, vae_dtype, sound) | decoding_facts(machine)
         record["settings"].pop("output", None)
         about = f"seed {denoised.seed}, {plan.model.title}, preset {plan.preset.name}; vmonarch {__version__}"
         return {"title": plan.prompt[:_TITLE], "description": about, RECORD: record_text(record, indent=None)}

@@ -15,7 +15,10 @@ from vmonarch_cli.media.paths import DEFAULT_QUALITY
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.write import Frames, Pixels, clip_writer
 from vmonarch_cli.pipeline.call import decode_sound
-from vmonarch_cli.pipeline.decode_retry import decode_with_retries
+from vmonarch_cli.pipeline.decode_retry import Retries, decode_with_retries
+
+Tags = Callable[[Pixels, Sound | None, Retries], dict[str, str]]
+"""What a clip's file says of itself, from its pixels, its sound and what decoding it took."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,7 @@ class Target:
     sound: torch.Tensor | None = None
     """Latents of the clip's sound."""
     quality: int = DEFAULT_QUALITY
-    tags: Callable[[Pixels, Sound | None], dict[str, str]] | None = None
-    """What the clip's file says of itself."""
+    tags: Tags | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def write_decoded(
     on_retry: Callable[[str], None],
     on_count: Callable[[int], None] = lambda done: None,
     alone: bool = True,
-) -> tuple[WrittenClip, tuple[dict[str, str], ...]]:
+) -> tuple[WrittenClip, Retries]:
     """Decode and write at the same time; when memory runs out, both begin anew with less (see `decode_with_retries`).
 
     `decode` gives the frames in parts each time that it is called; `on_part` gets them, from the first one on, and
@@ -68,13 +70,13 @@ def write_decoded(
     Raises as `decode` does, and OutputError when the clip cannot be written; then nothing is left of it.
     """
 
-    def attempt() -> WrittenClip:
+    def attempt(retries: Retries) -> WrittenClip:
         watch = Stopwatch(device)
         sound, done = None, 0
         if target.sound is not None:  # first, because an .mp4 begins with both
             sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
         where = (target.path, target.shape, target.fps, target.overwrite, target.work)
-        tags = None if target.tags is None else functools.partial(_with_sound, target.tags, sound)
+        tags = None if target.tags is None else functools.partial(_tags, target.tags, sound, retries)
         with clip_writer(*where, sound=sound, quality=target.quality, tags=tags) as writer:
             for part in decode():
                 writer.add(part)
@@ -86,10 +88,8 @@ def write_decoded(
         write_s = watch.total() - decode_s
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
-    return decode_with_retries(attempt, pipeline, device, on_retry) if alone else (attempt(), ())
+    return decode_with_retries(attempt, pipeline, device, on_retry) if alone else (attempt(()), ())
 
 
-def _with_sound(
-    tags: Callable[[Pixels, Sound | None], dict[str, str]], sound: Sound | None, pixels: Pixels
-) -> dict[str, str]:
-    return tags(pixels, sound)
+def _tags(tags: Tags, sound: Sound | None, retries: Retries, pixels: Pixels) -> dict[str, str]:
+    return tags(pixels, sound, retries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ import torch
 _AROUND_THE_VAE = ("transformer", "transformer_2", "text_encoder", "image_encoder")
 _Rung = tuple[str, str, Callable[[ExitStack], None]]
 _Result = TypeVar("_Result")
+Retries = tuple[dict[str, str], ...]
+"""What was tried because memory had run out, as a record says it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,27 +26,28 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def decode_with_retries(
-    decode: Callable[[], _Result], pipeline: Any, device: torch.device, on_retry: Callable[[str], None]
-) -> tuple[_Result, tuple[dict[str, str], ...]]:
-    """The result of `decode`, and the retries that it took; afterwards the pipeline is as it was before.
+    decode: Callable[[Retries], _Result], pipeline: Any, device: torch.device, on_retry: Callable[[str], None]
+) -> tuple[_Result, Retries]:
+    """The result of `decode`, which gets the retries so far, and those that it took; afterwards the pipeline is as it
+    was before.
 
     When memory runs out: with tiling; then with the rest of the model moved off the GPU; then on the CPU. Any other
     error, and the last rung's, is raised as it came.
     """
-    result = _attempt(decode)
-    retries: list[dict[str, str]] = []
+    retries: Retries = ()
+    result = _attempt(partial(decode, retries))
     with ExitStack() as undo:
         for name, words, prepare in _rungs(pipeline, device):
             if not isinstance(result, _OutOfMemory):
                 break
             on_retry(f"decoding ran out of memory: trying again {words}")
-            retries.append({"stage": "decode", "reason": "out of memory", "with": name})
+            retries = (*retries, {"stage": "decode", "reason": "out of memory", "with": name})
             _free_memory()
             prepare(undo)
-            result = _attempt(decode)
+            result = _attempt(partial(decode, retries))
     if isinstance(result, _OutOfMemory):
         raise result.error
-    return result, tuple(retries)
+    return result, retries
 
 
 class _OutOfMemory:
