@@ -111,11 +111,13 @@ def test_the_record_says_that_tiles_were_taken_and_a_rerun_takes_them(tiny_wan_f
         decided = machine.decided(plan)
         assert decided.vae_tiling is tiles
     generate(plan, machine)
-    for file in (tmp_path / "x.json", tmp_path / "x.mp4"):
-        record = read_record(file)
+    clip, beside = tmp_path / "x.mp4", tmp_path / "x.json"
+    for _ in (beside, "the clip's own record"):
+        record = read_record(clip)
         assert record.decoded_in_tiles
         assert record.setting("vae_tiling") is False, "nobody asked for them"
-        assert plan_again(file, str(tmp_path / "y.mp4")).setup.vae_tiling
+        assert plan_again(clip, str(tmp_path / "y.mp4")).setup.vae_tiling
+        beside.unlink(missing_ok=True)
 
 
 def test_a_clip_that_fits_with_fewer_corrections_alone_is_told_so() -> None:
