@@ -17,7 +17,7 @@ from vmonarch_cli.plan.defaults import read_defaults
 from vmonarch_cli.plan.noise_levels import SAMPLERS, read_sigmas
 from vmonarch_cli.plan.request import GenerateRequest
 from vmonarch_cli.plan.seeds import read_seed
-from vmonarch_cli.text import listed, shown
+from vmonarch_cli.text import shown
 
 MODEL, SHAPE, SAMPLING, ATTENTION, OUTPUT = "Model and prompt", "Shape", "Sampling", "Attention", "Machine and output"
 MEMORY, SPEED = "Memory", "Beside the attention"
@@ -118,7 +118,7 @@ class RequestFlags(TypedDict, total=False):
         option(
             "--sampler",
             panel=SAMPLING,
-            help=f"{listed(SAMPLERS)}. Default: own, the model's; its long clips may have another.",
+            help=f"{', '.join(SAMPLERS)}. Default: own, the model's; its long clips may have another.",
         ),
     ]
     sigmas: Annotated[
