@@ -246,20 +246,21 @@ def shipped_names() -> list[str]:
     return [n for n in order if n in names] + sorted(set(names) - set(order))
 
 
-def load_preset(name_or_path: str) -> Preset:
+def load_preset(name_or_path: str, *, or_auto: bool = False) -> Preset:
     """A shipped preset by name, or a TOML file by path (anything with a slash or ending in .toml).
 
-    Raises PresetError, with the near matches, when there is none.
+    Raises PresetError, with the near matches, when there is none; `or_auto`: it names auto, which is valid there.
     """
     if "/" in name_or_path or name_or_path.endswith(".toml"):
         return read_preset(user_path(name_or_path, "preset file", PresetError))
     for path in _shipped_dir_files():
         if path.stem == name_or_path:
             return parse_preset(path.read_text(encoding="utf-8"), source=path.name, stem=path.stem)
-    names = shipped_names()
-    said = f"there is no preset {shown(name_or_path)}{near(name_or_path, names)}"
+    names, auto = shipped_names(), ["auto"] if or_auto else []
+    said = f"there is no preset {shown(name_or_path)}{near(name_or_path, [*names, *auto])}"
     said = "preset auto is chosen for a clip, which is not what is asked for here" if name_or_path == "auto" else said
-    raise PresetError(f"{said}: shipped are {', '.join(names)}, and a path to a .toml file works too")
+    others = " or ".join([*auto, "a path to a .toml file"])
+    raise PresetError(f"{said}: shipped are {', '.join(names)}, and {others} works too")
 
 
 def read_preset(path: Path) -> Preset:

@@ -166,6 +166,7 @@ def test_files_and_formats(tmp_path: Path) -> None:
     for source, format, words in (
         (str(tmp_path / "q.txt"), None, "does not exist"),
         (str(tmp_path), "txt", "is a folder, not a file"),
+        (str(tmp_path), None, "is a folder, not a file"),
         ("p.doc", None, "valid endings are .txt"),
         ("p\0.txt", None, "holds a NUL character"),
         (str(path), "xml", "--prompts-format takes txt, csv, jsonl, yaml, got 'xml'"),

@@ -216,7 +216,7 @@ def test_completion_is_offered() -> None:
         (
             ("generate", *WAN, "--preset", "papre"),
             "error: there is no preset 'papre' (did you mean paper?): shipped are "
-            "paper, fast, balanced, quality, exact, dense, and a path to a .toml file works too",
+            "paper, fast, balanced, quality, exact, dense, and auto or a path to a .toml file works too",
         ),
         (
             ("generate", *WAN, "--set", "band"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vmonarch_cli.errors import OutputError
 from vmonarch_cli.media.paths import check_format, record_path, resolve_targets, slug
+from vmonarch_cli.media.write import write_clip
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,21 @@ def test_existing_files_are_kept(tmp_path: Path, taken: str) -> None:
         f"{tmp_path / taken} exists already: pass --overwrite to replace it, or another --output"
     )
     assert resolve_targets(str(tmp_path / "x.mp4"), "p", 0, 1, True)
+
+
+def test_a_folder_of_frames_is_replaced_and_one_with_anything_else_is_not(tmp_path: Path) -> None:
+    clip = tmp_path / "x.png"
+    clip.mkdir()
+    (clip / "frame-0000.png").touch()
+    (clip / ".DS_Store").touch()
+    assert resolve_targets(str(clip), "p", 0, 1, True) == (clip,)
+    (clip / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        resolve_targets(str(clip), "p", 0, 1, True)
+    assert caught.value.message == f"{clip} holds 'mine.txt', which is no frame of a clip and would be lost"
+    with pytest.raises(OutputError, match="would be lost"):  # it came while the run went on
+        write_clip(np.zeros((2, 16, 16, 3), np.uint8), clip, 8, overwrite=True)
+    assert sorted(path.name for path in clip.iterdir()) == [".DS_Store", "frame-0000.png", "mine.txt"]
 
 
 def test_endings(tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_plan_expects_what_a_clip_took(tiny_record: Path, cache: Path, tmp_path:
     assert history.expect(resolve(GenerateRequest(model="wan2.1-1.3b", prompt="a cat", device="cpu"))) is None
 
 
+@pytest.mark.parametrize("change", [{"stopped_after": 1}, {"retries": [{"stage": "decode", "with": "tiling"}]}])
+def test_times_of_a_clip_that_did_not_run_as_planned_are_not_expected(
+    tiny_record: Path, cache: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    history.remember({**json.loads(tiny_record.read_text()), **change})
+    assert history.expect(plan_again(tiny_record, str(tmp_path / "x.mp4"))) is None
+    assert not cache.exists()
+
+
 def test_a_cache_that_cannot_be_used_costs_nothing(tiny_record: Path, cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
     (cache / "timings.jsonl").write_bytes(b"\xff\xfe not JSON\n[]\n{}\n")

@@ -64,7 +64,7 @@ def test_what_cannot_be_is_one_sentence(model: str, flags: dict[str, Any], sente
 
 def test_a_text_of_numbers() -> None:
     assert read_sigmas("1, 0.75 0.5") == (1.0, 0.75, 0.5)
-    for text in ("1,a", "", ","):
+    for text in ("1,a", "", ",", "1,,0.5", "1,0.5,", ",1"):
         with pytest.raises(InputError, match="--sigmas takes"):
             read_sigmas(text)
 

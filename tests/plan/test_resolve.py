@@ -141,7 +141,25 @@ def test_memory_kept_between_steps() -> None:
         ({"size": "ax480"}, "--size takes WIDTHxHEIGHT in pixels, as in 832x480, got 'ax480'"),
         (
             {"size": "832x480", "height": 480},
-            "--size and --height/--width say the same thing twice: give one of them",
+            "--size and --height say the same thing twice: give --size or the sides",
+        ),
+        (
+            {"size": "832x480", "height": 480, "width": 832},
+            "--size and --height and --width say the same thing twice: give --size or the sides",
+        ),
+        (
+            {"seed": 2**63 - 2, "num_videos": 3},
+            "--seed takes a whole number from 0 to 9223372036854775805 for 3 clips, which have seeds that follow it, "
+            "got 9223372036854775806",
+        ),
+        (
+            {"model": " "},
+            "the model is empty: it is a diffusers folder, a hub id or a name that `vmonarch models` lists",
+        ),
+        (
+            {"preset": "atuo"},
+            "there is no preset 'atuo' (did you mean auto or fast?): shipped are paper, fast, balanced, quality, "
+            "exact, dense, and auto or a path to a .toml file works too",
         ),
         ({"height": 0}, "--height takes a whole number from 1 to 16384, got 0"),
         ({"steps": 0}, "--steps takes a whole number from 1 to 1000, got 0"),

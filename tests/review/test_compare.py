@@ -311,6 +311,17 @@ def test_records_are_compared(made: tuple[Path, Result, int]) -> None:
     assert "preset.band" in shown
 
 
+def test_a_clip_that_was_stopped_early_is_told(made: tuple[Path, Result, int], tmp_path: Path) -> None:
+    record = json.loads((made[0] / "fast.json").read_text())
+    (tmp_path / "stopped.mp4").write_bytes((made[0] / "fast.mp4").read_bytes())
+    (tmp_path / "stopped.json").write_text(json.dumps({**record, "clip": "stopped.mp4", "stopped_after": 1}))
+    result = call("compare", str(made[0] / "fast.json"), str(tmp_path / "stopped.json"), "--json")
+    printed = json.loads(result.stdout)
+    (stopped,) = printed["others"]
+    assert (stopped["attention_speedup"], stopped["attention_flops"]) == (None, None)
+    assert "stopped was stopped after step 1: its frames are unfinished, its times not compared" in printed["notes"]
+
+
 def test_a_record_without_its_clip_is_compared_by_its_settings(made: tuple[Path, Result, int], tmp_path: Path) -> None:
     lonely = tmp_path / "lonely.json"
     record = json.loads((made[0] / "fast.json").read_text())

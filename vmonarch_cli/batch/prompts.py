@@ -72,6 +72,8 @@ def _read(source: str) -> bytes:
 def _format_of(source: str) -> str:
     if source == STDIN:
         return "txt"
+    if Path(source).is_dir():
+        raise InputError(f"prompts file {source} is a folder, not a file")
     ending = Path(source).suffix.lower()
     if ending not in _ENDINGS:
         raise InputError(

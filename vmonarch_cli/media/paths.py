@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmonarch_cli.errors import OutputError
+from vmonarch_cli.text import shown
 from vmonarch_cli.untrusted.files import MAX_NAME, MAX_PATH, user_path
 
 DEFAULT_FOLDER = "outputs"
@@ -22,6 +23,8 @@ DEFAULT_QUALITY = 8
 LATENTS_ENDING = ".latents.safetensors"
 _SLUG_CHARACTERS = 48
 _WEBP_SIDE = 16383
+_FRAME = re.compile(r"frame-\d{4,}\.png|\.DS_Store|Thumbs\.db")
+"""A file in the folder of a .png clip: a frame, or what a desktop puts there by itself."""
 
 
 def slug(prompt: str) -> str:
@@ -103,7 +106,17 @@ def resolve_targets(
         if name.exists() and name.is_dir() != (name.suffix.lower() == ".png"):
             kind = "a folder" if name.is_dir() else "a file"
             raise OutputError(f"{name} is {kind}, which a {name.suffix} clip cannot replace: choose another --output")
+        check_frames_alone(name)
     return tuple(names)
+
+
+def check_frames_alone(clip: Path) -> None:
+    """OutputError where a clip's folder of PNGs is there and holds what is no frame: it is replaced as a whole."""
+    if not clip.is_dir():
+        return
+    others = sorted(entry.name for entry in os.scandir(clip) if not _FRAME.fullmatch(entry.name))
+    if others:
+        raise OutputError(f"{clip} holds {shown(others[0])}, which is no frame of a clip and would be lost")
 
 
 def check_format(paths: tuple[Path, ...], fps: int, height: int, width: int) -> None:

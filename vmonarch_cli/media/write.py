@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vmonarch_cli.errors import ModelError, OutputError
 from vmonarch_cli.media.encoders import ENCODERS, WITH_SOUND, Encoder
-from vmonarch_cli.media.paths import DEFAULT_QUALITY, sound_path
+from vmonarch_cli.media.paths import DEFAULT_QUALITY, check_frames_alone, sound_path
 from vmonarch_cli.media.publish import Draft, atomic, named
 from vmonarch_cli.media.sound import Sound
 from vmonarch_cli.media.tags import TAGGED, write_tags
@@ -174,6 +174,8 @@ def clip_writer(
         except BaseException:
             writer.drop()
             raise
+        if overwrite:
+            check_frames_alone(path)  # once more: the run took its time
         draft.publish()
         if sound is not None and inside is None:
             with atomic(sound_path(path), overwrite, work) as temporary:

@@ -216,7 +216,7 @@ def _is_component(value: Any) -> TypeGuard[list[str]]:
 def _table(folder: Path, name: str, what: str) -> dict[str, Any]:
     """A JSON object of the model; `what` is said where the file is missing."""
     path = folder / name
-    missing = f"{folder} is not {what}: {path.parent.name}/{path.name} is missing"
+    missing = f"{folder} is not {what}: {path.parent.name or '.'}/{path.name} is missing"
     # Schedulers' settings have infinities, which Python's JSON writes.
     table = read_json(path, f"{folder} is not {what}: {path}", ModelError, missing=missing, constants=True)
     if not isinstance(table, dict):

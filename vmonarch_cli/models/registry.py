@@ -27,6 +27,8 @@ def find_model(name: str, revision: str | None = None) -> tuple[ModelEntry, str]
     tag or commit of a hub repository. Raises ModelError with near matches for an unknown name, and with the reason for
     a folder or repository that cannot be used.
     """
+    if not name.strip():
+        raise ModelError(f"the model is empty: it is {_KINDS}")
     for entry in ENTRIES:
         if name.lower() in {known.lower() for known in _names(entry)}:
             return _demo() if entry is DEMO else (entry, entry.hub_id or "")

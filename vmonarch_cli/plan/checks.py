@@ -72,8 +72,9 @@ def size(text: str | None, height: int | None, width: int | None) -> tuple[int |
         whole(flag, side, 1, 16384)
     if text is None:
         return height, width
-    if height is not None or width is not None:
-        raise InputError("--size and --height/--width say the same thing twice: give one of them")
+    sides = [flag for flag, side in (("--height", height), ("--width", width)) if side is not None]
+    if sides:
+        raise InputError(f"--size and {' and '.join(sides)} say the same thing twice: give --size or the sides")
     match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", text)
     if match is None:
         raise InputError(f"--size takes WIDTHxHEIGHT in pixels, as in 832x480, got {shown(text)}")

@@ -162,7 +162,7 @@ class Filled:
         except VmonarchError as error:
             sentence = error.message
             for name, level in self.levels.items():
-                flag = re.escape(f"--{flag_name(name)}") + r"\b(?!-)"
+                flag = rf"--(?:no-)?{re.escape(flag_name(name))}\b(?!-)"
                 if re.search(flag, sentence):
                     key = level.source if level.source.startswith(PREFIX) else flag_name(name)
                     place = f"{level.source}: "
@@ -181,11 +181,14 @@ def fill(request: GenerateRequest) -> Filled:
         return Filled(request, {})
     given = request.given()
     given |= {_assigned(text) for text in request.overrides}
-    recipe = request.recipe or next(
-        (level.values["recipe"] for level in request.defaults if "recipe" in level.values), None
-    )
+    giver = next((level for level in request.defaults if "recipe" in level.values), None)
+    recipe = request.recipe or (None if giver is None else giver.values["recipe"])
     if recipe is not None:
-        of_recipe = set(load_recipe(recipe).settings())
+        try:
+            of_recipe = set(load_recipe(recipe).settings())
+        except VmonarchError as error:
+            place = "" if giver is None or request.recipe else f"{giver.source}: "
+            raise type(error)(f"{place}{error.message}", error.exit_code) from None
         given |= of_recipe | ({"steps", "sigmas", "flow_shift"} if of_recipe & {"steps", "sigmas"} else set())
     for level in request.defaults:
         said = set(given)

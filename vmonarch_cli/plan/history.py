@@ -82,7 +82,9 @@ def cache_folder() -> Path:
 
 
 def remember(record: dict[str, Any]) -> None:
-    """Keep the timings of a clip's record; one that lacks a field is left out."""
+    """Keep the timings of a clip's record; one that lacks a field, was stopped early or took a retry is left out."""
+    if record.get("stopped_after") is not None or record.get("retries"):
+        return  # its times are not those of its steps
     with contextlib.suppress(KeyError, TypeError, ValueError):
         keep(_measurement(record))
 

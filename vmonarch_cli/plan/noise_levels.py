@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import NamedTuple
 
 from vmonarch_cli.errors import InputError
@@ -44,14 +45,13 @@ class NoiseLevels(NamedTuple):
 def read_sigmas(text: str) -> tuple[float, ...]:
     """'1,0.75,0.5' as numbers; InputError when they are not, not falling, or not within 0 to 1."""
     values = []
-    for part in text.replace(" ", ",").split(","):
-        if part:
-            try:
-                values.append(float(part))
-            except ValueError:
-                raise InputError(
-                    f"--sigmas takes numbers with commas between them, as in 1,0.75,0.5, got {shown(part)}"
-                ) from None
+    for part in re.split(r"\s*,\s*|\s+", text.strip()):
+        try:
+            values.append(float(part))
+        except ValueError:
+            raise InputError(
+                f"--sigmas takes numbers with commas between them, as in 1,0.75,0.5, got {shown(part or text)}"
+            ) from None
     return check_sigmas(tuple(values))
 
 

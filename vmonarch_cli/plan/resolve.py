@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vmonarch_cli.errors import PresetError
+from vmonarch_cli.errors import PresetError, VmonarchError
 from vmonarch_cli.media.paths import DEFAULT_QUALITY, check_format, resolve_targets
 from vmonarch_cli.models.base import CACHES, ModelEntry, PipelineFacts
 from vmonarch_cli.models.catalogue import PIPELINES
@@ -19,12 +19,12 @@ from vmonarch_cli.models.registry import DEMO_ALIAS, HOW_TO_GET_A_REAL_MODEL, fi
 from vmonarch_cli.plan import checks, warnings
 from vmonarch_cli.plan.auto import AUTO, MARK, choose_preset
 from vmonarch_cli.plan.costs import Work, branches_of
-from vmonarch_cli.plan.defaults import fill
+from vmonarch_cli.plan.defaults import Filled, fill, without
 from vmonarch_cli.plan.noise_levels import OWN, check_sampler, check_sigmas, resolve_noise_levels, usual_sampling
 from vmonarch_cli.plan.plan import GivenFile, Plan
 from vmonarch_cli.plan.recipes import load_recipe, with_recipe
-from vmonarch_cli.plan.request import GenerateRequest
-from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_seed, draw_seed
+from vmonarch_cli.plan.request import GenerateRequest, flag_name
+from vmonarch_cli.plan.seeds import DRAWN, RANDOM, check_last_seed, check_seed, draw_seed
 from vmonarch_cli.plan.setup import DENSE_ATTENTION, OFFLOAD_MODES, QUANTIZATIONS, AdapterFile, Setup, check_additions
 from vmonarch_cli.plan.small_calls import all_dense
 from vmonarch_cli.plan.small_calls_here import limit_on
@@ -56,9 +56,36 @@ def resolve(
     cannot be had; a command that measures against it is told of others.
     """
     filled, needs = fill(request), CommandNeeds(needs_prompt, needs_source, takes_dense)
-    with filled.blamed():
-        plan = _with_preset(filled.request, needs)
+    try:
+        with filled.blamed():
+            plan = _with_preset(filled.request, needs)
+    except VmonarchError as error:
+        raise _with_place(error, request, filled, needs) from None
     return plan.model_copy(update={"origins": _with_origins(plan.origins, filled.origins())})
+
+
+def _with_place(error: VmonarchError, request: GenerateRequest, filled: Filled, needs: CommandNeeds) -> VmonarchError:
+    """The error, opened with the place of the user's own default that it is about: without that one there would be
+    none, or another.
+    """
+    if any(level.source in error.message for level in filled.levels.values()):
+        return error
+    able = [name for name in filled.levels if _refusal(_lacking(request, name), needs) != error.message]
+    name = next((name for name in able if flag_name(name) in error.message), able[0] if able else None)
+    return error if name is None else type(error)(f"{filled.levels[name].source}: {error.message}", error.exit_code)
+
+
+def _lacking(request: GenerateRequest, name: str) -> GenerateRequest:
+    return replace(request, defaults=without(request.defaults, {name}))
+
+
+def _refusal(request: GenerateRequest, needs: CommandNeeds) -> str | None:
+    """What a request is refused for; None where it is not."""
+    try:
+        _with_preset(fill(request).request, needs)
+    except VmonarchError as error:
+        return error.message
+    return None
 
 
 def _with_preset(request: GenerateRequest, needs: CommandNeeds) -> Plan:
@@ -125,6 +152,7 @@ def _resolve(request: GenerateRequest, needs: CommandNeeds) -> Plan:
     if seed == RANDOM:
         seed, origins["seed"] = draw_seed(), origins["seed"] + DRAWN
     num_videos = take("num_videos", checks.whole("--num-videos", request.num_videos, 1, 1000), 1, DEFAULT)
+    check_last_seed(seed, num_videos)
     sigmas = check_sigmas(request.sigmas) if request.sigmas else ()
     given_steps = checks.whole("--steps", request.steps, 1, 1000)
     steps = take("steps", given_steps if given_steps or not sigmas else len(sigmas), defaults.steps)
@@ -285,7 +313,7 @@ def with_hub_loras(plan: Plan) -> Plan:
 
 def _resolve_preset(request: GenerateRequest, default: str, origins: dict[str, str]) -> Preset:
     """The preset with `--set`, `--dense-steps`, `--dense-layers` and `--impl` applied, and the origin of each field."""
-    preset = load_preset(default if request.preset is None else request.preset)
+    preset = load_preset(default if request.preset is None else request.preset, or_auto=True)
     origins["preset"] = MODEL_DEFAULT if request.preset is None else FLAG
     overrides: dict[str, tuple[str, Any]] = {}
     for text in request.overrides:

@@ -38,6 +38,15 @@ def check_seed(value: int | None) -> int | None:
     return value
 
 
+def check_last_seed(seed: int, clips: int) -> None:
+    """InputError where `clips` clips from a seed on, each with the next one, leave the range."""
+    if seed + clips - 1 > MAX_SEED:
+        raise InputError(
+            f"--seed takes a whole number from 0 to {MAX_SEED - clips + 1} for {clips} clips, which have seeds that "
+            f"follow it, got {shown(seed)}"
+        )
+
+
 def draw_seed() -> int:
     """A random seed, short enough to be typed: below 2**31."""
     return secrets.randbelow(_DRAWN_BELOW)

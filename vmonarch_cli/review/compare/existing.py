@@ -65,6 +65,11 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     changed = [name for name, _ in differing(clips) if name in _TIME_DEPENDS_ON]
     if changed:
         notes.append(f"times are not compared: {', '.join(changed)} differ")
+    stopped = [clip for clip in clips if clip.stopped_after is not None]
+    notes += [
+        f"{clip.name} was stopped after step {clip.stopped_after}: its frames are unfinished, its times not compared"
+        for clip in stopped
+    ]
     return Comparison(
         title=f"{', '.join(clip.name for clip in others)} against {reference.name}",
         prompt=_common_prompt(clips),
@@ -74,7 +79,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
         facts=shared_facts(clips),
         differing=differing(clips),
         notes=notes,
-        times_comparable=not changed,
+        times_comparable=not changed and not stopped,
     )
 
 

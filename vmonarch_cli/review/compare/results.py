@@ -90,8 +90,13 @@ class ComparedClip:
 
     @property
     def flops(self) -> int | None:
-        """Self-attention operations of the clip."""
-        return None if self.record is None else self.record.flops.planned
+        """Self-attention operations of the clip; None where no record says, or one of a clip that was stopped early."""
+        return None if self.record is None or self.stopped_after is not None else self.record.flops.planned
+
+    @property
+    def stopped_after(self) -> int | None:
+        """The denoising step after which the clip was stopped early; None of a whole one."""
+        return None if self.record is None else self.record.stopped_after
 
     def to_json(self) -> dict[str, Any]:
         return {
