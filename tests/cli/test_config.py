@@ -150,6 +150,15 @@ def test_what_is_wrong_is_one_sentence_with_its_file(user: Path, text: str, sent
     call("models")  # what needs no defaults goes on
 
 
+def test_a_flag_s_fault_is_not_laid_on_a_default(user: Path) -> None:
+    Path("vmonarch.toml").write_text("model = 'wan2.1-1.3b'\nsteps = 4")
+    stderr = call("plan", "-p", "red", "--num-frames", "18", code=2).stderr
+    assert stderr.startswith("error: 18 frames do not fit wan2.1-1.3b: ")
+    Path("vmonarch.toml").write_text("num-frames = 18")
+    stderr = call("plan", "-p", "red", "-m", "wan2.1-1.3b", code=2).stderr
+    assert stderr.startswith("error: vmonarch.toml: 18 frames do not fit wan2.1-1.3b: ")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [

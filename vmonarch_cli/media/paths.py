@@ -114,7 +114,10 @@ def check_frames_alone(clip: Path) -> None:
     """OutputError where a clip's folder of PNGs is there and holds what is no frame: it is replaced as a whole."""
     if not clip.is_dir():
         return
-    others = sorted(entry.name for entry in os.scandir(clip) if not _FRAME.fullmatch(entry.name))
+    try:
+        others = sorted(entry.name for entry in clip.iterdir() if not _FRAME.fullmatch(entry.name))
+    except OSError as error:
+        raise OutputError(f"{clip} cannot be read ({error.strerror}), so it is not replaced") from None
     if others:
         raise OutputError(f"{clip} holds {shown(others[0])}, which is no frame of a clip and would be lost")
 

@@ -66,17 +66,18 @@ def resolve(
 
 def _with_place(error: VmonarchError, request: GenerateRequest, filled: Filled, needs: CommandNeeds) -> VmonarchError:
     """The error, opened with the place of the user's own default that it is about: without that one there would be
-    none, or another.
+    none or, where no flag has to do with it, another.
     """
     if any(level.source in error.message for level in filled.levels.values()):
         return error
-    able = [name for name in filled.levels if _refusal(_lacking(request, name), needs) != error.message]
-    name = next((name for name in able if flag_name(name) in error.message), able[0] if able else None)
-    return error if name is None else type(error)(f"{filled.levels[name].source}: {error.message}", error.exit_code)
-
-
-def _lacking(request: GenerateRequest, name: str) -> GenerateRequest:
-    return replace(request, defaults=without(request.defaults, {name}))
+    alone = _refusal(GenerateRequest(defaults=request.defaults), CommandNeeds(False, False, needs.takes_dense))
+    able = []
+    for name in filled.levels:
+        refusal = _refusal(replace(request, defaults=without(request.defaults, {name})), needs)
+        if refusal is None or (alone == error.message != refusal):
+            able.append(name)
+    named = next((name for name in able if flag_name(name) in error.message), able[0] if able else None)
+    return error if named is None else type(error)(f"{filled.levels[named].source}: {error.message}", error.exit_code)
 
 
 def _refusal(request: GenerateRequest, needs: CommandNeeds) -> str | None:
