@@ -129,7 +129,7 @@ def tags_of(plan: Plan, machine: Machine, denoised: Denoised, clip: Path, vae_dt
     clip wherever and whenever it is made: without its times, the file's facts and its place.
     """
 
-    def tags(pixels: Pixels, sound: Sound | None, retries: Retries) -> dict[str, str]:
+    def tags(sound: Sound | None, retries: Retries, pixels: Pixels) -> dict[str, str]:
         whole = dataclasses.replace(denoised, retries=(*denoised.retries, *retries))
         record = make_record(plan, whole, None, clip, pixels, None, vae_dtype, sound) | decoding_facts(machine)
         record["settings"].pop("output", None)

@@ -17,8 +17,8 @@ from vmonarch_cli.media.write import Frames, Pixels, clip_writer
 from vmonarch_cli.pipeline.call import decode_sound
 from vmonarch_cli.pipeline.decode_retry import Retries, decode_with_retries
 
-Tags = Callable[[Pixels, Sound | None, Retries], dict[str, str]]
-"""What a clip's file says of itself, from its pixels, its sound and what decoding it took."""
+Tags = Callable[[Sound | None, Retries, Pixels], dict[str, str]]
+"""What a clip's file says of itself, from its sound, what decoding it took and its pixels, which are known last."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def write_decoded(
         if target.sound is not None:  # first, because an .mp4 begins with both
             sound = decode_sound(pipeline, target.sound).until(target.shape[0] / target.fps)
         where = (target.path, target.shape, target.fps, target.overwrite, target.work)
-        tags = None if target.tags is None else functools.partial(_tags, target.tags, sound, retries)
+        tags = None if target.tags is None else functools.partial(target.tags, sound, retries)
         with clip_writer(*where, sound=sound, quality=target.quality, tags=tags) as writer:
             for part in decode():
                 writer.add(part)
@@ -89,7 +89,3 @@ def write_decoded(
         return WrittenClip(writer.pixels, decode_s, write_s, max(0.0, hidden_s), sound)
 
     return decode_with_retries(attempt, pipeline, device, on_retry) if alone else (attempt(()), ())
-
-
-def _tags(tags: Tags, sound: Sound | None, retries: Retries, pixels: Pixels) -> dict[str, str]:
-    return tags(pixels, sound, retries)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from vmonarch_cli.errors import VmonarchError
 from vmonarch_cli.plan.defaults import fill, without
-from vmonarch_cli.plan.request import GenerateRequest, Level, flag_name
-from vmonarch_cli.plan.resolve import resolve
+from vmonarch_cli.plan.request import GenerateRequest, Level
+from vmonarch_cli.plan.resolve import CommandNeeds, refusal, the_one_named
 
 
 def counting_levels(levels: tuple[Level, ...]) -> dict[str, Level]:
@@ -48,14 +48,10 @@ def _sentence(levels: tuple[Level, ...], counting: dict[str, Level], names: Set[
     for level in levels:
         values = {name: value for name, value in level.values.items() if name in names and counting[name] is level}
         kept.append(replace(level, values=values))
-    try:
-        resolve(GenerateRequest(defaults=tuple(kept)), needs_prompt=False, needs_source=False)
-    except VmonarchError as error:
-        return error.message
-    return None
+    return refusal(GenerateRequest(defaults=tuple(kept)), CommandNeeds(needs_prompt=False, needs_source=False))
 
 
 def _culprit(sentence: str, levels: tuple[Level, ...], counting: dict[str, Level], names: Set[str]) -> str | None:
     """The value that a sentence is about: without it there is none, or another; of several the one that it names."""
     able = [name for name in counting if name in names and _sentence(levels, counting, names - {name}) != sentence]
-    return next((name for name in able if flag_name(name) in sentence), able[0] if able else None)
+    return the_one_named(able, sentence)

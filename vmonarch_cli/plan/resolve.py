@@ -5,6 +5,7 @@ Precedence is flag > recipe > the user's own defaults > preset > model default >
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -70,23 +71,32 @@ def _with_place(error: VmonarchError, request: GenerateRequest, filled: Filled, 
     """
     if any(level.source in error.message for level in filled.levels.values()):
         return error
-    alone = _refusal(GenerateRequest(defaults=request.defaults), CommandNeeds(False, False, needs.takes_dense))
+    alone = refusal(GenerateRequest(defaults=request.defaults), CommandNeeds(False, False, needs.takes_dense))
     able = []
     for name in filled.levels:
-        refusal = _refusal(replace(request, defaults=without(request.defaults, {name})), needs)
-        if refusal is None or (alone == error.message != refusal):
+        other = refusal(replace(request, defaults=without(request.defaults, {name})), needs)
+        if other is None or (alone == error.message != other):
             able.append(name)
-    named = next((name for name in able if flag_name(name) in error.message), able[0] if able else None)
+    named = the_one_named(able, error.message)
     return error if named is None else type(error)(f"{filled.levels[named].source}: {error.message}", error.exit_code)
 
 
-def _refusal(request: GenerateRequest, needs: CommandNeeds) -> str | None:
-    """What a request is refused for; None where it is not."""
+def refusal(request: GenerateRequest, needs: CommandNeeds) -> str | None:
+    """What a request is refused for, None where it is not: as `resolve` says it, before the place of a default is
+    looked for whose flag the sentence does not name.
+    """
     try:
-        _with_preset(fill(request).request, needs)
+        filled = fill(request)
+        with filled.blamed():
+            _with_preset(filled.request, needs)
     except VmonarchError as error:
         return error.message
     return None
+
+
+def the_one_named(able: Sequence[str], sentence: str) -> str | None:
+    """Of fields that a sentence may be about the one that it names, else the first; None of none."""
+    return next((name for name in able if flag_name(name) in sentence), able[0] if able else None)
 
 
 def _with_preset(request: GenerateRequest, needs: CommandNeeds) -> Plan:
